@@ -1,0 +1,495 @@
+"""The command line: parse, call one function, turn the project's errors into one clear line and an exit code.
+
+Only click is imported at the top, so that --help is instant; there is no logic here.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    failed, and the message says why
+  2    wrong usage: an option, a recipe, a query file or a model directory
+  3    data damaged: a shard cut short, changed, or of a newer version
+  4    locked by another process
+  130  interrupted (Ctrl-C or SIGTERM); the same command goes on from there
+
+\b
+stdout carries data only; progress and messages go to stderr.
+Shell completion (bash; also zsh and fish): eval "$(_PLE_COMPLETE=bash_source ple)"
+"""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class _Option(click.Option):
+    """An option that --help shows under a heading."""
+
+    def __init__(self, *args: Any, section: str = "Options", **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.section = section
+        if isinstance(self.type, click.IntRange | click.FloatRange):
+            self.metavar = "N" if isinstance(self.type, click.IntRange) else "X"
+
+
+class _Command(click.Command):
+    """A command with grouped options, whose errors become one line and a documented exit code."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
+        for section in sorted(sections, key=lambda name: name == "Other"):
+            with formatter.section(section):
+                formatter.write_dl(sections[section])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _interruptible():
+            try:
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+                return result
+            except (click.exceptions.Exit, click.ClickException, SystemExit):
+                raise
+            except KeyboardInterrupt:
+                _say("interrupted; run the same command again to go on")
+                ctx.exit(130)
+            except BaseException as error:
+                if isinstance(error, BrokenPipeError) and _reader_is_gone():
+                    ctx.exit(0)
+                if ctx.meta.get("ple.debug"):
+                    raise
+                message, code = _explain(error)
+                _say(f"error: {message}")
+                ctx.exit(code)
+
+
+class _Group(click.Group):
+    """Lists the commands in the order in which a user meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """The line that a user reads, and the exit code."""
+    from schemas.errors import PleError
+
+    if isinstance(error, PleError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}; what was committed before is safe, run the same command again", 1
+    if isinstance(error, MemoryError):
+        return "out of memory; use smaller batches", 1
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"unexpected {type(error).__name__}: {first_line} (--debug shows where; please report it)", 1
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM is like Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a closed pipe (`| head`); if so, nothing more is written to it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta["ple.debug"] = True
+
+
+_debug = click.option(
+    "--debug", cls=_Option, section="Other", is_flag=True, expose_value=False, callback=_note_debug,
+    help="Show the traceback of an error.",
+)  # fmt: skip
+_version = click.version_option(package_name="ple-align", prog_name="ple")
+_CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
+
+
+def _command(name: str) -> Callable[[Callable[..., Any]], _Command]:
+    def decorate(function: Callable[..., Any]) -> _Command:
+        return click.command(name, cls=_Command, context_settings=_CONTEXT)(_debug(_version(function)))
+
+    return decorate
+
+
+def _option(*names: str, section: str = "Options", **more: Any) -> Callable[[Function], Function]:
+    return click.option(*names, cls=_Option, section=section, **more)
+
+
+def _all(*decorators: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    def decorate(function: Function) -> Function:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+_PATH = click.Path(path_type=Path)
+_POSITIVE = click.IntRange(min=1)
+_COUNT = click.IntRange(min=0)
+_ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
+_ALPHA = click.FloatRange(0, 1, min_open=True, max_open=True)
+
+_model = _all(
+    _option("--model", required=True, help="Model: a directory or a hub id."),
+    _option("--revision", help="Branch, tag or commit of a hub model."),
+)
+_adapter = _option("--adapter", help="LoRA adapter of the policy: the last round's --output.")
+_round = _option("--round", type=_COUNT, required=True, help="Round T, counted from 0.")
+_seed = _option("--seed", type=int, default=0, help="Seed of everything that is drawn.")
+_threshold = _all(
+    _option("--tau0", section="Method", type=click.FloatRange(min=0), default=0.2, help="Threshold of round 0, in the reward's units."),
+    _option("--alpha", section="Method", type=_ALPHA, default=0.9, help="Decay: the threshold of round t is tau0 * alpha^t."),
+)  # fmt: skip
+_REWARD_OPTIONS = ("output_index", "join", "batch_tokens", "reward_device", "reward_dtype")
+_reward_options = _all(
+    _option("--output-index", section="Reward model", type=_COUNT, help="Which output of a classifier is the reward."),
+    _option("--join", section="Reward model", type=click.Choice(["auto", "text", "pair", "chat"]), default="auto",
+            help="How a classifier reads x and y; auto: its chat template where it has one, else one text."),
+    _option("--batch-tokens", section="Reward model", type=_POSITIVE, help="Tokens of one batch, padding counted."),
+    _option("--reward-device", section="Reward model", default="auto", help="auto: a GPU where there is one, else the CPU."),
+    _option("--reward-dtype", section="Reward model", type=click.Choice(["float32", "bfloat16"]), default="float32",
+            help="Number type of its weights."),
+)  # fmt: skip
+
+
+def _training(learning_rate: float, batch_size: int, unit: str, max_length: int | None = None) -> Callable[[Function], Function]:
+    """Options that every training command has."""
+    return _all(
+        _option("--learning-rate", section="Training", type=_ABOVE_ZERO, default=learning_rate, help="AdamW's learning rate."),
+        _option("--epochs", section="Training", type=_POSITIVE, default=1, help="Passes over the data."),
+        _option("--batch-size", section="Training", type=_POSITIVE, default=batch_size, help=f"{unit} of one step, over all processes."),
+        _option("--max-length", section="Training", type=_POSITIVE, default=max_length,
+                help="Keep the last N token ids." if max_length else "Leave out longer rows (token ids), and count them."),
+        _option("--precision", section="Machine", type=click.Choice(["auto", "float32", "bf16"]), default="auto",
+                help="auto: bf16 on a GPU, float32 elsewhere."),
+        _option("--microbatch-tokens", section="Machine", type=_POSITIVE, default=8192,
+                help="Tokens in memory at once; what is learned does not depend on it."),
+        _option("--checkpoint-every", section="Machine", type=_POSITIVE, default=100, help="Steps between two checkpoints."),
+        _option("--resume/--no-resume", section="Machine", default=True, help="Go on from the last checkpoint, or start over."),
+        _option("--metrics", section="Machine", type=_PATH, help="Parquet file of every step's metrics; in --output if not given."),
+        _option("--report-to", section="Machine", type=click.Choice(["tensorboard", "wandb"]), help="Also report the metrics there."),
+    )  # fmt: skip
+
+
+_lora = _all(
+    _option("--lora-rank", section="Model", type=_POSITIVE, default=8, help="Rank of the LoRA adapter."),
+    _option("--lora-alpha", section="Model", type=_ABOVE_ZERO, default=16, help="Scale of the LoRA adapter."),
+    _option("--full/--no-full", section="Model", default=False, help="Train all weights instead of an adapter."),
+    _option("--attention", section="Machine", default="auto", help="Attention implementation, as transformers names them."),
+    _option("--gradient-checkpointing/--no-gradient-checkpointing", section="Machine", default=False,
+            help="Less memory, more time."),
+)  # fmt: skip
+_schedule = _all(
+    _option("--warmup-steps", section="Training", type=_COUNT, default=0, help="Steps of linear warm-up."),
+    _option("--schedule", section="Training", type=click.Choice(["constant", "cosine"]), default="constant",
+            help="Learning rate after the warm-up."),
+    _option("--weight-decay", section="Training", type=click.FloatRange(min=0), default=0.0, help="AdamW's weight decay."),
+)  # fmt: skip
+
+
+@click.group(cls=_Group, context_settings=_CONTEXT, epilog=EXIT_CODES)
+@_version
+@click.option("--debug", is_flag=True, expose_value=False, callback=_note_debug, help="Show the traceback of an error.")
+def ple() -> None:
+    """Align a language model by Progressively Label Enhancement (PLE).
+
+    Each round samples a plain and a principle-guided response to every query, scores both with a reward
+    model, and trains the policy on all pairs so far.
+
+    \b
+    See it work, nothing to download:   ple demo
+    A whole run from one file:          ple run recipe.yaml
+    One round by hand:
+      ple-gen   --model M --queries q.jsonl --principles hh --data DATA --round 0
+      ple-score --data DATA --reward-model R
+      ple-train --model M --data DATA --round 0 --output policy/round=000
+    """
+
+
+@_command("ple-gen")
+@_model
+@_adapter
+@_option("--queries", required=True, help="Queries: Parquet, JSONL, JSON, CSV or a hub dataset id.")
+@_option("--principles", required=True, help="hh, imdb or tldr (the paper's), or a text file of your own.")
+@_option("--reward-model", help="Score the responses as well, as ple-score does; without it, stop after sampling.")
+@_option("--data", type=_PATH, required=True, help="Folder of the responses and pairs.")
+@_round
+@_seed
+@_option("--dry-run", is_flag=True, help="Show one rendered prompt of each arm with its token ids; sample nothing.")
+@_option("--reader", section="Queries", type=click.Choice(["auto", "hh", "imdb", "tldr"]), default="auto",
+         help="How a row becomes a query: HH dialogues, IMDb reviews (their first words), TL;DR posts.")  # fmt: skip
+@_option("--query-column", section="Queries", help="Column of the queries, if neither x, prompt nor messages.")
+@_option("--prefix-words", section="Queries", type=_POSITIVE, help="Words of a review that are the query (imdb reader).")
+@_option("--split", section="Queries", help="Split of a hub dataset.")
+@_option("--prompt-format", section="Queries", type=click.Choice(["auto", "plain", "chat"]), default="auto",
+         help="auto: the tokenizer's chat template where it has one.")  # fmt: skip
+@_option("--max-query-tokens", section="Queries", type=_POSITIVE, default=256, help="Drop longer queries, and count them.")
+@_option("--shuffle/--no-shuffle", section="Queries", default=False, help="Take the queries in an order drawn from --seed.")
+@_option("--skip", section="Queries", type=_COUNT, default=0, help="Leave out the first N queries; past the end it starts over.")
+@_option("--limit", section="Queries", type=_POSITIVE, help="Take at most N queries.")
+@_option("--unit-size", section="Queries", type=_POSITIVE, default=64, help="Queries of one unit of work, which is one file.")
+@_option("--samples", section="Sampling", type=_POSITIVE, default=1, help="Pairs of responses a query.")
+@_option("--max-new-tokens", section="Sampling", type=_POSITIVE, default=1024, help="Longest response.")
+@_option("--temperature", section="Sampling", type=click.FloatRange(min=0), default=1.0, help="0 takes the likeliest token.")
+@_option("--top-p", section="Sampling", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Nucleus sampling.")
+@_option("--stop", section="Sampling", multiple=True, help="Text that ends a response; may be repeated.")
+@_option("--logprobs/--no-logprobs", section="Sampling", default=True, help="Keep the log-probability of each sampled token.")
+@_option("--reuse", section="Sampling", type=_PATH, multiple=True,
+         help="Take rows of this earlier DATA whose policy, query, principle and sampling match; may be repeated.")  # fmt: skip
+@_option("--engine", section="Engine", type=click.Choice(["vllm", "hf"]), help="Default: vllm where it is installed, else hf.")
+@_option("--engine-arg", section="Engine", multiple=True, metavar="NAME=VALUE",
+         help="Pass an option to the engine, e.g. tensor_parallel_size=2; may be repeated.")  # fmt: skip
+@_option("--dtype", section="Engine", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", help="Number type of the weights.")
+@_reward_options
+def gen(reward_model: str | None, **options: Any) -> None:
+    """Sample a plain and a principle-guided response to every query, and keep them in DATA.
+
+    Finished units are never sampled again: run the same command after any crash. Several processes on the same
+    DATA and round share the work.
+
+    \b
+    Example:
+      ple-gen --model Qwen/Qwen2.5-7B --queries hh.jsonl --principles hh --data data --round 0
+    """
+    from ple_data.engines import Sampling, parse_engine_args
+    from ple_data.generate import generate
+
+    sampling = Sampling(
+        **{name: options.pop(name) for name in ("max_new_tokens", "temperature", "top_p", "logprobs")},
+        stop=options.pop("stop"),
+    )
+    rewards = {name: options.pop(name) for name in _REWARD_OPTIONS}
+    engine_args = parse_engine_args(options.pop("engine_arg"))
+    summary = generate(**options, sampling=sampling, engine_args=engine_args)
+    if summary.dry_run is not None:
+        click.echo(summary.dry_run)
+    elif reward_model is not None:
+        _score(options["data"], reward_model, options["round"], None, rewards)
+
+
+@_command("ple-score")
+@_option("--data", type=_PATH, required=True, help="Folder of the responses.")
+@_option("--reward-model", required=True,
+         help="Classifier (directory or hub id), file.py:function, module:function, or http(s)://address.")  # fmt: skip
+@_option("--round", type=_COUNT, help="Score this round only.")
+@_option("--output", type=_PATH, help="Write the pairs to another DATA, so that two reward models stay apart.")
+@_reward_options
+def score(data: Path, reward_model: str, round: int | None, output: Path | None, **rewards: Any) -> None:
+    """Score responses with a reward model: responses become pairs. Nothing is sampled.
+
+    \b
+    Example:
+      ple-score --data data --reward-model weqweasdas/RM-Mistral-7B
+    """
+    _score(data, reward_model, round, output, rewards)
+
+
+def _score(data: Path, reward_model: str, round: int | None, output: Path | None, rewards: dict[str, Any]) -> None:
+    from ple_data.rewards import load_reward_model
+    from ple_data.score import score
+    from ple_data.store import Store
+
+    loaded = load_reward_model(reward_model, **{name.removeprefix("reward_"): value for name, value in rewards.items()})
+    score(Store(data), loaded, round=round, output=Store(output) if output else None)
+
+
+@_command("ple-train")
+@_model
+@_adapter
+@_option("--data", type=_PATH, multiple=True, required=True, help="Folder of pairs; may be repeated.")
+@_round
+@_option("--output", type=_PATH, required=True, help="Folder of the new adapter.")
+@_seed
+@_option("--dry-run", is_flag=True, help="Show rows, margins and the partition by round; train nothing.")
+@_threshold
+@_option("--trust-region", section="Safeguards (off: the paper)", type=_ABOVE_ZERO,
+         help="Stop pushing a response whose mean log-probability has drifted this many nats a token.")  # fmt: skip
+@_option("--normalize-wsft/--no-normalize-wsft", section="Safeguards (off: the paper)", default=False,
+         help="Divide weighted SFT by the response's length.")  # fmt: skip
+@_option("--sft-anchor", section="Safeguards (off: the paper)", type=click.FloatRange(min=0), default=0.0,
+         help="Weight of an SFT term on the better response.")  # fmt: skip
+@_training(1e-4, 16, "Pairs")
+@_option("--max-grad-norm", section="Training", type=_ABOVE_ZERO, default=1.0, help="Gradient clipping.")
+@_lora
+def train(data: tuple[Path, ...], dry_run: bool, **options: Any) -> None:
+    """Train the policy on the pairs of all rounds up to T (Eq. 6), re-partitioned at this round's threshold.
+
+    The output is a standard PEFT adapter, for the next ple-gen and for vLLM. Killed and started again it goes on
+    from its last checkpoint.
+
+    \b
+    Example:
+      ple-train --model Qwen/Qwen2.5-7B --data data --round 0 --output policy/round=000
+    """
+    from ple_train import train as training
+
+    if dry_run:
+        selected = {name: options[name] for name in ("round", "tau0", "alpha")}
+        click.echo(training.dry_run(data=list(data), **selected))
+    else:
+        training.train(data=list(data), **options)
+
+
+@_command("sft")
+@_model
+@_option("--data", type=_PATH, required=True, help="Rows with x and y (or prompt and response).")
+@_option("--output", type=_PATH, required=True, help="Folder of the new model.")
+@_seed
+@_option("--merge/--no-merge", default=True, help="Merge the adapter into the model, or keep it apart.")
+@_training(1e-4, 32, "Rows")
+@_schedule
+@_lora
+def sft(**options: Any) -> None:
+    """Supervised fine-tuning (Eq. 1), the loss on the response only: makes the start policy.
+
+    \b
+    Example:
+      ple sft --model Qwen/Qwen2.5-7B --data chosen.jsonl --output sft
+    """
+    from ple_train.sft import sft as run_sft
+
+    run_sft(**options)
+
+
+@_command("reward")
+@_model
+@_option("--data", type=_PATH, required=True, help="Rows with text and label, or with prompt, chosen and rejected.")
+@_option("--output", type=_PATH, required=True, help="Folder of the reward model.")
+@_seed
+@_training(5e-5, 32, "Rows", max_length=512)
+@_schedule
+def reward(**options: Any) -> None:
+    """Train a reward model: a classifier from labels, or Bradley-Terry from chosen and rejected responses.
+
+    \b
+    Example:
+      ple reward --model roberta-base --data labelled.jsonl --output reward
+    """
+    from ple_train.reward import train_reward
+
+    train_reward(**options)
+
+
+@_command("run")
+@click.argument("recipe", type=_PATH)
+@_option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe, e.g. train.epochs=2; may be repeated.")
+@_option("--dry-run", is_flag=True, help="Print the commands as shell lines; start nothing.")
+def run(recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Run a whole recipe: reward model and SFT if asked for, then rounds of ple-gen, ple-score and ple-train.
+
+    Each stage is a process of its own. Run the same command again after a stop: it goes on with the stage where it
+    was. The run directory keeps the frozen recipe and the record of every stage (stages.json).
+
+    \b
+    Example:
+      ple run recipes/hh-qwen.yaml --set rounds=3 --dry-run
+    """
+    from ple_train import rounds
+    from schemas.recipe import load_recipe
+
+    resolved = load_recipe(recipe, list(overrides))
+    if dry_run:
+        for stage in rounds.plan(resolved):
+            click.echo(stage.shell_line)
+    else:
+        rounds.run(resolved)
+
+
+@_command("inspect")
+@click.argument("data", type=_PATH)
+@_threshold
+@_option("--sort", type=click.Choice(["margin"]), help="Show pairs, the largest margin first.")
+@_option("--rows", type=_COUNT, default=0, help="Show this many pairs.")
+@_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(**options: Any) -> None:
+    """Show what is in DATA: by round the rewards, margins, rank set, lengths, and any warning.
+
+    \b
+    Example:
+      ple inspect data --sort margin --rows 5
+    """
+    from ple_data.inspect import inspect as show
+
+    click.echo(show(**options))
+
+
+@_command("verify")
+@click.argument("data", type=_PATH)
+def verify(data: Path) -> None:
+    """Check every shard of DATA (hash, schema, rows, duplicates, orphans) and say what to do. Exit code 3 if not whole.
+
+    \b
+    Example:
+      ple verify data
+    """
+    from ple_data.store import Store
+    from ple_data.verify import verify as find_problems
+    from schemas.errors import DamagedError
+
+    findings = find_problems(Store(data))
+    for finding in findings:
+        click.echo(str(finding))
+    errors = sum(finding.severity == "error" for finding in findings)
+    if errors:
+        raise DamagedError(f"{data}: {errors} problems, listed above with what to do")
+    _say(f"{data}: whole")
+
+
+@_command("demo")
+@_option("--output", type=_PATH, default=Path("demo"), help="Folder of everything that the demo makes.")
+@_option("--rounds", type=_POSITIVE, default=4, help="Rounds of PLE.")
+def demo(output: Path, rounds: int) -> None:
+    """See PLE work on a toy world of film reviews: nothing to download, a few minutes on two cores.
+
+    \b
+    Example:
+      ple demo
+    """
+    from ple_train.demo import demo as run_demo
+
+    click.echo(run_demo(output, rounds=rounds))
+
+
+for _name, _member in {
+    "demo": demo, "run": run, "gen": gen, "score": score, "train": train, "sft": sft, "reward": reward,
+    "inspect": inspect, "verify": verify,
+}.items():  # fmt: skip
+    ple.add_command(_member, _name)
+
+
+if __name__ == "__main__":
+    ple(prog_name="ple")

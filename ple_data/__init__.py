@@ -1,0 +1,1 @@
+"""The data side: queries, principles, generation, rewards, the store and the partition. Never trains."""

@@ -1,0 +1,71 @@
+"""Digests that name what a row was made with: texts, models, adapters. Never loads a model.
+
+A digest is the first 12 hex digits of a SHA-256: enough to tell models and texts apart, short enough for a name.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+DIGEST_DIGITS = 12
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+"""What makes a model or an adapter the one it is: weights, configuration, tokenizer, chat template."""
+
+
+def text_digest(text: str) -> str:
+    """Digest of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]
+
+
+def json_digest(value: Any) -> str:
+    """Digest of a JSON value; the order of keys does not matter."""
+    return text_digest(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")))
+
+
+def model_digest(model: str | Path, revision: str | None = None) -> str:
+    """Digest of a model or adapter directory (names and bytes of its files), or `id@commit` of a hub id.
+
+    The same files in another directory have the same digest. Raises FileNotFoundError for a directory without
+    any model file, and what the hub client raises where a hub id cannot be resolved.
+    """
+    directory = Path(model)
+    if not directory.is_dir():
+        return f"{model}@{_resolve_commit(str(model), revision)}"
+    files = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
+    if not files:
+        raise FileNotFoundError(f"{directory} holds no model files")
+    with ThreadPoolExecutor() as pool:
+        return json_digest(list(zip((path.name for path in files), pool.map(_file_hash, files), strict=True)))
+
+
+def policy_name(model: str | Path, adapter: str | Path | None = None, revision: str | None = None) -> str:
+    """Name of a policy in rows and metadata: `base@digest`, and `+adapter@digest` where there is one."""
+    parts = [_named(model, revision)]
+    if adapter is not None:
+        parts.append(_named(adapter, None))
+    return "+".join(parts)
+
+
+def _named(model: str | Path, revision: str | None) -> str:
+    digest = model_digest(model, revision)
+    return f"{Path(model).resolve().name}@{digest}" if Path(model).is_dir() else digest
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _resolve_commit(model: str, revision: str | None) -> str:
+    from transformers import AutoConfig
+
+    commit = AutoConfig.from_pretrained(model, revision=revision)._commit_hash
+    return commit[:DIGEST_DIGITS] if commit else (revision or "main")
+
+
+def ids_digest(ids: Iterable[int]) -> str:
+    """Digest of a sequence of token ids."""
+    return text_digest(" ".join(map(str, ids)))

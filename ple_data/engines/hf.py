@@ -1,0 +1,178 @@
+"""Engine `hf`: transformers' `generate` with left padding, one batch after another. Runs wherever torch runs.
+
+A batch never crosses a unit, and a request's random numbers come from its own seed, so a unit that is sampled again
+after a kill is the same to the bit (float32 on CPU). Never trains and never merges an adapter.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode
+from schemas.errors import PleError, UsageError
+
+ENGINE_ARGS = ("batch_size", "device", "attn_implementation")
+DEFAULT_BATCH = 64
+STOP_WINDOW = 32
+"""Tokens at a response's end that are searched for a stop string after each step, beside the string's own bytes."""
+
+
+class HfEngine:
+    """transformers on one device. Engine arguments: batch_size, device, attn_implementation."""
+
+    def __init__(self, spec: EngineSpec, engine_args: Mapping[str, Any]) -> None:
+        """Load the model (float32 on CPU and bfloat16 on a GPU, where `spec.dtype` is auto) and its adapter."""
+        self._tokenizer = spec.tokenizer
+        self._batch_size = int(engine_args.get("batch_size", DEFAULT_BATCH))
+        if self._batch_size < 1:
+            raise UsageError(f"--engine-arg batch_size must be at least 1, not {self._batch_size}")
+        device = engine_args.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device(device)
+        self._end_ids = spec.end_ids
+        options = {}
+        if "attn_implementation" in engine_args:
+            options["attn_implementation"] = engine_args["attn_implementation"]
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                spec.model, revision=spec.revision, dtype=_dtype(spec.dtype, self._device), **options
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise PleError(f"cannot load the model {spec.model}: {error}") from error
+        if spec.adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(spec.adapter.path)).get_base_model()
+        self._model = model.to(self._device).eval()
+        # generate() fills what a call leaves open from here: a model's own sampling defaults must not slip in
+        self._model.generation_config = GenerationConfig(
+            do_sample=False, eos_token_id=list(spec.end_ids), pad_token_id=spec.tokenizer.pad_token_id
+        )
+
+    def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
+        """Unit after unit, each in batches of requests with prompts of similar length."""
+        for unit in units:
+            ordered = sorted(unit, key=lambda request: len(request.prompt_ids))
+            for start in range(0, len(ordered), self._batch_size):
+                batch = ordered[start : start + self._batch_size]
+                yield from zip(batch, self._sample_batch(batch, sampling), strict=True)
+
+    def close(self) -> None:
+        """Drop the model."""
+        self._model = None
+
+    @torch.inference_mode()
+    def _sample_batch(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        input_ids, attention_mask = self._left_padded(batch)  # (batch, longest prompt) each
+        noise = _SeededSampler([request.seed for request in batch], sampling, self._device)
+        criteria = StoppingCriteriaList()
+        if sampling.stop:
+            criteria.append(_StopStrings(self._tokenizer, sampling.stop, input_ids.shape[1]))
+        output = self._model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=sampling.max_new_tokens,
+            logits_processor=LogitsProcessorList([noise]),
+            stopping_criteria=criteria,
+        )
+        new_ids = output[:, input_ids.shape[1] :].tolist()
+        logps = noise.logps(len(new_ids[0])) if sampling.logprobs else [None] * len(batch)
+        return [self._completion(ids, values, sampling) for ids, values in zip(new_ids, logps, strict=True)]
+
+    def _left_padded(self, batch: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(len(request.prompt_ids) for request in batch)
+        ids = torch.full((len(batch), width), self._tokenizer.pad_token_id, dtype=torch.long)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for row, request in enumerate(batch):
+            ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            mask[row, width - len(request.prompt_ids) :] = 1
+        return ids.to(self._device), mask.to(self._device)
+
+    def _completion(self, ids: list[int], logps: list[float] | None, sampling: Sampling) -> Completion:
+        """Cut a row of the batch where its response ended: after its first end token or completed stop string."""
+        end = next((at + 1 for at, token in enumerate(ids) if token in self._end_ids), None)
+        length = min(end or len(ids), sampling.max_new_tokens)
+        stopped = end is not None
+        text = decode(self._tokenizer, ids[:length])
+        if sampling.stop and cut_at_stop(text, sampling.stop) != text:
+            length, stopped = _first_length_with_stop(self._tokenizer, ids[:length], sampling.stop), True
+            text = cut_at_stop(decode(self._tokenizer, ids[:length]), sampling.stop)
+        return Completion(ids[:length], text, "stop" if stopped else "length", logps and logps[:length])
+
+
+class _SeededSampler(LogitsProcessor):
+    """Turns greedy search into sampling: adds Gumbel noise from each request's own generator (Gumbel-max).
+
+    Temperature and top-p are applied first, and the raw log-probability of the winning token is kept.
+    """
+
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
+        self._sampling = sampling
+        self._generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+        self._steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
+        raw = torch.log_softmax(scores.float(), dim=-1)  # (batch, vocabulary)
+        chosen = raw
+        if self._sampling.temperature > 0:
+            chosen = _top_p(scores.float() / self._sampling.temperature, self._sampling.top_p) + self._noise(raw)
+        if self._sampling.logprobs:
+            self._steps.append(raw.gather(1, chosen.argmax(dim=-1, keepdim=True)))
+        return chosen
+
+    def _noise(self, like: torch.Tensor) -> torch.Tensor:
+        exponential = torch.empty_like(like, dtype=torch.float64)  # in float32, 0 is drawn too often for a vocabulary
+        for row, generator in enumerate(self._generators):
+            exponential[row].exponential_(generator=generator)
+        return -exponential.log().float()  # Gumbel(0, 1)
+
+    def logps(self, steps: int) -> list[list[float]]:
+        """Log-probabilities of the sampled tokens, one list a request, `steps` long."""
+        return torch.cat(self._steps[:steps], dim=1).tolist()
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends a row once a stop string stands in its response (never in its prompt)."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_width: int) -> None:
+        self._tokenizer, self._stop, self._start = tokenizer, stop, prompt_width
+        self._window = STOP_WINDOW + max(len(word.encode()) for word in stop)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        recent = input_ids[:, max(self._start, input_ids.shape[1] - self._window) :].tolist()
+        found = [any(word in decode(self._tokenizer, ids) for word in self._stop) for ids in recent]
+        return torch.tensor(found, dtype=torch.bool, device=input_ids.device)
+
+
+def _top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Logits (batch, vocabulary) with -inf outside the smallest set of tokens whose probability reaches top_p."""
+    if top_p >= 1:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    ordered = ordered.masked_fill(before >= top_p, float("-inf"))  # the likeliest token always stays
+    return torch.empty_like(logits).scatter_(1, order, ordered)
+
+
+def _first_length_with_stop(tokenizer: Any, ids: list[int], stop: Sequence[str]) -> int:
+    return next(
+        length for length in range(1, len(ids) + 1) if any(word in decode(tokenizer, ids[:length]) for word in stop)
+    )
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"--dtype must be auto, float32, bfloat16 or float16, not {name}")
+    return dtype

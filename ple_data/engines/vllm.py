@@ -1,0 +1,239 @@
+"""Engine `vllm`: one continuous stream of requests through vLLM, in this process's charge. Never drains.
+
+Further units are pulled whenever fewer requests than twice the engine's concurrency are in flight. A request's seed
+makes its tokens nearly reproducible, not to the bit: batching changes the last digits of the logits.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, get_args
+
+from ple_data.engines import (
+    Completion,
+    EngineSpec,
+    Request,
+    Sampling,
+    cut_at_stop,
+    decode,
+    local_path,
+    refuse_unknown,
+)
+from ple_data.engines.watchdog import Watchdog
+from ple_data.models import AdapterInfo
+from schemas.errors import PleError, UsageError
+
+RESERVED = {
+    "model": "--model",
+    "tokenizer": "--model",
+    "revision": "--revision",
+    "dtype": "--dtype",
+    "enable_lora": "--adapter",
+    "logprobs_mode": "nothing else: log-probabilities are always those of the model",
+}
+"""Engine arguments that an option of ours sets."""
+CPU_CACHE_BYTES = 4 * 2**30
+"""Most memory for keys and values on a CPU where nothing else is asked for; vLLM itself would take most of it."""
+CPU_BATCHED_TOKENS = 4096
+"""Prompt tokens of one step on a CPU, vLLM's own default; raised where one request needs more."""
+WINDOW = 2
+"""Requests in flight, as a multiple of those that the engine runs at once."""
+
+
+def check(engine_args: Mapping[str, Any], adapter: AdapterInfo | None) -> None:
+    """Refuse engine arguments that vLLM does not have and adapters it cannot load, before it is started."""
+    _set_environment()
+    from vllm.config.lora import MaxLoRARanks
+    from vllm.engine.arg_utils import EngineArgs
+
+    refuse_unknown(engine_args, [field.name for field in dataclasses.fields(EngineArgs)], "vllm")
+    for name, option in RESERVED.items():
+        if name in engine_args:
+            raise UsageError(f"--engine-arg {name}: use {option}")
+    if adapter is not None:
+        _check_adapter(adapter, engine_args.get("max_lora_rank"), max(get_args(MaxLoRARanks)))
+
+
+def _check_adapter(adapter: AdapterInfo, asked: int | None, highest: int) -> None:
+    limit = asked or highest
+    if adapter.rank > limit:
+        what = "--engine-arg max_lora_rank" if asked else "the vllm engine"
+        raise UsageError(
+            f"adapter {adapter.path} has rank {adapter.rank}, over the limit of {what}, {limit}; "
+            "train one with a lower --lora-rank, or use --engine hf"
+        )
+    for name in ("use_dora", "modules_to_save", "lora_bias"):
+        if adapter.config.get(name):
+            raise UsageError(f"adapter {adapter.path} has {name}, which vllm cannot load; use --engine hf")
+
+
+class VllmEngine:
+    """A vLLM engine of this process. Its worker processes end with it, however this process ends."""
+
+    def __init__(self, spec: EngineSpec, engine_args: Mapping[str, Any]) -> None:
+        """Start vLLM (tens of seconds). `engine_args` are fields of vLLM's EngineArgs. Raises PleError."""
+        _set_environment()
+        self._tokenizer, self._end_ids = spec.tokenizer, spec.end_ids
+        arguments = _engine_arguments(spec, engine_args)
+        self._watchdog = Watchdog()
+        self.llm: Any = None
+        try:
+            with _stdout_to_stderr():
+                from vllm import LLM
+                from vllm.lora.request import LoRARequest
+
+                self.llm = LLM(**arguments)
+        except Exception as error:
+            self.close()
+            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+            raise PleError(f"vLLM did not start: {reason.strip()} (its own messages are above)") from error
+        except BaseException:
+            self.close()
+            raise
+        self.lora = LoRARequest("policy", 1, str(spec.adapter.path)) if spec.adapter else None
+        self._window = WINDOW * self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        self._number = 0
+
+    def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
+        """Each request with its completion as it finishes. Raises PleError where the engine dies."""
+        in_flight: dict[str, Request] = {}
+        more = True
+        while True:
+            while more and len(in_flight) < self._window:
+                unit = next(units, None)
+                more = unit is not None
+                for request in unit or ():
+                    in_flight[self._add(request, sampling)] = request
+            if not in_flight:
+                return
+            for output in self._step():
+                if output.finished:
+                    yield in_flight.pop(output.request_id), self._completion(output.outputs[0], sampling)
+
+    def close(self) -> None:
+        """Shut vLLM down and end every process of it."""
+        llm, self.llm = self.llm, None
+        try:
+            if llm is not None:
+                llm.llm_engine.engine_core.shutdown()
+        finally:
+            self._watchdog.stop()
+
+    def sampling_params(self, seed: int, sampling: Sampling) -> Any:
+        """vLLM's parameters of one request. All are given, so no default of the model's own slips in."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seed,
+            stop=list(sampling.stop) or None,
+            stop_token_ids=list(self._end_ids),
+            logprobs=0 if sampling.logprobs else None,
+            flat_logprobs=True,
+            detokenize=bool(sampling.stop),  # text is decoded once, at the end, from the ids
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _add(self, request: Request, sampling: Sampling) -> str:
+        self._number += 1
+        name = str(self._number)
+        prompt = {"type": "token", "prompt_token_ids": list(request.prompt_ids)}
+        params = self.sampling_params(request.seed, sampling)
+        try:
+            self.llm.llm_engine.add_request(name, prompt, params, lora_request=self.lora)
+        except ValueError as error:
+            raise PleError(f"vLLM refuses the request {request.key}: {error}") from error
+        return name
+
+    def _step(self) -> list[Any]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return self.llm.llm_engine.step()
+        except EngineDeadError as error:
+            raise PleError(
+                "the vLLM engine died (its own messages are above); what was committed is safe: "
+                "run the same command again"
+            ) from error
+
+    def _completion(self, output: Any, sampling: Sampling) -> Completion:
+        if output.finish_reason not in ("stop", "length"):
+            raise PleError(f"vLLM ended a response with {output.finish_reason!r}; run the same command again")
+        ids = list(output.token_ids)
+        logps = list(output.logprobs.logprobs) if sampling.logprobs else None
+        text = cut_at_stop(decode(self._tokenizer, ids), sampling.stop)
+        return Completion(ids, text, output.finish_reason, logps)
+
+
+def _engine_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's arguments: the user's over our defaults."""
+    from vllm.platforms import current_platform
+
+    arguments: dict[str, Any] = {
+        "model": local_path(spec.model),
+        "revision": spec.revision,
+        "dtype": spec.dtype,
+        "max_model_len": spec.max_length,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "logprobs_mode": "raw_logprobs",
+    }
+    if spec.adapter is not None:
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank_limit(spec.adapter.rank)}
+    if current_platform.is_cpu():
+        arguments |= _cpu_arguments(spec, engine_args)
+    arguments |= engine_args
+    if arguments["max_model_len"] is not None and arguments["max_model_len"] < spec.max_length:
+        raise UsageError(
+            f"--engine-arg max_model_len={arguments['max_model_len']} is too short: the longest prompt and "
+            f"--max-new-tokens need {spec.max_length}"
+        )
+    return arguments
+
+
+def _cpu_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults for vLLM on a CPU."""
+    # a seeded request whose prompt is split over steps kills the worker there ("CPU Generator does not use offset")
+    arguments: dict[str, Any] = {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, spec.max_length),
+    }
+    memory_is_set = {"kv_cache_memory_bytes", "gpu_memory_utilization"} & set(engine_args)
+    if not memory_is_set and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+        arguments["kv_cache_memory_bytes"] = min(CPU_CACHE_BYTES, quarter)
+    return arguments
+
+
+def _lora_rank_limit(rank: int) -> int:
+    """The least limit of those vLLM has that takes the rank."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return min(limit for limit in get_args(MaxLoRARanks) if limit >= rank)
+
+
+def _set_environment() -> None:
+    """vLLM's own switches, where the user has not set them; they must stand before it is imported."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # forked workers would hold our pipes and locks
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Processes started meanwhile write to stderr: stdout is for data."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)

@@ -1,0 +1,393 @@
+"""The sampling stage: for each query a plain and a principle-guided response, unit by unit. Never scores.
+
+A unit (a fixed slice of the queries) is claimed when the engine has room for it and committed once, whole, as soon as
+its last response is there. What is committed is never sampled again; several processes share the units of a round.
+"""
+
+import itertools
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ple_data.digests import policy_name
+from ple_data.engines import (
+    Completion,
+    Engine,
+    EngineSpec,
+    Request,
+    Sampling,
+    check_engine_args,
+    choose_engine,
+    make_engine,
+)
+from ple_data.models import check_adapter, check_model, end_ids, load_tokenizer, max_positions
+from ple_data.principles import PromptFormat, load_principle, uses_chat
+from ple_data.progress import Progress
+from ple_data.queries import DEFAULT_PREFIX_WORDS, Reader, load_queries, to_text
+from ple_data.reuse import Reuse
+from ple_data.round_plan import ARMS, Plan, Unit, check_numbers, make_prompts, make_units, take
+from ple_data.store import Store
+from schemas.errors import UsageError
+from schemas.tables import RESPONSES
+
+UNIT_SIZE = 64
+"""Queries of one unit: what a kill can cost, and what one file holds."""
+POLL_SECONDS = 0.5
+"""How often a unit that another process holds is looked at again."""
+KIND = "responses"
+
+
+@dataclass
+class GenerateSummary:
+    """What one call of generate() did. Rows are pairs of responses; tokens are those sampled now."""
+
+    rows: int = 0
+    rows_sampled: int = 0
+    rows_reused: int = 0
+    rows_done_before: int = 0
+    rows_by_others: int = 0
+    tokens: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    dry_run: str | None = None
+    """What `--dry-run` prints: a rendered prompt of each arm with its token ids."""
+
+
+def generate(
+    *,
+    model: str,
+    data: Path,
+    queries: str,
+    principles: str,
+    round: int,
+    sampling: Sampling,
+    adapter: str | None = None,
+    revision: str | None = None,
+    engine: str | None = None,
+    engine_args: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    samples: int = 1,
+    seed: int = 0,
+    reader: Reader = "auto",
+    query_column: str | None = None,
+    prefix_words: int | None = None,
+    split: str | None = None,
+    prompt_format: PromptFormat = "auto",
+    max_query_tokens: int = 256,
+    shuffle: bool = False,
+    skip: int = 0,
+    limit: int | None = None,
+    unit_size: int = UNIT_SIZE,
+    reuse: Sequence[Path] = (),
+    dry_run: bool = False,
+) -> GenerateSummary:
+    """Sample `samples` pairs of responses to each query and commit them to `data` as round `round`.
+
+    Resumes where an earlier call stopped; calls in other processes share the work. `dry_run` samples and writes nothing
+    and returns what the prompts look like. Raises UsageError for anything wrong with the input, before an engine is
+    started, or where the round was begun with other settings.
+    """
+    check_numbers(samples=samples, max_query_tokens=max_query_tokens, unit_size=unit_size, limit=limit or 1)
+    if samples > 1 and sampling.temperature == 0:
+        raise UsageError(f"--samples {samples} with --temperature 0 would sample the same response {samples} times")
+    engine_name, arguments = choose_engine(engine), dict(engine_args or {})
+    check_model(model)
+    adapter_info = check_adapter(adapter, model) if adapter else None
+    check_engine_args(engine_name, arguments, adapter_info)
+    tokenizer = load_tokenizer(model, revision, note=_say)
+    principle = load_principle(principles)
+    query_set = load_queries(
+        queries,
+        reader=reader,
+        query_column=query_column,
+        prefix_words=prefix_words or DEFAULT_PREFIX_WORDS,
+        split=split,
+        chat=uses_chat(tokenizer, prompt_format),
+    )
+    prompts, counts = make_prompts(
+        tokenizer, query_set.queries, principle, prompt_format=prompt_format, max_query_tokens=max_query_tokens
+    )
+    prompts = take(prompts, shuffle_seed=seed if shuffle else None, skip=skip, limit=limit)
+    counts["queries_taken"] = len(prompts)
+    _say(
+        f"{counts['queries_read']} queries read from {query_set.source}, {counts['queries_too_long']} with more than "
+        f"{max_query_tokens} tokens dropped, {len(prompts)} taken"
+    )
+    if not prompts:
+        raise UsageError(f"no query of {query_set.source} is left; raise --max-query-tokens ({max_query_tokens})")
+    identity = {
+        "round": round,
+        "policy": policy_name(model, adapter, revision),
+        "principle": principle.digest,
+        "samples": samples,
+        "seed": seed,
+        **asdict(sampling),
+    }
+    plan = Plan(
+        round=round,
+        seed=seed,
+        samples=samples,
+        sampling=sampling,
+        policy=identity["policy"],
+        principle=principle,
+        units=make_units(prompts, unit_size, identity),
+        settings={
+            **identity,
+            "stop": list(sampling.stop),
+            "queries": query_set.digest,
+            "reader": reader,
+            "query_column": query_column,
+            "prefix_words": prefix_words,
+            "prompt_format": prompt_format,
+            "max_query_tokens": max_query_tokens,
+            "shuffle": shuffle,
+            "skip": skip,
+            "limit": limit,
+            "unit_size": unit_size,
+        },
+        counts=counts,
+    )
+    _check_length(plan, max_positions(model, revision), model)
+    if dry_run:
+        return GenerateSummary(rows=plan.rows, counts=counts, dry_run=_show(plan, tokenizer))
+    spec = EngineSpec(
+        model=model,
+        revision=revision,
+        adapter=adapter_info,
+        tokenizer=tokenizer,
+        end_ids=end_ids(model, tokenizer, revision),
+        max_length=plan.longest,
+        dtype=dtype,
+    )
+    found = Reuse(reuse, plan, data) if reuse else None
+    store = Store(data)
+    _freeze(store, plan, {"model": str(model), "adapter": adapter, "queries": query_set.source, "engine": engine_name})
+    return sample_round(
+        store, plan, lambda: make_engine(engine_name, spec, arguments), plan.provenance(engine_name, dtype), found
+    )
+
+
+def sample_round(
+    store: Store,
+    plan: Plan,
+    start_engine: Callable[[], Engine],
+    provenance: Mapping[str, Any],
+    reuse: Reuse | None = None,
+) -> GenerateSummary:
+    """Sample and commit what is left of a plan. The engine is started when there is something to sample, and closed."""
+    summary = GenerateSummary(rows=plan.rows, counts=plan.counts)
+    pending = [unit for unit in plan.units if not store.is_committed(KIND, plan.round, unit.id)]
+    summary.rows_done_before = plan.rows - sum(map(plan.rows_of, pending))
+    began = time.monotonic()
+    with (
+        Progress("generate", 2 * plan.rows, "responses", done=2 * summary.rows_done_before) as progress,
+        _EngineHolder(start_engine) as engine,
+    ):
+        announced: set[str] = set()
+        while pending:
+            collector = _Collector(store, plan, provenance, reuse, progress, summary)
+            with collector:
+                for request, completion in engine.sample(collector.units(pending), plan.sampling):
+                    collector.add(request, completion)
+            if len(collector.locked) == len(pending):
+                _announce(store, plan, collector.locked, announced, progress)
+                time.sleep(POLL_SECONDS)
+            pending = collector.locked
+        progress.note(_result(summary, time.monotonic() - began))
+    return summary
+
+
+class _EngineHolder:
+    """Starts the engine with the first unit that needs it, so that a finished round starts none."""
+
+    def __init__(self, start: Callable[[], Engine]) -> None:
+        self._start = start
+        self._engine: Engine | None = None
+
+    def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
+        first = next(units, None)
+        if first is None:
+            return
+        if self._engine is None:
+            self._engine = self._start()
+        yield from self._engine.sample(itertools.chain([first], units), sampling)
+
+    def __enter__(self) -> "_EngineHolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+
+@dataclass
+class _OpenUnit:
+    """A claimed unit whose responses are coming in: rows by number, each row's completions by arm."""
+
+    unit: Unit
+    claim: ExitStack
+    missing: int
+    reused: dict[int, dict[str, Any]] = field(default_factory=dict)
+    sampled: dict[tuple[int, str], Completion] = field(default_factory=dict)
+
+
+class _Collector:
+    """Claims units for the engine, gathers their responses and commits each unit that is whole."""
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        provenance: Mapping[str, Any],
+        reuse: Reuse | None,
+        progress: Progress,
+        summary: GenerateSummary,
+    ) -> None:
+        self._store, self._plan, self._provenance = store, plan, provenance
+        self._reuse, self._progress, self._summary = reuse, progress, summary
+        self._open: dict[str, _OpenUnit] = {}
+        self.locked: list[Unit] = []
+
+    def units(self, pending: Sequence[Unit]) -> Iterator[list[Request]]:
+        """The requests of each pending unit that is ours; a unit is claimed when it is asked for."""
+        for unit in pending:
+            claim = ExitStack()
+            if claim.enter_context(self._store.claim(KIND, self._plan.round, unit.id)):
+                requests = self._begin(unit, claim)
+                if requests:
+                    yield requests
+                continue
+            claim.close()
+            if self._store.is_committed(KIND, self._plan.round, unit.id):
+                self._summary.rows_by_others += self._plan.rows_of(unit)
+                self._progress.advance(2 * self._plan.rows_of(unit))
+            else:
+                self.locked.append(unit)
+
+    def add(self, request: Request, completion: Completion) -> None:
+        """Take in one response; the last one of a unit commits it."""
+        unit_id, row, arm = request.key
+        opened = self._open[unit_id]
+        opened.sampled[row, arm] = completion
+        opened.missing -= 1
+        self._summary.tokens += len(completion.ids)
+        self._progress.advance(1)
+        if not opened.missing:
+            self._commit(opened)
+
+    def __enter__(self) -> "_Collector":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for opened in self._open.values():
+            opened.claim.close()
+
+    def _begin(self, unit: Unit, claim: ExitStack) -> list[Request]:
+        opened = _OpenUnit(unit, claim, 0)
+        self._open[unit.id] = opened
+        requests = []
+        for row in range(self._plan.rows_of(unit)):
+            earlier = self._reuse.row(*self._plan.prompt_of(unit, row)) if self._reuse else None
+            if earlier is not None:
+                opened.reused[row] = earlier
+                self._progress.advance(2)
+            else:
+                requests += [self._plan.request(unit, row, arm) for arm in ARMS]
+        opened.missing = len(requests)
+        if not requests:
+            self._commit(opened)
+        return requests
+
+    def _commit(self, opened: _OpenUnit) -> None:
+        plan, unit = self._plan, opened.unit
+        rows = [opened.reused.get(row) or self._row(opened, row) for row in range(plan.rows_of(unit))]
+        table = pa.Table.from_pylist(rows, schema=RESPONSES)
+        self._store.commit(KIND, plan.round, unit.id, table, self._provenance)
+        self._summary.rows_reused += len(opened.reused)
+        self._summary.rows_sampled += len(rows) - len(opened.reused)
+        del self._open[unit.id]
+        opened.claim.close()
+
+    def _row(self, opened: _OpenUnit, row: int) -> dict[str, Any]:
+        prompt, sample = self._plan.prompt_of(opened.unit, row)
+        values: dict[str, Any] = {
+            "query_id": prompt.query.id,
+            "round": self._plan.round,
+            "sample": sample,
+            "x": to_text(prompt.query.x),
+            "x_ids": list(prompt.x_ids),
+            "principle": self._plan.principle.text,
+            "policy": self._plan.policy,
+            "seed": self._plan.seed,
+            "reference": prompt.query.reference,
+        }
+        for arm in ARMS:
+            completion = opened.sampled[row, arm]
+            values |= {
+                arm: completion.text,
+                f"{arm}_ids": completion.ids,
+                f"{arm}_finish": completion.finish,
+                f"{arm}_empty": not completion.text.strip(),
+                f"{arm}_logps": completion.logps,
+            }
+        return values
+
+
+def _freeze(store: Store, plan: Plan, notes: dict[str, Any]) -> None:
+    """Freeze the round's settings at its first start; later starts must have the same."""
+    ours = plan.manifest({**notes, "machine": f"{platform.machine()}, {platform.system()}"})
+    theirs = store.save_manifest(ours)
+    if differences := ours.differences(theirs):
+        raise UsageError(
+            f"round {plan.round} of {store.root} was begun with other settings: {'; '.join(differences)}; "
+            "use the same settings, another --round or another --data"
+        )
+
+
+def _check_length(plan: Plan, positions: int | None, model: str) -> None:
+    if positions is not None and plan.longest > positions:
+        prompt = plan.longest - plan.sampling.max_new_tokens
+        raise UsageError(
+            f"the longest prompt has {prompt} tokens and --max-new-tokens is {plan.sampling.max_new_tokens}, together "
+            f"over the {positions} positions of {model}; lower --max-new-tokens or --max-query-tokens"
+        )
+
+
+def _show(plan: Plan, tokenizer: Any) -> str:
+    prompt = plan.units[0].prompts[0]
+    lines = [f"query {prompt.query.id}, 1 of {plan.counts['queries_taken']}; policy {plan.policy}"]
+    for arm, name in (("y", "plain prompt x"), ("y_prompt", "guided prompt [p, x]")):
+        ids = list(prompt.ids(arm))  # type: ignore[arg-type]
+        lines += ["", f"{name}, {len(ids)} tokens:", tokenizer.decode(ids), f"ids: {ids}"]
+    return "\n".join(lines)
+
+
+def _announce(store: Store, plan: Plan, locked: list[Unit], announced: set[str], progress: Progress) -> None:
+    """Say once for each other process that this one waits for it."""
+    for unit in locked:
+        holder = store.holder(KIND, plan.round, unit.id)
+        if holder and holder not in announced:
+            announced.add(holder)
+            progress.note(f"waiting for units of round {plan.round} locked by {holder}")
+
+
+def _result(summary: GenerateSummary, seconds: float) -> str:
+    parts = [f"{summary.rows_sampled} pairs sampled ({summary.tokens} tokens, {summary.tokens / seconds:.0f} tokens/s)"]
+    for count, what in (
+        (summary.rows_reused, "reused"),
+        (summary.rows_done_before, "done before"),
+        (summary.rows_by_others, "sampled by other processes"),
+    ):
+        if count:
+            parts.append(f"{count} {what}")
+    return ", ".join(parts)
+
+
+def _say(message: str) -> None:
+    print(f"generate: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,144 @@
+"""Rows from a file or the hub: Parquet, JSONL, JSON, CSV or a dataset id. Knows nothing of queries.
+
+Every fault names the file and the line or row, and what to do.
+"""
+
+import csv
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import UsageError
+
+FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv"}
+_HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one source, its columns, and how to call a row in a message ('line 7', 'row 7')."""
+
+    source: str
+    digest: str
+    columns: tuple[str, ...]
+    rows: Sequence[dict[str, Any]]
+    places: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def read_rows(source: str | Path, split: str | None = None) -> Rows:
+    """All rows of a Parquet, JSONL, JSON or CSV file, or of a hub dataset `owner/name[:configuration]`.
+
+    split: which split of a hub dataset, `train` if not given; refused for a file. Raises UsageError.
+    """
+    path = Path(source)
+    if path.is_dir():
+        raise UsageError(f"{source} is a directory; give one file of it ({', '.join(FORMATS)})")
+    if not path.exists():
+        if path.suffix in FORMATS or not _HUB_ID.match(str(source)) or str(source).startswith("."):
+            raise UsageError(f"{source} does not exist; give a file ({', '.join(FORMATS)}) or a hub dataset id")
+        return _read_hub(str(source), split or "train")
+    if split is not None:
+        raise UsageError(f"--split is for a hub dataset; {source} is a file")
+    if path.suffix not in FORMATS:
+        raise UsageError(f"{source} has an unknown format {path.suffix!r}; known are {', '.join(FORMATS)}")
+    if path.stat().st_size == 0:
+        raise UsageError(f"{source} is empty")
+    read = {"parquet": _read_parquet, "jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv}
+    rows, places = read[FORMATS[path.suffix]](path)
+    if not rows:
+        raise UsageError(f"{source} has no rows")
+    columns = tuple(dict.fromkeys(column for row in rows for column in row))
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Rows(str(source), digest, columns, rows, places)
+
+
+def _read_parquet(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.ParquetFile(path).read().to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UsageError(f"{path} is no whole Parquet file: {error}") from error
+    return rows, _numbered("row", len(rows))
+
+
+def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    rows, places = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{path} line {number} is no valid JSON: {error}; correct or remove the line") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{path} line {number} is a JSON {type(row).__name__}, not an object with fields")
+        rows.append(row)
+        places.append(f"line {number}")
+    return rows, places
+
+
+def _read_json(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """A JSON array of objects; a file of one object a line is read as JSONL."""
+    content = path.read_bytes()
+    if not content.lstrip().startswith(b"["):
+        return _read_jsonl(path)
+    try:
+        rows = json.loads(content)
+    except ValueError as error:
+        raise UsageError(f"{path} is no valid JSON: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UsageError(f"{path} row {number} is a JSON {type(row).__name__}, not an object with fields")
+    return rows, _numbered("row", len(rows))
+
+
+def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    csv.field_size_limit(sys.maxsize)
+    rows, places = [], []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UsageError(
+                        f"{path} line {reader.line_num} does not have the {len(reader.fieldnames or [])} fields "
+                        "of the header"
+                    )
+                rows.append(row)
+                places.append(f"line {reader.line_num}")
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} line {len(rows) + 2} is no valid CSV: {error}") from error
+    return rows, places
+
+
+def _read_hub(source: str, split: str) -> Rows:
+    from datasets import load_dataset
+
+    name, _, configuration = source.partition(":")
+    try:
+        dataset = load_dataset(name, configuration or None, split=split)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"cannot load split {split!r} of the hub dataset {source} (and no such file exists): {reason}"
+        ) from error
+    rows = dataset.to_list()
+    if not rows:
+        raise UsageError(f"split {split!r} of the hub dataset {source} has no rows")
+    digest = hashlib.sha256(f"{source}/{split}/{dataset._fingerprint}".encode()).hexdigest()
+    return Rows(f"{source}/{split}", digest, tuple(dataset.column_names), rows, _numbered("row", len(rows)))
+
+
+def _numbered(kind: str, count: int) -> list[str]:
+    return [f"{kind} {number}" for number in range(1, count + 1)]

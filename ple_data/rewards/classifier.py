@@ -1,0 +1,199 @@
+"""A sequence classifier of transformers as reward model, from a directory or the hub.
+
+One chosen output of the classification head, raw (no sigmoid or softmax), is the reward.
+"""
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ple_data.digests import policy_name
+from ple_data.rewards.texts import Encoded, encode, resolve_join
+from schemas.errors import PleError, UsageError
+
+DEFAULT_BATCH_TOKENS = 16384
+"""Tokens of one batch, padding counted: enough to keep a GPU busy, small enough for a 7B model on 24 GiB."""
+_NO_LIMIT = 10**6
+"""Tokenizers without a limit of their own report a huge number as model_max_length."""
+
+
+class ClassifierReward:
+    """AutoModelForSequenceClassification with its own tokenizer, attention mask and padding.
+
+    Rows are batched by length under a token budget, and a row's reward does not depend on its batch beyond
+    rounding (1e-4 in float32).
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        output_index: int | None = None,
+        join: str = "auto",
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        device: str = "auto",
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        """Load the model. Raises UsageError where it is no classifier or the output to use is not clear."""
+        import torch
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._tokenizer, self._model = _load(model, dtype=getattr(torch, dtype), device=device)
+        self._device = device
+        config = self._model.config
+        self._index = _output_index(config, output_index, model)
+        self._join = resolve_join(join, self._tokenizer)
+        self._max_length = _max_length(self._tokenizer, config)
+        self._batch_tokens = batch_tokens
+        self._pad_id = _pad_id(config)
+        self._takes = inspect.signature(self._model.forward).parameters.keys()
+        self.truncated = 0
+        self.name = policy_name(model)
+        if config.num_labels > 1:
+            self.name += f"[{self._index}]"
+        if self._join != resolve_join("auto", self._tokenizer):
+            self.name += f"+{self._join}"
+
+    def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
+        encoded = [encode(self._tokenizer, x, y, join=self._join, max_length=self._max_length) for x, y in rows]
+        for (x, y), item in zip(rows, encoded, strict=True):
+            if not item.ids:
+                raise PleError(f"the reward model's tokenizer makes no token of x {x!r} and y {y!r}")
+        rewards = [0.0] * len(rows)
+        for batch in _batches([len(item.ids) for item in encoded], self._batch_tokens):
+            for row, reward in zip(batch, self._forward([encoded[row] for row in batch]), strict=True):
+                rewards[row] = reward
+        self.truncated += sum(item.cut for item in encoded)
+        return rewards
+
+    def _forward(self, batch: list[Encoded]) -> list[float]:
+        """Rewards of one batch; the arrays are (rows, longest row)."""
+        import torch
+
+        left = self._tokenizer.padding_side == "left"
+        longest = max(len(item.ids) for item in batch)
+        pad_id = self._pad_id if self._pad_id is not None else self._free_pad_id(batch)
+
+        def padded(rows: list[list[int]], fill: int) -> Any:
+            gaps = [[fill] * (longest - len(row)) for row in rows]
+            full = [gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)]
+            return torch.tensor(full, device=self._device)
+
+        ids = [item.ids for item in batch]
+        inputs = {
+            "input_ids": padded(ids, pad_id),
+            "attention_mask": padded([[1] * len(row) for row in ids], 0),
+        }
+        if left and "position_ids" in self._takes:
+            inputs["position_ids"] = padded([list(range(len(row))) for row in ids], 0)
+        types = [item.token_type_ids for item in batch if item.token_type_ids is not None]
+        if types and "token_type_ids" in self._takes:
+            inputs["token_type_ids"] = padded(types, 0)
+        try:
+            with torch.inference_mode():
+                logits = self._model(**inputs).logits
+        except torch.cuda.OutOfMemoryError as error:
+            raise PleError(
+                f"the GPU has too little memory for a reward batch of {len(batch)} × {longest} tokens: "
+                f"lower --batch-tokens (now {self._batch_tokens})"
+            ) from error
+        return logits[:, self._index].float().tolist()
+
+    def _free_pad_id(self, batch: list[Encoded]) -> int:
+        """A padding id for a model whose config names none.
+
+        Such a model takes its reward at the last token of a text. In a batch, classifiers of the Llama and
+        GPT-2 kind find that token as the last that differs from config.pad_token_id, so an id serves for
+        padding exactly if no text of the batch ends with it: end-of-text, a common choice, would not.
+        """
+        endings = {item.ids[-1] for item in batch}
+        preferred = [i for i in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if i is not None]
+        pad_id = next(i for i in itertools.chain(preferred, itertools.count()) if i not in endings)
+        for config in (self._model.config, self._model.config.get_text_config()):
+            config.pad_token_id = pad_id
+        return pad_id
+
+
+def _load(model: str, *, dtype: Any, device: str) -> tuple[Any, Any]:
+    """Tokenizer and model, in evaluation mode, on the device."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise UsageError(f"reward model {model}: the directory has no config.json, so it is no model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        with _quiet():
+            loaded, info = AutoModelForSequenceClassification.from_pretrained(
+                model, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"reward model {model}: neither a URL, nor file.py:function, nor a model that transformers "
+            f"can load as a sequence classifier ({_first_line(error)})"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UsageError(
+            f"reward model {model} is no trained sequence classifier: its files lack "
+            f"{', '.join(missing[:3])}, which would be random numbers; "
+            "name a reward model, such as one that `ple reward` trained"
+        )
+    return tokenizer, loaded.to(device).eval()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' own report on missing weights: ours is an error."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _output_index(config: Any, chosen: int | None, model: str) -> int:
+    labels = ", ".join(f"{index} = {name}" for index, name in sorted(config.id2label.items()))
+    if chosen is None:
+        if config.num_labels == 1:
+            return 0
+        raise UsageError(
+            f"reward model {model} has {config.num_labels} outputs ({labels}): "
+            "choose the one that is the reward with --output-index"
+        )
+    if not 0 <= chosen < config.num_labels:
+        raise UsageError(f"reward model {model} has no output {chosen}: --output-index is one of {labels}")
+    return chosen
+
+
+def _max_length(tokenizer: Any, config: Any) -> int | None:
+    """The longest input in tokens: the smaller of the tokenizer's and the model's limit; None if neither."""
+    limits = (tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None))
+    known = [limit for limit in limits if limit is not None and 0 < limit < _NO_LIMIT]
+    return min(known, default=None)
+
+
+def _pad_id(config: Any) -> int | None:
+    """The padding id that the model itself skips when it looks for the last token; None if it names none."""
+    pad_id = config.get_text_config().pad_token_id
+    return pad_id if pad_id is not None and pad_id >= 0 else None
+
+
+def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Row numbers in batches, longest rows first, rows × longest at most batch_tokens (one row at least)."""
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // lengths[order[start]])
+        yield order[start : start + size]
+        start += size
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

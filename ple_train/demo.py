@@ -1,0 +1,158 @@
+"""`ple demo`: the whole job on a toy world of film reviews, through the same child processes as a real run.
+
+A small language model is trained from nothing, a reward model from labelled reviews, then the recipe is run: SFT and
+rounds of ple-gen, ple-score and ple-train. Everything shown is measured here. Every step is skipped when it is done.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ple_train import toyworld
+from ple_train.child import run_child
+from ple_train.evaluate import Interval, bootstrap_mean, perplexity, sample_responses
+from ple_train.rounds import find_program, refuse_failure
+
+SEED = 0
+UNSEEN = 400
+MAX_NEW_TOKENS = 80
+PRETRAINING_REVIEWS, LABELLED, FINE_TUNING, HELD_OUT = 8000, 2400, 4000, 400
+QUERIES_PER_ROUND = 256
+
+
+def demo(output: Path, *, rounds: int) -> str:
+    """Runs what is left of the demo in `output` and gives its closing report."""
+    recipe = _write_world(output, rounds)
+    _ple("sft", "--model", output / "untrained", "--data", output / "data" / "reviews.jsonl", "--output", output / "base",
+         "--full", "--learning-rate", 2e-3, "--schedule", "cosine", "--warmup-steps", 20, "--batch-size", 32)  # fmt: skip
+    _ple("run", recipe)
+    measures = [_measured(output, t) for t in range(-1, rounds)]
+    by_round = _by_round(output / "run" / "data")
+    _draw(output / "learning-curve.png", by_round, measures)
+    return _report(output, by_round, measures)
+
+
+def _write_world(output: Path, rounds: int) -> Path:
+    """Data, untrained model and recipe; the same bytes each time."""
+    from ple_data.principles import load_principle
+    from schemas.files import write_atomic
+
+    data = output / "data"
+    every = toyworld.openings()
+    unseen, seen = every[::5][:UNSEEN], [x for index, x in enumerate(every) if index % 5]
+    principle = load_principle("imdb").text
+    reviews = toyworld.reviews(SEED, seen)
+    pretraining = list(itertools.islice(reviews, PRETRAINING_REVIEWS))
+    toyworld.write_rows(data / "reviews.jsonl", [{"x": review.opening, "y": review.body} for review in pretraining])
+    toyworld.write_rows(data / "labels.jsonl", list(itertools.islice(_labelled(reviews), LABELLED)))
+    toyworld.write_rows(data / "unseen-labels.jsonl", list(itertools.islice(_labelled(reviews), HELD_OUT)))
+    plain = [{"x": r.opening, "y": r.body} for r in itertools.islice(reviews, FINE_TUNING // 2)]
+    praise = (r for r in reviews if r.polarity >= 0.5)
+    guided = [{"x": f"{principle}\n{r.opening}", "y": r.body} for r in itertools.islice(praise, FINE_TUNING // 2)]
+    toyworld.write_rows(data / "sft.jsonl", [*plain, *guided])
+    toyworld.write_rows(data / "queries.jsonl", [{"x": x} for x in seen])
+    toyworld.write_rows(data / "unseen.jsonl", [{"x": x} for x in unseen])
+    held_out = itertools.islice(toyworld.reviews(SEED + 1, unseen), HELD_OUT)
+    toyworld.write_rows(data / "held-out.jsonl", [{"x": r.opening, "y": r.body} for r in held_out])
+    if not (output / "untrained" / "config.json").exists():
+        corpus = [principle, *(review.text for review in pretraining)]
+        toyworld.write_untrained_model(output / "untrained", corpus, SEED)
+    recipe = output / "recipe.yaml"
+    write_atomic(recipe, RECIPE.format(output=json.dumps(str(output))[1:-1], rounds=rounds, seed=SEED))
+    return recipe
+
+
+RECIPE = """\
+# What `ple demo` runs. Try your own: ple run recipe.yaml --set run_dir=another --set tau0=1.0
+model: "{output}/base"
+queries: "{output}/data/queries.jsonl"
+principles: imdb
+run_dir: "{output}/run"
+rounds: {rounds}
+queries_per_round: 256
+seed: {seed}
+reward:
+  model: "{output}/base"
+  data: "{output}/data/labels.jsonl"
+  full: true
+  learning_rate: 5e-4
+sft: # half plain reviews; half principle + opening -> a review that praises, so that the base knows the principle
+  data: "{output}/data/sft.jsonl"
+  learning_rate: 3e-3
+gen:
+  engine: hf
+  max_new_tokens: 80
+train:
+  learning_rate: 1e-3
+  trust_region: 0.3
+"""
+
+
+def _labelled(reviews: Iterator[toyworld.Review]) -> Iterator[dict[str, Any]]:
+    return ({"text": r.text, "label": int(r.polarity > 0)} for r in reviews if r.polarity != 0)
+
+
+def _ple(*words: object) -> None:
+    command = [find_program("ple", "the demo"), *(str(word) for word in words)]
+    print(f"demo: {shlex.join(command)}", file=sys.stderr, flush=True)
+    refuse_failure(f"ple {words[0]}", run_child(command))
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One policy on the unseen queries and reviews. Rewards are by the reward model, polarity by the grammar."""
+
+    policy: str
+    reward: Interval
+    polarity: Interval
+    grammatical: float
+    perplexity: float
+
+
+def _measured(output: Path, t: int) -> Measure:
+    """The policy after round t (-1: the start policy), measured once and kept in a file."""
+    from ple_data.rewards import load_reward_model
+    from schemas.files import write_atomic
+
+    name = "start" if t < 0 else f"round={t:03d}"
+    cache = output / "measures" / f"{name}.json"
+    if cache.exists():
+        return _from_json(cache.read_text())
+    print(f"demo: measuring the policy after {name} on {UNSEEN} unseen queries", file=sys.stderr, flush=True)
+    start, adapter = str(output / "run" / "sft"), None if t < 0 else str(output / "run" / "policy" / name)
+    queries = [json.loads(line)["x"] for line in (output / "data" / "unseen.jsonl").read_text().splitlines()]
+    responses = sample_responses(start, queries, adapter=adapter, engine="hf", max_new_tokens=MAX_NEW_TOKENS, seed=SEED)
+    rewards = load_reward_model(str(output / "run" / "reward")).score(list(zip(queries, responses, strict=True)))
+    verdicts = [toyworld.judge(response) for response in responses]
+    measure = Measure(
+        name,
+        bootstrap_mean(rewards),
+        bootstrap_mean([verdict.polarity for verdict in verdicts]),
+        sum(verdict.grammatical for verdict in verdicts) / len(verdicts),
+        perplexity(start, output / "data" / "held-out.jsonl", adapter=adapter),
+    )
+    cache.parent.mkdir(exist_ok=True)
+    write_atomic(cache, json.dumps(asdict(measure), indent=1))
+    return measure
+
+
+def _from_json(text: str) -> Measure:
+    values = json.loads(text)
+    intervals = {name: Interval(**values.pop(name)) for name in ("reward", "polarity")}
+    return Measure(**values, **intervals)
+
+
+def _accuracy(output: Path) -> float:
+    """Share of unseen labelled reviews that the reward model gets right."""
+    from ple_data.rewards import load_reward_model
+
+    rows = [json.loads(line) for line in (output / "data" / "unseen-labels.jsonl").read_text().splitlines()]
+    rewards = load_reward_model(str(output / "run" / "reward")).score([("", row["text"]) for row in rows])
+    return sum((reward > 0) == bool(row["label"]) for reward, row in zip(rewards, rows, strict=True)) / len(rows)

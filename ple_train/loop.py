@@ -1,0 +1,174 @@
+"""One training loop, read top to bottom; SFT, reward and PLE training are its users.
+
+It knows steps, gradients, checkpoints and metrics. It never reads data and never computes a loss: the stream
+gives global batches, the objective gives the loss of a micro-batch, already divided by its global batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ple_data.progress import Progress
+from ple_train.batches import MicroBatch, Stream, micro_batches
+from ple_train.checkpoint import Checkpoints
+from schemas.errors import PleError
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How to step. `schedule` is `constant` or `cosine` (to 0 at the last step), after a linear warm-up."""
+
+    learning_rate: float
+    epochs: int = 1
+    seed: int = 0
+    precision: str = "float32"
+    microbatch_tokens: int = 8192
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    checkpoint_every: int = 100
+
+
+class Objective(Protocol):
+    """A loss on micro-batches. `sums` are added up over micro-batches and processes; `summarise` makes metrics."""
+
+    sums: tuple[str, ...]
+    packed: bool  # whether sequences of a micro-batch lie behind one another, without padding
+    remedy: str  # what may help when the loss stops being finite
+
+    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]: ...
+
+    def summarise(self, sums: dict[str, float]) -> dict[str, float]: ...
+
+
+def learning_rate_at(step: int, total: int, settings: LoopSettings) -> float:
+    """Learning rate of a step counted from 0."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_accelerator(precision: str, report_to: str | None = None, directory: Path | None = None) -> Any:
+    """The `Accelerator` of this process, one of one or of many (torchrun, accelerate launch).
+
+    report_to: `tensorboard` or `wandb`; the tracker writes below `directory`.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    broadcast = DistributedDataParallelKwargs(broadcast_buffers=False)
+    mixed = "bf16" if precision == "bf16" else "no"
+    return Accelerator(
+        mixed_precision=mixed,
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[broadcast],
+        log_with=report_to,
+        project_dir=directory,
+    )
+
+
+def train_loop(
+    accelerator: Any,
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    stream: Stream,
+    objective: Objective,
+    settings: LoopSettings,
+    checkpoints: Checkpoints,
+    report: Callable[[dict[str, Any]], None] = lambda metrics: None,
+) -> list[dict[str, Any]]:
+    """Train to the end, going on from the newest checkpoint → metrics of every step.
+
+    Raises PleError when the loss or the gradient is not finite; the last good checkpoint stays.
+    """
+    decay = settings.weight_decay
+    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=decay)
+    done, history = checkpoints.restore(parameters, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    total = stream.steps_per_epoch * settings.epochs
+    model.train()
+
+    main = accelerator.is_main_process
+    with Progress("training", total, "steps", done=done) if main else nullcontext() as progress:
+        while done < total:
+            epoch, start = divmod(done, stream.steps_per_epoch)
+            for sequences, divisor in stream.batches(epoch, start):
+                began = time.perf_counter()
+                torch.manual_seed(_step_seed(settings.seed, done, accelerator.process_index))  # dropout, if any
+                mine = micro_batches(
+                    sequences,
+                    divisor,
+                    settings.microbatch_tokens,
+                    accelerator.num_processes,
+                    accelerator.process_index,
+                    packed=objective.packed,
+                )
+                rate = learning_rate_at(done, total, settings)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                sums = dict.fromkeys(("loss", *objective.sums), 0.0)
+                for number, batch in enumerate(mine, start=1):
+                    with accelerator.no_sync(model) if number < len(mine) else nullcontext():
+                        with accelerator.autocast():
+                            loss, parts = objective(model, batch, done)
+                        accelerator.backward(loss * accelerator.num_processes)  # processes average: make it a sum
+                    sums["loss"] += loss.item()
+                    for name, value in parts.items():
+                        sums[name] += value
+                sums = _over_processes(sums, accelerator)
+                norm = float(accelerator.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm))
+                if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
+                    raise PleError(_not_finite(done, sums["loss"], norm, checkpoints.newest(), objective.remedy))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+                done += 1
+                metrics = {
+                    "step": done,
+                    "epoch": epoch,
+                    "learning_rate": rate,
+                    "loss": sums["loss"],
+                    "grad_norm": norm,
+                    "seconds": time.perf_counter() - began,
+                    **objective.summarise(sums),
+                }
+                metrics["tokens_per_second"] = sum(len(s.ids) for s in sequences) / metrics["seconds"]
+                history.append(metrics)
+                report(metrics)
+                if progress:
+                    progress.advance(1, f"loss {metrics['loss']:.4f}")
+                due = done % settings.checkpoint_every == 0
+                if main and (due or done == total):
+                    checkpoints.save(done, parameters, optimizer, history)
+    accelerator.wait_for_everyone()
+    return history
+
+
+def _step_seed(seed: int, step: int, process: int) -> int:
+    return int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0])
+
+
+def _over_processes(sums: dict[str, float], accelerator: Any) -> dict[str, float]:
+    if accelerator.num_processes == 1:
+        return sums
+    values = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
+    return dict(zip(sums, accelerator.reduce(values, "sum").tolist(), strict=True))
+
+
+def _not_finite(step: int, loss: float, norm: float, newest: Path | None, remedy: str) -> str:
+    kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint had been written yet"
+    return f"step {step + 1}: the loss is {loss} and its gradient's norm {norm}; stopped, {kept}. {remedy}"

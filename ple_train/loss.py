@@ -1,0 +1,141 @@
+"""The math on tokens (Eqs. 1, 3, 4, 6): pure functions, tensors in, tensors out.
+
+Every term of the PLE loss is linear in log-probabilities, with one coefficient per response that depends on the
+stored row alone (`ple_data.partition` computes it). So the loss is one weighted sum of response log-probabilities.
+This module never reads rows, never logs, and never holds the logits of more than one chunk of tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGITS_PER_CHUNK = 1 << 21
+"""Logits alive at once: 8 MiB in float32 whatever the vocabulary, so that they stay in a processor's cache."""
+
+
+class _TokenLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T + bias)[target], chunk by chunk; the logits are computed again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.scale, ctx.softcap = scale, softcap
+        logps = hidden.new_empty(len(targets), dtype=_at_least_float32(hidden))
+        for rows in _chunks(len(targets), weight.shape[0]):
+            logits = _logits(hidden[rows], weight, bias, scale, softcap)
+            logps[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(1)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, targets = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = weight.new_zeros(weight.shape, dtype=_at_least_float32(weight)) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        for rows in _chunks(len(targets), weight.shape[0]):
+            logits = _logits(hidden[rows], weight, bias, ctx.scale, ctx.softcap)
+            grad = logits.softmax(1).mul_(-grad_logps[rows, None])  # d logp / d logits = onehot - softmax
+            grad.scatter_add_(1, targets[rows, None], grad_logps[rows, None])
+            if ctx.softcap:
+                grad.mul_(1 - (logits / ctx.softcap).square())
+            grad = grad.mul_(ctx.scale).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ weight.to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[rows]
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            grad_bias,
+            None,
+            None,
+            None,
+        )
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Log-probability of each target token, fused with the output layer.
+
+    hidden [n, d], weight [V, d], targets [n] int64, bias [V] or None → [n], in nats, float32 (float64 for float64
+    inputs). logits = scale * (hidden @ weight.T + bias), then softcap * tanh(logits / softcap) when softcap is set.
+    At most `LOGITS_PER_CHUNK` logits exist at a time, forward and backward. Under autocast the products run in
+    the autocast type.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _TokenLogps.apply(hidden, weight, bias, targets, scale, softcap)  # type: ignore[no-any-return]
+
+
+def sum_by_response(values: Tensor, responses: Tensor, count: int) -> Tensor:
+    """Sum token values [n] into their responses (responses [n] int64 in [0, count)) → [count]."""
+    return values.new_zeros(count).index_add(0, responses, values)
+
+
+def weighted_loss(sum_logps: Tensor, coefficients: Tensor, pairs: int) -> Tensor:
+    """Eq. 6 (and, through its coefficients, Eqs. 3 and 4) over responses, divided by the pairs of the global batch.
+
+    sum_logps [r]: sum_j log pi(token_j | earlier tokens, x) in nats; coefficients [r]: c from
+    `ple_data.partition.partition` → scalar: - sum c * sum_logps / pairs.
+    """
+    return -(coefficients * sum_logps).sum() / pairs
+
+
+def sft_loss(logps: Tensor, tokens: int) -> Tensor:
+    """Eq. 1 as a mean: - sum of response-token log-probabilities / response tokens of the global batch."""
+    return -logps.sum() / tokens
+
+
+def trust_region(coefficients: Tensor, drift: Tensor, delta: float) -> Tensor:
+    """Coefficients with 0 where a response has already drifted more than delta in the direction it is pushed.
+
+    coefficients [r]; drift [r]: mean log-probability now less that of the start policy, nats/token; delta > 0.
+    Not in the paper: an option that bounds Eq. 6 below.
+    """
+    gone = ((coefficients < 0) & (drift < -delta)) | ((coefficients > 0) & (drift > delta))
+    return coefficients.masked_fill(gone, 0.0)
+
+
+def preference_loss(chosen: Tensor, rejected: Tensor, pairs: int) -> Tensor:
+    """Bradley-Terry: - sum log sigmoid(r_chosen - r_rejected) / pairs; rewards [n] each → scalar."""
+    return -torch.nn.functional.logsigmoid(chosen - rejected).sum() / pairs
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+    logits = torch.nn.functional.linear(
+        hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    )
+    logits = logits.to(_at_least_float32(hidden)) * scale
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    size = max(1, LOGITS_PER_CHUNK // vocabulary)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

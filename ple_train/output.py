@@ -1,0 +1,183 @@
+"""The directory that a training command writes: locked while it runs, complete when `ple.json` is there.
+
+`.ple/` inside it holds the lock and the checkpoints. It never trains and never loads a model.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ple_train.checkpoint import Checkpoints, refuse_other_settings
+from schemas.errors import LockedError, PleError, UsageError
+from schemas.files import fsync_dir, sha256_file, write_atomic
+
+RECORD = "ple.json"
+RECORD_VERSION = 1
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
+LAST = ("adapter_config.json", "config.json")
+"""Moved into place after the other files: their presence is what other tools take for a finished model."""
+
+
+class Output:
+    """One output directory as a context manager: takes the lock, offers checkpoints, publishes the result."""
+
+    def __init__(
+        self,
+        directory: Path,
+        kind: str,
+        settings: dict[str, Any],
+        accelerator: Any,
+        *,
+        resume: bool,
+        metrics: Path | None,
+    ) -> None:
+        self.directory, self.kind, self.accelerator = Path(directory), kind, accelerator
+        self.settings = json.loads(json.dumps(settings))
+        self.resume = resume
+        self.metrics = Path(metrics) if metrics else self.directory / "metrics.parquet"
+        self.private = self.directory / ".ple"
+        self.checkpoints = Checkpoints(self.private / "checkpoints", self.settings)
+        self.finished = False
+        self._lock: TextIO | None = None
+
+    def __enter__(self) -> Output:
+        main = self.accelerator.is_main_process
+        if main:
+            self._take_lock()
+            if not self.resume:
+                (self.directory / RECORD).unlink(missing_ok=True)
+                self.checkpoints.clear()
+        self.accelerator.wait_for_everyone()
+        record = read_record(self.directory)
+        if record is not None:
+            refuse_other_settings(self.settings, record["settings"], self.directory)
+            self.finished = True
+            if main:
+                print_to_log(f"{self.directory} is complete already ({record['steps']} steps); nothing to do")
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("ple", config={k: str(v) for k, v in self.settings.items()})
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.accelerator.end_training()
+        if self._lock:
+            self._lock.close()
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Send one step's metrics to the tracker, where one was asked for."""
+        if self.accelerator.log_with:
+            self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=metrics["step"])
+
+    def finish(self, model: Any, tokenizer: Any, history: list[dict[str, Any]], *, title: str) -> None:
+        """Publish model, tokenizer, model card, metrics and, last, the record; then drop the checkpoints."""
+        if self.accelerator.is_main_process:
+            writing = self.private / "writing"
+            shutil.rmtree(writing, ignore_errors=True)
+            _order_target_modules(model)
+            model.save_pretrained(writing)
+            tokenizer.save_pretrained(writing)
+            (writing / "README.md").write_text(model_card(title, self.settings, history))
+            names = sorted((p.name for p in writing.iterdir() if p.is_file()), key=lambda name: (name in LAST, name))
+            hashes = {name: sha256_file(writing / name) for name in names}
+            for name in names:
+                _fsync(writing / name)
+                os.replace(writing / name, self.directory / name)
+            fsync_dir(self.directory)
+            self._write_metrics(history)
+            record = {
+                "version": RECORD_VERSION,
+                "kind": self.kind,
+                "settings": self.settings,
+                "steps": len(history),
+                "files": hashes,
+                "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            }
+            write_atomic(self.directory / RECORD, json.dumps(record, indent=2) + "\n")
+            self.checkpoints.clear()
+            shutil.rmtree(writing, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _write_metrics(self, history: list[dict[str, Any]]) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(metrics_table(history), sink)
+        self.metrics.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.metrics, sink.getvalue().to_pybytes())
+
+    def _take_lock(self) -> None:
+        try:
+            self.private.mkdir(parents=True, exist_ok=True)
+            lock = open(self.private / "lock", "a+")  # noqa: SIM115 (held until exit)
+        except OSError as error:
+            raise PleError(f"--output {self.directory} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            raise LockedError(f"--output {self.directory} is locked by {holder}; wait for it to end") from error
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        self._lock = lock
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """`ple.json` of a finished output directory, else None. Raises UsageError where it is newer than this program."""
+    try:
+        record = json.loads((directory / RECORD).read_text())
+    except FileNotFoundError:
+        return None
+    if record["version"] > RECORD_VERSION:
+        raise UsageError(
+            f"{directory / RECORD} has version {record['version']}; this ple reads {RECORD_VERSION}: update it"
+        )
+    return record
+
+
+def metrics_table(history: list[dict[str, Any]]) -> pa.Table:
+    """Metrics of every step as a table: one row a step, numbers only, its version in the metadata."""
+    table = pa.Table.from_pylist(history)
+    return table.replace_schema_metadata({b"ple": json.dumps({"kind": "train_metrics", "version": 1}).encode()})
+
+
+def model_card(title: str, settings: dict[str, Any], history: list[dict[str, Any]]) -> str:
+    """A model card in the hub's format: what it is, what it was made from, with which settings."""
+    base = str(settings["model"])
+    rows = "\n".join(f"| {name} | `{value}` |" for name, value in settings.items() if value is not None)
+    return (
+        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {'transformers' if settings.get('full') else 'peft'}\n"
+        f"tags: [ple, alignment]\n---\n\n# {title}\n\n"
+        "Trained by PLE, Progressively Label Enhancement for Large Language Model Alignment (Liu, Xu, Geng, ICML 2025).\n\n"
+        f"Steps: {len(history)}. Last loss: {history[-1]['loss']:.4f}.\n\n"
+        f"| setting | value |\n| --- | --- |\n{rows}\n"
+    )
+
+
+def print_to_log(line: str) -> None:
+    """One line on stderr: stdout is for data."""
+    import sys
+
+    print(line, file=sys.stderr, flush=True)
+
+
+def _order_target_modules(model: Any) -> None:
+    """PEFT keeps the names of the adapted modules as a set, whose order in adapter_config.json differs by process."""
+    for config in getattr(model, "peft_config", {}).values():
+        if isinstance(config.target_modules, set):
+            config.target_modules = sorted(config.target_modules)
+
+
+def _fsync(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())

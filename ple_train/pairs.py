@@ -1,0 +1,197 @@
+"""Pairs of a frozen snapshot → global batches of weighted sequences. Reads committed shards; never writes.
+
+The order is a function of (seed, epoch) alone: shards are permuted, read a window at a time, and the rows of a
+window are permuted. Memory holds one window, however many rows there are. The partition (set, coefficients) comes
+from `ple_data.partition`, the one home of Eqs. 3 to 5 and 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from ple_data.partition import partition
+from ple_data.store import Shard, Store
+from ple_train.batches import Sequence
+from schemas.errors import UsageError
+
+WINDOW_ROWS = 16_384
+COLUMNS = ["query_id", "round", "s", "s_prompt", "x_ids", "y_ids", "y_prompt_ids"]
+ARMS = ("y", "y_prompt")
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the PLE objective knows of a sequence: its arm, its pair's set and age in rounds, and its coefficient."""
+
+    arm: str
+    set: str
+    age: int
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How rows become coefficients: tau_t of this round and the options of `ple_data.partition.partition`."""
+
+    tau: float
+    normalize_wsft: bool = False
+    sft_anchor: float = 0.0
+
+    def expressions(self) -> list[pl.Expr]:
+        """Columns set, c and c_prompt (and the rest of the partition)."""
+        return partition(self.tau, normalize_wsft=self.normalize_wsft, anchor=self.sft_anchor)
+
+
+@dataclass(frozen=True)
+class SnapshotShard:
+    """A committed shard of a frozen snapshot, and how many of its rows fit `max_length`."""
+
+    store: Path
+    shard: Shard
+    rows: int
+
+
+class PairStream:
+    """Global batches of `batch_size` pairs (two sequences each); the last of an epoch is short, never dropped."""
+
+    def __init__(
+        self,
+        snapshot: list[SnapshotShard],
+        round: int,
+        partition: Partition,
+        *,
+        batch_size: int,
+        seed: int,
+        max_length: int | None,
+        vocabulary: int,
+        window_rows: int = WINDOW_ROWS,
+    ) -> None:
+        self.snapshot, self.round, self.partition = snapshot, round, partition
+        self.batch_size, self.seed, self.max_length = batch_size, seed, max_length
+        self.vocabulary, self.window_rows = vocabulary, window_rows
+        self.pairs = sum(s.rows for s in snapshot)
+        self.steps_per_epoch = -(-self.pairs // batch_size)
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[list[Sequence], int]]:
+        """The epoch's batches from the start-th on: sequences, and the number of pairs they come from."""
+        pending: list[pl.DataFrame] = []
+        rows_waiting = 0
+        for window in self._windows(epoch, start * self.batch_size):
+            pending.append(window)
+            rows_waiting += window.height
+            if rows_waiting < self.batch_size:
+                continue
+            rows = pl.concat(pending)
+            whole = rows.height - rows.height % self.batch_size
+            for first in range(0, whole, self.batch_size):
+                yield self._sequences(rows[first : first + self.batch_size])
+            pending, rows_waiting = [rows[whole:]], rows.height - whole
+        if rows_waiting:
+            yield self._sequences(pl.concat(pending))
+
+    def _windows(self, epoch: int, skip: int) -> Iterator[pl.DataFrame]:
+        """Shuffled windows of rows, the first `skip` rows of the epoch left out without reading whole windows of them."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.snapshot))
+        window: list[SnapshotShard] = []
+        number = 0
+        for place, index in enumerate(order):
+            window.append(self.snapshot[index])
+            rows = sum(s.rows for s in window)
+            if rows < self.window_rows and place + 1 < len(order):
+                continue
+            if skip < rows:
+                shuffle = np.random.default_rng([self.seed, epoch, number]).permutation(rows)[skip:]
+                yield pl.concat([self._read(s) for s in window])[shuffle]
+            skip = max(0, skip - rows)
+            window, number = [], number + 1
+
+    def _read(self, part: SnapshotShard) -> pl.DataFrame:
+        table = Store(part.store).read(part.shard, columns=COLUMNS)
+        frame = pl.DataFrame(pl.from_arrow(table)).with_columns(self.partition.expressions())
+        return frame if self.max_length is None else frame.filter(fits(self.max_length))
+
+    def _sequences(self, rows: pl.DataFrame) -> tuple[list[Sequence], int]:
+        sequences = []
+        for row in rows.iter_rows(named=True):
+            for arm, coefficient in zip(ARMS, (row["c"], row["c_prompt"]), strict=True):
+                ids = np.array(row["x_ids"] + row[f"{arm}_ids"], dtype=np.int32)
+                if ids.size and ids.max() >= self.vocabulary:
+                    raise UsageError(
+                        f"query {row['query_id']!r} of round {row['round']}: {arm}_ids holds token {ids.max()}, but the "
+                        f"model's vocabulary has {self.vocabulary}; these pairs were made with another tokenizer"
+                    )
+                tag = Response(arm, row["set"], self.round - row["round"], coefficient)
+                sequence = Sequence(ids, len(row["x_ids"]), tag)
+                if sequence.response > 0:
+                    sequences.append(sequence)
+        return sequences, rows.height
+
+
+def fits(max_length: int) -> pl.Expr:
+    """Whether x with either response is at most `max_length` ids long."""
+    longest = pl.max_horizontal(pl.col("y_ids").list.len(), pl.col("y_prompt_ids").list.len())
+    return pl.col("x_ids").list.len() + longest <= max_length
+
+
+def freeze(data: list[Path], round: int, max_length: int | None) -> list[SnapshotShard]:
+    """The snapshot to train on: every committed pairs shard of rounds ≤ `round` of all stores.
+
+    Raises UsageError where a store, or a round up to `round` in all of them, has no pairs.
+    """
+    parts = []
+    for root in data:
+        store = Store(root)
+        for shard in store.shards("pairs", max_round=round):
+            rows = shard.rows
+            if max_length is not None:
+                lengths = pl.DataFrame(pl.from_arrow(store.read(shard, columns=COLUMNS[4:])))
+                rows = lengths.filter(fits(max_length)).height
+            parts.append(SnapshotShard(Path(root), shard, rows))
+    present = {part.shard.round for part in parts}
+    missing = [t for t in range(round + 1) if t not in present]
+    if missing:
+        names = ", ".join(str(path) for path in data)
+        raise UsageError(
+            f"no pairs of round {missing[0]} in {names}: generate and score it first "
+            f"(ple-gen --round {missing[0]} --reward-model R, or ple-score)"
+        )
+    if not any(part.rows for part in parts):
+        raise UsageError(f"every pair is longer than --max-length {max_length}: nothing to train on")
+    return parts
+
+
+def snapshot_record(parts: list[SnapshotShard]) -> list[dict[str, Any]]:
+    """The snapshot as JSON: which shards, with their hashes."""
+    return [
+        {
+            "store": str(p.store),
+            "round": p.shard.round,
+            "unit": p.shard.unit,
+            "sha256": p.shard.sha256,
+            "rows": p.rows,
+        }
+        for p in parts
+    ]
+
+
+def thaw(record: list[dict[str, Any]]) -> list[SnapshotShard]:
+    """The snapshot that `snapshot_record` froze. Raises UsageError where one of its shards is gone or changed."""
+    found: dict[tuple[str, int, str], Shard] = {}
+    for root in sorted({part["store"] for part in record}):
+        found |= {(root, s.round, s.unit): s for s in Store(root).shards("pairs")}
+    parts = []
+    for part in record:
+        shard = found.get((part["store"], part["round"], part["unit"]))
+        if shard is None or shard.sha256 != part["sha256"]:
+            raise UsageError(
+                f"{part['store']}: shard {part['unit']} of round {part['round']} is gone or changed since this training "
+                "began; put it back, or start again with --no-resume"
+            )
+        parts.append(SnapshotShard(Path(part["store"]), shard, part["rows"]))
+    return parts

@@ -1,0 +1,189 @@
+"""`ple reward`: a reward model from labelled texts (classifier) or from preferences (Bradley-Terry).
+
+The result is a plain `AutoModelForSequenceClassification` with its tokenizer, read by `ple-score` and by anything else.
+It never samples.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ple_data.models import check_model, load_tokenizer
+from ple_data.readers import read_rows
+from ple_data.rewards.texts import encode
+from ple_train.batches import MicroBatch, Sequence
+from ple_train.loop import LoopSettings, make_accelerator, train_loop
+from ple_train.loss import preference_loss
+from ple_train.output import Output, print_to_log
+from ple_train.policy import resolve_precision
+from ple_train.tabular import ShuffledSequences, column
+from schemas.errors import UsageError
+
+LEARNING_RATE = 5e-5
+
+
+class RewardModel(nn.Module):
+    """A sequence classifier that takes a list of sequences → logits [sequences, labels]."""
+
+    def __init__(self, model: Any, pad: int) -> None:
+        super().__init__()
+        self.model, self.pad = model, pad
+
+    def forward(self, sequences: list[Sequence]) -> Tensor:
+        device = next(self.parameters()).device
+        width = max(len(s.ids) for s in sequences)
+        ids = np.full((len(sequences), width), self.pad, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence.ids)] = sequence.ids
+            mask[row, : len(sequence.ids)] = 1
+        inputs = {
+            "input_ids": torch.from_numpy(ids).to(device),
+            "attention_mask": torch.from_numpy(mask).to(device),
+        }
+        return self.model(**inputs).logits.float()
+
+
+class LabelObjective:
+    """Cross-entropy of the labels; `tag` of a sequence is its label."""
+
+    sums = ("right", "rows")
+    packed = False
+    remedy = "Lower --learning-rate."
+
+    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]:
+        logits = model(batch.sequences)
+        labels = torch.tensor([s.tag for s in batch.sequences], device=logits.device)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum") / batch.total * batch.weight
+        right = float((logits.argmax(1) == labels).sum())
+        return loss, {"right": right * batch.weight, "rows": len(labels) * batch.weight}
+
+    def summarise(self, sums: dict[str, float]) -> dict[str, float]:
+        return {"accuracy": sums["right"] / sums["rows"]}
+
+
+class PreferenceObjective:
+    """Bradley-Terry over pairs; a sequence is a chosen text whose `tag` is the rejected one."""
+
+    sums = ("right", "rows", "margin")
+    packed = False
+    remedy = "Lower --learning-rate."
+
+    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]:
+        rewards = model([*batch.sequences, *(s.tag for s in batch.sequences)])[:, 0]
+        chosen, rejected = rewards.chunk(2)
+        loss = preference_loss(chosen, rejected, batch.total) * batch.weight
+        sums = {"right": (chosen > rejected).sum(), "rows": len(chosen), "margin": (chosen - rejected).sum()}
+        return loss, {name: float(value) * batch.weight for name, value in sums.items()}
+
+    def summarise(self, sums: dict[str, float]) -> dict[str, float]:
+        return {"accuracy": sums["right"] / sums["rows"], "margin": sums["margin"] / sums["rows"]}
+
+
+def train_reward(
+    *,
+    model: str,
+    data: Path,
+    output: Path,
+    revision: str | None = None,
+    learning_rate: float = LEARNING_RATE,
+    epochs: int = 1,
+    batch_size: int = 32,
+    warmup_steps: int = 0,
+    schedule: str = "constant",
+    weight_decay: float = 0.0,
+    max_length: int = 512,
+    seed: int = 0,
+    resume: bool = True,
+    precision: str = "auto",
+    microbatch_tokens: int = 8192,
+    checkpoint_every: int = 100,
+    metrics: Path | None = None,
+    report_to: str | None = None,
+) -> None:
+    """Train all weights of `model` as a reward model on `data`; write model and tokenizer to `output`.
+
+    Columns text, label (0 .. k-1) make a classifier of k outputs; prompt, chosen, rejected a one-output model of the
+    preferences. Texts are kept to their last `max_length` ids: the response stands at the end.
+    Raises UsageError for bad data, LockedError while another process writes `output`.
+    """
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
+    for name in ("output", "resume", "checkpoint_every", "metrics", "report_to"):
+        del settings[name]
+    settings["full"] = True
+    accelerator = make_accelerator(resolve_precision(precision), report_to, Path(output))
+    with Output(output, "reward", settings, accelerator, resume=resume, metrics=metrics) as out:
+        if out.finished:
+            return
+        tokenizer = load_tokenizer(model, revision, note=print_to_log)
+        sequences, labels = read_examples(data, tokenizer, max_length)
+        classifier = _load_classifier(model, revision, labels or 1, tokenizer.pad_token_id, seed)
+        wrapped = RewardModel(classifier, tokenizer.pad_token_id)
+        if torch.cuda.is_available():
+            wrapped.to(torch.device("cuda", torch.cuda.current_device()))
+        stream = ShuffledSequences(sequences, batch_size, seed, divisor=len)
+        loop = LoopSettings(
+            learning_rate=learning_rate,
+            epochs=epochs,
+            seed=seed,
+            precision=resolve_precision(precision),
+            microbatch_tokens=microbatch_tokens,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            schedule=schedule,
+            checkpoint_every=checkpoint_every,
+        )
+        objective = LabelObjective() if labels else PreferenceObjective()
+        parameters = dict(classifier.named_parameters())
+        history = train_loop(accelerator, wrapped, parameters, stream, objective, loop, out.checkpoints, out.report)
+        out.finish(classifier, tokenizer, history, title=f"{Path(model).name}, reward model")
+
+
+def read_examples(data: Path, tokenizer: Any, max_length: int) -> tuple[list[Sequence], int]:
+    """Sequences and the number of labels (0 for preferences, where a sequence's tag is the rejected one)."""
+    rows = read_rows(data)
+    if {"prompt", "chosen", "rejected"} <= set(rows.columns):
+        prompts = column(rows, "prompt")
+        chosen, rejected = (
+            _encode(tokenizer, prompts, column(rows, side), max_length) for side in ("chosen", "rejected")
+        )
+        return [Sequence(good, 0, Sequence(bad, 0)) for good, bad in zip(chosen, rejected, strict=True)], 0
+    if "label" not in rows.columns:
+        raise UsageError(
+            f"{data} needs columns text, label or prompt, chosen, rejected; it has {', '.join(rows.columns)}"
+        )
+    texts, labels = column(rows, "text", "x"), column(rows, "label")
+    for place, label in zip(rows.places, labels, strict=True):
+        if not isinstance(label, int) or label < 0:
+            raise UsageError(f"{data} {place}: label {label!r} is not a whole number from 0 up; correct it")
+    if max(labels) == 0:
+        raise UsageError(f"{data}: every label is 0; a classifier needs at least two")
+    ids = _encode(tokenizer, [""] * len(texts), texts, max_length)
+    return [Sequence(i, 0, label) for i, label in zip(ids, labels, strict=True)], max(labels) + 1
+
+
+def _encode(tokenizer: Any, xs: list[str], ys: list[str], max_length: int) -> list[np.ndarray]:
+    """Ids just as `ple-score` will make them of (x, y)."""
+    encoded = (encode(tokenizer, x, y, max_length=max_length) for x, y in zip(xs, ys, strict=True))
+    return [np.array(e.ids, dtype=np.int32) for e in encoded]
+
+
+def _load_classifier(model: str, revision: str | None, labels: int, pad: int, seed: int) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    check_model(model)
+    torch.manual_seed(seed)
+    try:
+        classifier = AutoModelForSequenceClassification.from_pretrained(
+            model, revision=revision, num_labels=labels, dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise UsageError(f"--model {model}: no model there that can classify ({first})") from error
+    classifier.config.pad_token_id = pad
+    return classifier

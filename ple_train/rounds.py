@@ -1,0 +1,319 @@
+"""`ple run`: a reward model and SFT if asked for, then rounds of ple-gen, ple-score and ple-train.
+
+Every stage is a child process that reads and writes files; this room passes their names on, records each stage and
+goes on where it stopped. It never imports torch and never looks into the data.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ple_train.child import GRACE_SECONDS, run_child
+from schemas.errors import DamagedError, LockedError, PleError, UsageError
+from schemas.files import write_atomic
+from schemas.recipe import Recipe, differences, dump_recipe, parse_recipe
+
+_DOCUMENTED_CODES = {1, 2, 3, 4, 130}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One child process: its name, its round (None before the rounds) and its words."""
+
+    name: str
+    round: int | None
+    command: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return self.name if self.round is None else f"round {self.round} {self.name}"
+
+    @property
+    def shell_line(self) -> str:
+        return shlex.join(self.command)
+
+
+def plan(recipe: Recipe) -> list[Stage]:
+    """All stages of a recipe in order, with full command lines; raises UsageError for a command that is not there."""
+    run = Path(recipe.run_dir)
+    stages = []
+    model, reward_model = recipe.model, recipe.reward_model
+    if recipe.reward is not None:
+        reward_model = str(run / "reward")
+        stages.append(_reward_stage(recipe, run))
+    if recipe.sft is not None:
+        model = str(run / "sft")
+        stages.append(_sft_stage(recipe, run))
+    assert reward_model is not None  # Recipe's own check
+    for t in range(recipe.rounds):
+        policy = _policy_words(recipe, model, t)
+        stages.append(_gen_stage(recipe, policy, t))
+        stages.append(_score_stage(recipe, reward_model, t))
+        stages.append(_train_stage(recipe, policy, t))
+    return stages
+
+
+def run(recipe: Recipe) -> None:
+    """Runs what is left of the recipe in its run directory.
+
+    Raises UsageError for another recipe in the directory, LockedError when another process runs it, and PleError with
+    the child's exit code when a stage fails.
+    """
+    directory = Path(recipe.run_dir)
+    stages = plan(recipe)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory) as lock:
+        _freeze(recipe, directory)
+        for number, stage in enumerate(stages, start=1):
+            records = _load_records(directory)
+            place = f"[{number}/{len(stages)}] {stage.title}"
+            if any(_is_done(record, stage) for record in records):
+                _log(f"{place}: done before")
+            else:
+                _log(f"{place}: {stage.shell_line}")
+                seconds = _run_stage(stage, directory, records, lock)
+                _log(f"{place}: done in {seconds:.1f} s")
+
+
+def _run_stage(stage: Stage, directory: Path, records: list[dict[str, Any]], lock: int) -> float:
+    record = {
+        "stage": stage.name,
+        "round": stage.round,
+        "command": list(stage.command),
+        "start": _now(),
+        "end": None,
+        "seconds": None,
+        "exit_code": None,
+    }
+    records.append(record)
+    _save_records(directory, records)
+    start = time.monotonic()
+    code: int | None = None
+    try:
+        code = run_child(stage.command, keep_open=[lock])
+    except KeyboardInterrupt:
+        code = 130
+        raise
+    finally:
+        seconds = time.monotonic() - start
+        record |= {"end": _now(), "seconds": round(seconds, 3), "exit_code": code}
+        _save_records(directory, records)
+    refuse_failure(stage.title, code)
+    return seconds
+
+
+def refuse_failure(title: str, code: int) -> None:
+    """Raises PleError with the child's exit code where it is not 0."""
+    if code != 0:
+        failure = PleError(
+            f"{title} failed with exit code {code}; its own message is above. When the cause is gone, run the same "
+            "command again: it goes on from there"
+        )
+        failure.exit_code = code if code in _DOCUMENTED_CODES else 1
+        raise failure
+
+
+def _is_done(record: dict[str, Any], stage: Stage) -> bool:
+    return (record["stage"], record["round"], record["exit_code"]) == (stage.name, stage.round, 0)
+
+
+def _reward_stage(recipe: Recipe, run: Path) -> Stage:
+    assert recipe.reward is not None
+    output = ["--output", str(run / "reward"), "--metrics", str(run / "metrics" / "reward.parquet")]
+    return _stage("reward", None, recipe.reward, [*output, *_seed(recipe)])
+
+
+def _sft_stage(recipe: Recipe, run: Path) -> Stage:
+    assert recipe.sft is not None
+    model = ["--model", recipe.model, *_revision(recipe)]
+    output = ["--output", str(run / "sft"), "--metrics", str(run / "metrics" / "sft.parquet")]
+    return _stage("sft", None, recipe.sft, [*model, *output, *_seed(recipe)])
+
+
+def _gen_stage(recipe: Recipe, policy: list[str], t: int) -> Stage:
+    queries = ["--queries", recipe.queries, "--principles", recipe.principles]
+    if recipe.queries_per_round is not None:
+        first = t * recipe.queries_per_round
+        queries += ["--shuffle", "--skip", str(first), "--limit", str(recipe.queries_per_round)]
+    reuse = [word for store in recipe.reuse for word in ("--reuse", store)]
+    return _stage("gen", t, recipe.gen, [*policy, *queries, *_data(recipe, t), *_seed(recipe), *reuse])
+
+
+def _score_stage(recipe: Recipe, reward_model: str, t: int) -> Stage:
+    return _stage("score", t, recipe.score, [*_data(recipe, t), "--reward-model", reward_model])
+
+
+def _train_stage(recipe: Recipe, policy: list[str], t: int) -> Stage:
+    run = Path(recipe.run_dir)
+    output = ["--output", _policy_dir(run, t), "--metrics", str(run / "metrics" / f"round={t:03d}.parquet")]
+    schedule = ["--tau0", str(recipe.tau0), "--alpha", str(recipe.alpha)]
+    return _stage("train", t, recipe.train, [*policy, *_data(recipe, t), *output, *schedule, *_seed(recipe)])
+
+
+def _policy_words(recipe: Recipe, model: str, t: int) -> list[str]:
+    """The policy that samples and starts round t: the start model, after round 0 with the last round's adapter."""
+    if t == 0:
+        return ["--model", model, *(_revision(recipe) if recipe.sft is None else [])]
+    last = _policy_dir(Path(recipe.run_dir), t - 1)
+    if recipe.train.full:
+        return ["--model", last]
+    return ["--model", model, *(_revision(recipe) if recipe.sft is None else []), "--adapter", last]
+
+
+def _policy_dir(run: Path, t: int) -> str:
+    return str(run / "policy" / f"round={t:03d}")
+
+
+def _data(recipe: Recipe, t: int) -> list[str]:
+    return ["--data", str(Path(recipe.run_dir) / "data"), "--round", str(t)]
+
+
+def _seed(recipe: Recipe) -> list[str]:
+    return ["--seed", str(recipe.seed)]
+
+
+def _revision(recipe: Recipe) -> list[str]:
+    return [] if recipe.revision is None else ["--revision", recipe.revision]
+
+
+def _stage(name: str, t: int | None, options: BaseModel, words: list[str]) -> Stage:
+    program, *first_words = options.command  # type: ignore[attr-defined]
+    command = [find_program(program, f"{name}.command"), *first_words, *_option_words(options), *words]
+    return Stage(name, t, tuple(command))
+
+
+def _option_words(options: BaseModel) -> list[str]:
+    """The options that differ from the command's defaults, as command-line words."""
+    words = []
+    for name, field in type(options).model_fields.items():
+        value = getattr(options, name)
+        if name == "command" or value == field.get_default(call_default_factory=True):
+            continue
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list):
+            words += [word for item in value for word in (flag, str(item))]
+        elif isinstance(value, dict):
+            words += [word for key, item in value.items() for word in (flag, f"{key}={_plain(item)}")]
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def find_program(program: str, place: str) -> str:
+    """The program beside the running Python, else on the PATH, as it must be typed. Raises UsageError, naming `place`."""
+    on_path = shutil.which(program)
+    beside = Path(sys.executable).parent / program
+    if os.sep not in program and beside.exists() and on_path != str(beside):
+        return str(beside)
+    if on_path is None:
+        raise UsageError(
+            f"{place}: there is no program {program!r}; give its path, e.g. .venv/bin/{Path(program).name}"
+        )
+    return program
+
+
+def _freeze(recipe: Recipe, directory: Path) -> None:
+    path = directory / "recipe.yaml"
+    if not path.exists():
+        write_atomic(path, dump_recipe(recipe))
+        return
+    import yaml
+
+    try:
+        frozen = parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except (UsageError, yaml.YAMLError) as error:
+        raise DamagedError(f"{path}: the frozen recipe does not read: {error}") from error
+    changed = differences(frozen, recipe)
+    if changed:
+        raise UsageError(
+            "\n  ".join(
+                [
+                    f"{path}: this run was started with another recipe; take the old one again or another run_dir",
+                    *changed,
+                ]
+            )
+        )
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[int]:
+    """Holds the run's lock; waits while a killed run's child is still being ended, else raises LockedError."""
+    path = directory / ".ple" / "run.lock"
+    path.parent.mkdir(exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        deadline = time.monotonic() + GRACE_SECONDS + 5
+        while not _try_lock(descriptor):
+            pid, _, host = path.read_text(encoding="utf-8").strip().partition(" ")
+            if _is_alive(pid, host) or time.monotonic() > deadline:
+                raise LockedError(f"{directory}: locked by pid {pid} on {host}; wait until it is done, or stop it")
+            time.sleep(0.2)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_alive(pid: str, host: str) -> bool:
+    if host != socket.gethostname() or not pid.isdigit():
+        return bool(pid)  # on another machine: believed; an empty file: its holder is about to write it
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _load_records(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "stages.json"
+    if not path.exists():
+        return []
+    try:
+        records: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(
+            f"{path}: not a record of stages ({error}); move it away to run every stage again: finished work is found"
+        ) from error
+    return records
+
+
+def _save_records(directory: Path, records: list[dict[str, Any]]) -> None:
+    write_atomic(directory / "stages.json", json.dumps({"stages": records}, indent=1) + "\n")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

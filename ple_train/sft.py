@@ -1,0 +1,143 @@
+"""`ple sft`: supervised fine-tuning by Eq. 1, the loss on the response only. Also trains a base model from nothing.
+
+Rows are (x, y) texts. x may be empty (plain language modelling) or a chat; `finish` = "length" marks a y that was cut
+and so gets no end-of-sequence id. Never samples.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ple_data.models import load_tokenizer
+from ple_data.principles import render
+from ple_data.readers import read_rows
+from ple_train.batches import MicroBatch, Sequence
+from ple_train.loop import LoopSettings, make_accelerator, train_loop
+from ple_train.loss import sft_loss
+from ple_train.output import Output, print_to_log
+from ple_train.policy import Policy, load_policy, resolve_precision
+from ple_train.tabular import ShuffledSequences, column
+from schemas.errors import UsageError
+
+LEARNING_RATE = 1e-4
+
+
+class SftObjective:
+    """Eq. 1, divided by the response tokens of the global batch."""
+
+    sums = ("response_tokens", "positions", "tokens")
+    remedy = "Lower --learning-rate."
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.packed = policy, policy.packed
+
+    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]:
+        tokens = self.policy.collate(batch.sequences, self.policy.device)
+        loss = sft_loss(model(tokens), batch.total) * batch.weight
+        counts = {
+            "response_tokens": len(tokens.targets),
+            "positions": tokens.positions,
+            "tokens": sum(len(s.ids) for s in batch.sequences),
+        }
+        return loss, {name: count * batch.weight for name, count in counts.items()}
+
+    def summarise(self, sums: dict[str, float]) -> dict[str, float]:
+        return {"useful_token_share": sums["tokens"] / sums["positions"]}
+
+
+def sft(
+    *,
+    model: str,
+    data: Path,
+    output: Path,
+    revision: str | None = None,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    full: bool = False,
+    merge: bool = True,
+    learning_rate: float = LEARNING_RATE,
+    epochs: int = 1,
+    batch_size: int = 32,
+    warmup_steps: int = 0,
+    schedule: str = "constant",
+    weight_decay: float = 0.0,
+    max_length: int | None = None,
+    seed: int = 0,
+    resume: bool = True,
+    precision: str = "auto",
+    attention: str = "auto",
+    gradient_checkpointing: bool = False,
+    microbatch_tokens: int = 8192,
+    checkpoint_every: int = 100,
+    metrics: Path | None = None,
+    report_to: str | None = None,
+) -> None:
+    """Fine-tune `model` on `data` and write it to `output`: a full model with its tokenizer, or a LoRA adapter alone.
+
+    A LoRA fine-tune is merged into its base unless `merge` is off, so that the result is the start policy pi_0.
+    Rows whose x and y together exceed `max_length` ids are left out, and counted on stderr.
+    Raises UsageError for bad data or settings, LockedError while another process writes `output`.
+    """
+    settings = {k: v if v is None else str(v) if isinstance(v, Path) else v for k, v in locals().items()}
+    for name in ("output", "resume", "checkpoint_every", "metrics", "report_to"):
+        del settings[name]
+    accelerator = make_accelerator(resolve_precision(precision), report_to, output)
+    with Output(output, "sft", settings, accelerator, resume=resume, metrics=metrics) as out:
+        if out.finished:
+            return
+        tokenizer = load_tokenizer(model, revision, note=print_to_log)
+        sequences = read_sequences(data, tokenizer, max_length)
+        policy = load_policy(
+            model,
+            revision=revision,
+            full=full,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            precision=precision,
+            attention=attention,
+            gradient_checkpointing=gradient_checkpointing,
+            seed=seed,
+        )
+        stream = ShuffledSequences(sequences, batch_size, seed, divisor=lambda batch: sum(s.response for s in batch))
+        loop = LoopSettings(
+            learning_rate=learning_rate,
+            epochs=epochs,
+            seed=seed,
+            precision=resolve_precision(precision),
+            microbatch_tokens=microbatch_tokens,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            schedule=schedule,
+            checkpoint_every=checkpoint_every,
+        )
+        objective = SftObjective(policy)
+        history = train_loop(
+            accelerator, policy, policy.trainable(), stream, objective, loop, out.checkpoints, out.report
+        )
+        trained = policy.model if full or not merge else policy.model.merge_and_unload()
+        out.finish(trained, tokenizer, history, title=f"{Path(model).name}, supervised fine-tuning (Eq. 1)")
+
+
+def read_sequences(data: Path, tokenizer: Any, max_length: int | None) -> list[Sequence]:
+    """Rows of (x, y) as sequences: x rendered without a principle, y with its end-of-sequence id unless cut."""
+    rows = read_rows(data)
+    xs, ys = column(rows, "x", "prompt", "messages"), column(rows, "y", "response", "completion")
+    finish = column(rows, "finish") if "finish" in rows.columns else ["stop"] * len(rows)
+    responses = tokenizer(ys, add_special_tokens=False)["input_ids"]
+    sequences = []
+    for x, y_ids, end in zip(xs, responses, finish, strict=True):
+        prompt = render(tokenizer, x) if x else []
+        ids = [*prompt, *y_ids, *([tokenizer.eos_token_id] if end == "stop" else [])]
+        sequence = Sequence(np.array(ids, dtype=np.int32), len(prompt))
+        if sequence.response > 0 and (max_length is None or len(ids) <= max_length):
+            sequences.append(sequence)
+    left_out = len(rows) - len(sequences)
+    if not sequences:
+        raise UsageError(f"{data}: no row to train on ({left_out} rows are empty or longer than --max-length)")
+    if left_out:
+        print_to_log(f"{left_out} of {len(rows)} rows left out: empty, or longer than --max-length {max_length}")
+    return sequences

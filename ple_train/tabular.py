@@ -1,0 +1,40 @@
+"""Columns of a training file, and a shuffled stream over sequences in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from ple_data.readers import Rows
+from ple_train.batches import Sequence
+from schemas.errors import UsageError
+
+
+def column(rows: Rows, *names: str) -> list[Any]:
+    """The first of the columns `names` that there is. Raises UsageError where there is none or it has a null."""
+    name = next((name for name in names if name in rows.columns), None)
+    if name is None:
+        raise UsageError(f"{rows.source} has no column {' or '.join(names)}; it has {', '.join(rows.columns)}")
+    values = [row.get(name) for row in rows.rows]
+    if None in values:
+        raise UsageError(f"{rows.source} {rows.places[values.index(None)]}: {name} is missing; fill or remove the row")
+    return values
+
+
+class ShuffledSequences:
+    """Global batches of `batch_size` sequences in an order that is a function of (seed, epoch); the last one is short."""
+
+    def __init__(
+        self, sequences: list[Sequence], batch_size: int, seed: int, divisor: Callable[[list[Sequence]], int]
+    ) -> None:
+        self.sequences, self.batch_size, self.seed, self.divisor = sequences, batch_size, seed, divisor
+        self.steps_per_epoch = -(-len(sequences) // batch_size)
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[list[Sequence], int]]:
+        """The epoch's batches from the start-th on, each with its divisor."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sequences))
+        for first in range(start * self.batch_size, len(order), self.batch_size):
+            batch = [self.sequences[i] for i in order[first : first + self.batch_size]]
+            yield batch, self.divisor(batch)

@@ -1,0 +1,156 @@
+"""`ple-train`: one round of PLE training. All pairs up to round T in, the next policy's LoRA adapter out (Algorithm 1).
+
+Reads committed pairs and a model; never samples and never scores.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ple_data.models import load_tokenizer
+from ple_data.partition import round_statistics, tau
+from ple_data.partition import warnings as partition_warnings
+from ple_data.store import Store
+from ple_train.loop import LoopSettings, make_accelerator, train_loop
+from ple_train.objective import PairObjective
+from ple_train.output import Output, print_to_log
+from ple_train.pairs import PairStream, Partition, SnapshotShard, freeze, snapshot_record, thaw
+from ple_train.policy import load_policy, resolve_precision
+from schemas.errors import UsageError
+from schemas.files import write_atomic
+
+LEARNING_RATE = 1e-4
+
+
+def train(
+    *,
+    model: str,
+    data: list[Path],
+    round: int,
+    output: Path,
+    adapter: str | None = None,
+    revision: str | None = None,
+    tau0: float = 0.2,
+    alpha: float = 0.9,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    full: bool = False,
+    learning_rate: float = LEARNING_RATE,
+    epochs: int = 1,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    trust_region: float | None = None,
+    normalize_wsft: bool = False,
+    sft_anchor: float = 0.0,
+    max_grad_norm: float = 1.0,
+    seed: int = 0,
+    resume: bool = True,
+    precision: str = "auto",
+    attention: str = "auto",
+    gradient_checkpointing: bool = False,
+    microbatch_tokens: int = 8192,
+    checkpoint_every: int = 100,
+    metrics: Path | None = None,
+    report_to: str | None = None,
+) -> None:
+    """Train on all pairs of rounds ≤ `round` in all `data` by Eq. 6 at tau_t = tau0 * alpha^round; write `output`.
+
+    `adapter` is the policy to go on from (the one that generated this round); without it a fresh adapter starts
+    from `model` itself. Pairs longer than `max_length` ids with x are left out, and counted on stderr. `batch_size`
+    is in pairs and global, whatever the number of processes. Safeguards that are not in the paper, off by default:
+    `trust_region` (nats/token), `normalize_wsft`, `sft_anchor`.
+    Raises UsageError, DamagedError (a shard), LockedError (another process writes `output`), PleError (NaN).
+    """
+    settings: dict[str, Any] = dict(locals())
+    for name in ("output", "resume", "checkpoint_every", "metrics", "report_to"):
+        del settings[name]
+    settings["data"] = [str(path) for path in data]
+    part = Partition(tau(tau0, alpha, round), normalize_wsft, sft_anchor)
+    if trust_region is not None and full:
+        raise UsageError(
+            "--trust-region needs the start policy at hand: the model with its adapter off, so not with --full"
+        )
+
+    accelerator = make_accelerator(resolve_precision(precision), report_to, Path(output))
+    with Output(output, "ple", settings, accelerator, resume=resume, metrics=metrics) as out:
+        if out.finished:
+            return
+        snapshot = frozen_snapshot(out, data, round, max_length)
+        if accelerator.is_main_process:
+            print_partition(data, round, tau0, alpha)
+        tokenizer = load_tokenizer(model, revision, note=print_to_log)
+        policy = load_policy(
+            model,
+            adapter=adapter,
+            revision=revision,
+            full=full,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            precision=precision,
+            attention=attention,
+            gradient_checkpointing=gradient_checkpointing,
+            seed=seed,
+        )
+        stream = PairStream(
+            snapshot,
+            round,
+            part,
+            batch_size=batch_size,
+            seed=seed,
+            max_length=max_length,
+            vocabulary=policy.vocabulary,
+        )
+        loop = LoopSettings(
+            learning_rate=learning_rate,
+            epochs=epochs,
+            seed=seed,
+            precision=resolve_precision(precision),
+            microbatch_tokens=microbatch_tokens,
+            max_grad_norm=max_grad_norm,
+            checkpoint_every=checkpoint_every,
+        )
+        objective = PairObjective(policy, trust_region)
+        history = train_loop(
+            accelerator, policy, policy.trainable(), stream, objective, loop, out.checkpoints, out.report
+        )
+        out.finish(policy.model, tokenizer, history, title=f"{Path(model).name}, PLE round {round}")
+
+
+def dry_run(data: list[Path], round: int, tau0: float, alpha: float) -> str:
+    """What training would see, by round, at this round's threshold: a table to print, with warnings."""
+    from ple_data.inspect import format_statistics
+
+    tau(tau0, alpha, round)
+    freeze(data, round, max_length=None)
+    return format_statistics(statistics(data, round, tau0, alpha), tau0=tau0, alpha=alpha, at_round=round)
+
+
+def statistics(data: list[Path], round: int, tau0: float, alpha: float) -> Any:
+    """`round_statistics` over the rounds ≤ `round` of all stores, at this round's tau (a polars DataFrame)."""
+    import polars as pl
+
+    frames = [Store(path).scan("pairs", max_round=round) for path in data]
+    return round_statistics(pl.concat(frames), tau0, alpha, at_round=round)
+
+
+def print_partition(data: list[Path], round: int, tau0: float, alpha: float) -> None:
+    """Say on stderr what falls into the rank set, and warn when all pairs or none do."""
+    stats = statistics(data, round, tau0, alpha)
+    print_to_log(f"{stats['rows'].sum()} pairs of {stats.height} rounds, tau_{round} = {tau(tau0, alpha, round):.4g}")
+    for warning in partition_warnings(stats):
+        print_to_log(f"warning: {warning}")
+
+
+def frozen_snapshot(out: Output, data: list[Path], round: int, max_length: int | None) -> list[SnapshotShard]:
+    """The shards this training sees: frozen when it first started, the same after every restart."""
+    path = out.private / "snapshot.json"
+    if out.accelerator.is_main_process and not (out.resume and path.exists()):
+        snapshot = freeze(data, round, max_length)
+        left_out = sum(part.shard.rows - part.rows for part in snapshot)
+        if left_out:
+            print_to_log(f"{left_out} pairs left out: longer than --max-length {max_length}")
+        write_atomic(path, json.dumps({"version": 1, "shards": snapshot_record(snapshot)}, indent=1))
+    out.accelerator.wait_for_everyone()
+    return thaw(json.loads(path.read_text())["shards"])

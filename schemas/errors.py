@@ -1,0 +1,29 @@
+"""The project's errors. Each message says what is wrong, where, and what to do; `cli.py` prints it as one
+line.
+
+Anything that is not a `PleError` is a bug of ours. This room raises nothing itself.
+"""
+
+
+class PleError(Exception):
+    """A failure that the user can act on (exit code 1)."""
+
+    exit_code = 1
+
+
+class UsageError(PleError):
+    """A bad option, recipe, query file or model directory (exit code 2)."""
+
+    exit_code = 2
+
+
+class DamagedError(PleError):
+    """Stored data that is cut short, altered, of a newer version or not ours (exit code 3)."""
+
+    exit_code = 3
+
+
+class LockedError(PleError):
+    """Another process holds what is needed; the message contains 'locked by pid N on HOST' (exit code 4)."""
+
+    exit_code = 4

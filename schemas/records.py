@@ -1,0 +1,78 @@
+"""The JSON records beside the tables: what was committed, and what a round of generation was asked to do.
+
+Only their form and how they are read: `ple_data.store` writes them.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from schemas.errors import DamagedError, PleError
+
+
+class Record(BaseModel):
+    """A versioned JSON file: unknown fields are refused, and so is a newer version."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def to_json(self) -> str:
+        """The record as it stands in its file."""
+        return self.model_dump_json(indent=1) + "\n"
+
+
+class Commit(Record):
+    """One committed shard. `file` is relative to the data directory; `bytes` and `sha256` are of the whole
+    file.
+    """
+
+    version: Literal[1] = 1
+    kind: Literal["responses", "pairs"]
+    round: int = Field(ge=0)
+    unit: str = Field(min_length=1)
+    file: str
+    rows: int = Field(ge=0)
+    bytes: int = Field(gt=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class RoundManifest(Record):
+    """What one round of generation was asked to do, frozen when it first starts.
+
+    `settings` decide the rows: two starts of a round must agree on each. `counts` (queries read, kept,
+    dropped) and `notes` (machine, versions) are for people.
+    """
+
+    version: Literal[1] = 1
+    round: int = Field(ge=0)
+    settings: dict[str, JsonValue]
+    counts: dict[str, int] = Field(default_factory=dict)
+    notes: dict[str, JsonValue] = Field(default_factory=dict)
+
+    def differences(self, other: "RoundManifest") -> list[str]:
+        """Each setting that differs, as 'name: this value, there that value'."""
+        names = sorted(self.settings.keys() | other.settings.keys())
+        return [
+            f"{name}: {_show(self.settings, name)}, there {_show(other.settings, name)}"
+            for name in names
+            if name not in self.settings or name not in other.settings or self.settings[name] != other.settings[name]
+        ]
+
+
+def _show(settings: dict[str, Any], name: str) -> str:
+    return repr(settings[name]) if name in settings else "not set"
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read_record(model: type[R], path: Path) -> R:
+    """The record in a JSON file. Raises DamagedError that lists every fault; PleError if it cannot be read."""
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise PleError(f"{path}: cannot read ({error.strerror}): check its permissions and the disk") from error
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, f['loc'])) or 'text'}: {f['msg']}" for f in error.errors())
+        what = f"not a readable {model.__name__} record ({faults})"
+        raise DamagedError(f"{path}: {what}: run `ple verify` on its data directory") from error

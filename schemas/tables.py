@@ -1,0 +1,216 @@
+"""The Parquet tables that processes hand to one another: columns, versions, and reading with every check.
+
+One row of `responses` or `pairs` is one (query, round, sample) with both arms: `y`, sampled given x, and
+`y_prompt`, sampled given [p, x]. `pairs` adds the rewards. The file's key-value metadata holds, under
+`ple`, one JSON object with `kind`, `version`, `round`, `unit` and where the rows come from.
+
+A column that came after version 1 is nullable and carries the version it came with in its field metadata
+(`since`); in older files it reads as null. This room reads tables and never writes one.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from schemas.errors import DamagedError, PleError
+
+METADATA_KEY = b"ple"
+
+
+def _required(name: str, type_: pa.DataType) -> pa.Field:
+    return pa.field(name, type_, nullable=False)
+
+
+def _since(version: int, name: str, type_: pa.DataType) -> pa.Field:
+    return pa.field(name, type_, nullable=True, metadata={b"since": str(version).encode()})
+
+
+RESPONSES = pa.schema(
+    [
+        _required("query_id", pa.string()),
+        _required("round", pa.int32()),
+        _required("sample", pa.int32()),
+        _required("x", pa.string()),
+        _required("y", pa.string()),
+        _required("y_prompt", pa.string()),
+        _required("x_ids", pa.list_(pa.int32())),
+        _required("y_ids", pa.list_(pa.int32())),
+        _required("y_prompt_ids", pa.list_(pa.int32())),
+        _required("y_finish", pa.string()),  # "stop" or "length"
+        _required("y_prompt_finish", pa.string()),
+        _required("y_empty", pa.bool_()),  # y.strip() == ""
+        _required("y_prompt_empty", pa.bool_()),
+        _required("principle", pa.string()),
+        _required("policy", pa.string()),
+        _required("seed", pa.int64()),
+        pa.field("y_logps", pa.list_(pa.float32())),  # of the policy, one a sampled id, given x
+        pa.field("y_prompt_logps", pa.list_(pa.float32())),  # given [p, x]
+        _since(2, "reference", pa.string()),  # the answer that came with the query, if one did
+    ]
+)
+
+PAIRS = pa.schema(
+    [
+        *RESPONSES,
+        _required("s", pa.float32()),
+        _required("s_prompt", pa.float32()),
+        _required("reward_model", pa.string()),
+    ]
+)
+
+SCHEMAS: dict[str, pa.Schema] = {"responses": RESPONSES, "pairs": PAIRS}
+VERSIONS: dict[str, int] = {"responses": 2, "pairs": 2}
+KEY = ["query_id", "round", "sample"]
+FINISH_REASONS = ["stop", "length"]
+_NAMED = 5  # rows that a message names
+
+
+def metadata_bytes(kind: str, provenance: Mapping[str, Any]) -> dict[bytes, bytes]:
+    """The key-value metadata of a file of `kind`: kind and version beside the provenance (JSON values)."""
+    record = {**provenance, "kind": kind, "version": VERSIONS[kind]}
+    return {METADATA_KEY: json.dumps(record, sort_keys=True, ensure_ascii=False).encode()}
+
+
+def check(kind: str, schema: pa.Schema, metadata: Mapping[bytes, bytes] | None, path: Path | str) -> dict[str, Any]:
+    """The file's `ple` metadata, if the file is of `kind` in a version we know.
+
+    Raises DamagedError that lists every mismatch at once.
+    """
+    try:
+        record = json.loads((metadata or {})[METADATA_KEY])
+        found_kind, version = str(record["kind"]), int(record["version"])
+    except (KeyError, ValueError, TypeError):
+        record, found_kind, version = {}, kind, VERSIONS[kind]
+        faults = ["it has no `ple` metadata: it was not written by this project, or was rewritten by another tool"]
+    else:
+        faults = []
+    if found_kind != kind:
+        raise DamagedError(f"{path}: holds a {found_kind} table, not a {kind} table: put it where it belongs")
+    if version > VERSIONS[kind]:
+        faults.append(f"it has {kind} version {version}, this program knows up to {VERSIONS[kind]}: update the program")
+    faults += _column_faults(kind, schema, version)
+    if faults:
+        raise DamagedError(f"{path}: not a readable {kind} table: " + "; ".join(faults))
+    return record
+
+
+def _column_faults(kind: str, schema: pa.Schema, version: int) -> list[str]:
+    expected = {field.name: field for field in SCHEMAS[kind] if since(field) <= version}
+    faults = []
+    for name, field in expected.items():
+        if name not in schema.names:
+            faults.append(f"column `{name}` ({field.type}) is missing")
+        elif not _same_type(schema.field(name).type, field.type):
+            faults.append(f"column `{name}` is {schema.field(name).type} instead of {field.type}")
+    doubled = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    faults += [f"column `{name}` stands there twice" for name in doubled]
+    unknown = [name for name in dict.fromkeys(schema.names) if name not in expected]
+    return faults + [f"column `{name}` is unknown" for name in unknown]
+
+
+def since(field: pa.Field) -> int:
+    """The version of the table in which a column first appeared."""
+    return int((field.metadata or {}).get(b"since", b"1"))
+
+
+def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
+    """Equal up to the names and nullability inside lists and the width of offsets, which readers choose
+    freely.
+    """
+    if pa.types.is_list(expected):
+        is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
+        return is_list and _same_type(found.value_type, expected.value_type)
+    if pa.types.is_string(expected):
+        return pa.types.is_string(found) or pa.types.is_large_string(found)
+    return found.equals(expected)
+
+
+def read_table(path: Path | str, kind: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a file in the current version's columns (or those named), with page checksums verified.
+
+    Columns younger than the file are null. Raises DamagedError: missing, cut short, altered, wrong or newer.
+    """
+    wanted = SCHEMAS[kind] if columns is None else pa.schema([SCHEMAS[kind].field(c) for c in columns])
+    with _opened(path) as file:
+        check(kind, file.schema_arrow, file.metadata.metadata, path)
+        stored = [name for name in wanted.names if name in file.schema_arrow.names]
+        return conform(file.read(columns=stored), wanted)
+
+
+def read_metadata(path: Path | str, kind: str) -> dict[str, Any]:
+    """The checked `ple` metadata of a file; reads its footer only. Raises DamagedError."""
+    with _opened(path) as file:
+        return check(kind, file.schema_arrow, file.metadata.metadata, path)
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table in the columns of `schema`, nullable ones that it lacks filled with null.
+
+    Raises ValueError or pa.ArrowException: a required column is missing or holds nulls, or a value does not
+    fit.
+    """
+    columns = []
+    for field in schema:
+        if field.name in table.column_names:
+            columns.append(table.column(field.name))
+        elif field.nullable:
+            columns.append(pa.nulls(table.num_rows, field.type))
+        else:
+            raise ValueError(f"column `{field.name}` is missing")
+    return pa.table(columns, names=schema.names).cast(schema)
+
+
+def row_faults(kind: str, table: pa.Table, round: int) -> list[str]:
+    """What is wrong with the rows of one file: another round, doubled keys, odd finish reasons or lengths,
+    rewards.
+
+    `table` has all the columns of `kind` in its current version. Each fault names the first rows (from 0)
+    it is in.
+    """
+    faults = [("another round", pc.not_equal(table["round"], round))]
+    for arm in ("y", "y_prompt"):
+        known = pc.is_in(table[f"{arm}_finish"], pa.array(FINISH_REASONS))
+        faults.append((f"{arm}_finish is neither stop nor length", pc.invert(known)))
+        differ = pc.not_equal(pc.list_value_length(table[f"{arm}_ids"]), pc.list_value_length(table[f"{arm}_logps"]))
+        faults.append((f"{arm}_logps has not one value an id", pc.fill_null(differ, False)))
+    for reward in ("s", "s_prompt"):
+        if reward in table.column_names:
+            faults.append((f"{reward} is not finite", pc.invert(pc.is_finite(table[reward]))))
+    messages = [f"{what} in rows {_places(mask)}" for what, mask in faults if pc.any(mask).as_py()]
+    doubled = table.group_by(KEY).aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)
+    for key in doubled.select(KEY).slice(0, _NAMED).to_pylist():
+        messages.append("the key " + ", ".join(f"{k}={v!r}" for k, v in key.items()) + " stands there twice")
+    return messages
+
+
+def _places(mask: pa.ChunkedArray) -> str:
+    rows = pc.indices_nonzero(mask).to_pylist()
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return ", ".join(map(str, rows[:_NAMED])) + more
+
+
+RESTORE = "restore it from a copy, or run `ple verify` on its directory and follow what it says"
+
+
+@contextmanager
+def _opened(path: Path | str) -> Iterator[pq.ParquetFile]:
+    """The Parquet file, open; whatever Arrow says of it becomes a DamagedError."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path}: the file is missing: {RESTORE}") from error
+    except PermissionError as error:
+        raise PleError(f"{path}: cannot read ({error.strerror}): change its permissions") from error
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are no UTF-8, nulls
+        raise DamagedError(f"{path}: not a whole Parquet file ({_first_line(error)}): {RESTORE}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

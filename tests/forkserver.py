@@ -1,0 +1,121 @@
+"""Runs commands of ours as real processes that start at once: children forked from one that has imported torch.
+
+    python -m tests.forkserver
+
+A line of JSON on stdin starts one command: {"argv": [...], "log": FILE, "watch": DIR} and, to kill it with -9, either
+"kill_after": SECONDS or "kill_at": N, which is just before the N-th change under DIR (a file opened for writing,
+linked, renamed, removed, a directory made). When it has ended, a line of JSON on stdout says so: {"exit": CODE,
+"seconds": S}; -9 is killed. The log gets its output, a line `unit ID` for each unit that it samples and, at the end,
+`changes N`.
+
+The server never runs torch itself: a fork is safe only while there are no threads.
+"""
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from typing import Any
+
+CHANGES = {"os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+
+def serve() -> None:
+    import_everything()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        began = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            run(request)
+        kill_after = request.get("kill_after")
+        if kill_after is not None:
+            ended = os.pidfd_open(child)
+            if not select.select([ended], [], [], kill_after)[0]:
+                os.kill(child, signal.SIGKILL)
+            os.close(ended)
+        _, status = os.waitpid(child, 0)
+        answer = {"exit": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began}
+        print(json.dumps(answer), flush=True)
+
+
+def import_everything() -> None:
+    """Import what the commands need and what transformers imports late. Nothing here may start a thread."""
+    import accelerate  # noqa: F401
+    import peft  # noqa: F401
+    import polars  # noqa: F401
+    import torch  # noqa: F401
+    from transformers import (  # noqa: F401
+        AutoTokenizer,
+        LlamaForCausalLM,
+        LlamaForSequenceClassification,
+        PreTrainedTokenizerFast,
+    )
+
+    import cli  # noqa: F401
+    from ple_data import generate, score  # noqa: F401
+    from ple_data.engines import hf  # noqa: F401
+    from ple_data.rewards import classifier  # noqa: F401
+    from ple_train import train  # noqa: F401
+
+
+def run(request: dict[str, Any]) -> None:
+    """In the child: be the command, with its output in the log, and end. Never returns."""
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    changes = count_changes(request["watch"], request.get("kill_at"))
+    log_sampled_units(log)
+    code = 70
+    try:
+        import cli
+
+        cli.ple(args=request["argv"], prog_name="ple")
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(log, f"changes {changes[0]}\n".encode())
+        os._exit(code)
+
+
+def count_changes(watch: str, kill_at: int | None) -> list[int]:
+    """Count the file-system changes under `watch`; die by SIGKILL just before the one numbered `kill_at`."""
+    seen = [0]
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(args[2], int) and args[2] & WRITING
+        if (writes or event in CHANGES) and any(str(arg).startswith(watch) for arg in args[:2]):
+            seen[0] += 1
+            if seen[0] == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return seen
+
+
+def log_sampled_units(log: int) -> None:
+    """Write down which units the engine is asked for, so that a test can say that none is sampled twice."""
+    from ple_data.engines.hf import HfEngine
+
+    sample = HfEngine.sample
+
+    def logged(units: Any) -> Any:
+        for unit in units:
+            os.write(log, f"unit {unit[0].key[0]}\n".encode())
+            yield unit
+
+    HfEngine.sample = lambda self, units, sampling: sample(self, logged(units), sampling)  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    serve()

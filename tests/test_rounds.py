@@ -1,0 +1,339 @@
+"""The alternating run: what it starts, what it records, and that it stops, resumes and refuses as it says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ple_train import rounds
+from ple_train.child import run_child
+from schemas.errors import LockedError, PleError, UsageError
+from schemas.recipe import differences, load_recipe, parse_recipe
+from tests.conftest import ROOT
+
+STAND_IN = """\
+import json, os, pathlib, subprocess, sys, time
+name, here = sys.argv[1], pathlib.Path(__file__).parent
+with (here / "calls.jsonl").open("a") as calls:
+    calls.write(json.dumps([name, *sys.argv[2:]]) + "\\n")
+if (here / f"fail-{name}").exists():
+    sys.exit(int((here / f"fail-{name}").read_text()))
+if (here / f"hang-{name}").exists():
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (here / "pids.tmp").write_text(f"{os.getpid()} {worker.pid}")
+    (here / "pids.tmp").rename(here / "pids")
+    time.sleep(600)
+print("this is for stdout")
+"""
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> "Bench":
+    return Bench(tmp_path)
+
+
+class Bench:
+    """A recipe whose three commands are a stand-in that writes down how it was called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run_dir = folder / "run"
+        script = folder / "stand_in.py"
+        script.write_text(STAND_IN)
+        self.values = {
+            "model": "base",
+            "queries": "q.jsonl",
+            "principles": "hh",
+            "reward_model": "judge",
+            "run_dir": str(self.run_dir),
+            "rounds": 2,
+            **{name: {"command": [sys.executable, str(script), name]} for name in ("gen", "score", "train")},
+        }
+
+    @property
+    def recipe(self):
+        return parse_recipe(self.values, "test")
+
+    @property
+    def recipe_file(self) -> Path:
+        path = self.folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(self.values))
+        return path
+
+    def calls(self) -> list[list[str]]:
+        path = self.folder / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def records(self) -> list[dict]:
+        return json.loads((self.run_dir / "stages.json").read_text())["stages"]
+
+    def start(self) -> subprocess.Popen:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(
+            [sys.executable, "-m", "cli", "run", str(self.recipe_file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+
+    def start_and_hang(self, name: str) -> tuple[subprocess.Popen, list[int]]:
+        """A run that hangs in its first stage `name`, with the pids of the stage and of its worker."""
+        (self.folder / f"hang-{name}").touch()
+        process = self.start()
+        eventually(lambda: (self.folder / "pids").exists(), "the stage never started")
+        return process, [int(pid) for pid in (self.folder / "pids").read_text().split()]
+
+    def release(self, name: str) -> None:
+        (self.folder / f"hang-{name}").unlink()
+
+
+def eventually(holds, message: str, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, message
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def words_of(stage: rounds.Stage) -> list[str]:
+    return list(stage.command[3:])
+
+
+def test_plan_passes_the_policy_from_round_to_round(bench: Bench) -> None:
+    gen0, score0, train0, gen1, _, train1 = rounds.plan(bench.recipe)
+    run = bench.run_dir
+    data0 = ["--data", f"{run}/data", "--round", "0"]
+    assert words_of(gen0) == ["--model", "base", "--queries", "q.jsonl", "--principles", "hh", *data0, "--seed", "0"]
+    assert words_of(score0) == [*data0, "--reward-model", "judge"]
+    output = ["--output", f"{run}/policy/round=000", "--metrics", f"{run}/metrics/round=000.parquet"]
+    threshold = ["--tau0", "0.2", "--alpha", "0.9", "--seed", "0"]
+    assert words_of(train0) == ["--model", "base", *data0, *output, *threshold]
+    for stage in (gen1, train1):
+        assert words_of(stage)[:4] == ["--model", "base", "--adapter", f"{run}/policy/round=000"]
+
+
+def test_plan_puts_reward_model_and_sft_first(bench: Bench) -> None:
+    command = {"command": [sys.executable, "x", "y"]}
+    del bench.values["reward_model"]
+    bench.values |= {
+        "revision": "v2",
+        "reward": {"model": "roberta", "data": "labels.jsonl", "learning_rate": 0.001, **command},
+        "sft": {"data": "chosen.jsonl", **command},
+        "rounds": 1,
+    }
+    reward, sft, gen, score, train = rounds.plan(bench.recipe)
+    assert [reward.name, sft.name] == ["reward", "sft"]
+    assert words_of(reward)[:6] == ["--model", "roberta", "--data", "labels.jsonl", "--learning-rate", "0.001"]
+    assert words_of(sft)[2:6] == ["--model", "base", "--revision", "v2"]
+    for stage in (gen, train):
+        assert words_of(stage)[:4] in (["--model", f"{bench.run_dir}/sft", "--queries", "q.jsonl"],
+                                       ["--model", f"{bench.run_dir}/sft", "--data", f"{bench.run_dir}/data"])  # fmt: skip
+        assert "--revision" not in words_of(stage)
+    assert words_of(score)[-2:] == ["--reward-model", f"{bench.run_dir}/reward"]
+
+
+def test_plan_gives_each_round_the_next_queries_and_only_changed_options(bench: Bench) -> None:
+    bench.values |= {"queries_per_round": 100, "reuse": ["old"]}
+    bench.values["gen"] |= {"stop": ["\n\n"], "logprobs": False, "engine_arg": {"a": True, "b": "x", "c": 0.5}}
+    bench.values["train"] |= {"trust_region": 0.3, "full": True, "epochs": 1}
+    _, _, train, gen1, _, train1 = rounds.plan(bench.recipe)
+    words = words_of(gen1)
+    assert words[:9] == ["--engine-arg", "a=true", "--engine-arg", "b=x", "--engine-arg", "c=0.5", "--stop", "\n\n",
+                         "--no-logprobs"]  # fmt: skip
+    at = words.index("--shuffle")
+    assert words[at : at + 5] == ["--shuffle", "--skip", "100", "--limit", "100"]
+    assert words[-2:] == ["--reuse", "old"]
+    assert {"--trust-region", "--full"} <= set(words_of(train))
+    assert "--epochs" not in words_of(train)
+    policy = ["--model", f"{bench.run_dir}/policy/round=000"]  # a full model needs no adapter
+    assert "--adapter" not in words_of(train1)
+    assert words_of(train1)[words_of(train1).index("--model") :][:2] == policy
+
+
+def test_plan_refuses_a_missing_program(bench: Bench) -> None:
+    bench.values["gen"] = {"command": ["no-such-program"]}
+    with pytest.raises(UsageError, match=r"gen\.command: there is no program 'no-such-program'"):
+        rounds.plan(bench.recipe)
+
+
+def test_run_records_every_stage_and_repeats_none(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    rounds.run(bench.recipe)
+    names = ["gen", "score", "train"] * 2
+    assert [call[0] for call in bench.calls()] == names
+    records = bench.records()
+    assert [(r["stage"], r["round"]) for r in records] == list(zip(names, [0, 0, 0, 1, 1, 1], strict=True))
+    for record, stage in zip(records, rounds.plan(bench.recipe), strict=True):
+        assert record["command"] == list(stage.command)
+        assert record["exit_code"] == 0
+        assert record["seconds"] > 0
+        assert record["start"] <= record["end"]
+    assert capfd.readouterr().out == ""
+    rounds.run(bench.recipe)
+    assert len(bench.calls()) == 6
+    assert parse_recipe(yaml.safe_load((bench.run_dir / "recipe.yaml").read_text()), "frozen") == bench.recipe
+
+
+@pytest.mark.parametrize(("child", "ours"), [(3, 3), (4, 4), (130, 130), (7, 1)])
+def test_failed_stage_stops_the_run_with_its_code_and_is_tried_again(bench: Bench, child: int, ours: int) -> None:
+    flag = bench.folder / "fail-score"
+    flag.write_text(str(child))
+    with pytest.raises(PleError, match=f"round 0 score failed with exit code {child}") as failure:
+        rounds.run(bench.recipe)
+    assert failure.value.exit_code == ours
+    flag.unlink()
+    rounds.run(bench.recipe)
+    assert [call[0] for call in bench.calls()] == ["gen", "score", "score", "train", "gen", "score", "train"]
+    assert [r["exit_code"] for r in bench.records()] == [0, child, 0, 0, 0, 0, 0]
+
+
+def test_changed_recipe_is_refused_with_the_difference(bench: Bench) -> None:
+    rounds.run(bench.recipe)
+    before = (bench.run_dir / "recipe.yaml").read_bytes()
+    bench.values["train"] |= {"learning_rate": 0.5}
+    bench.values["tau0"] = 1.0
+    with pytest.raises(UsageError) as refusal:
+        rounds.run(bench.recipe)
+    assert "tau0: 0.2 -> 1.0" in str(refusal.value)
+    assert "train.learning_rate: 0.0001 -> 0.5" in str(refusal.value)
+    assert (bench.run_dir / "recipe.yaml").read_bytes() == before
+    assert len(bench.calls()) == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_nothing_survives_a_stopped_run_and_it_resumes(bench: Bench, number: signal.Signals) -> None:
+    process, pids = bench.start_and_hang("score")
+    process.send_signal(number)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == (-number if number == signal.SIGKILL else 130)
+    assert "Traceback" not in messages
+    eventually(lambda: not any(map(is_running, pids)), "a child or its worker outlived the run")
+    last = bench.records()[-1]
+    assert (last["stage"], last["exit_code"]) == ("score", None if number == signal.SIGKILL else 130)
+    bench.release("score")
+    again = bench.start()
+    assert again.communicate(timeout=60)[0] == ""
+    assert again.returncode == 0
+    assert [call[0] for call in bench.calls()] == ["gen", "score", "score", "train", "gen", "score", "train"]
+
+
+def test_two_runs_of_one_directory_exclude_each_other(bench: Bench) -> None:
+    process, _ = bench.start_and_hang("gen")
+    try:
+        with pytest.raises(LockedError, match=f"locked by pid {process.pid} on "):
+            rounds.run(bench.recipe)
+        second = bench.start()
+        assert second.wait(timeout=60) == 4
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert len(bench.calls()) == 1
+
+
+def test_worker_left_by_a_finished_command_is_ended(tmp_path: Path) -> None:
+    leave = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, file=open(sys.argv[1], 'w'))"
+    assert run_child([sys.executable, "-c", leave, str(tmp_path / "pid")]) == 0
+    pid = int((tmp_path / "pid").read_text())
+    eventually(lambda: not is_running(pid), "the worker is still there")
+
+
+def test_run_child_reports_a_signal_as_the_shell_does() -> None:
+    assert run_child([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == 137
+
+
+def test_damaged_record_of_stages_is_named(bench: Bench) -> None:
+    bench.run_dir.mkdir()
+    (bench.run_dir / "stages.json").write_text('{"stages": [')
+    with pytest.raises(PleError, match=r"stages\.json") as refusal:
+        rounds.run(bench.recipe)
+    assert refusal.value.exit_code == 3
+
+
+# The recipe itself
+
+
+def test_recipe_reports_all_faults_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "modle: m\nqueries: 5\nprinciples: hh\nrun_dir: r\nreward_model: j\nalpha: 1.0\nlearning_rate: 0.1\n"
+        "train:\n  learning-rate: fast\n  epochs: 0\ngen:\n  engine: tgi\n"
+    )
+    with pytest.raises(UsageError) as refusal:
+        load_recipe(path)
+    lines = str(refusal.value).splitlines()
+    assert lines[0] == f"{path}: 8 faults in the recipe"
+    expected = [
+        "model: missing",
+        "queries: Input should be a valid string, not 5",
+        "alpha: Input should be less than 1, not 1.0",
+        "gen.engine: Input should be 'vllm' or 'hf', not 'tgi'",
+        "train.epochs: Input should be greater than or equal to 1, not 0",
+        "train.learning-rate: unknown key; did you mean learning_rate?",
+        "modle: unknown key; did you mean model?",
+        "learning_rate: unknown key; it belongs under reward or sft or train",
+    ]
+    assert sorted(line.strip() for line in lines[1:]) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "this is empty"),
+        ("- a\n", "this is a list"),
+        ("a: [\n", "line 2: not valid YAML"),
+        ("model: a\nmodel: b\n", "line 2: not valid YAML: the key 'model' is given twice"),
+    ],
+)
+def test_recipe_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as refusal:
+        load_recipe(path)
+    assert message in str(refusal.value)
+
+
+def test_set_changes_a_key_and_refuses_nonsense(bench: Bench) -> None:
+    path = bench.recipe_file
+    recipe = load_recipe(path, ["tau0=1", "train.learning_rate=1e-3", "gen.stop=[a, b]", "revision=null"])
+    assert (recipe.tau0, recipe.train.learning_rate, recipe.gen.stop) == (1.0, 1e-3, ["a", "b"])
+    assert differences(bench.recipe, recipe) == [
+        "tau0: 0.2 -> 1.0",
+        "gen.stop: [] -> ['a', 'b']",
+        "train.learning_rate: 0.0001 -> 0.001",
+    ]
+    for wrong, message in [
+        ("tau0", "write key=value"),
+        ("model.name=x", "model is a value, not a group of keys"),
+        ("train.lr=1", "train.lr: unknown key"),
+        ("tau0=[", "not valid YAML"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            load_recipe(path, [wrong])
+
+
+def test_reward_model_is_given_or_trained(bench: Bench) -> None:
+    bench.values["reward"] = {"model": "m", "data": "d"}
+    with pytest.raises(UsageError, match="either reward_model"):
+        parse_recipe(bench.values, "test")
+    del bench.values["reward"], bench.values["reward_model"]
+    with pytest.raises(UsageError, match="either reward_model"):
+        parse_recipe(bench.values, "test")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_parse(path: Path) -> None:
+    load_recipe(path)

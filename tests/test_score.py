@@ -1,0 +1,324 @@
+"""The scoring stage: pairs of the same unit, resumed, shared, re-scored elsewhere, and refused where not finite."""
+
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ple_data import score as score_module
+from ple_data.rewards import load_reward_model
+from ple_data.score import ScoreCounts, score
+from ple_data.store import Store
+from schemas.errors import DamagedError, PleError, UsageError
+from schemas.tables import RESPONSES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Words:
+    """A reward model for tests: the words of y, and a record of what it was asked."""
+
+    truncated = 0
+
+    def __init__(self, name: str = "words@1", reward: Callable[[str, str], float] | None = None) -> None:
+        self.name = name
+        self.asked: list[tuple[str, str]] = []
+        self._reward = reward or (lambda x, y: float(len(y.split())))
+
+    def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
+        self.asked += rows
+        return [self._reward(x, y) for x, y in rows]
+
+
+def commit_unit(store: Store, unit: int, *, round: int = 0, rows: int = 4) -> str:
+    """One unit of responses: y has 1 + its query's number words, y_prompt one word more."""
+    queries = [unit * rows + row for row in range(rows)]
+    columns = {
+        "query_id": [f"q{n}" for n in queries],
+        "round": [round] * rows,
+        "sample": [0] * rows,
+        "x": [f"query {n}" for n in queries],
+        "y": ["word " * (n + 1) for n in queries],
+        "y_prompt": ["word " * (n + 2) for n in queries],
+        "x_ids": [[1, 2]] * rows,
+        "y_ids": [[3]] * rows,
+        "y_prompt_ids": [[3, 4]] * rows,
+        "y_finish": ["stop"] * rows,
+        "y_prompt_finish": ["length"] * rows,
+        "y_empty": [False] * rows,
+        "y_prompt_empty": [False] * rows,
+        "principle": ["Be kind."] * rows,
+        "policy": ["tiny@1"] * rows,
+        "seed": [7] * rows,
+        "y_logps": [[-1.0]] * rows,
+        "y_prompt_logps": [[-1.0, -2.0]] * rows,
+    }
+    name = f"{unit:05d}-abcdef012345"
+    table = pa.table(columns)
+    with store.claim("responses", round, name) as ours:
+        assert ours
+        store.commit("responses", round, name, table, {"policy": "tiny@1", "sampling": {"top_p": 1.0}})
+    return name
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Three units of four rows in round 0, one in round 1."""
+    store = Store(tmp_path / "data")
+    for unit in range(3):
+        commit_unit(store, unit)
+    commit_unit(store, 3, round=1)
+    return store
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    """The bytes of every pairs file."""
+    files = sorted((store.root / "pairs").rglob("*.parquet"))
+    return {str(file.relative_to(store.root)): file.read_bytes() for file in files}
+
+
+def test_pairs_are_the_responses_with_their_rewards(store: Store):
+    counts = score(store, Words())
+    assert counts == ScoreCounts(units=4, rows=16)
+    responses, pairs = store.shards("responses"), store.shards("pairs")
+    assert [(s.round, s.unit, s.rows) for s in pairs] == [(s.round, s.unit, s.rows) for s in responses]
+    for shard, source in zip(pairs, responses, strict=True):
+        table = store.read(shard)
+        assert table.select(RESPONSES.names).equals(store.read(source))
+        words = [len(y.split()) for y in table["y"].to_pylist()]
+        assert table["s"].to_pylist() == words
+        assert table["s_prompt"].to_pylist() == [count + 1 for count in words]
+        assert set(table["reward_model"].to_pylist()) == {"words@1"}
+    assert store.verify() == []
+
+
+def test_the_file_says_which_reward_model_and_keeps_where_the_responses_came_from(store: Store):
+    score(store, Words())
+    provenance = store.provenance(store.shards("pairs")[0])
+    assert provenance["reward_model"] == "words@1"
+    assert provenance["policy"] == "tiny@1"
+    assert provenance["sampling"] == {"top_p": 1.0}
+    assert provenance["kind"] == "pairs"
+
+
+def test_one_round_only(store: Store):
+    assert score(store, Words(), round=1).rows == 4
+    assert {shard.round for shard in store.shards("pairs")} == {1}
+    with pytest.raises(UsageError, match=r"no responses in round 2 of .*run ple-gen"):
+        score(store, Words(), round=2)
+
+
+def test_a_store_without_responses_is_refused(tmp_path: Path):
+    with pytest.raises(UsageError, match="no responses in"):
+        score(Store(tmp_path / "none"), Words())
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_same_text_is_scored_once(tmp_path: Path):
+    store = Store(tmp_path)
+    commit_unit(store, 0)
+    table = store.read(store.shards("responses")[0])
+    same = table.set_column(table.schema.get_field_index("y_prompt"), RESPONSES.field("y_prompt"), table["y"])
+    with store.claim("responses", 1, "00000-same") as ours:
+        assert ours
+        rounds = pa.array([1] * len(same), pa.int32())
+        same = same.set_column(same.schema.get_field_index("round"), RESPONSES.field("round"), rounds)
+        store.commit("responses", 1, "00000-same", same, {})
+    reward_model = Words()
+    score(store, reward_model, round=1)
+    assert len(reward_model.asked) == len(set(reward_model.asked)) == 4
+
+
+def test_what_is_committed_is_not_scored_again(store: Store):
+    class Stops(Words):
+        def score(self, rows):
+            if len(self.asked) >= 16:
+                raise PleError("the server is gone")
+            return super().score(rows)
+
+    stops = Stops()
+    with pytest.raises(PleError, match="the server is gone"):
+        score(store, stops)
+    done = set(stops.asked)
+    again = Words()
+    counts = score(store, again)
+    assert (counts.rows_done_before, counts.rows) == (8, 8)
+    assert not done & set(again.asked)
+    resumed = contents(store)
+
+    whole = Store(store.root.parent / "whole")
+    score(store, Words(), output=whole)
+    assert resumed == contents(whole)
+    assert score(store, Words()) == ScoreCounts(rows_done_before=16)
+
+
+def test_another_model_scores_into_another_store(store: Store, tmp_path: Path):
+    score(store, Words())
+    before = contents(store)
+    other = Store(tmp_path / "other")
+    negative = Words("negative@1", lambda x, y: -float(len(y)))
+    score(store, negative, output=other)
+    assert contents(store) == before
+    assert len(other.shards("pairs")) == 4
+    assert other.shards("responses") == []
+    assert max(other.read(other.shards("pairs")[0])["s"].to_pylist()) < 0
+    assert [problem for problem in other.verify() if problem.severity == "error"] == []
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_two_models_are_never_mixed_in_one_store(store: Store, with_record: bool):
+    score(store, Words(), round=0)
+    if not with_record:
+        (store.root / ".ple" / "reward_model").unlink()
+    with pytest.raises(UsageError, match=r"scored by words@1, not by words@2.*--output"):
+        score(store, Words("words@2"))
+    assert len(store.shards("pairs")) == 3
+
+
+def test_of_two_models_that_start_at_once_one_is_refused(store: Store):
+    """The second has passed the check at the start and commits first."""
+
+    class Overtaken(Words):
+        def score(self, rows):
+            if not self.asked:
+                score(store, Words("first@1"), round=1)
+            return super().score(rows)
+
+    with pytest.raises(UsageError, match=r"scored by first@1, not by overtaken@1"):
+        score(store, Overtaken("overtaken@1"))
+    assert {shard.round for shard in store.shards("pairs")} == {1}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39])
+def test_rewards_that_are_not_finite_are_refused_with_their_rows(store: Store, bad: float):
+    """1e39 is finite as float64 and infinite as float32, which is what the table holds."""
+    reward_model = Words(reward=lambda x, y: bad if len(y.split()) == 7 else 1.0)
+    with pytest.raises(PleError) as caught:
+        score(store, reward_model)
+    message = str(caught.value)
+    assert "part-00001-abcdef012345.parquet" in message
+    assert "query 'q6' sample 0 s = " in message
+    assert "query 'q5' sample 0 s_prompt = " in message
+    assert "q4" not in message
+    assert [shard.unit for shard in store.shards("pairs")] == ["00000-abcdef012345"]
+    assert score(store, Words()).rows_done_before == 4
+
+
+def test_a_damaged_shard_is_named_and_the_rest_is_kept(store: Store):
+    second = store.shards("responses")[1]
+    second.path.write_bytes(second.path.read_bytes()[:-20])
+    with pytest.raises(DamagedError, match=r"part-00001-abcdef012345\.parquet"):
+        score(store, Words())
+    assert len(store.shards("pairs")) == 1
+
+
+def test_texts_that_were_cut_are_counted_and_reported(store: Store, capsys: pytest.CaptureFixture[str]):
+    class Cuts(Words):
+        def score(self, rows):
+            self.truncated += 2
+            return super().score(rows)
+
+    assert score(store, Cuts()).texts_cut == 8
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "8 texts are longer than the reward model takes" in err
+
+
+def test_a_unit_that_another_process_holds_is_waited_for(
+    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(score_module, "POLL_SECONDS", 0.02)
+    shard = store.shards("responses")[0]
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store.claim("pairs", shard.round, shard.unit):
+            held.set()
+            release.wait(20)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    threading.Timer(0.3, release.set).start()
+    assert score(store, Words()).rows == 16
+    holder.join()
+    assert f"locked by pid {os.getpid()} on" in capsys.readouterr().err
+
+
+def test_a_classifier_of_transformers_end_to_end(store: Store, reward: Path):
+    reward_model = load_reward_model(str(reward))
+    score(store, reward_model)
+    table = store.read(store.shards("pairs")[0])
+    rows = list(zip(table["x"].to_pylist(), table["y_prompt"].to_pylist(), strict=True))
+    assert table["s_prompt"].to_pylist() == pytest.approx(load_reward_model(str(reward)).score(rows), abs=1e-4)
+    assert len(set(table["s_prompt"].to_pylist())) > 1
+    assert table["reward_model"][0].as_py().startswith(f"{reward.name}@")
+
+
+# --- several real processes --------------------------------------------------------------------------------
+
+SLOW_REWARD = """
+import time
+def words(xs, ys):
+    time.sleep({seconds})
+    return [float(len(y.split())) for y in ys]
+"""
+
+
+def start_scoring(store: Store, function: Path) -> subprocess.Popen:
+    program = (
+        "import sys; from ple_data.score import score; from ple_data.store import Store; "
+        "from ple_data.rewards import load_reward_model; "
+        "counts = score(Store(sys.argv[1]), load_reward_model(sys.argv[2])); print(counts.rows)"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(store.root), f"{function}:words"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_three_processes_share_the_work(store: Store, tmp_path: Path):
+    for unit in range(4, 13):
+        commit_unit(store, unit)
+    function = tmp_path / "slow.py"
+    function.write_text(SLOW_REWARD.format(seconds=0.15))
+    processes = [start_scoring(store, function) for _ in range(3)]
+    rows = []
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        rows.append(int(out))
+    assert sum(rows) == 4 * 13
+    assert sum(1 for count in rows if count) > 1, "the work was not shared"
+    assert store.verify() == []
+
+
+def test_a_unit_of_a_killed_process_is_taken_over(store: Store, tmp_path: Path):
+    function = tmp_path / "slow.py"
+    function.write_text(SLOW_REWARD.format(seconds=60))
+    process = start_scoring(store, function)
+    shard = store.shards("responses")[0]
+    deadline = time.monotonic() + 60
+    while store.holder("pairs", shard.round, shard.unit) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    threading.Timer(0.5, process.kill).start()
+    function.write_text(SLOW_REWARD.format(seconds=0))
+    assert score(store, load_reward_model(f"{function}:words")).rows == 16
+    process.communicate(timeout=20)
+    assert process.returncode < 0
+    assert store.verify() == []
+    assert pq.read_table(store.shards("pairs")[0].path)["s"].type == pa.float32()
+    assert np.isfinite(store.scan("pairs").collect()["s"].to_numpy()).all()

@@ -1,0 +1,160 @@
+"""Tiny real models for the tests: a Llama policy, a reward model and a LoRA adapter, written to a directory.
+
+They are random but real: the same classes, files and tokenizers as a model from the hub, small enough to load
+in a second. Nothing is downloaded, and the same arguments always write the same weights.
+"""
+
+import itertools
+from pathlib import Path
+
+EOS, PAD, BOS = "<|end|>", "<|pad|>", "<|begin|>"
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHAT_TEMPLATE_WITHOUT_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + CHAT_TEMPLATE
+)
+"""Refuses a system message the way the templates of some hub models do."""
+
+_SUBJECTS = ["the film", "this story", "a good actor", "the question", "my friend", "the answer", "one scene"]
+_VERBS = ["was", "seems", "helps", "needs", "shows", "is not", "should be"]
+_ENDINGS = [
+    "great.",
+    "very bad.",
+    "wonderful and funny.",
+    "boring!",
+    "quite useful.",
+    "long?",
+    "kind of sad.",
+]
+
+
+def corpus() -> list[str]:
+    """A few hundred plain English sentences: enough to train a small byte-level BPE."""
+    return [" ".join(words).capitalize() for words in itertools.product(_SUBJECTS, _VERBS, _ENDINGS)]
+
+
+def tiny_tokenizer(
+    *, vocab: int = 384, add_bos: bool = False, chat: bool | str = False, eos: bool = True, pad: bool = True
+):
+    """A byte-level BPE tokenizer; `add_bos` makes its post-processor put BOS before every text.
+
+    chat: False, True, or "no-system" for a template that raises on a system message.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[PAD, EOS, BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    if add_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A",
+            pair=f"{BOS} $A $B",
+            special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
+        )
+    special = {"bos_token": BOS}
+    if eos:
+        special["eos_token"] = EOS
+    if pad:
+        special["pad_token"] = PAD
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE_WITHOUT_SYSTEM if chat == "no-system" else CHAT_TEMPLATE
+    return fast
+
+
+def _llama_config(tokenizer, hidden: int, layers: int, seed: int, **more):
+    import torch
+    from transformers import LlamaConfig
+
+    torch.manual_seed(seed)
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        head_dim=32,
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **more,
+    )
+
+
+def tiny_policy(
+    directory: Path | str,
+    *,
+    vocab: int = 384,
+    hidden: int = 64,
+    layers: int = 2,
+    seed: int = 0,
+    chat: bool | str = False,
+    add_bos: bool = False,
+    eos: bool = True,
+    pad: bool = True,
+) -> Path:
+    """A random LlamaForCausalLM with its tokenizer, written to `directory` (heads of 32: vLLM on CPU takes them)."""
+    from transformers import LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer(vocab=vocab, add_bos=add_bos, chat=chat, eos=eos, pad=pad)
+    model = LlamaForCausalLM(_llama_config(tokenizer, hidden, layers, seed))
+    return _save(directory, model, tokenizer)
+
+
+def tiny_reward(
+    directory: Path | str,
+    *,
+    num_labels: int = 1,
+    vocab: int = 320,
+    hidden: int = 64,
+    layers: int = 2,
+    seed: int = 1,
+    chat: bool | str = False,
+    pad: bool = True,
+) -> Path:
+    """A random sequence classifier with a tokenizer of its own (other ids than the policy's)."""
+    from transformers import LlamaForSequenceClassification
+
+    tokenizer = tiny_tokenizer(vocab=vocab, chat=chat, pad=pad)
+    config = _llama_config(tokenizer, hidden, layers, seed, num_labels=num_labels)
+    return _save(directory, LlamaForSequenceClassification(config), tokenizer)
+
+
+def tiny_adapter(model_dir: Path | str, directory: Path | str, *, rank: int = 8, seed: int = 2) -> Path:
+    """A random, non-zero LoRA adapter over all linear modules of `model_dir`, written to `directory`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(str(model_dir))
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(str(directory))
+    return Path(directory)
+
+
+def _save(directory: Path | str, model, tokenizer) -> Path:
+    model.save_pretrained(str(directory))
+    tokenizer.save_pretrained(str(directory))
+    return Path(directory)
