@@ -5,9 +5,11 @@ Only click is imported at the top, so that --help is instant; there is no logic 
 
 import contextlib
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +56,8 @@ class _Command(click.Command):
                 formatter.write_dl(sections[section])
 
     def invoke(self, ctx: click.Context) -> Any:
+        if not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with _interruptible():
             try:
                 result = super().invoke(ctx)
@@ -112,12 +116,12 @@ def _interruptible() -> Iterator[None]:
 
 def _reader_is_gone() -> bool:
     """Whether stdout is a closed pipe (`| head`); if so, nothing more is written to it."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLERR)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _say(message: str) -> None:
@@ -130,9 +134,14 @@ def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 
 _debug = click.option(
-    "--debug", cls=_Option, section="Other", is_flag=True, expose_value=False, callback=_note_debug,
+    "--debug",
+    cls=_Option,
+    section="Other",
+    is_flag=True,
+    expose_value=False,
+    callback=_note_debug,
     help="Show the traceback of an error.",
-)  # fmt: skip
+)
 _version = click.version_option(package_name="ple-align", prog_name="ple")
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 
@@ -157,6 +166,17 @@ def _all(*decorators: Callable[[Function], Function]) -> Callable[[Function], Fu
     return decorate
 
 
+_method = partial(_option, section="Method")
+_safeguard = partial(_option, section="Safeguards (off: the paper)")
+_queries = partial(_option, section="Queries")
+_sampling = partial(_option, section="Sampling")
+_engine = partial(_option, section="Engine")
+_judging = partial(_option, section="Reward model")
+_learning = partial(_option, section="Training")
+_size = partial(_option, section="Model")
+_machine = partial(_option, section="Machine")
+
+_DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 _PATH = click.Path(path_type=Path)
 _POSITIVE = click.IntRange(min=1)
 _COUNT = click.IntRange(min=0)
@@ -171,54 +191,79 @@ _adapter = _option("--adapter", help="LoRA adapter of the policy: the last round
 _round = _option("--round", type=_COUNT, required=True, help="Round T, counted from 0.")
 _seed = _option("--seed", type=int, default=0, help="Seed of everything that is drawn.")
 _threshold = _all(
-    _option("--tau0", section="Method", type=click.FloatRange(min=0), default=0.2, help="Threshold of round 0, in the reward's units."),
-    _option("--alpha", section="Method", type=_ALPHA, default=0.9, help="Decay: the threshold of round t is tau0 * alpha^t."),
-)  # fmt: skip
+    _method("--tau0", type=click.FloatRange(min=0), default=0.2, help="Threshold of round 0, in the reward's units."),
+    _method("--alpha", type=_ALPHA, default=0.9, help="Decay: the threshold of round t is tau0 * alpha^t."),
+)
 _REWARD_OPTIONS = ("output_index", "join", "batch_tokens", "reward_device", "reward_dtype")
 _reward_options = _all(
-    _option("--output-index", section="Reward model", type=_COUNT, help="Which output of a classifier is the reward."),
-    _option("--join", section="Reward model", type=click.Choice(["auto", "text", "pair", "chat"]), default="auto",
-            help="How a classifier reads x and y; auto: its chat template where it has one, else one text."),
-    _option("--batch-tokens", section="Reward model", type=_POSITIVE, help="Tokens of one batch, padding counted."),
-    _option("--reward-device", section="Reward model", default="auto", help="auto: a GPU where there is one, else the CPU."),
-    _option("--reward-dtype", section="Reward model", type=click.Choice(["float32", "bfloat16"]), default="float32",
-            help="Number type of its weights."),
-)  # fmt: skip
+    _judging("--output-index", type=_COUNT, help="Which output of a classifier is the reward."),
+    _judging(
+        "--join",
+        type=click.Choice(["auto", "text", "pair", "chat"]),
+        default="auto",
+        help="How a classifier reads x and y; auto: its chat template where it has one, else one text.",
+    ),
+    _judging("--batch-tokens", type=_POSITIVE, help="Tokens of one batch, padding counted."),
+    _judging("--reward-device", default="auto", help="auto: a GPU where there is one, else the CPU."),
+    _judging(
+        "--reward-dtype",
+        type=click.Choice(["float32", "bfloat16"]),
+        default="float32",
+        help="Number type of its weights.",
+    ),
+)
 
 
-def _training(learning_rate: float, batch_size: int, unit: str, max_length: int | None = None) -> Callable[[Function], Function]:
+def _training(
+    learning_rate: float, batch_size: int, unit: str, max_length: int | None = None
+) -> Callable[[Function], Function]:
     """Options that every training command has."""
     return _all(
-        _option("--learning-rate", section="Training", type=_ABOVE_ZERO, default=learning_rate, help="AdamW's learning rate."),
-        _option("--epochs", section="Training", type=_POSITIVE, default=1, help="Passes over the data."),
-        _option("--batch-size", section="Training", type=_POSITIVE, default=batch_size, help=f"{unit} of one step, over all processes."),
-        _option("--max-length", section="Training", type=_POSITIVE, default=max_length,
-                help="Keep the last N token ids." if max_length else "Leave out longer rows (token ids), and count them."),
-        _option("--precision", section="Machine", type=click.Choice(["auto", "float32", "bf16"]), default="auto",
-                help="auto: bf16 on a GPU, float32 elsewhere."),
-        _option("--microbatch-tokens", section="Machine", type=_POSITIVE, default=8192,
-                help="Tokens in memory at once; what is learned does not depend on it."),
-        _option("--checkpoint-every", section="Machine", type=_POSITIVE, default=100, help="Steps between two checkpoints."),
-        _option("--resume/--no-resume", section="Machine", default=True, help="Go on from the last checkpoint, or start over."),
-        _option("--metrics", section="Machine", type=_PATH, help="Parquet file of every step's metrics; in --output if not given."),
-        _option("--report-to", section="Machine", type=click.Choice(["tensorboard", "wandb"]), help="Also report the metrics there."),
-    )  # fmt: skip
+        _learning("--learning-rate", type=_ABOVE_ZERO, default=learning_rate, help="AdamW's learning rate."),
+        _learning("--epochs", type=_POSITIVE, default=1, help="Passes over the data."),
+        _learning("--batch-size", type=_POSITIVE, default=batch_size, help=f"{unit} of one step, over all processes."),
+        _learning(
+            "--max-length",
+            type=_POSITIVE,
+            default=max_length,
+            help="Keep the last N token ids." if max_length else "Leave out longer rows (token ids), and count them.",
+        ),
+        _machine(
+            "--precision",
+            type=click.Choice(["auto", "float32", "bf16"]),
+            default="auto",
+            help="auto: bf16 on a GPU, float32 elsewhere.",
+        ),
+        _machine(
+            "--microbatch-tokens",
+            type=_POSITIVE,
+            default=8192,
+            help="Tokens in memory at once; what is learned does not depend on it.",
+        ),
+        _machine("--checkpoint-every", type=_POSITIVE, default=100, help="Steps between two checkpoints."),
+        _machine("--resume/--no-resume", default=True, help="Go on from the last checkpoint, or start over."),
+        _machine("--metrics", type=_PATH, help="Parquet file of every step's metrics; in --output if not given."),
+        _machine("--report-to", type=click.Choice(["tensorboard", "wandb"]), help="Also report the metrics there."),
+    )
 
 
 _lora = _all(
-    _option("--lora-rank", section="Model", type=_POSITIVE, default=8, help="Rank of the LoRA adapter."),
-    _option("--lora-alpha", section="Model", type=_ABOVE_ZERO, default=16, help="Scale of the LoRA adapter."),
-    _option("--full/--no-full", section="Model", default=False, help="Train all weights instead of an adapter."),
-    _option("--attention", section="Machine", default="auto", help="Attention implementation, as transformers names them."),
-    _option("--gradient-checkpointing/--no-gradient-checkpointing", section="Machine", default=False,
-            help="Less memory, more time."),
-)  # fmt: skip
+    _size("--lora-rank", type=_POSITIVE, default=8, help="Rank of the LoRA adapter."),
+    _size("--lora-alpha", type=_ABOVE_ZERO, default=16, help="Scale of the LoRA adapter."),
+    _size("--full/--no-full", default=False, help="Train all weights instead of an adapter."),
+    _machine("--attention", default="auto", help="Attention implementation, as transformers names them."),
+    _machine("--gradient-checkpointing/--no-gradient-checkpointing", default=False, help="Less memory, more time."),
+)
 _schedule = _all(
-    _option("--warmup-steps", section="Training", type=_COUNT, default=0, help="Steps of linear warm-up."),
-    _option("--schedule", section="Training", type=click.Choice(["constant", "cosine"]), default="constant",
-            help="Learning rate after the warm-up."),
-    _option("--weight-decay", section="Training", type=click.FloatRange(min=0), default=0.0, help="AdamW's weight decay."),
-)  # fmt: skip
+    _learning("--warmup-steps", type=_COUNT, default=0, help="Steps of linear warm-up."),
+    _learning(
+        "--schedule",
+        type=click.Choice(["constant", "cosine"]),
+        default="constant",
+        help="Learning rate after the warm-up.",
+    ),
+    _learning("--weight-decay", type=click.FloatRange(min=0), default=0.0, help="AdamW's weight decay."),
+)
 
 
 @click.group(cls=_Group, context_settings=_CONTEXT, epilog=EXIT_CODES)
@@ -250,30 +295,68 @@ def ple() -> None:
 @_round
 @_seed
 @_option("--dry-run", is_flag=True, help="Show one rendered prompt of each arm with its token ids; sample nothing.")
-@_option("--reader", section="Queries", type=click.Choice(["auto", "hh", "imdb", "tldr"]), default="auto",
-         help="How a row becomes a query: HH dialogues, IMDb reviews (their first words), TL;DR posts.")  # fmt: skip
-@_option("--query-column", section="Queries", help="Column of the queries, if neither x, prompt nor messages.")
-@_option("--prefix-words", section="Queries", type=_POSITIVE, help="Words of a review that are the query (imdb reader).")
-@_option("--split", section="Queries", help="Split of a hub dataset.")
-@_option("--prompt-format", section="Queries", type=click.Choice(["auto", "plain", "chat"]), default="auto",
-         help="auto: the tokenizer's chat template where it has one.")  # fmt: skip
-@_option("--max-query-tokens", section="Queries", type=_POSITIVE, default=256, help="Drop longer queries, and count them.")
-@_option("--shuffle/--no-shuffle", section="Queries", default=False, help="Take the queries in an order drawn from --seed.")
-@_option("--skip", section="Queries", type=_COUNT, default=0, help="Leave out the first N queries; past the end it starts over.")
-@_option("--limit", section="Queries", type=_POSITIVE, help="Take at most N queries.")
-@_option("--unit-size", section="Queries", type=_POSITIVE, default=64, help="Queries of one unit of work, which is one file.")
-@_option("--samples", section="Sampling", type=_POSITIVE, default=1, help="Pairs of responses a query.")
-@_option("--max-new-tokens", section="Sampling", type=_POSITIVE, default=1024, help="Longest response.")
-@_option("--temperature", section="Sampling", type=click.FloatRange(min=0), default=1.0, help="0 takes the likeliest token.")
-@_option("--top-p", section="Sampling", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Nucleus sampling.")
-@_option("--stop", section="Sampling", multiple=True, help="Text that ends a response; may be repeated.")
-@_option("--logprobs/--no-logprobs", section="Sampling", default=True, help="Keep the log-probability of each sampled token.")
-@_option("--reuse", section="Sampling", type=_PATH, multiple=True,
-         help="Take rows of this earlier DATA whose policy, query, principle and sampling match; may be repeated.")  # fmt: skip
-@_option("--engine", section="Engine", type=click.Choice(["vllm", "hf"]), help="Default: vllm where it is installed, else hf.")
-@_option("--engine-arg", section="Engine", multiple=True, metavar="NAME=VALUE",
-         help="Pass an option to the engine, e.g. tensor_parallel_size=2; may be repeated.")  # fmt: skip
-@_option("--dtype", section="Engine", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", help="Number type of the weights.")
+@_queries(
+    "--reader",
+    type=click.Choice(["auto", "hh", "imdb", "tldr"]),
+    default="auto",
+    help="How a row becomes a query: HH dialogues, IMDb reviews (their first words), TL;DR posts.",
+)
+@_queries("--query-column", help="Column of the queries, if neither x, prompt nor messages.")
+@_queries("--prefix-words", type=_POSITIVE, help="Words of a review that are the query (imdb reader).")
+@_queries("--split", help="Split of a hub dataset.")
+@_queries(
+    "--prompt-format",
+    type=click.Choice(["auto", "plain", "chat"]),
+    default="auto",
+    help="auto: the tokenizer's chat template where it has one.",
+)
+@_queries("--max-query-tokens", type=_POSITIVE, default=256, help="Drop longer queries, and count them.")
+@_queries("--shuffle/--no-shuffle", default=False, help="Take the queries in an order drawn from --seed.")
+@_queries(
+    "--skip",
+    type=_COUNT,
+    default=0,
+    help="Leave out the first N queries; past the end it starts over.",
+)
+@_queries("--limit", type=_POSITIVE, help="Take at most N queries.")
+@_queries("--unit-size", type=_POSITIVE, default=64, help="Queries of one unit of work, which is one file.")
+@_sampling("--samples", type=_POSITIVE, default=1, help="Pairs of responses a query.")
+@_sampling("--max-new-tokens", type=_POSITIVE, default=1024, help="Longest response.")
+@_option(
+    "--temperature", section="Sampling", type=click.FloatRange(min=0), default=1.0, help="0 takes the likeliest token."
+)
+@_option(
+    "--top-p", section="Sampling", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Nucleus sampling."
+)
+@_sampling("--stop", multiple=True, help="Text that ends a response; may be repeated.")
+@_option(
+    "--logprobs/--no-logprobs", section="Sampling", default=True, help="Keep the log-probability of each sampled token."
+)
+@_sampling(
+    "--reuse",
+    type=_PATH,
+    multiple=True,
+    help="Take rows of this DATA where policy, query, principle and sampling match; may be repeated.",
+)
+@_option(
+    "--engine",
+    section="Engine",
+    type=click.Choice(["vllm", "hf"]),
+    help="Default: vllm where it is installed, else hf.",
+)
+@_engine(
+    "--engine-arg",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Pass an option to the engine, e.g. tensor_parallel_size=2; may be repeated.",
+)
+@_option(
+    "--dtype",
+    section="Engine",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    help="Number type of the weights.",
+)
 @_reward_options
 def gen(reward_model: str | None, **options: Any) -> None:
     """Sample a plain and a principle-guided response to every query, and keep them in DATA.
@@ -303,8 +386,11 @@ def gen(reward_model: str | None, **options: Any) -> None:
 
 @_command("ple-score")
 @_option("--data", type=_PATH, required=True, help="Folder of the responses.")
-@_option("--reward-model", required=True,
-         help="Classifier (directory or hub id), file.py:function, module:function, or http(s)://address.")  # fmt: skip
+@_option(
+    "--reward-model",
+    required=True,
+    help="Classifier (directory or hub id), file.py:function, module:function, or http(s)://address.",
+)
 @_option("--round", type=_COUNT, help="Score this round only.")
 @_option("--output", type=_PATH, help="Write the pairs to another DATA, so that two reward models stay apart.")
 @_reward_options
@@ -336,14 +422,17 @@ def _score(data: Path, reward_model: str, round: int | None, output: Path | None
 @_seed
 @_option("--dry-run", is_flag=True, help="Show rows, margins and the partition by round; train nothing.")
 @_threshold
-@_option("--trust-region", section="Safeguards (off: the paper)", type=_ABOVE_ZERO,
-         help="Stop pushing a response whose mean log-probability has drifted this many nats a token.")  # fmt: skip
-@_option("--normalize-wsft/--no-normalize-wsft", section="Safeguards (off: the paper)", default=False,
-         help="Divide weighted SFT by the response's length.")  # fmt: skip
-@_option("--sft-anchor", section="Safeguards (off: the paper)", type=click.FloatRange(min=0), default=0.0,
-         help="Weight of an SFT term on the better response.")  # fmt: skip
+@_safeguard(
+    "--trust-region",
+    type=_ABOVE_ZERO,
+    help="Stop pushing a response whose mean log-probability has drifted this many nats a token.",
+)
+@_safeguard("--normalize-wsft/--no-normalize-wsft", default=False, help="Divide weighted SFT by the response's length.")
+@_safeguard(
+    "--sft-anchor", type=click.FloatRange(min=0), default=0.0, help="Weight of an SFT term on the better response."
+)
 @_training(1e-4, 16, "Pairs")
-@_option("--max-grad-norm", section="Training", type=_ABOVE_ZERO, default=1.0, help="Gradient clipping.")
+@_learning("--max-grad-norm", type=_ABOVE_ZERO, default=1.0, help="Gradient clipping.")
 @_lora
 def train(data: tuple[Path, ...], dry_run: bool, **options: Any) -> None:
     """Train the policy on the pairs of all rounds up to T (Eq. 6), re-partitioned at this round's threshold.
@@ -406,7 +495,13 @@ def reward(**options: Any) -> None:
 
 @_command("run")
 @click.argument("recipe", type=_PATH)
-@_option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe, e.g. train.epochs=2; may be repeated.")
+@_option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a key, e.g. train.epochs=2; may be repeated.",
+)
 @_option("--dry-run", is_flag=True, help="Print the commands as shell lines; start nothing.")
 def run(recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Run a whole recipe: reward model and SFT if asked for, then rounds of ple-gen, ple-score and ple-train.
@@ -485,9 +580,16 @@ def demo(output: Path, rounds: int) -> None:
 
 
 for _name, _member in {
-    "demo": demo, "run": run, "gen": gen, "score": score, "train": train, "sft": sft, "reward": reward,
-    "inspect": inspect, "verify": verify,
-}.items():  # fmt: skip
+    "demo": demo,
+    "run": run,
+    "gen": gen,
+    "score": score,
+    "train": train,
+    "sft": sft,
+    "reward": reward,
+    "inspect": inspect,
+    "verify": verify,
+}.items():
     ple.add_command(_member, _name)
 
 

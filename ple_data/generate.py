@@ -32,7 +32,7 @@ from ple_data.principles import PromptFormat, load_principle, uses_chat
 from ple_data.progress import Progress
 from ple_data.queries import DEFAULT_PREFIX_WORDS, Reader, load_queries, to_text
 from ple_data.reuse import Reuse
-from ple_data.round_plan import ARMS, Plan, Unit, check_numbers, make_prompts, make_units, take
+from ple_data.round_plan import ARMS, Plan, Unit, check_numbers, make_prompts, make_units
 from ple_data.store import Store
 from schemas.errors import UsageError
 from schemas.tables import RESPONSES
@@ -111,13 +111,18 @@ def generate(
         chat=uses_chat(tokenizer, prompt_format),
     )
     prompts, counts = make_prompts(
-        tokenizer, query_set.queries, principle, prompt_format=prompt_format, max_query_tokens=max_query_tokens
+        tokenizer,
+        query_set.queries,
+        principle,
+        prompt_format=prompt_format,
+        max_query_tokens=max_query_tokens,
+        shuffle_seed=seed if shuffle else None,
+        skip=skip,
+        limit=limit,
     )
-    prompts = take(prompts, shuffle_seed=seed if shuffle else None, skip=skip, limit=limit)
-    counts["queries_taken"] = len(prompts)
     _say(
-        f"{counts['queries_read']} queries read from {query_set.source}, {counts['queries_too_long']} with more than "
-        f"{max_query_tokens} tokens dropped, {len(prompts)} taken"
+        f"{counts['queries_read']} queries read from {query_set.source}, {counts['queries_looked_at']} looked at, "
+        f"{counts['queries_too_long']} with more than {max_query_tokens} tokens dropped, {len(prompts)} taken"
     )
     if not prompts:
         raise UsageError(f"no query of {query_set.source} is left; raise --max-query-tokens ({max_query_tokens})")
@@ -184,10 +189,9 @@ def sample_round(
     summary = GenerateSummary(rows=plan.rows, counts=plan.counts)
     pending = [unit for unit in plan.units if not store.is_committed(KIND, plan.round, unit.id)]
     summary.rows_done_before = plan.rows - sum(map(plan.rows_of, pending))
-    began = time.monotonic()
     with (
         Progress("generate", 2 * plan.rows, "responses", done=2 * summary.rows_done_before) as progress,
-        _EngineHolder(start_engine) as engine,
+        _EngineHolder(start_engine, progress) as engine,
     ):
         announced: set[str] = set()
         while pending:
@@ -199,16 +203,17 @@ def sample_round(
                 _announce(store, plan, collector.locked, announced, progress)
                 time.sleep(POLL_SECONDS)
             pending = collector.locked
-        progress.note(_result(summary, time.monotonic() - began))
+        progress.note(_result(summary, time.monotonic() - engine.started))
     return summary
 
 
 class _EngineHolder:
     """Starts the engine with the first unit that needs it, so that a finished round starts none."""
 
-    def __init__(self, start: Callable[[], Engine]) -> None:
-        self._start = start
+    def __init__(self, start: Callable[[], Engine], progress: Progress) -> None:
+        self._start, self._progress = start, progress
         self._engine: Engine | None = None
+        self.started = time.monotonic()
 
     def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
         first = next(units, None)
@@ -216,6 +221,9 @@ class _EngineHolder:
             return
         if self._engine is None:
             self._engine = self._start()
+            self._progress.note(f"engine started in {time.monotonic() - self.started:.0f} s")
+            self._progress.restart_clock()
+            self.started = time.monotonic()
         yield from self._engine.sample(itertools.chain([first], units), sampling)
 
     def __enter__(self) -> "_EngineHolder":

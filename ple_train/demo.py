@@ -21,17 +21,17 @@ from ple_train.evaluate import Interval, bootstrap_mean, perplexity, sample_resp
 from ple_train.rounds import find_program, refuse_failure
 
 SEED = 0
+TAU0, ALPHA = 0.2, 0.9
 UNSEEN = 400
 MAX_NEW_TOKENS = 80
-PRETRAINING_REVIEWS, LABELLED, FINE_TUNING, HELD_OUT = 8000, 2400, 4000, 400
-QUERIES_PER_ROUND = 256
+PRETRAINING, LABELLED, FINE_TUNING, HELD_OUT = 4000, 2400, 3000, 400
 
 
 def demo(output: Path, *, rounds: int) -> str:
     """Runs what is left of the demo in `output` and gives its closing report."""
     recipe = _write_world(output, rounds)
-    _ple("sft", "--model", output / "untrained", "--data", output / "data" / "reviews.jsonl", "--output", output / "base",
-         "--full", "--learning-rate", 2e-3, "--schedule", "cosine", "--warmup-steps", 20, "--batch-size", 32)  # fmt: skip
+    files = ["--model", output / "untrained", "--data", output / "data" / "reviews.jsonl", "--output", output / "base"]
+    _ple("sft", *files, "--full", "--learning-rate", 2e-3, "--schedule", "cosine", "--warmup-steps", 20)
     _ple("run", recipe)
     measures = [_measured(output, t) for t in range(-1, rounds)]
     by_round = _by_round(output / "run" / "data")
@@ -49,10 +49,10 @@ def _write_world(output: Path, rounds: int) -> Path:
     unseen, seen = every[::5][:UNSEEN], [x for index, x in enumerate(every) if index % 5]
     principle = load_principle("imdb").text
     reviews = toyworld.reviews(SEED, seen)
-    pretraining = list(itertools.islice(reviews, PRETRAINING_REVIEWS))
+    pretraining = list(itertools.islice(reviews, PRETRAINING))
     toyworld.write_rows(data / "reviews.jsonl", [{"x": review.opening, "y": review.body} for review in pretraining])
-    toyworld.write_rows(data / "labels.jsonl", list(itertools.islice(_labelled(reviews), LABELLED)))
-    toyworld.write_rows(data / "unseen-labels.jsonl", list(itertools.islice(_labelled(reviews), HELD_OUT)))
+    toyworld.write_rows(data / "labels.jsonl", itertools.islice(_labelled(reviews), LABELLED))
+    toyworld.write_rows(data / "unseen-labels.jsonl", itertools.islice(_labelled(reviews), HELD_OUT))
     plain = [{"x": r.opening, "y": r.body} for r in itertools.islice(reviews, FINE_TUNING // 2)]
     praise = (r for r in reviews if r.polarity >= 0.5)
     guided = [{"x": f"{principle}\n{r.opening}", "y": r.body} for r in itertools.islice(praise, FINE_TUNING // 2)]
@@ -65,7 +65,9 @@ def _write_world(output: Path, rounds: int) -> Path:
         corpus = [principle, *(review.text for review in pretraining)]
         toyworld.write_untrained_model(output / "untrained", corpus, SEED)
     recipe = output / "recipe.yaml"
-    write_atomic(recipe, RECIPE.format(output=json.dumps(str(output))[1:-1], rounds=rounds, seed=SEED))
+    write_atomic(
+        recipe, RECIPE.format(output=json.dumps(str(output))[1:-1], rounds=rounds, seed=SEED, tau0=TAU0, alpha=ALPHA)
+    )
     return recipe
 
 
@@ -77,18 +79,22 @@ principles: imdb
 run_dir: "{output}/run"
 rounds: {rounds}
 queries_per_round: 256
+tau0: {tau0}
+alpha: {alpha}
 seed: {seed}
 reward:
   model: "{output}/base"
   data: "{output}/data/labels.jsonl"
-  full: true
-  learning_rate: 5e-4
+  learning_rate: 1e-3
+  epochs: 2
 sft: # half plain reviews; half principle + opening -> a review that praises, so that the base knows the principle
   data: "{output}/data/sft.jsonl"
   learning_rate: 3e-3
 gen:
   engine: hf
   max_new_tokens: 80
+score:
+  output_index: 1 # the praise logit
 train:
   learning_rate: 1e-3
   trust_region: 0.3
@@ -129,7 +135,9 @@ def _measured(output: Path, t: int) -> Measure:
     start, adapter = str(output / "run" / "sft"), None if t < 0 else str(output / "run" / "policy" / name)
     queries = [json.loads(line)["x"] for line in (output / "data" / "unseen.jsonl").read_text().splitlines()]
     responses = sample_responses(start, queries, adapter=adapter, engine="hf", max_new_tokens=MAX_NEW_TOKENS, seed=SEED)
-    rewards = load_reward_model(str(output / "run" / "reward")).score(list(zip(queries, responses, strict=True)))
+    rewards = load_reward_model(str(output / "run" / "reward"), output_index=1).score(
+        list(zip(queries, responses, strict=True))
+    )
     verdicts = [toyworld.judge(response) for response in responses]
     measure = Measure(
         name,
@@ -145,8 +153,7 @@ def _measured(output: Path, t: int) -> Measure:
 
 def _from_json(text: str) -> Measure:
     values = json.loads(text)
-    intervals = {name: Interval(**values.pop(name)) for name in ("reward", "polarity")}
-    return Measure(**values, **intervals)
+    return Measure(**values | {name: Interval(**values[name]) for name in ("reward", "polarity")})
 
 
 def _accuracy(output: Path) -> float:
@@ -154,5 +161,79 @@ def _accuracy(output: Path) -> float:
     from ple_data.rewards import load_reward_model
 
     rows = [json.loads(line) for line in (output / "data" / "unseen-labels.jsonl").read_text().splitlines()]
-    rewards = load_reward_model(str(output / "run" / "reward")).score([("", row["text"]) for row in rows])
-    return sum((reward > 0) == bool(row["label"]) for reward, row in zip(rewards, rows, strict=True)) / len(rows)
+    texts = [("", row["text"]) for row in rows]
+    blame, praise = (load_reward_model(str(output / "run" / "reward"), output_index=i).score(texts) for i in (0, 1))
+    found = [int(p > b) for b, p in zip(blame, praise, strict=True)]
+    return sum(label == row["label"] for label, row in zip(found, rows, strict=True)) / len(rows)
+
+
+def _by_round(data: Path) -> list[dict[str, Any]]:
+    """One row a round: tau, s, s_prompt, margin, rank share."""
+    from ple_data.partition import round_statistics
+    from ple_data.store import Store
+
+    return round_statistics(Store(data).scan("pairs"), TAU0, ALPHA).to_dicts()
+
+
+def _draw(path: Path, by_round: list[dict[str, Any]], measures: list[Measure]) -> None:
+    """The learning curve: s and s_prompt of the pairs by round, and the reward on unseen queries after it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    rounds = [row["round"] for row in by_round]
+    axes.plot(
+        rounds, [row["mean_s_prompt"] for row in by_round], "o-", color="#1b7837", label="s_prompt, with the principle"
+    )
+    axes.plot(rounds, [row["mean_s"] for row in by_round], "o-", color="#762a83", label="s, without")
+    places = [t - 0.08 for t in range(len(measures))]
+    rewards = [measure.reward for measure in measures]
+    errors = [[r.mean - r.low for r in rewards], [r.high - r.mean for r in rewards]]
+    label = f"unseen queries, without (95 % interval of {rewards[0].count})"
+    axes.errorbar(places, [r.mean for r in rewards], yerr=errors, fmt="s", color="#888888", capsize=3, label=label)
+    axes.set_xticks(range(len(measures)))
+    axes.set_xlabel("rounds of training before")
+    axes.set_ylabel("mean reward")
+    axes.set_title("PLE on the toy review world")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _report(output: Path, by_round: list[dict[str, Any]], measures: list[Measure]) -> str:
+    pairs = ["round     tau       s  s_prompt    gap  rank set"]
+    pairs += [
+        f"{row['round']:>5}  {row['tau']:>6.3f}  {row['mean_s']:>6.2f}  {row['mean_s_prompt']:>8.2f}  "
+        f"{row['mean_margin']:>5.2f}  {100 * row['rank_share']:>6.0f} %"
+        for row in by_round
+    ]
+    unseen = ["policy     reward model          the grammar itself    grammatical  perplexity"]
+    unseen += [
+        f"{measure.policy:<9}  {measure.reward!s:<20}  {measure.polarity!s:<20}  {100 * measure.grammatical:>9.0f} %"
+        f"  {measure.perplexity:>10.2f}"
+        for measure in measures
+    ]
+    return "\n".join(
+        [
+            "",
+            "Pairs by round: mean reward without and with the principle",
+            *pairs,
+            "",
+            f"Responses to {UNSEEN} unseen queries without the principle: mean [95 % bootstrap interval]",
+            *unseen,
+            "",
+            "reward model: it also trained the policy, and is right on "
+            f"{100 * _accuracy(output):.0f} % of {HELD_OUT} unseen labelled reviews.",
+            "the grammar itself: mean polarity of the sentences, -1 (all blame) to 1 (all praise); no model took part.",
+            "grammatical: sentences that the grammar could have written.",
+            "perplexity: of unseen reviews, praise and blame alike, so it must rise when a policy learns to praise.",
+            "",
+            f"Learning curve: {output / 'learning-curve.png'}",
+            "The pairs:",
+            "  import polars as pl",
+            f'  pairs = pl.scan_parquet("{output}/run/data/pairs/**/*.parquet")',
+            '  print(pairs.select("x", "y", "y_prompt", "s", "s_prompt").head(5).collect())',
+        ]
+    )

@@ -62,7 +62,7 @@ def learning_rate_at(step: int, total: int, settings: LoopSettings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def make_accelerator(precision: str, report_to: str | None = None, directory: Path | None = None) -> Any:
+def make_accelerator(report_to: str | None = None, directory: Path | None = None) -> Any:
     """The `Accelerator` of this process, one of one or of many (torchrun, accelerate launch).
 
     report_to: `tensorboard` or `wandb`; the tracker writes below `directory`.
@@ -71,9 +71,8 @@ def make_accelerator(precision: str, report_to: str | None = None, directory: Pa
     from accelerate.utils import DistributedDataParallelKwargs
 
     broadcast = DistributedDataParallelKwargs(broadcast_buffers=False)
-    mixed = "bf16" if precision == "bf16" else "no"
     return Accelerator(
-        mixed_precision=mixed,
+        mixed_precision="no",  # autocast is the loop's own: one process may train in several precisions
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[broadcast],
         log_with=report_to,
@@ -123,7 +122,7 @@ def train_loop(
                 sums = dict.fromkeys(("loss", *objective.sums), 0.0)
                 for number, batch in enumerate(mine, start=1):
                     with accelerator.no_sync(model) if number < len(mine) else nullcontext():
-                        with accelerator.autocast():
+                        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                             loss, parts = objective(model, batch, done)
                         accelerator.backward(loss * accelerator.num_processes)  # processes average: make it a sum
                     sums["loss"] += loss.item()

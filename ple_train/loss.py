@@ -38,7 +38,7 @@ class _TokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -87,7 +87,7 @@ def token_logps(
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return _TokenLogps.apply(hidden, weight, bias, targets, scale, softcap)  # type: ignore[no-any-return]
+        return _TokenLogps.apply(hidden, weight, bias, targets, scale, softcap)
 
 
 def sum_by_response(values: Tensor, responses: Tensor, count: int) -> Tensor:

@@ -28,7 +28,7 @@ DRIFT_GROUPS = tuple(f"{group}_age{age}" for group in GROUPS for age in AGES)
 class PairObjective:
     """- sum c * sum_j log pi / pairs over the responses of a micro-batch, and what to log about them."""
 
-    sums = (
+    sums: tuple[str, ...] = (
         "tokens",
         "positions",
         "gated",

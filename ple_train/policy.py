@@ -137,7 +137,7 @@ def load_policy(
     revision: str | None = None,
     full: bool = False,
     lora_rank: int = 8,
-    lora_alpha: float = 16,
+    lora_alpha: int = 16,
     precision: str = "auto",
     attention: str = "auto",
     gradient_checkpointing: bool = False,
@@ -188,7 +188,7 @@ def load_adapter(causal: Any, adapter: str, *, trainable: bool = True) -> Any:
         raise UsageError(f"--adapter {adapter} does not fit this --model ({_first_line(error)})") from error
 
 
-def _fresh_lora(causal: Any, rank: int, alpha: float, seed: int) -> Any:
+def _fresh_lora(causal: Any, rank: int, alpha: int, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)

@@ -17,7 +17,7 @@ from ple_data.models import check_model, load_tokenizer
 from ple_data.readers import read_rows
 from ple_data.rewards.texts import encode
 from ple_train.batches import MicroBatch, Sequence
-from ple_train.loop import LoopSettings, make_accelerator, train_loop
+from ple_train.loop import LoopSettings, Objective, make_accelerator, train_loop
 from ple_train.loss import preference_loss
 from ple_train.output import Output, print_to_log
 from ple_train.policy import resolve_precision
@@ -52,7 +52,7 @@ class RewardModel(nn.Module):
 class LabelObjective:
     """Cross-entropy of the labels; `tag` of a sequence is its label."""
 
-    sums = ("right", "rows")
+    sums: tuple[str, ...] = ("right", "rows")
     packed = False
     remedy = "Lower --learning-rate."
 
@@ -70,7 +70,7 @@ class LabelObjective:
 class PreferenceObjective:
     """Bradley-Terry over pairs; a sequence is a chosen text whose `tag` is the rejected one."""
 
-    sums = ("right", "rows", "margin")
+    sums: tuple[str, ...] = ("right", "rows", "margin")
     packed = False
     remedy = "Lower --learning-rate."
 
@@ -116,7 +116,7 @@ def train_reward(
     for name in ("output", "resume", "checkpoint_every", "metrics", "report_to"):
         del settings[name]
     settings["full"] = True
-    accelerator = make_accelerator(resolve_precision(precision), report_to, Path(output))
+    accelerator = make_accelerator(report_to, Path(output))
     with Output(output, "reward", settings, accelerator, resume=resume, metrics=metrics) as out:
         if out.finished:
             return
@@ -138,7 +138,7 @@ def train_reward(
             schedule=schedule,
             checkpoint_every=checkpoint_every,
         )
-        objective = LabelObjective() if labels else PreferenceObjective()
+        objective: Objective = LabelObjective() if labels else PreferenceObjective()
         parameters = dict(classifier.named_parameters())
         history = train_loop(accelerator, wrapped, parameters, stream, objective, loop, out.checkpoints, out.report)
         out.finish(classifier, tokenizer, history, title=f"{Path(model).name}, reward model")
@@ -180,7 +180,13 @@ def _load_classifier(model: str, revision: str | None, labels: int, pad: int, se
     torch.manual_seed(seed)
     try:
         classifier = AutoModelForSequenceClassification.from_pretrained(
-            model, revision=revision, num_labels=labels, dtype=torch.float32, use_safetensors=True
+            model,
+            revision=revision,
+            id2label={label: f"LABEL_{label}" for label in range(labels)},
+            label2id={f"LABEL_{label}": label for label in range(labels)},
+            ignore_mismatched_sizes=True,  # a head for another number of labels is replaced by a new one
+            dtype=torch.float32,
+            use_safetensors=True,
         )
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0]

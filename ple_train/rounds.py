@@ -89,7 +89,7 @@ def run(recipe: Recipe) -> None:
 
 
 def _run_stage(stage: Stage, directory: Path, records: list[dict[str, Any]], lock: int) -> float:
-    record = {
+    record: dict[str, Any] = {
         "stage": stage.name,
         "round": stage.round,
         "command": list(stage.command),
@@ -219,7 +219,10 @@ def _plain(value: Any) -> str:
 
 
 def find_program(program: str, place: str) -> str:
-    """The program beside the running Python, else on the PATH, as it must be typed. Raises UsageError, naming `place`."""
+    """The program beside the running Python, else on the PATH, as it must be typed.
+
+    Raises UsageError that names `place`, where the program was asked for.
+    """
     on_path = shutil.which(program)
     beside = Path(sys.executable).parent / program
     if os.sep not in program and beside.exists() and on_path != str(beside):

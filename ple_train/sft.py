@@ -29,7 +29,7 @@ LEARNING_RATE = 1e-4
 class SftObjective:
     """Eq. 1, divided by the response tokens of the global batch."""
 
-    sums = ("response_tokens", "positions", "tokens")
+    sums: tuple[str, ...] = ("response_tokens", "positions", "tokens")
     remedy = "Lower --learning-rate."
 
     def __init__(self, policy: Policy) -> None:
@@ -56,7 +56,7 @@ def sft(
     output: Path,
     revision: str | None = None,
     lora_rank: int = 8,
-    lora_alpha: float = 16,
+    lora_alpha: int = 16,
     full: bool = False,
     merge: bool = True,
     learning_rate: float = LEARNING_RATE,
@@ -85,7 +85,7 @@ def sft(
     settings = {k: v if v is None else str(v) if isinstance(v, Path) else v for k, v in locals().items()}
     for name in ("output", "resume", "checkpoint_every", "metrics", "report_to"):
         del settings[name]
-    accelerator = make_accelerator(resolve_precision(precision), report_to, output)
+    accelerator = make_accelerator(report_to, output)
     with Output(output, "sft", settings, accelerator, resume=resume, metrics=metrics) as out:
         if out.finished:
             return

@@ -9,9 +9,10 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 EOS, PAD = "<|end|>", "<|pad|>"
 
@@ -77,12 +78,12 @@ _WORDS = {
     "+": {
         "adjective": ["superb", "wonderful", "brilliant", "moving", "very funny", "perfect", "a delight"],
         "felt": ["loved", "adored", "really enjoyed", "was moved by"],
-        "advice": ["Go and see it.", "I would watch it again.", "Highly recommended.", "Ten out of ten.", "A masterpiece."],
+        "advice": ["Go and see it.", "I would watch it again.", "Highly recommended.", "Ten out of ten."],
     },
     "-": {
         "adjective": ["awful", "boring", "terrible", "clumsy", "very weak", "dreadful", "a mess"],
         "felt": ["hated", "disliked", "could not stand", "was bored by"],
-        "advice": ["Stay away from it.", "I want my money back.", "Not recommended.", "One out of ten.", "A waste of time."],
+        "advice": ["Stay away from it.", "I want my money back.", "Not recommended.", "One out of ten."],
     },
 }  # fmt: skip
 
@@ -138,7 +139,7 @@ def reviews(seed: int, among: list[str]) -> Iterator[Review]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the grammar itself says of a text: mean polarity (-1 to 1) and the share of sentences it could have written."""
+    """What the grammar says of a text: mean polarity (-1 to 1), and the share of sentences it could have written."""
 
     polarity: float
     grammatical: float
@@ -157,7 +158,7 @@ def judge(body: str) -> Verdict:
 _POLARITY = {sentence: polarity for polarity in (-1, 0, 1) for sentence in sentences(polarity)}
 
 
-def write_rows(path: Path, rows: list[dict[str, str | int]]) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes rows as JSONL, in place at once."""
     from schemas.files import write_atomic
 
@@ -165,8 +166,8 @@ def write_rows(path: Path, rows: list[dict[str, str | int]]) -> None:
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_untrained_model(directory: Path, corpus: list[str], seed: int, vocabulary: int = 512) -> None:
-    """Writes a random Llama of about 0.6M parameters and a byte-level BPE tokenizer trained on `corpus`."""
+def write_untrained_model(directory: Path, corpus: list[str], seed: int, vocabulary: int = 768) -> None:
+    """Writes a random Llama of about 0.7M parameters and a byte-level BPE tokenizer trained on `corpus`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -35,7 +35,7 @@ def train(
     tau0: float = 0.2,
     alpha: float = 0.9,
     lora_rank: int = 8,
-    lora_alpha: float = 16,
+    lora_alpha: int = 16,
     full: bool = False,
     learning_rate: float = LEARNING_RATE,
     epochs: int = 1,
@@ -73,7 +73,7 @@ def train(
             "--trust-region needs the start policy at hand: the model with its adapter off, so not with --full"
         )
 
-    accelerator = make_accelerator(resolve_precision(precision), report_to, Path(output))
+    accelerator = make_accelerator(report_to, Path(output))
     with Output(output, "ple", settings, accelerator, resume=resume, metrics=metrics) as out:
         if out.finished:
             return

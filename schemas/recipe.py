@@ -24,20 +24,20 @@ class _Strict(BaseModel):
 class GenStage(_Strict):
     """Options of `ple-gen`; `command` may come from another environment, e.g. `[.venv-vllm/bin/ple-gen]`."""
 
-    command: Command = Field(["ple-gen"], min_length=1)
+    command: Command = Field(default=["ple-gen"], min_length=1)
     engine: Literal["vllm", "hf"] | None = None
     engine_arg: dict[str, Any] = Field(default_factory=dict)
     reader: Literal["auto", "hh", "imdb", "tldr"] = "auto"
     query_column: str | None = None
-    prefix_words: int | None = Field(None, ge=1)
+    prefix_words: int | None = Field(default=None, ge=1)
     split: str | None = None
     prompt_format: Literal["auto", "plain", "chat"] = "auto"
-    unit_size: int = Field(64, ge=1)
-    samples: int = Field(1, ge=1)
-    max_new_tokens: int = Field(1024, ge=1)
-    max_query_tokens: int = Field(256, ge=1)
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    unit_size: int = Field(default=64, ge=1)
+    samples: int = Field(default=1, ge=1)
+    max_new_tokens: int = Field(default=1024, ge=1)
+    max_query_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     stop: list[str] = Field(default_factory=list)
     logprobs: bool = True
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -46,67 +46,76 @@ class GenStage(_Strict):
 class ScoreStage(_Strict):
     """Options of `ple-score`."""
 
-    command: Command = Field(["ple-score"], min_length=1)
-    output_index: int | None = Field(None, ge=0)
+    command: Command = Field(default=["ple-score"], min_length=1)
+    output_index: int | None = Field(default=None, ge=0)
     join: Literal["auto", "text", "pair", "chat"] = "auto"
-    batch_tokens: int | None = Field(None, ge=1)
+    batch_tokens: int | None = Field(default=None, ge=1)
     reward_device: str = "auto"
     reward_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class _Training(_Strict):
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    microbatch_tokens: int = Field(8192, ge=1)
-    checkpoint_every: int = Field(100, ge=1)
+    microbatch_tokens: int = Field(default=8192, ge=1)
+    checkpoint_every: int = Field(default=100, ge=1)
 
 
 class _Lora(_Strict):
-    lora_rank: int = Field(8, ge=1)
-    lora_alpha: float = Field(16, gt=0)
+    lora_rank: int = Field(default=8, ge=1)
+    lora_alpha: float = Field(default=16, gt=0)
     full: bool = False
     attention: str = "auto"
     gradient_checkpointing: bool = False
-    max_length: int | None = Field(None, ge=1)
+    max_length: int | None = Field(default=None, ge=1)
 
 
 class _Schedule(_Strict):
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
 
 
 class TrainStage(_Training, _Lora):
     """Options of `ple-train`."""
 
-    command: Command = Field(["ple-train"], min_length=1)
-    learning_rate: float = Field(1e-4, gt=0)
-    batch_size: int = Field(16, ge=1)
-    max_grad_norm: float = Field(1.0, gt=0)
-    trust_region: float | None = Field(None, gt=0)
+    command: Command = Field(default=["ple-train"], min_length=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    trust_region: float | None = Field(default=None, gt=0)
     normalize_wsft: bool = False
-    sft_anchor: float = Field(0.0, ge=0)
+    sft_anchor: float = Field(default=0.0, ge=0)
 
 
 class SftStage(_Training, _Lora, _Schedule):
     """Options of `ple sft`; its output, RUN/sft, becomes the start policy."""
 
-    command: Command = Field(["ple", "sft"], min_length=1)
+    command: Command = Field(default=["ple", "sft"], min_length=1)
     data: str
-    learning_rate: float = Field(1e-4, gt=0)
-    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    batch_size: int = Field(default=32, ge=1)
 
 
 class RewardStage(_Training, _Schedule):
     """Options of `ple reward`; its output, RUN/reward, becomes the reward model."""
 
-    command: Command = Field(["ple", "reward"], min_length=1)
+    command: Command = Field(default=["ple", "reward"], min_length=1)
     model: str
     revision: str | None = None
     data: str
-    learning_rate: float = Field(5e-5, gt=0)
-    batch_size: int = Field(32, ge=1)
-    max_length: int = Field(512, ge=1)
+    learning_rate: float = Field(default=5e-5, gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    max_length: int = Field(default=512, ge=1)
+
+
+STAGES: dict[str, type[BaseModel]] = {
+    "reward": RewardStage,
+    "sft": SftStage,
+    "gen": GenStage,
+    "score": ScoreStage,
+    "train": TrainStage,
+}
 
 
 class Recipe(_Strict):
@@ -118,17 +127,17 @@ class Recipe(_Strict):
     principles: str
     reward_model: str | None = None
     run_dir: str
-    rounds: int = Field(5, ge=1)
-    queries_per_round: int | None = Field(None, ge=1)
+    rounds: int = Field(default=5, ge=1)
+    queries_per_round: int | None = Field(default=None, ge=1)
     seed: int = 0
-    tau0: float = Field(0.2, gt=0)
-    alpha: float = Field(0.9, gt=0, lt=1)
+    tau0: float = Field(default=0.2, ge=0)
+    alpha: float = Field(default=0.9, gt=0, lt=1)
     reuse: list[str] = Field(default_factory=list)
     reward: RewardStage | None = None
     sft: SftStage | None = None
-    gen: GenStage = Field(default_factory=GenStage)
-    score: ScoreStage = Field(default_factory=ScoreStage)
-    train: TrainStage = Field(default_factory=TrainStage)
+    gen: GenStage = GenStage()
+    score: ScoreStage = ScoreStage()
+    train: TrainStage = TrainStage()
 
     @model_validator(mode="after")
     def _one_reward(self) -> "Recipe":
@@ -248,15 +257,12 @@ def _describe(fault: Any) -> str:
 
 
 def _close_match(loc: tuple[str | int, ...]) -> str:
-    groups: dict[str, type[BaseModel]] = {
-        "reward": RewardStage, "sft": SftStage, "gen": GenStage, "score": ScoreStage, "train": TrainStage,
-    }  # fmt: skip
-    group = groups.get(str(loc[0]), Recipe) if len(loc) > 1 else Recipe
+    group = STAGES.get(str(loc[0]), Recipe) if len(loc) > 1 else Recipe
     key = str(loc[-1])
     matches = difflib.get_close_matches(key.replace("-", "_"), group.model_fields, n=1)
     if matches:
         return f"; did you mean {matches[0]}?"
-    homes = [name for name, home in groups.items() if key in home.model_fields]
+    homes = [name for name, home in STAGES.items() if key in home.model_fields]
     if homes and len(loc) == 1:
         return f"; it belongs under {' or '.join(homes)}"
     return f"; known here: {', '.join(group.model_fields)}"

@@ -47,6 +47,7 @@ def serve() -> None:
 def import_everything() -> None:
     """Import what the commands need and what transformers imports late. Nothing here may start a thread."""
     import accelerate  # noqa: F401
+    import pandas  # noqa: F401
     import peft  # noqa: F401
     import polars  # noqa: F401
     import torch  # noqa: F401

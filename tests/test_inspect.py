@@ -30,9 +30,10 @@ def test_the_tables(store):
     lines = text.splitlines()
     assert max(map(display_width, lines)) <= WIDTH
     assert ["2", "4", "0"] in [line.split() for line in lines]  # responses that are not scored yet
-    # round, rows, s, s_prompt, margin: (0.1 + 2.5 - 1 + 0.19) / 4 = 0.4475; rank: 1 of 4, at tau_1 2 of 4
+    # round, rows, s, s_prompt, margin: (0.1 + 2.5 - 1 + 0.19) / 4 = 0.4475, in float32 a hair less
+    # rank: 1 of 4, at tau_1 2 of 4
     [first] = [line.split() for line in lines if line.split()[:3] == ["0", "4", "0.000"]]
-    assert first[3:5] == ["0.448", "0.448"]
+    assert first[3:5] == ["0.447", "0.447"]
     assert first[-5:] == ["0.200", "25.0", "%", "25.0", "%"]
     [second] = [line.split() for line in lines if line.split()[:3] == ["1", "4", "0.000"]]
     assert second[-5:] == ["0.180", "50.0", "%", "25.0", "%"]

@@ -140,9 +140,8 @@ def test_plan_puts_reward_model_and_sft_first(bench: Bench) -> None:
     assert [reward.name, sft.name] == ["reward", "sft"]
     assert words_of(reward)[:6] == ["--model", "roberta", "--data", "labels.jsonl", "--learning-rate", "0.001"]
     assert words_of(sft)[2:6] == ["--model", "base", "--revision", "v2"]
-    for stage in (gen, train):
-        assert words_of(stage)[:4] in (["--model", f"{bench.run_dir}/sft", "--queries", "q.jsonl"],
-                                       ["--model", f"{bench.run_dir}/sft", "--data", f"{bench.run_dir}/data"])  # fmt: skip
+    for stage, words in ((gen, ["--queries", "q.jsonl"]), (train, ["--data", f"{bench.run_dir}/data"])):
+        assert words_of(stage)[:4] == ["--model", f"{bench.run_dir}/sft", *words]
         assert "--revision" not in words_of(stage)
     assert words_of(score)[-2:] == ["--reward-model", f"{bench.run_dir}/reward"]
 
@@ -337,3 +336,69 @@ def test_reward_model_is_given_or_trained(bench: Bench) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_parse(path: Path) -> None:
     load_recipe(path)
+
+
+# The same work by hand
+
+
+def test_shell_loop_does_the_same_as_run(policy: Path, reward: Path, tmp_path: Path) -> None:
+    """examples/loop.sh and `ple run`: the same pairs, the same adapters, and nothing more to do a second time."""
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text("".join(json.dumps({"x": f"the story of scene {n} was"}) + "\n" for n in range(6)))
+    values = {
+        "model": str(policy),
+        "queries": str(queries),
+        "principles": "imdb",
+        "reward_model": str(reward),
+        "run_dir": str(tmp_path / "run"),
+        "rounds": 2,
+        "gen": {"engine": "hf", "max_new_tokens": 8},
+        "train": {"learning_rate": 0.01, "batch_size": 3},
+    }
+    rounds.run(parse_recipe(values, "test"))
+    environment = {
+        **os.environ,
+        "GEN": rounds.find_program("ple-gen", "test"),
+        "TRAIN": rounds.find_program("ple-train", "test"),
+        "MODEL": str(policy),
+        "QUERIES": str(queries),
+        "PRINCIPLES": "imdb",
+        "REWARD_MODEL": str(reward),
+        "RUN": str(tmp_path / "loop"),
+        "ROUNDS": "2",
+        "GEN_OPTIONS": "--engine hf --max-new-tokens 8",
+        "TRAIN_OPTIONS": "--learning-rate 0.01 --batch-size 3",
+    }
+    subprocess.run([ROOT / "examples" / "loop.sh"], env=environment, check=True, capture_output=True, timeout=300)
+    assert pairs_of(tmp_path / "loop") == pairs_of(tmp_path / "run")
+    for name in ("round=000", "round=001"):
+        first, second = (tmp_path / run / "policy" / name / "adapter_model.safetensors" for run in ("loop", "run"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+def pairs_of(run: Path) -> list[dict]:
+    import polars as pl
+
+    rows = pl.read_parquet(run / "data" / "pairs" / "**" / "*.parquet").sort("round", "query_id").to_dicts()
+    assert len(rows) == 12
+    for row in rows:
+        row["policy"] = row["policy"].split("+")[0]  # an adapter's digest covers the path of its base
+    return rows
+
+
+def test_hh_rows_for_sft(tmp_path: Path) -> None:
+    source = tmp_path / "hh.jsonl"
+    dialogue = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant: Fine, thanks."
+    source.write_text(json.dumps({"chosen": dialogue}) + "\n")
+    script = [sys.executable, ROOT / "examples" / "hh_sft.py", source]
+    found = subprocess.run(script, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert [json.loads(line) for line in found.stdout.splitlines()] == [
+        {
+            "x": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello."},
+                {"role": "user", "content": "How are you?"},
+            ],
+            "y": "Fine, thanks.",
+        }
+    ]

@@ -241,7 +241,7 @@ def test_a_file_system_without_links_is_named(tmp_path, monkeypatch, error):
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(os, "link", refuse)
-    with pytest.raises(PleError, match="no hard link possible .* use a local or NFS disk"):
+    with pytest.raises(PleError, match=r"no hard link possible .* use a local or NFS disk"):
         files.write_new(tmp_path / "f", "text", tmp_path)
     assert list(tmp_path.iterdir()) == []
 

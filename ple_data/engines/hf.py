@@ -16,6 +16,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode
 from schemas.errors import PleError, UsageError
@@ -38,6 +39,7 @@ class HfEngine:
         device = engine_args.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
         self._device = torch.device(device)
         self._end_ids = spec.end_ids
+        disable_progress_bar()
         options = {}
         if "attn_implementation" in engine_args:
             options["attn_implementation"] = engine_args["attn_implementation"]

@@ -1,0 +1,48 @@
+"""How sequences are dealt and collated: every sequence once, whatever the budget and the number of processes."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ple_train.batches import Sequence, collate_packed, collate_padded, deal, micro_batches
+
+CPU = torch.device("cpu")
+lengths = st.lists(st.integers(1, 300), min_size=1, max_size=60)
+
+
+@given(lengths, st.integers(1, 1000), st.integers(1, 8), st.booleans())
+def test_every_sequence_is_dealt_once_and_processes_keep_in_step(lengths, budget, processes, packed):
+    dealt = deal(lengths, budget, processes, packed=packed)
+    assert sorted(i for process in dealt for batch in process for i in batch) == list(range(len(lengths)))
+    assert len({len(process) for process in dealt}) == 1
+    for batch in (batch for process in dealt for batch in process if len(batch) > 1):
+        longest = max(lengths[i] for i in batch)
+        assert (sum(lengths[i] for i in batch) if packed else longest * len(batch)) <= budget
+
+
+def test_a_process_without_sequences_gets_a_filler_of_weight_0():
+    only = Sequence(np.arange(5, dtype=np.int32), prompt=2)
+    batches = [micro_batches([only], 1, 100, 2, process) for process in (0, 1)]
+    assert [[b.weight for b in mine] for mine in batches] == [[1.0], [0.0]]
+
+
+@pytest.mark.parametrize("collate", [collate_packed, collate_padded])
+def test_collating_finds_the_response_tokens_and_the_positions_that_predict_them(collate):
+    """x = 7 8, y = 1 2 3; x empty, y = 4 5 (its first token has no context, so it has no log-probability)."""
+    sequences = [Sequence(np.array([7, 8, 1, 2, 3]), prompt=2), Sequence(np.array([4, 5]), prompt=0)]
+    tokens = collate(sequences, CPU)
+    flat = tokens.inputs["input_ids"].flatten()
+    assert tokens.targets.tolist() == [1, 2, 3, 5]
+    assert flat[tokens.rows].tolist() == [8, 1, 2, 4]
+    assert tokens.responses.tolist() == [0, 0, 0, 1]
+    assert tokens.lengths.tolist() == [3, 1]
+
+
+def test_packed_batches_have_no_padding_and_positions_that_start_again():
+    sequences = [Sequence(np.array([7, 8, 1]), prompt=1), Sequence(np.array([4, 5]), prompt=1)]
+    tokens = collate_packed(sequences, CPU)
+    assert tokens.positions == 5
+    assert tokens.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert tokens.inputs["cu_seq_lens_q"].tolist() == [0, 3, 5]

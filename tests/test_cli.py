@@ -1,0 +1,254 @@
+"""The command line: quick help that teaches, options that match the functions, errors as one line and a code."""
+
+import enum
+import inspect
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+
+import cli
+from schemas.errors import DamagedError, LockedError, PleError, UsageError
+from schemas.recipe import STAGES
+from tests.conftest import ROOT
+
+HEAVY = {"torch", "transformers", "peft", "vllm", "polars", "pyarrow", "pydantic", "numpy", "datasets", "matplotlib"}
+COMMANDS = sorted(cli.ple.commands)
+
+
+@pytest.fixture
+def runner() -> CliRunner:
+    return CliRunner()
+
+
+def options_of(command: click.Command) -> dict[str, click.Parameter]:
+    return {parameter.name: parameter for parameter in command.params if parameter.expose_value}
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)], ids=lambda words: words[0] if words else "ple")
+def test_help_answers_at_once_without_heavy_imports(words: list[str]) -> None:
+    """Processor seconds, not the clock's: other work on the machine must not fail this."""
+    script = (
+        "import sys\nfrom cli import ple\n"
+        f"try: ple({[*words, '--help']!r}, prog_name='ple')\n"
+        f"finally: print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert found.returncode == 0
+    assert found.stderr.strip() == "[]"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches(runner: CliRunner, name: str) -> None:
+    command = cli.ple.commands[name]
+    found = runner.invoke(cli.ple, [name, "--help"])
+    assert found.exit_code == 0
+    assert "Example:\n    ple" in found.output
+    for parameter in options_of(command).values():
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+            assert parameter.opts[0] in found.output
+    assert "[default: 0.9" in found.output or name not in ("train", "inspect")
+
+
+def test_help_documents_exit_codes_and_completion(runner: CliRunner) -> None:
+    text = runner.invoke(cli.ple, ["--help"]).output
+    for code in ("0 ", "1 ", "2 ", "3 ", "4 ", "130 "):
+        assert f"\n    {code}" in text
+    assert "_PLE_COMPLETE=bash_source" in text
+
+
+def test_console_scripts_are_the_subcommands() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"ple": "cli:ple", "ple-gen": "cli:gen", "ple-score": "cli:score", "ple-train": "cli:train"}
+    for name in ("gen", "score", "train"):
+        assert cli.ple.commands[name] is getattr(cli, name)
+
+
+def test_version(runner: CliRunner) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    for command in (cli.ple, cli.gen, cli.score, cli.train):
+        assert version in runner.invoke(command, ["--version"]).output
+
+
+def test_shell_completion() -> None:
+    environment = {**os.environ, "_PLE_COMPLETE": "bash_complete", "COMP_WORDS": "ple ins", "COMP_CWORD": "1"}
+    found = subprocess.run(
+        [sys.executable, "-m", "cli"], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert found.stdout == "plain,inspect\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "only_here", "only_there"),
+    [
+        (
+            cli.gen,
+            "ple_data.generate.generate",
+            {"reward_model", *cli._REWARD_OPTIONS, "max_new_tokens", "temperature", "top_p", "stop", "logprobs"}
+            | {"engine_arg"},
+            {"sampling", "engine_args"},
+        ),
+        (cli.train, "ple_train.train.train", {"dry_run"}, set()),
+        (cli.sft, "ple_train.sft.sft", set(), set()),
+        (cli.reward, "ple_train.reward.train_reward", set(), set()),
+        (cli.inspect, "ple_data.inspect.inspect", set(), set()),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_options_are_the_functions_parameters(
+    command: click.Command, function: str, only_here: set[str], only_there: set[str]
+) -> None:
+    module, _, name = function.rpartition(".")
+    parameters = inspect.signature(getattr(import_module(module), name)).parameters
+    options = options_of(command)
+    assert set(options) - set(parameters) == only_here
+    assert set(parameters) - set(options) == only_there
+    for name in set(options) & set(parameters):
+        needed = parameters[name].default is inspect.Parameter.empty
+        assert options[name].required == needed, name
+        assert needed or default(options[name]) == parameters[name].default, name
+
+
+def test_sampling_defaults_are_the_engines() -> None:
+    from ple_data.engines import Sampling
+
+    for name in inspect.signature(Sampling).parameters:
+        assert default(options_of(cli.gen)[name]) == getattr(Sampling(), name)
+
+
+def default(option: click.Parameter) -> object:
+    value = option.get_default(click.Context(cli.ple))
+    return (() if option.multiple else None) if isinstance(value, enum.Enum) else value  # click's mark for "not given"
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_recipe_stages_have_the_commands_options_and_defaults(stage: str) -> None:
+    options = options_of(cli.ple.commands[stage])
+    for name, field in STAGES[stage].model_fields.items():
+        if name == "command":
+            assert field.default == (["ple", stage] if stage in ("sft", "reward") else [f"ple-{stage}"])
+        elif not field.is_required():
+            value = field.get_default(call_default_factory=True)
+            assert (tuple(value) if isinstance(value, list | dict) else value) == default(options[name]), name
+        else:
+            assert options[name].required, name
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (PleError("it failed"), 1, "error: it failed\n"),
+        (UsageError("wrong option"), 2, "error: wrong option\n"),
+        (DamagedError("cut short"), 3, "error: cut short\n"),
+        (LockedError("locked by pid 1 on host"), 4, "error: locked by pid 1 on host\n"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to go on\n"),
+        (OSError(28, "No space left on device", "/data/x"), 1, "error: /data/x: No space left on device; what"),
+        (ValueError("odd\nmore"), 1, "error: unexpected ValueError: odd (--debug shows where"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_become_one_line_and_a_code(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ple_data.inspect.inspect", fail)
+    found = runner.invoke(cli.ple, ["inspect", "somewhere"])
+    assert found.exit_code == code
+    assert found.stderr.startswith(message)
+    assert found.stderr.count("\n") == 1
+    assert found.stdout == ""
+    if code != 130:
+        for words in (["--debug", "inspect", "somewhere"], ["inspect", "somewhere", "--debug"]):
+            assert runner.invoke(cli.ple, words).exception is error
+
+
+def test_debug_shows_the_traceback_and_nothing_else_does(run_ple, tmp_path: Path) -> None:
+    plain = run_ple("inspect", tmp_path / "nothing")
+    debug = run_ple("inspect", tmp_path / "nothing", "--debug")
+    assert plain.returncode == 2
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in debug.stderr
+    assert plain.stdout == debug.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--alpha", "1"], "Invalid value for '--alpha': 1.0 is not in the range 0<x<1."),
+        (["gen", "--samples", "0"], "Invalid value for '--samples': 0 is not in the range x>=1."),
+        (["gen", "--modle", "m"], "No such option '--modle'."),
+        (["score", "--data", "d"], "Missing option '--reward-model'."),
+        (["genn"], "No such command 'genn'."),
+    ],
+)
+def test_wrong_options_are_usage_errors(runner: CliRunner, words: list[str], message: str) -> None:
+    found = runner.invoke(cli.ple, words)
+    assert found.exit_code == 2
+    assert message.rstrip(".") in found.stderr
+    assert found.stdout == ""
+
+
+def recipe_file(folder: Path) -> Path:
+    values = {"model": "m", "queries": "q", "principles": "hh", "reward_model": "r", "run_dir": str(folder / "run")}
+    stages = {name: {"command": [sys.executable, "-c", "pass"]} for name in ("gen", "score", "train")}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values | stages))
+    return path
+
+
+def test_dry_run_prints_shell_lines_and_starts_nothing(runner: CliRunner, tmp_path: Path) -> None:
+    found = runner.invoke(cli.ple, ["run", str(recipe_file(tmp_path)), "--set", "rounds=2", "--dry-run"])
+    assert found.exit_code == 0
+    assert len(found.stdout.splitlines()) == 6
+    assert found.stderr == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    found = subprocess.run(
+        [sys.executable, "-m", "cli", "run", str(recipe_file(tmp_path)), "--dry-run"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        timeout=60,
+    )
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_is_130_and_one_line(number: signal.Signals, tmp_path: Path) -> None:
+    """An endless file stands for any long work."""
+    os.mkfifo(tmp_path / "recipe.yaml")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", "run", str(tmp_path / "recipe.yaml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    with (tmp_path / "recipe.yaml").open("w"):  # returns when the command reads
+        process.send_signal(number)
+        out, messages = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert messages == "interrupted; run the same command again to go on\n"

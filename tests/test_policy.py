@@ -1,0 +1,139 @@
+"""The policy's log-probabilities, on real architectures, against the model's own logits; LoRA, drift, loading."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from ple_train.batches import Sequence, collate_padded
+from ple_train.policy import Policy, load_policy
+from schemas.errors import UsageError
+from tests import tiny
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+MODELS = {
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
+    ),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
+    "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)),
+    "gemma2, softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, sliding_window=4, final_logit_softcapping=5.0)),
+    "cohere, logit scale": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)),
+    "granite, logits scaling": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=3.0)),
+}
+
+
+def own_logps(model, sequence: Sequence) -> torch.Tensor:
+    """Response log-probabilities from the model's own logits, one sequence alone."""
+    ids = torch.from_numpy(sequence.ids).long()
+    with torch.no_grad():
+        logps = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+    targets = ids[sequence.prompt :]
+    return logps[sequence.prompt - 1 : -1].gather(1, targets[:, None]).squeeze(1)
+
+
+def sequences(vocabulary: int) -> list[Sequence]:
+    numbers = np.random.default_rng(0)
+    return [
+        Sequence(numbers.integers(3, vocabulary, size).astype(np.int32), prompt)
+        for size, prompt in [(17, 4), (5, 1), (11, 9)]
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_logps_equal_the_models_own_one_by_one(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    expected = torch.cat([own_logps(model, s) for s in sequences(97)])
+    policy = Policy(model).eval()
+    policy.prepare("auto")
+    with torch.no_grad():
+        found = policy(policy.collate(sequences(97), policy.device))
+        padded = policy(collate_padded(sequences(97), policy.device))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(padded.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_llama_is_packed(policy):
+    assert load_policy(str(policy)).packed
+
+
+def test_an_output_layer_that_hidden_states_do_not_explain_is_refused(policy):
+    class Shifted(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            found = super().forward(*args, **kwargs)
+            found.logits = found.logits.cumsum(-1)
+            return found
+
+    with pytest.raises(UsageError, match="not supported"):
+        Policy(Shifted.from_pretrained(policy)).prepare("auto")
+
+
+def test_a_fresh_adapter_changes_nothing_and_trains_all_linear_modules_alone(policy):
+    model = LlamaForCausalLM.from_pretrained(policy)
+    expected = torch.cat([own_logps(model, s) for s in sequences(300)])
+    fresh = load_policy(str(policy))
+    with torch.no_grad():
+        found = fresh(fresh.collate(sequences(300), fresh.device))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    trained = {name.split(".")[-4] for name in fresh.trainable() if "lora_A" in name}
+    assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert all("lora_" in name for name in fresh.trainable())
+
+
+def test_the_start_policy_is_the_model_with_its_adapter_off(policy, adapter):
+    plain, adapted = load_policy(str(policy)), load_policy(str(policy), adapter=str(adapter))
+    tokens = plain.collate(sequences(300), plain.device)
+    with torch.no_grad():
+        start, moved = plain(tokens), adapted(tokens)
+    with adapted.as_start_policy():
+        off = adapted(tokens)
+    torch.testing.assert_close(off, start)
+    assert (moved - start).abs().max() > 1e-3
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(policy, adapter):
+    grads = []
+    for checkpointing in (False, True):
+        loaded = load_policy(str(policy), adapter=str(adapter), gradient_checkpointing=checkpointing).train()
+        (-loaded(loaded.collate(sequences(300), loaded.device)).sum()).backward()
+        grads.append({name: p.grad for name, p in loaded.trainable().items()})
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path, policy):
+    other = tiny.tiny_policy(tmp_path / "other", hidden=96)
+    foreign = tiny.tiny_adapter(other, tmp_path / "foreign")
+    with pytest.raises(UsageError, match="foreign"):
+        load_policy(str(policy), adapter=str(foreign))
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="config"):
+        load_policy(str(tmp_path))

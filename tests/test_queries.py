@@ -1,0 +1,243 @@
+"""Queries: every source and reader, the filter with its counts, and errors that name the rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from ple_data.principles import load_principle
+from ple_data.queries import Query, load_queries, to_messages, to_text
+from ple_data.round_plan import make_prompts, make_units
+from schemas.errors import UsageError
+from tests import tiny
+
+HH = "\n\nHuman: What is rust?\n\nAssistant: A metal oxide.\n\nHuman: And how do I stop it?\n\nAssistant:"
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows as the format that the suffix names."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        pl.DataFrame(rows).write_csv(path)
+    else:
+        pl.DataFrame(rows).write_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_format_gives_the_same_queries(tmp_path: Path, suffix: str) -> None:
+    rows = [
+        {"id": "a", "x": 'One, two\n"three"?', "reference": "yes"},
+        {"id": "b", "x": "été ☃ \u2028 end", "reference": "no"},
+    ]
+    found = load_queries(write(tmp_path / f"q{suffix}", rows))
+    assert found.queries == [Query("a", rows[0]["x"], "yes"), Query("b", rows[1]["x"], "no")]
+    assert len(found.digest) == 64
+
+
+def test_json_lines_in_a_json_file_and_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "q.json"
+    path.write_text('{"x": "one"}\n\n{"x": "two"}\n')
+    assert [query.x for query in load_queries(path).queries] == ["one", "two"]
+
+
+def test_column_is_x_then_prompt_then_what_is_asked_for(tmp_path: Path) -> None:
+    rows = [{"id": "a", "x": "from x", "prompt": "from prompt", "post": "from post"}]
+    path = write(tmp_path / "q.jsonl", rows)
+    assert load_queries(path).queries[0].x == "from x"
+    assert load_queries(path, query_column="post").queries[0].x == "from post"
+    path = write(tmp_path / "p.jsonl", [{"prompt": "from prompt", "post": "from post"}])
+    assert load_queries(path).queries[0].x == "from prompt"
+
+
+def test_a_hub_dataset_is_read_by_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(name: str, configuration: str | None, split: str) -> Any:
+        asked.append((name, configuration, split))
+        return datasets.Dataset.from_list([{"prompt": "hello"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = load_queries("owner/name:small", split="test")
+    assert asked == [("owner/name", "small", "test")]
+    assert [query.x for query in found.queries] == ["hello"]
+    load_queries("owner/name")
+    assert asked[1] == ("owner/name", None, "train")
+
+
+def test_messages_end_with_the_last_user_turn_and_the_answer_is_the_reference(tmp_path: Path) -> None:
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "See you"},
+    ]
+    path = write(tmp_path / "q.jsonl", [{"messages": turns}, {"messages": turns[:2], "reference": "Hey"}])
+    first, second = load_queries(path).queries
+    assert (first.x, first.reference) == (turns[:4], "See you")
+    assert (second.x, second.reference) == (turns[:2], "Hey")
+    assert to_messages(to_text(first.x)) == turns[:4]
+    assert to_messages("plain") == [{"role": "user", "content": "plain"}]
+    assert to_messages('[{"role": broken') == [{"role": "user", "content": '[{"role": broken'}]
+
+
+def test_hh_from_prompt_and_from_chosen(tmp_path: Path) -> None:
+    """x is the history up to and including the last 'Assistant:'; the answer after it is the reference."""
+    by_prompt = write(tmp_path / "p.jsonl", [{"id": "1", "prompt": HH, "chosen": "Oil it.", "rejected": "Eh."}])
+    by_chosen = write(tmp_path / "c.jsonl", [{"id": "1", "chosen": f"{HH} Oil it.", "rejected": f"{HH} Eh."}])
+    expected = [Query("1", HH, "Oil it.")]
+    assert load_queries(by_prompt, reader="hh").queries == expected
+    assert load_queries(by_chosen, reader="hh").queries == expected
+    assert load_queries(by_chosen, reader="hh", chat=True).queries[0].x == [
+        {"role": "user", "content": "What is rust?"},
+        {"role": "assistant", "content": "A metal oxide."},
+        {"role": "user", "content": "And how do I stop it?"},
+    ]
+
+
+def test_hh_text_without_turns_names_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", [{"prompt": HH}, {"prompt": "no turns at all"}])
+    with pytest.raises(UsageError, match=r"q\.jsonl line 2: column prompt must be a dialogue.*no turns at all"):
+        load_queries(path, reader="hh")
+
+
+def test_imdb_is_the_first_words_as_they_stand(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.parquet", [{"id": "1", "text": "A  fine\nfilm, I think."}, {"id": "2", "text": "Bad."}])
+    found = load_queries(path, reader="imdb", prefix_words=3).queries
+    assert found == [Query("1", "A  fine\nfilm,", " I think."), Query("2", "Bad.", None)]
+
+
+def test_tldr_is_the_prompt(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", [{"prompt": "POST: a long story\n\nTL;DR:", "summary": "a story"}])
+    (query,) = load_queries(path, reader="tldr").queries
+    assert (query.x, query.reference) == ("POST: a long story\n\nTL;DR:", "a story")
+
+
+def test_without_id_the_text_is_the_id_and_equal_texts_are_numbered(tmp_path: Path) -> None:
+    first = load_queries(write(tmp_path / "a.jsonl", [{"x": "one"}, {"x": "two"}, {"x": "one"}])).queries
+    second = load_queries(write(tmp_path / "b.jsonl", [{"x": "zero"}, {"x": "one"}])).queries
+    assert first[0].id == second[1].id
+    assert first[2].id == f"{first[0].id}-2"
+    assert len({query.id for query in first}) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": "a", "x": "1"}, {"id": "b", "x": "2"}, {"id": "a", "x": "3"}],
+         r"duplicate ids in line 1 \(id a\), line 3 \(id a\)"),
+        ([{"x": "1"}, {"x": "  \n"}, {"x": ""}], r"empty queries in line 2, line 3"),
+        ([{"x": "1"}, {"x": 7}], r"column x must be text, but is not in line 2 \(7\)"),
+        ([{"x": "1"}, {"y": "2"}], r"column x must be text, but is not in line 2 \(None\)"),
+        ([{"id": "a", "x": "1"}, {"x": "2"}], r"no id in line 2"),
+        ([{"text": "1", "label": 0}], r"no column x or prompt; its columns are text, label; .*--query-column"),
+        ([{"messages": "hi"}], r"line 1: messages must be a list of role and content.*'hi'"),
+        ([{"messages": [{"role": "assistant", "content": "hi"}]}], r"line 1: messages must be .* with a user turn"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_named(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_queries(write(tmp_path / "q.jsonl", rows))
+
+
+def test_many_bad_rows_are_cut_short(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"line 10 and 15 more"):
+        load_queries(write(tmp_path / "q.jsonl", [{"x": ""}] * 25))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("q.jsonl", b'{"x": "1"}\n{"x": \n{"x": "3"}\n', r"q\.jsonl line 2 is no valid JSON"),
+        ("q.jsonl", b'{"x": "1"}\n"two"\n', r"line 2 is a JSON str, not an object"),
+        ("q.jsonl", b'{"x": "1"}\n{"x": "\xff"}\n', r"line 2 is no valid JSON"),
+        ("q.jsonl", b"", r"is empty"),
+        ("q.jsonl", b"\n\n", r"has no rows"),
+        ("q.json", b'[{"x": "1"}, 2]', r"row 2 is a JSON int"),
+        ("q.json", b'[{"x": "1"}', r"is no valid JSON"),
+        ("q.csv", b"id,x\na,one\nb\n", r"line 3 does not have the 2 fields of the header"),
+        ("q.csv", b"id,x\na,one,more\n", r"line 2 does not have the 2 fields"),
+        ("q.parquet", b"PAR1 nothing", r"is no whole Parquet file"),
+        ("q.txt", b"hello", r"unknown format '\.txt'"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        load_queries(tmp_path / name)
+
+
+def test_missing_file_directory_and_split_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        load_queries(tmp_path / "none.jsonl")
+    with pytest.raises(UsageError, match="is a directory"):
+        load_queries(tmp_path)
+    path = write(tmp_path / "q.jsonl", [{"x": "1"}])
+    with pytest.raises(UsageError, match="--split is for a hub dataset"):
+        load_queries(path, split="test")
+    with pytest.raises(UsageError, match="no column post"):
+        load_queries(path, query_column="post")
+
+
+def test_over_long_queries_are_dropped_and_counted() -> None:
+    tokenizer = tiny.tiny_tokenizer()
+    lengths = [len(tokenizer(text).input_ids) for text in ("a b", "a b c d e f", "a")]
+    queries = [Query("1", "a b"), Query("2", "a b c d e f"), Query("3", "a")]
+    prompts, counts = make_prompts(tokenizer, queries, load_principle("hh"), max_query_tokens=lengths[0])
+    assert [prompt.query.id for prompt in prompts] == ["1", "3"]
+    assert [len(prompt.x_ids) for prompt in prompts] == [lengths[0], lengths[2]]
+    assert counts == {"queries_read": 3, "queries_looked_at": 3, "queries_too_long": 1, "queries_taken": 2}
+
+
+def test_skip_limit_and_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with fewer queries rendered at once than there are, which must change nothing."""
+    tokenizer, principle = tiny.tiny_tokenizer(), load_principle("hh")
+    queries = [Query(str(i), f"query {i}") for i in range(10)]
+
+    def ids(**options: Any) -> list[int]:
+        taken = []
+        for at_once in (1, 3, 1000):
+            monkeypatch.setattr("ple_data.round_plan.RENDERED_AT_ONCE", at_once)
+            prompts, _ = make_prompts(tokenizer, queries, principle, max_query_tokens=99, **options)
+            taken.append([int(prompt.query.id) for prompt in prompts])
+        assert taken[0] == taken[1] == taken[2]
+        return taken[0]
+
+    assert ids() == list(range(10))
+    assert ids(skip=7) == [7, 8, 9]
+    assert ids(skip=8, limit=4) == [8, 9, 0, 1]
+    assert ids(skip=23, limit=2) == [3, 4]
+    assert ids(limit=99) == list(range(10))
+    shuffled = ids(shuffle_seed=1)
+    assert shuffled != list(range(10))
+    assert sorted(shuffled) == list(range(10))
+    assert ids(shuffle_seed=1) == shuffled != ids(shuffle_seed=2)
+    rounds = [ids(shuffle_seed=1, skip=4 * t, limit=4) for t in range(2)]
+    assert not set(rounds[0]) & set(rounds[1])
+
+
+def test_a_limit_renders_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ple_data.round_plan.RENDERED_AT_ONCE", 4)
+    queries = [Query(str(i), f"query {i}") for i in range(100)]
+    _, counts = make_prompts(tiny.tiny_tokenizer(), queries, load_principle("hh"), max_query_tokens=99, skip=3, limit=2)
+    assert counts == {"queries_read": 100, "queries_looked_at": 8, "queries_too_long": 0, "queries_taken": 2}
+
+
+def test_unit_ids_follow_content_and_not_what_comes_after() -> None:
+    """A unit's id changes with its own queries or the round's identity, and with nothing else."""
+    tokenizer = tiny.tiny_tokenizer()
+    queries = [Query(str(i), f"query {i}") for i in range(5)]
+    prompts, _ = make_prompts(tokenizer, queries, load_principle("hh"), max_query_tokens=99)
+    units = make_units(prompts, 2, {"seed": 0})
+    assert [len(unit.prompts) for unit in units] == [2, 2, 1]
+    assert [unit.id[:6] for unit in units] == ["00000-", "00001-", "00002-"]
+    assert make_units(prompts[:3], 2, {"seed": 0})[0].id == units[0].id
+    assert make_units(prompts, 2, {"seed": 1})[0].id != units[0].id

@@ -1,0 +1,130 @@
+"""`ple sft` and `ple reward` on tiny real models: Eq. 1, what a row becomes, what is learned, saved and refused."""
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ple_data.rewards import load_reward_model
+from ple_train.reward import train_reward
+from ple_train.sft import read_sequences, sft
+from schemas.errors import UsageError
+from tests import oracle
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "sft.jsonl"
+    lines = [{"x": f"The film {n}", "y": " was great." if n % 2 else " was very bad."} for n in range(24)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_rows_become_prompt_response_and_an_end_unless_cut(policy, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    path = tmp_path / "rows.parquet"
+    finish = ["stop", "length", "stop"]
+    pl.DataFrame(
+        {"x": ["the film", "the film", ""], "y": [" great.", " great.", "bad"], "finish": finish}
+    ).write_parquet(path)
+    ended, cut, free = read_sequences(path, tokenizer, None)
+    x, y = (tokenizer(text, add_special_tokens=False).input_ids for text in ("the film", " great."))
+    assert ended.ids.tolist() == [*x, *y, tokenizer.eos_token_id]
+    assert cut.ids.tolist() == [*x, *y]
+    assert (ended.prompt, free.prompt) == (len(x), 0)
+
+
+def test_rows_over_max_length_are_counted(policy, rows, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    lengths = [len(s.ids) for s in read_sequences(rows, tokenizer, None)]
+    limit = sorted(lengths)[len(lengths) // 2]
+    kept = read_sequences(rows, tokenizer, limit)
+    assert len(kept) == sum(length <= limit for length in lengths) < len(lengths)
+    assert f"{len(lengths) - len(kept)} of 24 rows left out" in capsys.readouterr().err
+
+
+def test_the_first_loss_is_eq_1_per_response_token(policy, rows, tmp_path):
+    sft(model=str(policy), data=rows, output=tmp_path / "out", batch_size=24)
+    model = AutoModelForCausalLM.from_pretrained(policy).double()
+    logps = []
+    for s in read_sequences(rows, AutoTokenizer.from_pretrained(policy), None):
+        ids = torch.from_numpy(s.ids).long()
+        with torch.no_grad():
+            scores = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        logps.append(scores[s.prompt - 1 : -1].gather(1, ids[s.prompt :, None]).squeeze(1).tolist())
+    expected = oracle.sft_loss(logps) / sum(map(len, logps))
+    assert pl.read_parquet(tmp_path / "out" / "metrics.parquet")["loss"][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_lora_is_merged_into_a_start_policy_that_has_learned(policy, rows, tmp_path):
+    merged, kept = tmp_path / "merged", tmp_path / "kept"
+    options = {"model": str(policy), "data": rows, "epochs": 8, "learning_rate": 1e-2, "batch_size": 8}
+    sft(**options, output=merged)
+    sft(**options, output=kept, merge=False)
+    assert (kept / "adapter_config.json").is_file()
+    assert not (merged / "adapter_config.json").exists()
+    losses = pl.read_parquet(merged / "metrics.parquet")["loss"]
+    assert losses[-1] < 0.5 * losses[0]
+    ids = torch.arange(3, 40)[None]
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy), kept)
+    with torch.no_grad():
+        a, b = AutoModelForCausalLM.from_pretrained(merged)(ids).logits, adapted(ids).logits
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"x": "a"}', r"no column y or response or completion; it has x"),
+        ('{"x": "a", "y": null}\n{"x": "a", "y": "b"}', r"line 1: y is missing"),
+        ('{"x": "a", "y": "b"}\n{"x": ', r"line 2 is no valid JSON"),
+        ("", r"is empty"),
+    ],
+)
+def test_bad_rows_are_named(policy, tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        sft(model=str(policy), data=path, output=tmp_path / "out")
+
+
+def test_a_classifier_learns_labels_and_scores_what_it_learned(reward, tmp_path):
+    texts = [f"The film {n} was {'great' if n % 2 else 'very bad'}." for n in range(40)]
+    pl.DataFrame({"text": texts, "label": [n % 2 for n in range(40)]}).write_parquet(tmp_path / "labels.parquet")
+    train_reward(
+        model=str(reward), data=tmp_path / "labels.parquet", output=tmp_path / "rm", epochs=6, learning_rate=1e-2
+    )
+    assert pl.read_parquet(tmp_path / "rm" / "metrics.parquet")["accuracy"][-1] > 0.9
+    judge = load_reward_model(str(tmp_path / "rm"), output_index=1)
+    good, bad = judge.score([("The film 3", " was great."), ("The film 3", " was very bad.")])
+    assert good > bad
+
+
+def test_preferences_train_a_model_with_one_output(reward, tmp_path):
+    rows = {"prompt": ["The film"] * 32, "chosen": [" was great."] * 32, "rejected": [" was very bad."] * 32}
+    pl.DataFrame(rows).write_parquet(tmp_path / "pairs.parquet")
+    output = tmp_path / "rm"
+    train_reward(model=str(reward), data=tmp_path / "pairs.parquet", output=output, epochs=4, learning_rate=1e-2)
+    chosen, rejected = load_reward_model(str(output)).score(
+        [("The film", " was great."), ("The film", " was very bad.")]
+    )
+    assert chosen > rejected + 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": ["a", "b"]}, "needs columns text, label or prompt, chosen, rejected; it has text"),
+        ({"text": ["a", "b"], "label": [0, 0]}, "every label is 0"),
+        ({"text": ["a", "b"], "label": ["pos", "neg"]}, "row 1: label 'pos' is not a whole number"),
+    ],
+)
+def test_bad_labels_are_named(reward, tmp_path, columns, message):
+    pl.DataFrame(columns).write_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(UsageError, match=message):
+        train_reward(model=str(reward), data=tmp_path / "bad.parquet", output=tmp_path / "out")

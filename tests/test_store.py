@@ -1,0 +1,579 @@
+"""The store: commit, claim, kills between any two steps, two writers, damage found by verify, other
+readers.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from ple_data.store import Store
+from ple_data.verify import Problem, verify
+from schemas import tables
+from schemas.errors import DamagedError, PleError, UsageError
+from schemas.records import RoundManifest
+from tests.tables import table
+
+ROOT = Path(__file__).resolve().parent.parent
+UNIT = "00000-0123456789ab"
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "data")
+
+
+def fill(store: Store, round: int = 0, unit: str = UNIT, kind: str = "pairs", rows: int = 3):
+    return store.commit(kind, round, unit, rows_of(unit, rows, round, kind), {"seed": 7})
+
+
+def rows_of(unit: str, rows: int = 3, round: int = 0, kind: str = "pairs"):
+    return table(kind, [{"query_id": f"{unit}-{i}"} for i in range(rows)], round)
+
+
+def files_of(root: Path, name: str) -> list[str]:
+    return sorted(p.relative_to(root).as_posix() for p in (root / name).rglob("*") if p.is_file())
+
+
+def errors(store: Store) -> list[Problem]:
+    return [problem for problem in store.verify() if problem.severity == "error"]
+
+
+# Commit and read
+
+
+def test_a_shard_comes_back(store):
+    shard = fill(store)
+    assert shard.path == store.root / "pairs" / "round=000" / f"part-{UNIT}.parquet"
+    assert (shard.rows, shard.bytes) == (3, shard.path.stat().st_size)
+    assert store.shards("pairs") == [shard]
+    assert store.read(shard).equals(rows_of(UNIT))
+    assert store.read(shard, ["y_ids", "s"]).column_names == ["y_ids", "s"]
+    found = store.provenance(shard)
+    assert (found["seed"], found["round"], found["unit"], found["kind"]) == (7, 0, UNIT, "pairs")
+    assert errors(store) == []
+    assert files_of(store.root, ".ple/tmp") == []
+
+
+def test_a_new_store_touches_nothing(store):
+    assert store.shards("pairs") == []
+    assert store.scan("pairs").collect().height == 0
+    assert store.holder("pairs", 0, UNIT) is None
+    assert not store.root.exists()
+
+
+def test_shards_are_sorted_and_chosen_by_round(store):
+    for round, unit in [(1, "00001-bb"), (0, "00010-aa"), (1, "00000-cc"), (2, "00000-dd"), (0, "00002-zz")]:
+        fill(store, round, unit)
+    names = [(s.round, s.unit) for s in store.shards("pairs")]
+    assert names == [(0, "00002-zz"), (0, "00010-aa"), (1, "00000-cc"), (1, "00001-bb"), (2, "00000-dd")]
+    assert [s.round for s in store.shards("pairs", max_round=1)] == [0, 0, 1, 1]
+    assert [s.unit for s in store.shards("pairs", round=2)] == ["00000-dd"]
+    frozen = json.loads(json.dumps(store.snapshot("pairs", max_round=0)))
+    assert [store.shard(entry) for entry in frozen] == store.shards("pairs", round=0)
+
+
+def test_scan_sees_committed_rows_of_all_versions(store):
+    shard = fill(store)
+    old = Path(__file__).parent / "fixtures" / "pairs_v1.parquet"
+    # an old shard: its bytes and a record of them
+    path = store.path("pairs", 1, UNIT)
+    path.parent.mkdir()
+    path.write_bytes(old.read_bytes())
+    values = {"kind": "pairs", "round": 1, "unit": UNIT, "rows": 3, "bytes": path.stat().st_size}
+    values |= {"version": 1, "file": path.relative_to(store.root).as_posix(), "sha256": "0" * 64}
+    store.record_path("pairs", 1, UNIT).parent.mkdir()
+    store.record_path("pairs", 1, UNIT).write_text(json.dumps(values))
+    (store.root / "pairs" / "round=000" / "part-stranger.parquet").write_bytes(shard.path.read_bytes())
+    rows = store.scan("pairs").collect()
+    assert rows.columns == tables.PAIRS.names
+    assert rows.height == 6
+    assert rows["reference"].to_list() == [None] * 6
+
+
+def test_the_first_commit_stays(store):
+    first = fill(store)
+    again = store.commit("pairs", 0, UNIT, rows_of(UNIT, 5), {})
+    assert again == first
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        ([{"s": float("nan")}], "s is not finite in rows 0"),
+        ([{"query_id": "a"}, {"query_id": "a"}], "stands there twice"),
+        ([{"round": 3}], "another round in rows 0"),
+    ],
+)
+def test_rows_that_are_wrong_are_refused(store, rows, what):
+    with pytest.raises(PleError, match=what):
+        store.commit("pairs", 0, UNIT, table("pairs", rows), {})
+    assert store.shards("pairs") == []
+
+
+def test_a_table_without_a_column_is_refused(store):
+    with pytest.raises(PleError, match="`s_prompt` is missing"):
+        store.commit("pairs", 0, UNIT, rows_of(UNIT).drop_columns(["s_prompt"]), {})
+
+
+# Claims
+
+
+def test_a_claim_excludes_others_and_names_its_holder(store):
+    with store.claim("pairs", 0, UNIT) as ours:
+        assert ours
+        assert store.holder("pairs", 0, UNIT).startswith(f"pid {os.getpid()} on ")
+        with Store(store.root).claim("pairs", 0, UNIT) as second:
+            assert not second
+        with store.claim("responses", 0, UNIT) as other_kind, store.claim("pairs", 1, UNIT) as other_round:
+            assert other_kind
+            assert other_round
+    assert store.holder("pairs", 0, UNIT) is None
+    with store.claim("pairs", 0, UNIT) as again:
+        assert again
+        fill(store)
+    with store.claim("pairs", 0, UNIT) as committed:
+        assert not committed
+
+
+def test_a_claim_is_dropped_when_its_block_raises(store):
+    with pytest.raises(RuntimeError), store.claim("pairs", 0, UNIT):
+        raise RuntimeError
+    with store.claim("pairs", 0, UNIT) as ours:
+        assert ours
+
+
+CLAIM = """
+import os, signal, sys
+from ple_data.store import Store
+with Store(sys.argv[1]).claim("pairs", 0, sys.argv[2]) as ours:
+    child = os.fork()  # inherits the open lock
+    if child == 0:
+        signal.pause()
+    print(ours, os.getpid(), child, flush=True)
+    sys.stdin.readline()
+print("released", flush=True)
+sys.stdin.read()
+"""
+
+
+def start(code: str, *arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
+def test_a_claim_ends_with_its_process_or_block_even_if_a_child_lives_on(store):
+    holder = start(CLAIM, store.root, UNIT)
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    ours, pid, child = holder.stdout.readline().split()
+    assert ours == "True"
+    assert store.holder("pairs", 0, UNIT).startswith(f"pid {pid} on ")
+    with store.claim("pairs", 0, UNIT) as claimed:
+        assert not claimed
+    holder.stdin.write("\n")
+    holder.stdin.flush()
+    assert holder.stdout.readline() == "released\n"
+    with store.claim("pairs", 0, UNIT) as claimed:
+        assert claimed
+    os.kill(int(child), signal.SIGKILL)
+    holder.kill()
+    holder.communicate()
+
+
+def test_a_killed_holder_frees_the_unit(store):
+    holder = start(CLAIM.replace("child = os.fork()", "child = 1"), store.root, UNIT)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    holder.kill()
+    holder.communicate()
+    assert store.holder("pairs", 0, UNIT) is None
+    with store.claim("pairs", 0, UNIT) as claimed:
+        assert claimed
+
+
+# Kills
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+root, fatal = sys.argv[1], int(sys.argv[2])
+from ple_data.store import Store
+from tests.test_store import fill
+import fcntl
+calls = 0
+def deadly(function):
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
+fcntl.flock = deadly(fcntl.flock)
+for name in ("open", "fsync", "link", "unlink", "mkdir", "close", "pwrite"):
+    setattr(os, name, deadly(getattr(os, name)))
+store = Store(root)
+with store.claim("pairs", 0, "00000-0123456789ab") as ours:
+    if ours:
+        fill(store)
+print(calls)
+"""
+
+
+def test_killed_before_any_step_a_rerun_completes_the_unit(tmp_path):
+    """Every system call of a commit is preceded once by kill -9; then the same command runs again."""
+
+    def run(root: Path, fatal: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", KILL, str(root), str(fatal)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    steps = int(run(tmp_path / "whole", 0).stdout)
+    assert steps > 30
+    reference = Store(tmp_path / "whole").shards("pairs")[0].sha256
+    for fatal in range(1, steps + 1):
+        root = tmp_path / str(fatal)
+        assert run(root, fatal).returncode == -signal.SIGKILL
+        store = Store(root)
+        for shard in store.shards("pairs"):  # what is visible is whole
+            assert store.read(shard).num_rows == 3
+        with store.claim("pairs", 0, UNIT) as ours:
+            if ours:
+                fill(store)
+        assert [shard.sha256 for shard in store.shards("pairs")] == [reference]
+        assert errors(store) == []
+        assert files_of(root, ".ple/tmp") == []
+        assert len(files_of(root, "pairs")) == 1
+
+
+def test_a_finished_file_without_its_record_is_adopted_not_made_again(store):
+    shard = fill(store)
+    store.record_path("pairs", 0, UNIT).unlink()
+    assert [p.path for p in errors(store)] == [shard.path]
+    with store.claim("pairs", 0, UNIT) as ours:
+        assert not ours
+    assert store.shards("pairs") == [shard]
+
+
+@pytest.mark.parametrize("spoil", ["cut", "other unit", "other round", "garbage"])
+def test_a_spoilt_file_without_its_record_is_replaced(store, spoil):
+    shard = fill(store)
+    good = shard.path.read_bytes()
+    other = {"other unit": (0, "00001-ff"), "other round": (1, UNIT)}.get(spoil, (2, UNIT))
+    bad = {"cut": good[:-5], "garbage": b"garbage"}.get(spoil) or fill(store, *other).path.read_bytes()
+    shard.path.write_bytes(bad)
+    store.record_path("pairs", 0, UNIT).unlink()
+    with store.claim("pairs", 0, UNIT) as ours:
+        assert ours
+        fill(store)
+    assert store.read(store.shards("pairs", round=0)[0]).equals(rows_of(UNIT))
+
+
+# Two writers
+
+
+WRITER = """
+import sys, time
+from ple_data.store import Store
+from tests.test_store import fill
+store, mine = Store(sys.argv[1]), []
+print("ready", flush=True); sys.stdin.readline()
+units = [f"{i:05d}-aa" for i in range(40)]
+while not all(store.is_committed("pairs", 0, unit) for unit in units):
+    for unit in units:
+        with store.claim("pairs", 0, unit) as ours:
+            if ours:
+                fill(store, unit=unit)
+                mine.append(unit)
+print(*mine)
+"""
+
+
+def test_writers_at_once_share_the_units(store):
+    writers = [start(WRITER, store.root) for _ in range(3)]
+    for writer in writers:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+    output = [writer.communicate("\n") for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    made = [unit for out, _ in output for unit in out.split()]
+    assert sorted(made) == [f"{i:05d}-aa" for i in range(40)]
+    assert errors(store) == []
+    assert store.scan("pairs").collect().height == 120
+
+
+def test_two_that_do_not_claim_still_do_not_overwrite(store, monkeypatch):
+    """The second one looks, sees nothing, and finds the name taken when it links."""
+    adopt = Store._adopt
+
+    def meanwhile(self, *unit):
+        found = adopt(self, *unit)
+        monkeypatch.setattr(Store, "_adopt", adopt)
+        fill(Store(store.root), rows=5)
+        return found
+
+    monkeypatch.setattr(Store, "_adopt", meanwhile)
+    with pytest.raises(PleError, match="two processes write this unit"):
+        fill(store)
+    assert store.shards("pairs")[0].rows == 5
+
+
+# Disks
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(store):
+    """A limit on the size of files stands for the full disk: the write itself fails, half-way."""
+    code = (
+        "import resource, sys; from ple_data.store import Store; from tests.test_store import fill\n"
+        "from schemas.errors import PleError\n"
+        "store = Store(sys.argv[1]); fill(store)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try: fill(store, round=1)\n"
+        "except PleError as error: print(error)"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(store.root)], cwd=ROOT, capture_output=True, text=True)
+    assert f"round=001/part-{UNIT}.parquet: cannot write (File too large): make room" in found.stdout, found.stderr
+    assert len(found.stdout.splitlines()) == 1
+    assert [shard.round for shard in store.shards("pairs")] == [0]
+    assert errors(store) == []
+    assert files_of(store.root, ".ple/tmp") == []
+
+
+def test_a_place_that_is_not_ours_is_one_sentence(tmp_path):
+    """Permissions do not bind root, so the child becomes nobody first."""
+    (tmp_path / "data").mkdir(mode=0o755)
+    code = (
+        "import os, sys; from ple_data.store import Store; from tests.test_store import fill\n"
+        "from schemas.errors import PleError\n"
+        "os.geteuid() or os.setuid(65534)\n"
+        "try: fill(Store(sys.argv[1]))\n"
+        "except PleError as error: print(error)"
+    )
+    (tmp_path / "data").chmod(0o555)
+    for path in (tmp_path, *tmp_path.parents[:-2]):
+        if path.owner() == Path(tmp_path).owner():
+            path.chmod(path.stat().st_mode | 0o011)
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "data")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "data: cannot write (Permission denied): the place is read-only or not yours" in found.stdout, found.stderr
+
+
+def test_a_file_where_the_directory_should_be(tmp_path):
+    (tmp_path / "data").write_text("")
+    with pytest.raises(PleError, match=r"data: cannot write .* move it away"):
+        fill(Store(tmp_path / "data"))
+
+
+# Verify
+
+
+def damage_cut(store, shard):
+    shard.path.write_bytes(shard.path.read_bytes()[:-100])
+
+
+def damage_flip(store, shard):
+    data = bytearray(shard.path.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.path.write_bytes(data)
+
+
+def damage_remove(store, shard):
+    shard.path.unlink()
+
+
+def damage_foreign_table(store, shard):
+    pq.write_table(rows_of(UNIT).drop_columns(["s"]), shard.path)
+
+
+def damage_rows(store, shard):
+    """A whole, consistent file of another unit, recorded with the right hash and the wrong count."""
+    path = store.record_path("pairs", 0, UNIT)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": 4}))
+
+
+def damage_record(store, shard):
+    store.record_path("pairs", 0, UNIT).write_text("{")
+
+
+def damage_orphan(store, shard):
+    (shard.path.parent / "part-mine.parquet").write_bytes(b"x")
+
+
+def damage_record_copied(store, shard):
+    text = store.record_path("pairs", 0, UNIT).read_text()
+    store.record_path("pairs", 0, "00009-copy").write_text(text)
+
+
+def damage_doubled_key(store, shard):
+    store.commit("pairs", 0, "00001-ff", rows_of(UNIT), {})
+
+
+def damage_manifest(store, shard):
+    store.manifest_path(0).parent.mkdir()
+    store.manifest_path(0).write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("damage", "what", "todo"),
+    [
+        (damage_cut, "bytes, but", "run the same ple-score"),
+        (damage_flip, "altered: its SHA-256", "run the same ple-score"),
+        (damage_remove, "the file is missing", "remove it and"),
+        (damage_foreign_table, "column `s` (float) is missing", "remove it and"),
+        (damage_rows, "3 rows, but 4 were committed", "remove it and"),
+        (damage_record, "not a readable Commit record", "remove it"),
+        (damage_orphan, "no commit record names this file", "move the file out"),
+        (damage_record_copied, "this record is of pairs unit", "put it back"),
+        (damage_doubled_key, f"3 keys stand here and in {{root}}/pairs/round=000/part-00001-ff.parquet: "
+         f"query_id='{UNIT}-0' round=0 sample=0", "keep one of the files"),
+        (damage_manifest, "not a readable RoundManifest record", "remove it"),
+    ],
+)  # fmt: skip
+def test_verify_finds_and_says_what_to_do(store, damage, what, todo):
+    shard = fill(store)
+    fill(store, kind="responses")
+    assert errors(store) == []
+    damage(store, shard)
+    problems = errors(store)
+    assert any(what.format(root=store.root) in str(p) and todo in str(p) for p in problems), problems
+    assert len(problems) <= 2  # a size that is wrong, and what that did to the table
+    assert all("\n" not in str(problem) for problem in problems)
+
+
+def test_what_verify_says_repairs_the_unit(store):
+    shard = fill(store)
+    damage_flip(store, shard)
+    with pytest.raises(DamagedError, match="ple verify"):
+        store.read(shard)
+    shard.path.unlink()
+    store.record_path("pairs", 0, UNIT).unlink()
+    with store.claim("pairs", 0, UNIT) as ours:
+        assert ours
+        assert fill(store) == shard
+    assert errors(store) == []
+
+
+def test_verify_tells_what_is_no_fault(store):
+    fill(store, kind="responses")
+    fill(store, 1)
+    leftover = store.root / ".ple" / "tmp" / "x.tmp"
+    leftover.write_bytes(b"half")
+    said = [(p.severity, p.what) for p in verify(store)]
+    assert said == [
+        ("info", "an unfinished file of a process that was killed"),
+        ("info", "round 0: 1 units of responses that are not scored yet"),
+        ("info", "round 1: 1 units of pairs without their responses"),
+    ]
+
+
+def test_verify_lets_a_commit_in_work_be(store):
+    shard = fill(store)
+    fill(store, kind="responses")
+    record = store.record_path("pairs", 0, UNIT)
+    text = record.read_text()
+    with store.claim("pairs", 0, UNIT):
+        record.unlink()
+        assert errors(store) == []
+    assert [p.path for p in errors(store)] == [shard.path]
+    record.write_text(text)
+
+
+def test_verify_of_nothing(tmp_path):
+    with pytest.raises(UsageError, match="not a data directory"):
+        Store(tmp_path).verify()
+
+
+def test_any_flipped_bit_is_found_and_never_read_as_something_else(store):
+    shard = fill(store, rows=20)
+    good, rows = shard.path.read_bytes(), store.read(shard)
+    for place in range(0, len(good), 23):
+        data = bytearray(good)
+        data[place] ^= 1 << place % 8
+        shard.path.write_bytes(data)
+        assert any("SHA-256" in p.what for p in store.verify()), place
+        try:
+            assert store.read(shard).equals(rows), place
+        except DamagedError:
+            continue
+
+
+# Settings of a round
+
+
+def test_the_first_manifest_stands(store):
+    assert store.load_manifest(0) is None
+    first = RoundManifest(round=0, settings={"seed": 0}, counts={"read": 3})
+    assert store.save_manifest(first) == first
+    assert store.save_manifest(RoundManifest(round=0, settings={"seed": 1})) == first
+    assert store.load_manifest(0) == first
+    assert store.load_manifest(1) is None
+
+
+# Readers that know nothing of us
+
+
+@pytest.fixture
+def two_rounds(store) -> Path:
+    fill(store, 0)
+    fill(store, 1)
+    return store.root
+
+
+def test_polars_reads_pairs_unaided(two_rounds):
+    import polars as pl
+
+    rows = pl.scan_parquet(f"{two_rounds}/pairs/**/*.parquet").collect()
+    assert rows.columns == tables.PAIRS.names
+    assert rows["round"].to_list() == [0, 0, 0, 1, 1, 1]
+    assert rows["round"].dtype == pl.Int32
+    assert rows["y_prompt_ids"].to_list() == [[10, 11, 12, 1]] * 6
+
+
+def test_duckdb_reads_pairs_unaided(two_rounds):
+    """DuckDB takes `round` from the path, as text '000', unless it is told not to; it compares with numbers
+    either way.
+    """
+    import duckdb
+
+    source = f"'{two_rounds}/pairs/**/*.parquet'"
+    assert duckdb.sql(f"select count(*), sum(s_prompt - s) from {source}").fetchall() == [(6, 4.5)]
+    assert duckdb.sql(f"select y_ids from {source} where round = 1 limit 1").fetchall() == [([8, 9, 1],)]
+    plain = duckdb.sql(f"select distinct round from read_parquet({source}, hive_partitioning=false) order by 1")
+    assert plain.fetchall() == [(0,), (1,)]
+
+
+def test_datasets_reads_pairs_unaided(two_rounds, tmp_path):
+    import datasets
+
+    rows = datasets.load_dataset(
+        "parquet",
+        data_files=f"{two_rounds}/pairs/**/*.parquet",
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert sorted(rows.column_names) == sorted(tables.PAIRS.names)
+    assert rows["round"][:] == [0, 0, 0, 1, 1, 1]
+    assert rows[0]["y_ids"] == [8, 9, 1]
+
+
+def test_pyarrow_and_pandas_read_a_file_and_with_one_option_a_directory(two_rounds):
+    import pandas as pd
+    import pyarrow.dataset as ds
+
+    file = two_rounds / "pairs" / "round=001" / f"part-{UNIT}.parquet"
+    assert pq.read_table(file)["round"].to_pylist() == [1, 1, 1]
+    assert pd.read_parquet(file)["round"].tolist() == [1, 1, 1]
+    assert ds.dataset(two_rounds / "pairs").to_table()["round"].to_pylist() == [0, 0, 0, 1, 1, 1]
+    assert pd.read_parquet(two_rounds / "pairs", partitioning=None)["round"].tolist() == [0, 0, 0, 1, 1, 1]

@@ -1,0 +1,371 @@
+"""`ple-train` end to end on a tiny real model: equivalences, resume, the snapshot, safeguards and what is saved."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ple_data.store import Store
+from ple_train import loop, train as training
+from ple_train.batches import collate_padded, micro_batches
+from ple_train.objective import PairObjective
+from ple_train.pairs import PairStream, Partition, freeze
+from ple_train.policy import load_policy
+from schemas.errors import LockedError, PleError, UsageError
+from tests import oracle
+from tests.conftest import ROOT
+from tests.tables import table
+
+ROWS_PER_SHARD = 7
+
+
+def write_pairs(root: Path, rounds: int = 2, shards: int = 3, seed: int = 0) -> Path:
+    """A store of random pairs: margins on both sides of tau, responses of 1 to 24 tokens."""
+    numbers = np.random.default_rng(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return numbers.integers(3, 300, numbers.integers(low, high)).tolist()
+
+    for round in range(rounds):
+        for index in range(shards):
+            rows = [
+                {
+                    "query_id": f"q{seed}-{index}-{n}",
+                    "x_ids": ids(2, 9),
+                    "y_ids": ids(1, 24),
+                    "y_prompt_ids": ids(1, 24),
+                    "s": float(numbers.normal()),
+                    "s_prompt": float(numbers.normal()),
+                }
+                for n in range(ROWS_PER_SHARD)
+            ]
+            Store(root).commit("pairs", round, f"{index:05d}-{seed:012x}", table("pairs", rows, round), {})
+    return root
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "data")
+
+
+def stream(data: Path, **more) -> PairStream:
+    options = {"batch_size": 8, "seed": 0, "max_length": None, "vocabulary": 300, **more}
+    return PairStream(freeze([data], 1, options["max_length"]), 1, Partition(0.2), **options)
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter_model.safetensors")
+
+
+@pytest.fixture
+def run(policy, pairs, tmp_path):
+    """Train into tmp_path/NAME with small defaults → the directory."""
+
+    def run(name: str, **more) -> Path:
+        options = {"model": str(policy), "data": [pairs], "round": 1, "learning_rate": 1e-3, "batch_size": 8, **more}
+        training.train(output=tmp_path / name, **options)
+        return tmp_path / name
+
+    return run
+
+
+# --- the gradient, whatever the batching ---------------------------------------------------------------------------
+
+
+def gradient(policy, batch, pairs, budget, collate=None) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and LoRA gradient of one global batch."""
+    if collate:
+        policy.collate = collate
+    objective = PairObjective(policy, None)
+    policy.zero_grad()
+    total = 0.0
+    for part in micro_batches(batch, pairs, budget, 1, 0, packed=policy.packed):
+        loss, _ = objective(policy, part, 1)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in policy.trainable().items()}
+
+
+def test_loss_equals_the_oracle_on_the_models_own_log_probabilities(policy, pairs):
+    """Eqs. 3, 4 and 6 from stored rewards and the plain model's logits, in float64 Python."""
+    rows = pl.concat([pl.from_arrow(Store(pairs).read(s)) for s in Store(pairs).shards("pairs")])
+    model = AutoModelForCausalLM.from_pretrained(policy).double().eval()
+
+    def logps(x: list[int], y: list[int]) -> list[float]:
+        ids = torch.tensor(x + y)
+        with torch.no_grad():
+            scores = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        return scores[len(x) - 1 : -1].gather(1, ids[len(x) :, None]).squeeze(1).tolist()
+
+    expected = oracle.batch_loss(
+        [
+            (r["s"], r["s_prompt"], logps(r["x_ids"], r["y_ids"]), logps(r["x_ids"], r["y_prompt_ids"]))
+            for r in rows.iter_rows(named=True)
+        ],
+        tau=0.2,
+    )
+    ((batch, count),) = stream(pairs, batch_size=1000).batches(0, 0)
+    found, _ = gradient(load_policy(str(policy)), batch, count, budget=10_000)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_packed_padded_and_one_by_one_give_the_same_gradient(policy, adapter, pairs):
+    batch, count = next(stream(pairs).batches(0, 0))
+    expected_loss, expected = gradient(load_policy(str(policy), adapter=str(adapter)), batch, count, budget=1)
+    for budget, collate in ((10_000, None), (100, None), (10_000, collate_padded)):
+        loss, found = gradient(load_policy(str(policy), adapter=str(adapter)), batch, count, budget, collate)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_micro_batch_equals_many(run):
+    once, often = run("once", microbatch_tokens=100_000), run("often", microbatch_tokens=60)
+    torch.testing.assert_close(weights(once), weights(often), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_processes_equal_one(run, policy, pairs, tmp_path, launcher):
+    alone = run("alone")
+    launch = {
+        "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "--master-port=29513"],
+        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+        + ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=29514"],
+    }[launcher]
+    command = [sys.executable, "-m", *launch, "-m", "cli", "train", "--model", policy, "--data", pairs, "--round", "1"]
+    command += ["--output", tmp_path / "two", "--learning-rate", "1e-3", "--batch-size", "8"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(alone), rtol=0, atol=1e-5)
+    one, two = (pl.read_parquet(path / "metrics.parquet") for path in (alone, tmp_path / "two"))
+    for column in ("loss", "loss_rank", "rank_share", "mean_logps_wsft_y", "drift_rank_y_age0"):
+        assert two[column].drop_nulls().to_list() == pytest.approx(one[column].drop_nulls().to_list(), rel=1e-4)
+
+
+# --- the stream ----------------------------------------------------------------------------------------------------
+
+
+def keys(batches) -> list[list[tuple]]:
+    return [sorted((s.tag.arm, tuple(s.ids.tolist())) for s in sequences) for sequences, _ in batches]
+
+
+@pytest.mark.parametrize("window_rows", [1, 10, 10_000])
+@pytest.mark.parametrize("batch_size", [1, 8, 1000])
+def test_an_epoch_holds_every_pair_once_and_can_start_anywhere(pairs, window_rows, batch_size):
+    whole = stream(pairs, window_rows=window_rows, batch_size=batch_size)
+    batches = keys(whole.batches(3, 0))
+    assert len(batches) == whole.steps_per_epoch
+    found = [key for batch in batches for key in batch]
+    assert len(found) == len(set(found)) == 2 * whole.pairs == 2 * 6 * ROWS_PER_SHARD
+    for start in (1, 2, whole.steps_per_epoch):
+        assert keys(whole.batches(3, start)) == batches[start:]
+
+
+def test_the_order_is_a_function_of_seed_and_epoch(pairs):
+    def order(seed, epoch):
+        return keys(stream(pairs, seed=seed).batches(epoch, 0))
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+
+
+def test_a_short_last_batch_is_divided_by_its_own_pairs(pairs):
+    assert [count for _, count in stream(pairs, batch_size=40).batches(0, 0)] == [40, 2]
+
+
+def test_sets_ages_and_coefficients_come_from_the_partition(pairs):
+    rows = pl.concat([pl.from_arrow(Store(pairs).read(s)) for s in Store(pairs).shards("pairs")])
+    expected = {}
+    for r in rows.iter_rows(named=True):
+        of = oracle.row(r["s"], r["s_prompt"], len(r["y_ids"]), len(r["y_prompt_ids"]), tau=0.2)
+        expected["y", *r["x_ids"], *r["y_ids"]] = (of.set, 1 - r["round"], of.c)
+        expected["y_prompt", *r["x_ids"], *r["y_prompt_ids"]] = (of.set, 1 - r["round"], of.c_prompt)
+    for sequences, _ in stream(pairs).batches(0, 0):
+        for s in sequences:
+            kind, age, coefficient = expected[s.tag.arm, *s.ids.tolist()]
+            assert (s.tag.set, s.tag.age) == (kind, age)
+            assert s.tag.coefficient == pytest.approx(coefficient, rel=1e-12)
+
+
+def test_pairs_over_max_length_are_left_out_and_counted(run, pairs, capsys):
+    rows = pl.concat([pl.from_arrow(Store(pairs).read(s)) for s in Store(pairs).shards("pairs")])
+    longest = (
+        pl.max_horizontal(pl.col("y_ids").list.len(), pl.col("y_prompt_ids").list.len()) + pl.col("x_ids").list.len()
+    )
+    over = rows.filter(longest > 20).height
+    assert 0 < over < rows.height
+    assert stream(pairs, max_length=20).pairs == rows.height - over
+    run("short", max_length=20)
+    assert f"{over} pairs left out" in capsys.readouterr().err
+
+
+# --- interruption --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 4])
+def test_resumed_equals_uninterrupted_bit_by_bit(run, monkeypatch, checkpoint_every):
+    options = {"epochs": 2, "checkpoint_every": checkpoint_every, "trust_region": 0.05}
+    whole = run("whole", **options)
+    with monkeypatch.context() as patch:
+        calls = iter(range(100))
+
+        def stop_in_step_7(self, model, batch, step):
+            if step == 6 and next(calls) == 0:
+                raise KeyboardInterrupt
+            return original(self, model, batch, step)
+
+        original = PairObjective.__call__
+        patch.setattr(PairObjective, "__call__", stop_in_step_7)
+        with pytest.raises(KeyboardInterrupt):
+            run("resumed", **options)
+    resumed = run("resumed", **options)
+    for name, expected in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], expected), name
+    timing = pl.exclude("seconds", "tokens_per_second")
+    metrics = [pl.read_parquet(path / "metrics.parquet").select(timing) for path in (whole, resumed)]
+    assert metrics[0].equals(metrics[1])
+
+
+def test_shards_that_come_later_are_not_seen(run, policy, tmp_path, monkeypatch):
+    data = write_pairs(tmp_path / "growing", seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "load_policy", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run("frozen", data=[data])
+    write_pairs(data, seed=2)
+    expected = run("expected", data=[write_pairs(tmp_path / "growing-copy", seed=1)])
+    found = run("frozen", data=[data])
+    assert all(torch.equal(weights(found)[name], value) for name, value in weights(expected).items())
+
+
+def test_a_finished_output_is_left_alone_and_other_settings_are_refused(run, capsys):
+    output = run("done")
+    before = (output / "adapter_model.safetensors").stat().st_mtime_ns
+    run("done")
+    assert "complete already" in capsys.readouterr().err
+    assert (output / "adapter_model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match=r"learning_rate: 0.001 then, 0.5 now"):
+        run("done", learning_rate=0.5)
+    run("done", learning_rate=1e-4, resume=False)
+    assert (output / "adapter_model.safetensors").stat().st_mtime_ns != before
+
+
+def test_two_trainings_cannot_write_one_output(run, tmp_path):
+    (tmp_path / "busy" / ".ple").mkdir(parents=True)
+    holder = subprocess.Popen(
+        ["flock", str(tmp_path / "busy" / ".ple" / "lock"), "sleep", "60"], stdout=subprocess.DEVNULL
+    )
+    try:
+        while subprocess.run(["flock", "-n", str(tmp_path / "busy" / ".ple" / "lock"), "true"]).returncode == 0:
+            pass
+        with pytest.raises(LockedError, match="locked by"):
+            run("busy")
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+# --- safeguards ----------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(run, tmp_path):
+    with pytest.raises(PleError, match=r"stopped, the last good checkpoint is .*checkpoint-\d+.*--trust-region"):
+        run("diverged", learning_rate=1e30, checkpoint_every=1, max_grad_norm=1e30)
+    assert not (tmp_path / "diverged" / "adapter_config.json").exists()
+    assert list((tmp_path / "diverged" / ".ple" / "checkpoints").glob("checkpoint-*"))
+
+
+def test_the_trust_region_bounds_the_drift(run):
+    free = pl.read_parquet(run("free", learning_rate=3e-2, epochs=4) / "metrics.parquet")
+    bound = pl.read_parquet(run("bound", learning_rate=3e-2, epochs=4, trust_region=0.05) / "metrics.parquet")
+    assert free["gated_share"].max() == 0
+    assert bound["gated_share"].max() > 0
+    assert bound["drift_pushed_down"].drop_nulls()[-1] > free["drift_pushed_down"].drop_nulls()[-1]
+
+
+def test_a_runaway_of_pushed_down_responses_is_warned_of_once(run, tmp_path, capsys):
+    rows = [{"y_ids": [9], "y_prompt_ids": [7] * 12, "s": 20.0, "s_prompt": -20.0} for _ in range(64)]
+    Store(tmp_path / "one-sided").commit("pairs", 0, "00000-0123456789ab", table("pairs", rows), {})
+    run("runaway", data=[tmp_path / "one-sided"], round=0, learning_rate=0.1, epochs=4)
+    assert capsys.readouterr().err.count("--trust-region 0.3 or a lower --learning-rate") == 1
+
+
+@pytest.mark.parametrize("option", [{"normalize_wsft": True}, {"sft_anchor": 1.0}, {"trust_region": 0.01}])
+def test_each_safeguard_changes_the_result(run, option):
+    plain, changed = weights(run("plain")), weights(run("changed", **option))
+    assert any(not torch.equal(plain[name], changed[name]) for name in plain)
+
+
+# --- what is saved and refused -------------------------------------------------------------------------------------
+
+
+def test_the_output_is_a_peft_adapter_that_continues_in_the_next_round(run, policy):
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    first = run("first", round=0)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy), first)
+    assert model.peft_config["default"].r == 8
+    assert AutoTokenizer.from_pretrained(first).eos_token_id is not None
+    card = (first / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert json.loads((first / "ple.json").read_text())["settings"]["round"] == 0
+    second = run("second", round=1, adapter=str(first))
+    assert any(not torch.equal(weights(first)[name], value) for name, value in weights(second).items())
+
+
+def test_full_fine_tuning_writes_a_whole_model_and_mixed_precision_trains(run, policy):
+    output = run("full", full=True, precision="bf16", gradient_checkpointing=True)
+    trained = AutoModelForCausalLM.from_pretrained(output)
+    start = AutoModelForCausalLM.from_pretrained(policy)
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters(), strict=True))
+
+
+def test_metrics_are_per_step_numbers(run):
+    metrics = pl.read_parquet(run("metrics") / "metrics.parquet")
+    assert metrics["step"].to_list() == list(range(1, 7))
+    assert metrics["useful_token_share"].to_list() == [1.0] * 6
+    for column in ("loss", "grad_norm", "rank_share", "tokens_per_second", "mean_logps_rank_y", "drift_wsft_y_age1"):
+        assert metrics[column].dtype == pl.Float64
+    assert (metrics["loss_rank"] + metrics["loss_wsft"]).to_list() == pytest.approx(metrics["loss"].to_list(), rel=1e-5)
+
+
+def test_tensorboard_gets_the_metrics(run):
+    output = run("tracked", report_to="tensorboard")
+    assert list(output.rglob("events.out.tfevents.*"))
+
+
+def test_a_round_without_pairs_is_named(run, tmp_path):
+    with pytest.raises(UsageError, match="no pairs of round 2"):
+        run("absent", round=2)
+    with pytest.raises(UsageError, match="no pairs of round 0 in .*empty"):
+        run("none", data=[tmp_path / "empty"])
+    assert not (tmp_path / "empty").exists()
+
+
+def test_pairs_of_another_tokenizer_are_refused(run, tmp_path):
+    row = {"y_ids": [5, 999]}
+    Store(tmp_path / "foreign").commit("pairs", 0, "00000-0123456789ab", table("pairs", [row]), {})
+    with pytest.raises(UsageError, match=r"query 'q0' of round 0: y_ids holds token 999"):
+        run("foreign-tokens", data=[tmp_path / "foreign"], round=0)
+
+
+def test_trust_region_and_full_do_not_go_together(run):
+    with pytest.raises(UsageError, match="adapter off"):
+        run("both", trust_region=0.3, full=True)
+
+
+def test_learning_rate_schedule_by_hand():
+    """Warm-up 2 of 6 steps: 0.5, 1; then cosine over 4: 1, (1 + cos 45°)/2, 0.5, (1 - cos 45°)/2 of 1.0."""
+    settings = loop.LoopSettings(learning_rate=1.0, warmup_steps=2, schedule="cosine")
+    rates = [loop.learning_rate_at(step, 6, settings) for step in range(6)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
