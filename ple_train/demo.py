@@ -24,7 +24,8 @@ SEED = 0
 TAU0, ALPHA = 0.2, 0.9
 UNSEEN = 400
 MAX_NEW_TOKENS = 80
-PRETRAINING, LABELLED, FINE_TUNING, HELD_OUT = 4000, 2400, 3000, 400
+QUERIES_PER_ROUND = 192
+PRETRAINING, LABELLED, FINE_TUNING, HELD_OUT = 3200, 2400, 3000, 400
 
 
 def demo(output: Path, *, rounds: int) -> str:
@@ -65,9 +66,9 @@ def _write_world(output: Path, rounds: int) -> Path:
         corpus = [principle, *(review.text for review in pretraining)]
         toyworld.write_untrained_model(output / "untrained", corpus, SEED)
     recipe = output / "recipe.yaml"
-    write_atomic(
-        recipe, RECIPE.format(output=json.dumps(str(output))[1:-1], rounds=rounds, seed=SEED, tau0=TAU0, alpha=ALPHA)
-    )
+    quoted = json.dumps(str(output))[1:-1]
+    settings = {"rounds": rounds, "queries": QUERIES_PER_ROUND, "seed": SEED, "tau0": TAU0, "alpha": ALPHA}
+    write_atomic(recipe, RECIPE.format(output=quoted, **settings))
     return recipe
 
 
@@ -78,7 +79,7 @@ queries: "{output}/data/queries.jsonl"
 principles: imdb
 run_dir: "{output}/run"
 rounds: {rounds}
-queries_per_round: 256
+queries_per_round: {queries}
 tau0: {tau0}
 alpha: {alpha}
 seed: {seed}

@@ -391,7 +391,9 @@ def test_hh_rows_for_sft(tmp_path: Path) -> None:
     dialogue = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant: Fine, thanks."
     source.write_text(json.dumps({"chosen": dialogue}) + "\n")
     script = [sys.executable, ROOT / "examples" / "hh_sft.py", source]
-    found = subprocess.run(script, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    found = subprocess.run(
+        script, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert [json.loads(line) for line in found.stdout.splitlines()] == [
         {
             "x": [

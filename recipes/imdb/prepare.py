@@ -9,11 +9,16 @@ outside --output.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import polars as pl
 
 from ple_data.principles import load_principle
+from schemas.files import write_atomic
+
+sys.path.insert(0, str(Path(__file__).parent))
+import judge
 
 EOS, PAD = "<|end|>", "<|pad|>"
 VOCABULARY = 8192
@@ -45,6 +50,8 @@ def main() -> None:
     unseen = excerpts(test).sample(UNSEEN, seed=1)
     unseen.select("id", "x").write_parquet(output / "unseen.parquet")
     excerpts(test).sample(2048, seed=2).select("x", "y").write_parquet(output / "perplexity.parquet")
+    weights = judge.train(train["text"].to_list(), train["label"].to_list())
+    write_atomic(output / "judge.json", json.dumps(weights))
     print(json.dumps({"train": train.height, "test": test.height, "vocabulary": len(tokenizer)}))
 
 
@@ -150,7 +157,7 @@ def write_base(directory: Path, tokenizer) -> None:
 
 
 def write_reward_init(directory: Path, tokenizer) -> None:
-    """A ModernBERT of 1.6 million parameters that averages over all tokens."""
+    """A ModernBERT of 1.4 million parameters that averages over the last 256 tokens of a text."""
     import torch
     from transformers import ModernBertConfig, ModernBertForSequenceClassification
 
@@ -159,9 +166,9 @@ def write_reward_init(directory: Path, tokenizer) -> None:
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=256,
         classifier_pooling="mean",
         embedding_dropout=0.1,
         mlp_dropout=0.1,

@@ -1,0 +1,67 @@
+"""Runs in the environment with vLLM: one engine start, many questions. Reads a JSON job, prints JSON answers.
+
+`python -m tests.vllm_probe JOB.json`: {"model", "prompts", "stop"} -> completions of each way of sampling, and the
+messages of arguments that must be refused.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ple_data.engines import EngineSpec, Request, Sampling, vllm
+from ple_data.models import AdapterInfo, end_ids, load_tokenizer
+from schemas.errors import UsageError
+
+LENGTH = 24
+
+
+def refused(engine_args: dict[str, Any], adapter: AdapterInfo | None = None) -> str:
+    """The message with which arguments are refused."""
+    try:
+        vllm.check(engine_args, adapter)
+    except UsageError as error:
+        return str(error)
+    return "not refused"
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    """All answers."""
+    tokenizer = load_tokenizer(job["model"])
+    longest = max(map(len, job["prompts"]))
+    spec = EngineSpec(
+        job["model"], None, None, tokenizer, end_ids(job["model"], tokenizer), longest + LENGTH, dtype="float32"
+    )
+    answers: dict[str, Any] = {
+        "unknown": refused({"tensor_paralel_size": 2}),
+        "reserved": refused({"model": "other"}),
+        "rank over our limit": refused({"max_lora_rank": 8}, AdapterInfo(Path("a"), 16, {})),
+        "rank over vllm's limit": refused({}, AdapterInfo(Path("a"), 4096, {})),
+        "dora": refused({}, AdapterInfo(Path("a"), 8, {"use_dora": True})),
+    }
+    try:
+        vllm.VllmEngine(spec, {"max_model_len": longest})
+    except UsageError as error:
+        answers["too short"] = str(error)
+    requests = [Request(at, tuple(ids), 1000 + at) for at, ids in enumerate(job["prompts"])]
+    engine = vllm.VllmEngine(spec, {"enforce_eager": True})
+
+    def sample(units: list[list[Request]], **options: Any) -> list[dict[str, Any]]:
+        sampling = Sampling(max_new_tokens=LENGTH, **options)
+        found = {request.key: asdict(completion) for request, completion in engine.sample(iter(units), sampling)}
+        return [found[key] for key in range(len(requests))]
+
+    answers["sampled"] = sample([requests])
+    answers["other batches"] = sample([[request] for request in reversed(requests)])
+    answers["greedy"] = sample([requests], temperature=0.0)
+    answers["stop"] = sample([requests], stop=tuple(job["stop"]))
+    answers["no logps"] = sample([requests], logprobs=False)
+    answers["cold"] = sample([requests], temperature=0.3, top_p=0.5)
+    engine.close()
+    engine.close()
+    return answers
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))
