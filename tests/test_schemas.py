@@ -203,6 +203,13 @@ def test_write_atomic_replaces_and_makes_directories(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
 
 
+def test_write_atomic_removes_what_a_killed_writer_of_the_same_file_left(tmp_path):
+    for name in (".b.txt.0123.tmp", ".other.txt.0123.tmp"):
+        (tmp_path / name).write_text("half")
+    files.write_atomic(tmp_path / "b.txt", "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.txt.0123.tmp", "b.txt"]
+
+
 def test_write_new_and_link_new_never_overwrite(tmp_path):
     path = tmp_path / "once"
     assert files.write_new(path, "first", tmp_path)

@@ -7,7 +7,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -233,25 +235,15 @@ def test_texts_that_were_cut_are_counted_and_reported(store: Store, capsys: pyte
     assert "8 texts are longer than the reward model takes" in err
 
 
-def test_a_unit_that_another_process_holds_is_waited_for(
+def test_a_unit_that_is_held_is_waited_for(
     store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(score_module, "POLL_SECONDS", 0.02)
     shard = store.shards("responses")[0]
-    held, release = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with store.claim("pairs", shard.round, shard.unit):
-            held.set()
-            release.wait(20)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    held.wait()
-    threading.Timer(0.3, release.set).start()
-    assert score(store, Words()).rows == 16
-    holder.join()
-    assert f"locked by pid {os.getpid()} on" in capsys.readouterr().err
+    with ExitStack() as holder:
+        holder.enter_context(store.claim("pairs", shard.round, shard.unit))
+        monkeypatch.setattr(score_module, "time", SimpleNamespace(sleep=lambda _: holder.close()))
+        assert score(store, Words()).rows == 16
+    assert capsys.readouterr().err.count(f"locked by pid {os.getpid()} on") == 1
 
 
 def test_a_classifier_of_transformers_end_to_end(store: Store, reward: Path):
@@ -289,19 +281,29 @@ def start_scoring(store: Store, function: Path) -> subprocess.Popen:
     )
 
 
+MEETING_REWARD = """
+import os, pathlib, time
+here = pathlib.Path(__file__).parent
+def words(xs, ys):
+    (here / f"at-work-{os.getpid()}").touch()
+    deadline = time.monotonic() + 100
+    while len(list(here.glob("at-work-*"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return [float(len(y.split())) for y in ys]
+"""
+"""No unit is done before three processes are at work on one each."""
+
+
 def test_three_processes_share_the_work(store: Store, tmp_path: Path):
-    for unit in range(4, 13):
-        commit_unit(store, unit)
-    function = tmp_path / "slow.py"
-    function.write_text(SLOW_REWARD.format(seconds=0.15))
+    function = tmp_path / "meeting.py"
+    function.write_text(MEETING_REWARD)
     processes = [start_scoring(store, function) for _ in range(3)]
     rows = []
     for process in processes:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         rows.append(int(out))
-    assert sum(rows) == 4 * 13
-    assert sum(1 for count in rows if count) > 1, "the work was not shared"
+    assert sorted(rows) == [4, 4, 8]
     assert store.verify() == []
 
 

@@ -45,7 +45,11 @@ class HfEngine:
             options["attn_implementation"] = engine_args["attn_implementation"]
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                spec.model, revision=spec.revision, dtype=_dtype(spec.dtype, self._device), **options
+                spec.model,
+                revision=spec.revision,
+                dtype=_dtype(spec.dtype, self._device),
+                use_safetensors=True,
+                **options,
             )
         except (OSError, ValueError, ImportError) as error:
             raise PleError(f"cannot load the model {spec.model}: {error}") from error

@@ -147,9 +147,10 @@ def _load(model: str, *, dtype: Any, device: str) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' own report on missing weights: ours is an error."""
+    """Silence transformers' loading bar, and its own report on missing weights: ours is an error."""
     from transformers.utils import logging
 
+    logging.disable_progress_bar()
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
