@@ -6,7 +6,8 @@ and micro-batches by length alone, the same way on every process, so that the gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence as ListLike
+from collections.abc import Iterator
+from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 

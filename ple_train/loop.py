@@ -122,7 +122,9 @@ def train_loop(
                 sums = dict.fromkeys(("loss", *objective.sums), 0.0)
                 for number, batch in enumerate(mine, start=1):
                     with accelerator.no_sync(model) if number < len(mine) else nullcontext():
-                        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                        with torch.autocast(
+                            accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16"
+                        ):
                             loss, parts = objective(model, batch, done)
                         accelerator.backward(loss * accelerator.num_processes)  # processes average: make it a sum
                     sums["loss"] += loss.item()

@@ -121,8 +121,8 @@ class PairObjective:
         if not self.warned and drift is not None and math.isfinite(drift) and drift < RUNAWAY_DRIFT:
             self.warned = True
             print_to_log(
-                f"warning: pushed-down responses have fallen {-drift:.2f} nats/token below the start policy; the printed "
-                "loss has no lower bound. --trust-region 0.3 or a lower --learning-rate helps"
+                f"warning: pushed-down responses have fallen {-drift:.2f} nats/token below the start policy; the "
+                "printed loss has no lower bound. --trust-region 0.3 or a lower --learning-rate helps"
             )
 
 

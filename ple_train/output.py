@@ -158,7 +158,7 @@ def model_card(title: str, settings: dict[str, Any], history: list[dict[str, Any
     return (
         f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {'transformers' if settings.get('full') else 'peft'}\n"
         f"tags: [ple, alignment]\n---\n\n# {title}\n\n"
-        "Trained by PLE, Progressively Label Enhancement for Large Language Model Alignment (Liu, Xu, Geng, ICML 2025).\n\n"
+        "Trained by PLE, Progressively Label Enhancement (Liu, Xu, Geng, ICML 2025).\n\n"
         f"Steps: {len(history)}. Last loss: {history[-1]['loss']:.4f}.\n\n"
         f"| setting | value |\n| --- | --- |\n{rows}\n"
     )

@@ -96,7 +96,7 @@ class PairStream:
             yield self._sequences(pl.concat(pending))
 
     def _windows(self, epoch: int, skip: int) -> Iterator[pl.DataFrame]:
-        """Shuffled windows of rows, the first `skip` rows of the epoch left out without reading whole windows of them."""
+        """Shuffled windows of rows from the `skip`-th row of the epoch on; windows before it are not read."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.snapshot))
         window: list[SnapshotShard] = []
         number = 0
@@ -123,8 +123,8 @@ class PairStream:
                 ids = np.array(row["x_ids"] + row[f"{arm}_ids"], dtype=np.int32)
                 if ids.size and ids.max() >= self.vocabulary:
                     raise UsageError(
-                        f"query {row['query_id']!r} of round {row['round']}: {arm}_ids holds token {ids.max()}, but the "
-                        f"model's vocabulary has {self.vocabulary}; these pairs were made with another tokenizer"
+                        f"query {row['query_id']!r} of round {row['round']}: {arm}_ids holds token {ids.max()}, but "
+                        f"the model's vocabulary has {self.vocabulary}; these pairs were made with another tokenizer"
                     )
                 tag = Response(arm, row["set"], self.round - row["round"], coefficient)
                 sequence = Sequence(ids, len(row["x_ids"]), tag)
@@ -190,8 +190,8 @@ def thaw(record: list[dict[str, Any]]) -> list[SnapshotShard]:
         shard = found.get((part["store"], part["round"], part["unit"]))
         if shard is None or shard.sha256 != part["sha256"]:
             raise UsageError(
-                f"{part['store']}: shard {part['unit']} of round {part['round']} is gone or changed since this training "
-                "began; put it back, or start again with --no-resume"
+                f"{part['store']}: shard {part['unit']} of round {part['round']} is gone or changed since this "
+                "training began; put it back, or start again with --no-resume"
             )
         parts.append(SnapshotShard(Path(part["store"]), shard, part["rows"]))
     return parts

@@ -157,7 +157,7 @@ def read_examples(data: Path, tokenizer: Any, max_length: int) -> tuple[list[Seq
         raise UsageError(
             f"{data} needs columns text, label or prompt, chosen, rejected; it has {', '.join(rows.columns)}"
         )
-    texts, labels = column(rows, "text", "x"), column(rows, "label")
+    texts, labels = column(rows, "text", "x"), column(rows, "label", of=object)
     for place, label in zip(rows.places, labels, strict=True):
         if not isinstance(label, int) or label < 0:
             raise UsageError(f"{data} {place}: label {label!r} is not a whole number from 0 up; correct it")

@@ -125,7 +125,7 @@ def sft(
 def read_sequences(data: Path, tokenizer: Any, max_length: int | None) -> list[Sequence]:
     """Rows of (x, y) as sequences: x rendered without a principle, y with its end-of-sequence id unless cut."""
     rows = read_rows(data)
-    xs, ys = column(rows, "x", "prompt", "messages"), column(rows, "y", "response", "completion")
+    xs, ys = column(rows, "x", "prompt", "messages", of=(str, list)), column(rows, "y", "response", "completion")
     finish = column(rows, "finish") if "finish" in rows.columns else ["stop"] * len(rows)
     responses = tokenizer(ys, add_special_tokens=False)["input_ids"]
     sequences = []

@@ -12,19 +12,25 @@ from ple_train.batches import Sequence
 from schemas.errors import UsageError
 
 
-def column(rows: Rows, *names: str) -> list[Any]:
-    """The first of the columns `names` that there is. Raises UsageError where there is none or it has a null."""
+def column(rows: Rows, *names: str, of: type | tuple[type, ...] = str) -> list[Any]:
+    """The first of the columns `names` that there is, every value of type `of`.
+
+    Raises UsageError where there is none, or that names the first row without a value or with one of another type.
+    """
     name = next((name for name in names if name in rows.columns), None)
     if name is None:
         raise UsageError(f"{rows.source} has no column {' or '.join(names)}; it has {', '.join(rows.columns)}")
     values = [row.get(name) for row in rows.rows]
-    if None in values:
-        raise UsageError(f"{rows.source} {rows.places[values.index(None)]}: {name} is missing; fill or remove the row")
+    for place, value in zip(rows.places, values, strict=True):
+        if value is None:
+            raise UsageError(f"{rows.source} {place}: {name} is missing; fill or remove the row")
+        if not isinstance(value, of):
+            raise UsageError(f"{rows.source} {place}: {name} is {value!r}, which is no text; correct or remove the row")
     return values
 
 
 class ShuffledSequences:
-    """Global batches of `batch_size` sequences in an order that is a function of (seed, epoch); the last one is short."""
+    """Global batches of `batch_size` sequences, ordered by (seed, epoch); the last one is short."""
 
     def __init__(
         self, sequences: list[Sequence], batch_size: int, seed: int, divisor: Callable[[list[Sequence]], int]

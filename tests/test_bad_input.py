@@ -268,7 +268,7 @@ def test_reward_model_with_two_outputs_needs_a_choice(whole_data: Path, tmp_path
 
 def test_reward_function_that_is_not_there_or_gives_nan(whole_data: Path, tmp_path: Path) -> None:
     source = tmp_path / "judge.py"
-    source.write_text("def nan(x, y):\n    return float('nan')\n")
+    source.write_text("def nan(xs, ys):\n    return [float('nan') for _ in ys]\n")
     words = ["score", "--data", whole_data, "--output", tmp_path / "out", "--reward-model"]
     refused(ple(*words, f"{source}:other"), 2, source, "other")
     refused(ple(*words, f"{source}:nan"), 1, "not finite", "query ")
@@ -277,7 +277,7 @@ def test_reward_function_that_is_not_there_or_gives_nan(whole_data: Path, tmp_pa
 
 def test_second_reward_model_is_not_mixed_in(data: Path, tmp_path: Path) -> None:
     source = tmp_path / "judge.py"
-    source.write_text("def length(x, y):\n    return float(len(y))\n")
+    source.write_text("def length(xs, ys):\n    return [float(len(y)) for y in ys]\n")
     refused(ple("score", "--data", data, "--reward-model", f"{source}:length"), 2, "--output")
 
 
@@ -300,8 +300,8 @@ def test_training_without_pairs(policy: Path, data: Path, queries: Path, tmp_pat
     assert ple(*gen_words(policy, queries, unscored)).exit_code == 0
     refused(ple(*train_words(policy, unscored, tmp_path / "out")), 2, unscored, "pairs", "ple-score")
     later = [*train_words(policy, data, tmp_path / "out"), "--round", 3]
-    refused(ple(*later), 2, data, "round 3")
-    refused(ple(*later, "--dry-run"), 2, data, "round 3")
+    refused(ple(*later), 2, data, "no pairs of round 1")
+    refused(ple(*later, "--dry-run"), 2, data, "no pairs of round 1")
     refused(ple("score", "--data", data, "--round", 3, "--reward-model", "r"), 2, "round 3", data)
 
 

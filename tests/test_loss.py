@@ -77,7 +77,9 @@ def test_weighted_loss_equals_the_oracle_of_eqs_3_4_6():
         sums += [sum(logps), sum(logps_prompt)]
         coefficients += [row.c, row.c_prompt]
 
-    found = loss.weighted_loss(torch.tensor(sums, dtype=torch.float64), torch.tensor(coefficients, dtype=torch.float64), pairs=3)
+    found = loss.weighted_loss(
+        torch.tensor(sums, dtype=torch.float64), torch.tensor(coefficients, dtype=torch.float64), pairs=3
+    )
 
     assert float(found) == pytest.approx(oracle.batch_loss(pairs, tau=0.2), rel=1e-12)
 

@@ -120,6 +120,7 @@ class ClassifierReward:
 
 def _load(model: str, *, dtype: Any, device: str) -> tuple[Any, Any]:
     """Tokenizer and model, in evaluation mode, on the device."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
@@ -130,7 +131,7 @@ def _load(model: str, *, dtype: Any, device: str) -> tuple[Any, Any]:
             loaded, info = AutoModelForSequenceClassification.from_pretrained(
                 model, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(
             f"reward model {model}: neither a URL, nor file.py:function, nor a model that transformers "
             f"can load as a sequence classifier ({_first_line(error)})"

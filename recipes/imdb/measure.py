@@ -33,9 +33,8 @@ def check(root: Path, run: Path) -> None:
     texts, labels = reviews["text"].to_list(), reviews["label"].to_numpy()
     pairs = [("", text) for text in texts]
     negative, positive = (load_reward_model(str(root / "reward"), output_index=i).score(pairs) for i in (0, 1))
-    print(
-        f"reward model: {accuracy(np.array(positive) - np.array(negative), labels)} of {len(labels)} unseen reviews right"
-    )
+    margins = np.array(positive) - np.array(negative)
+    print(f"reward model: {accuracy(margins, labels)} of {len(labels)} unseen whole reviews right")
     second = np.array(judge.score([""] * len(texts), texts))
     print(f"second judge: {accuracy(second, labels)} right")
     rows = Store(run / "data").scan("pairs", round=0).select(pl.col("s_prompt") - pl.col("s")).collect()
@@ -51,7 +50,7 @@ def table(root: Path, run: Path) -> None:
     rounds = round_statistics(Store(run / "data").scan("pairs"), TAU0, ALPHA)
     measured = [measure(root, run, t) for t in range(-1, rounds.height)]
     print(
-        "| round | s | s_prompt | gap | tau_t | rank share | policy after it: reward, unseen | second judge | PPL | words |"
+        "| round | s | s_prompt | gap | tau_t | rank share | reward of its policy, unseen | second judge | PPL | words |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     print(f"| start | | | | | | {cells(measured[0])} |")
