@@ -93,7 +93,7 @@ def generate(
     and returns what the prompts look like. Raises UsageError for anything wrong with the input, before an engine is
     started, or where the round was begun with other settings.
     """
-    check_numbers(samples=samples, max_query_tokens=max_query_tokens, unit_size=unit_size, limit=limit or 1)
+    check_numbers(samples=samples, max_query_tokens=max_query_tokens, unit_size=unit_size, limit=1 if limit is None else limit)
     if samples > 1 and sampling.temperature == 0:
         raise UsageError(f"--samples {samples} with --temperature 0 would sample the same response {samples} times")
     engine_name, arguments = choose_engine(engine), dict(engine_args or {})

@@ -122,6 +122,9 @@ def train_reward(
             return
         tokenizer = load_tokenizer(model, revision, note=print_to_log)
         sequences, labels = read_examples(data, tokenizer, max_length)
+        tokenizer.model_max_length = max_length  # scoring cuts where training did
+        if labels:
+            tokenizer.chat_template = None  # it read plain texts, so scoring must not render chats
         classifier = _load_classifier(model, revision, labels or 1, tokenizer.pad_token_id, seed)
         wrapped = RewardModel(classifier, tokenizer.pad_token_id)
         if torch.cuda.is_available():
@@ -150,7 +153,7 @@ def read_examples(data: Path, tokenizer: Any, max_length: int) -> tuple[list[Seq
     if {"prompt", "chosen", "rejected"} <= set(rows.columns):
         prompts = column(rows, "prompt")
         chosen, rejected = (
-            _encode(tokenizer, prompts, column(rows, side), max_length) for side in ("chosen", "rejected")
+            _encode(tokenizer, prompts, column(rows, side), max_length, join="auto") for side in ("chosen", "rejected")
         )
         return [Sequence(good, 0, Sequence(bad, 0)) for good, bad in zip(chosen, rejected, strict=True)], 0
     if "label" not in rows.columns:
@@ -163,13 +166,13 @@ def read_examples(data: Path, tokenizer: Any, max_length: int) -> tuple[list[Seq
             raise UsageError(f"{data} {place}: label {label!r} is not a whole number from 0 up; correct it")
     if max(labels) == 0:
         raise UsageError(f"{data}: every label is 0; a classifier needs at least two")
-    ids = _encode(tokenizer, [""] * len(texts), texts, max_length)
+    ids = _encode(tokenizer, [""] * len(texts), texts, max_length, join="text")
     return [Sequence(i, 0, label) for i, label in zip(ids, labels, strict=True)], max(labels) + 1
 
 
-def _encode(tokenizer: Any, xs: list[str], ys: list[str], max_length: int) -> list[np.ndarray]:
+def _encode(tokenizer: Any, xs: list[str], ys: list[str], max_length: int, join: str) -> list[np.ndarray]:
     """Ids just as `ple-score` will make them of (x, y)."""
-    encoded = (encode(tokenizer, x, y, max_length=max_length) for x, y in zip(xs, ys, strict=True))
+    encoded = (encode(tokenizer, x, y, join=join, max_length=max_length) for x, y in zip(xs, ys, strict=True))
     return [np.array(e.ids, dtype=np.int32) for e in encoded]
 
 
