@@ -435,7 +435,7 @@ def _score(data: Path, reward_model: str, round: int | None, output: Path | None
 @_learning("--max-grad-norm", type=_ABOVE_ZERO, default=1.0, help="Gradient clipping.")
 @_lora
 def train(data: tuple[Path, ...], dry_run: bool, **options: Any) -> None:
-    """Train the policy on the pairs of all rounds up to T (Eq. 6), re-partitioned at this round's threshold.
+    """Train the policy on the pairs of all rounds up to T (equation 6), re-partitioned at this round's threshold.
 
     The output is a standard PEFT adapter, for the next ple-gen and for vLLM. Killed and started again it goes on
     from its last checkpoint.
@@ -463,7 +463,7 @@ def train(data: tuple[Path, ...], dry_run: bool, **options: Any) -> None:
 @_schedule
 @_lora
 def sft(**options: Any) -> None:
-    """Supervised fine-tuning (Eq. 1), the loss on the response only: makes the start policy.
+    """Supervised fine-tuning (equation 1), the loss on the response only: makes the start policy.
 
     \b
     Example:

@@ -165,10 +165,10 @@ def make_units(prompts: Sequence[Prompt], unit_size: int, identity: dict[str, An
     return units
 
 
-def check_numbers(**numbers: int) -> None:
-    """Refuse numbers below 1, by the name of their option."""
+def check_numbers(**numbers: int | None) -> None:
+    """Refuse numbers below 1, by the name of their option; None is an option that was not given."""
     for name, value in numbers.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
 

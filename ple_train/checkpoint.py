@@ -11,19 +11,36 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from schemas.errors import DamagedError, UsageError
-from schemas.files import fsync_dir
+from schemas.errors import DamagedError, PleError, UsageError
+from schemas.files import explained, fsync_dir
 
 VERSION = 1
+
+
+@contextmanager
+def saving(temporary: Path) -> Iterator[None]:
+    """Files being written to a temporary directory: it is removed, and the PleError says why, when the disk is full."""
+    try:
+        with explained(temporary):
+            yield
+    except SafetensorError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise PleError(f"{temporary}: cannot write ({error}): make room and run the same command again") from error
+    except PleError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 class Checkpoints:
@@ -54,11 +71,14 @@ class Checkpoints:
             return
         writing = self.directory / f"writing-{uuid.uuid4().hex}"
         writing.mkdir()
-        save_file({n: p.detach().contiguous().cpu() for n, p in parameters.items()}, writing / "weights.safetensors")
-        save_file(_optimizer_tensors(parameters, optimizer), writing / "optimizer.safetensors")
-        pq.write_table(pa.Table.from_pylist(metrics), writing / "metrics.parquet")
-        state = {"version": VERSION, "step": step, "settings": self.settings}
-        (writing / "state.json").write_text(json.dumps(state, indent=2))
+        with saving(writing):
+            save_file(
+                {n: p.detach().contiguous().cpu() for n, p in parameters.items()}, writing / "weights.safetensors"
+            )
+            save_file(_optimizer_tensors(parameters, optimizer), writing / "optimizer.safetensors")
+            pq.write_table(pa.Table.from_pylist(metrics), writing / "metrics.parquet")
+            state = {"version": VERSION, "step": step, "settings": self.settings}
+            (writing / "state.json").write_text(json.dumps(state, indent=2))
         for file in writing.iterdir():
             _fsync(file)
         fsync_dir(writing)

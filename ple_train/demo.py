@@ -107,7 +107,7 @@ def _labelled(reviews: Iterator[toyworld.Review]) -> Iterator[dict[str, Any]]:
 
 
 def _ple(*words: object) -> None:
-    command = [find_program("ple", "the demo"), *(str(word) for word in words)]
+    command = [find_program("ple"), *(str(word) for word in words)]
     print(f"demo: {shlex.join(command)}", file=sys.stderr, flush=True)
     refuse_failure(f"ple {words[0]}", run_child(command))
 

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ple_train.checkpoint import Checkpoints, refuse_other_settings
+from ple_train.checkpoint import Checkpoints, refuse_other_settings, saving
 from schemas.errors import LockedError, PleError, UsageError
 from schemas.files import fsync_dir, sha256_file, write_atomic
 
@@ -84,9 +84,10 @@ class Output:
             writing = self.private / "writing"
             shutil.rmtree(writing, ignore_errors=True)
             _order_target_modules(model)
-            model.save_pretrained(writing)
-            tokenizer.save_pretrained(writing)
-            (writing / "README.md").write_text(model_card(title, self.settings, history))
+            with saving(writing):
+                model.save_pretrained(writing)
+                tokenizer.save_pretrained(writing)
+                (writing / "README.md").write_text(model_card(title, self.settings, history))
             names = sorted((p.name for p in writing.iterdir() if p.is_file()), key=lambda name: (name in LAST, name))
             hashes = {name: sha256_file(writing / name) for name in names}
             for name in names:

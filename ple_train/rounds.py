@@ -47,7 +47,7 @@ class Stage:
 
 
 def plan(recipe: Recipe) -> list[Stage]:
-    """All stages of a recipe in order, with full command lines; raises UsageError for a command that is not there."""
+    """All stages of a recipe in order, with full command lines."""
     run = Path(recipe.run_dir)
     stages = []
     model, reward_model = recipe.model, recipe.reward_model
@@ -69,11 +69,12 @@ def plan(recipe: Recipe) -> list[Stage]:
 def run(recipe: Recipe) -> None:
     """Runs what is left of the recipe in its run directory.
 
-    Raises UsageError for another recipe in the directory, LockedError when another process runs it, and PleError with
-    the child's exit code when a stage fails.
+    Raises UsageError for a missing program or another recipe in the directory, LockedError when another process runs
+    it, and PleError with the child's exit code when a stage fails.
     """
     directory = Path(recipe.run_dir)
     stages = plan(recipe)
+    _refuse_missing_programs(stages)
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory) as lock:
         _freeze(recipe, directory)
@@ -191,7 +192,7 @@ def _revision(recipe: Recipe) -> list[str]:
 
 def _stage(name: str, t: int | None, options: BaseModel, words: list[str]) -> Stage:
     program, *first_words = options.command  # type: ignore[attr-defined]
-    command = [find_program(program, f"{name}.command"), *first_words, *_option_words(options), *words]
+    command = [find_program(program), *first_words, *_option_words(options), *words]
     return Stage(name, t, tuple(command))
 
 
@@ -218,20 +219,19 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def find_program(program: str, place: str) -> str:
-    """The program beside the running Python, else on the PATH, as it must be typed.
-
-    Raises UsageError that names `place`, where the program was asked for.
-    """
-    on_path = shutil.which(program)
+def find_program(program: str) -> str:
+    """The program beside the running Python where there is one, else as it is, as it must be typed."""
     beside = Path(sys.executable).parent / program
-    if os.sep not in program and beside.exists() and on_path != str(beside):
-        return str(beside)
-    if on_path is None:
-        raise UsageError(
-            f"{place}: there is no program {program!r}; give its path, e.g. .venv/bin/{Path(program).name}"
-        )
-    return program
+    if os.sep in program or not beside.exists() or shutil.which(program) == str(beside):
+        return program
+    return str(beside)
+
+
+def _refuse_missing_programs(stages: list[Stage]) -> None:
+    missing = {stage.name: stage.command[0] for stage in stages if shutil.which(stage.command[0]) is None}
+    if missing:
+        named = ", ".join(f"{name}.command: {program}" for name, program in missing.items())
+        raise UsageError(f"there is no such program: {named}; give its path in the recipe, e.g. .venv/bin/ple-gen")
 
 
 def _freeze(recipe: Recipe, directory: Path) -> None:

@@ -294,7 +294,7 @@ def test_alpha_outside_its_range(policy: Path, whole_data: Path, tmp_path: Path,
     assert "Traceback" not in found.stderr
 
 
-def test_training_without_pairs(policy: Path, data: Path, queries: Path, tmp_path: Path) -> None:
+def test_rounds_without_pairs(policy: Path, reward: Path, data: Path, queries: Path, tmp_path: Path) -> None:
     refused(ple(*train_words(policy, tmp_path / "nothing", tmp_path / "out")), 2, tmp_path / "nothing", "pairs")
     unscored = tmp_path / "unscored"
     assert ple(*gen_words(policy, queries, unscored)).exit_code == 0
@@ -302,7 +302,7 @@ def test_training_without_pairs(policy: Path, data: Path, queries: Path, tmp_pat
     later = [*train_words(policy, data, tmp_path / "out"), "--round", 3]
     refused(ple(*later), 2, data, "no pairs of round 1")
     refused(ple(*later, "--dry-run"), 2, data, "no pairs of round 1")
-    refused(ple("score", "--data", data, "--round", 3, "--reward-model", "r"), 2, "round 3", data)
+    refused(ple("score", "--data", data, "--round", 3, "--reward-model", reward), 2, "round 3", data)
 
 
 def test_other_settings_in_a_round_that_was_begun(policy: Path, data: Path, queries: Path) -> None:
@@ -455,9 +455,9 @@ def test_interrupted_command_goes_on(
 ) -> None:
     out = tmp_path / "out"
     words, sign = {
-        "gen": (gen_words(policy, queries, out, "--unit-size", 1, "--max-new-tokens", 300), "responses/**/*.parquet"),
+        "gen": (gen_words(policy, queries, out, "--unit-size", 1, "--max-new-tokens", 60), ".ple/commits/**/*.json"),
         "train": (
-            train_words(policy, whole_data, out, "--epochs", 60, "--batch-size", 1, "--checkpoint-every", 2),
+            train_words(policy, whole_data, out, "--epochs", 15, "--batch-size", 1, "--checkpoint-every", 2),
             ".ple/checkpoints/checkpoint-*/state.json",
         ),
     }[command]

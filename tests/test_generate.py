@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -259,6 +260,11 @@ def test_other_settings_in_the_same_round_are_refused(run: Any, fake: Any, tmp_p
         run(sampling=Sampling(max_new_tokens=6, temperature=0.5), limit=4)
     run(round=1, seed=1)
     assert Store(tmp_path / "data").scan("responses").collect().height == 40
+    fake(fail_after=0)
+    with pytest.raises(PleError, match="the engine died"):
+        run(round=2)
+    with pytest.raises(UsageError, match=r"nothing of it is committed yet, remove .*round=002\.json"):
+        run(round=2, seed=1)
 
 
 def test_waits_for_a_unit_that_another_process_holds(
@@ -391,6 +397,7 @@ def test_dry_run_shows_both_prompts_and_writes_nothing(
         ({"sampling": Sampling(max_new_tokens=2040)}, "over the 2048 positions of .*; lower --max-new-tokens"),
         ({"samples": 0}, "--samples must be at least 1"),
         ({"limit": 0}, "--limit must be at least 1"),
+        ({"seed": 2**63}, "--seed must fit 64 bits"),
         ({"engine_args": {"batchsize": 1}}, "did you mean batch_size"),
         ({"model": "/none"}, "does not exist"),
         ({"adapter": "/none"}, "no adapter directory"),
@@ -456,7 +463,7 @@ class Vllm:
 def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
     vllm_python: str, policy: Path, adapter: Path, tmp_path: Path, rows: Any
 ) -> None:
-    """kill -9 while vLLM starts, kill -9 and Ctrl-C in the middle, then the same command to its end; with an adapter."""
+    """kill -9 while vLLM starts, kill -9 and Ctrl-C in the middle, then the same command to its end. With adapter."""
     queries = tmp_path / "q.jsonl"
     texts = [f"{a} {b}" for a in tiny.corpus()[:20] for b in tiny.corpus()[:16]]
     queries.write_text("".join(json.dumps({"id": f"q{at}", "x": x}) + "\n" for at, x in enumerate(texts)))
@@ -504,9 +511,13 @@ def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
 def test_vllm_that_cannot_start_is_one_clear_line(
     vllm_python: str, policy: Path, queries: Path, tmp_path: Path
 ) -> None:
+    """The weights do not fit the configuration, which a process of the engine finds out."""
+    broken = Path(shutil.copytree(policy, tmp_path / "broken"))
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
     arguments = [
-        "--model", str(policy), "--queries", str(queries), "--principles", "hh", "--data", str(tmp_path / "data"),
-        "--round", "0", "--engine", "vllm", "--max-new-tokens", "8", "--engine-arg", "kv_cache_memory_bytes=1000",
+        "--model", str(broken), "--queries", str(queries), "--principles", "hh", "--data", str(tmp_path / "data"),
+        "--round", "0", "--engine", "vllm", "--max-new-tokens", "8", "--engine-arg", "enforce_eager=true",
     ]  # fmt: skip
     failing = Vllm(vllm_python, arguments, tmp_path / "log")
     assert failing.process.wait(timeout=300) == 1

@@ -164,10 +164,12 @@ def test_plan_gives_each_round_the_next_queries_and_only_changed_options(bench: 
     assert words_of(train1)[words_of(train1).index("--model") :][:2] == policy
 
 
-def test_plan_refuses_a_missing_program(bench: Bench) -> None:
-    bench.values["gen"] = {"command": ["no-such-program"]}
-    with pytest.raises(UsageError, match=r"gen\.command: there is no program 'no-such-program'"):
-        rounds.plan(bench.recipe)
+def test_missing_program_is_named_before_anything_starts(bench: Bench) -> None:
+    bench.values["train"] = {"command": ["no-such-program"]}
+    assert "no-such-program" in rounds.plan(bench.recipe)[2].shell_line
+    with pytest.raises(UsageError, match=r"no such program: train\.command: no-such-program"):
+        rounds.run(bench.recipe)
+    assert not bench.run_dir.exists()
 
 
 def test_run_records_every_stage_and_repeats_none(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
@@ -358,8 +360,8 @@ def test_shell_loop_does_the_same_as_run(policy: Path, reward: Path, tmp_path: P
     rounds.run(parse_recipe(values, "test"))
     environment = {
         **os.environ,
-        "GEN": rounds.find_program("ple-gen", "test"),
-        "TRAIN": rounds.find_program("ple-train", "test"),
+        "GEN": rounds.find_program("ple-gen"),
+        "TRAIN": rounds.find_program("ple-train"),
         "MODEL": str(policy),
         "QUERIES": str(queries),
         "PRINCIPLES": "imdb",
@@ -374,6 +376,35 @@ def test_shell_loop_does_the_same_as_run(policy: Path, reward: Path, tmp_path: P
     for name in ("round=000", "round=001"):
         first, second = (tmp_path / run / "policy" / name / "adapter_model.safetensors" for run in ("loop", "run"))
         assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.vllm
+def test_run_with_generation_from_another_environment(
+    policy: Path, reward: Path, vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ple-gen on vLLM in one environment, ple-score and ple-train without vLLM in this one."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text("".join(json.dumps({"x": f"the story of scene {n} was"}) + "\n" for n in range(6)))
+    values = {
+        "model": str(policy),
+        "queries": str(queries),
+        "principles": "imdb",
+        "reward_model": str(reward),
+        "run_dir": str(tmp_path / "run"),
+        "rounds": 2,
+        "gen": {
+            "command": [vllm_python, "-m", "cli", "gen"],
+            "engine": "vllm",
+            "engine_arg": {"enforce_eager": True},
+            "max_new_tokens": 8,
+        },
+    }
+    rounds.run(parse_recipe(values, "test"))
+    rows = pairs_of(tmp_path / "run")
+    assert {row["round"] for row in rows} == {0, 1}
+    assert all(row["y_logps"] and len(row["y_logps"]) == len(row["y_ids"]) for row in rows)
+    assert (tmp_path / "run" / "policy" / "round=001" / "adapter_model.safetensors").exists()
 
 
 def pairs_of(run: Path) -> list[dict]:

@@ -6,7 +6,9 @@ makes its tokens nearly reproducible, not to the bit: batching changes the last 
 
 import dataclasses
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -79,14 +81,17 @@ class VllmEngine:
         arguments = _engine_arguments(spec, engine_args)
         self._watchdog = Watchdog()
         self.llm: Any = None
+        interrupts: list[int] = []
         try:
-            with _stdout_to_stderr():
+            with _stdout_to_stderr(), _noted_interrupts(interrupts):
                 from vllm import LLM
                 from vllm.lora.request import LoRARequest
 
                 self.llm = LLM(**arguments)
         except Exception as error:
             self.close()
+            if interrupts:
+                raise KeyboardInterrupt from error
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
             raise PleError(f"vLLM did not start: {reason.strip()} (its own messages are above)") from error
         except BaseException:
@@ -145,7 +150,8 @@ class VllmEngine:
         prompt = {"type": "token", "prompt_token_ids": list(request.prompt_ids)}
         params = self.sampling_params(request.seed, sampling)
         try:
-            self.llm.llm_engine.add_request(name, prompt, params, lora_request=self.lora)
+            with _deferred_interrupts():
+                self.llm.llm_engine.add_request(name, prompt, params, lora_request=self.lora)
         except ValueError as error:
             raise PleError(f"vLLM refuses the request {request.key}: {error}") from error
         return name
@@ -154,7 +160,8 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return self.llm.llm_engine.step()
+            with _deferred_interrupts():
+                return self.llm.llm_engine.step()
         except EngineDeadError as error:
             raise PleError(
                 "the vLLM engine died (its own messages are above); what was committed is safe: "
@@ -222,7 +229,46 @@ def _set_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning,ignore::FutureWarning")
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # forked workers would hold our pipes and locks
+
+
+@contextmanager
+def _noted_interrupts(noted: list[int]) -> Iterator[None]:
+    """Write down interrupts as they come: inside vLLM a KeyboardInterrupt can turn into another error."""
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    with _handled_by(note):
+        yield
+
+
+@contextmanager
+def _deferred_interrupts() -> Iterator[None]:
+    """Hold an interrupt back until vLLM's code is done with a step, for the same reason."""
+    noted: list[int] = []
+    try:
+        with _handled_by(lambda number, frame: noted.append(number)):
+            yield
+    finally:
+        if noted:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _handled_by(handler: Any) -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to `handler`; only the main thread has signals, elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
 
 
 @contextmanager
