@@ -33,8 +33,8 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(detail, refresh=False)
             self._bar.update(count)
-        elif time.monotonic() - self._last_line >= LINE_EVERY:
-            self._line(self._state())
+        elif self._done < self._total and time.monotonic() - self._last_line >= LINE_EVERY:
+            self._line(self._state())  # the last one is written at the end
 
     def restart_clock(self) -> None:
         """Count the rate from now on: what came before was preparation."""

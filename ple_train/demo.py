@@ -24,8 +24,8 @@ SEED = 0
 TAU0, ALPHA = 0.2, 0.9
 UNSEEN = 400
 MAX_NEW_TOKENS = 80
-QUERIES_PER_ROUND = 192
-PRETRAINING, LABELLED, FINE_TUNING, HELD_OUT = 3200, 2400, 3000, 400
+QUERIES_PER_ROUND = 256
+PRETRAINING, LABELLED, FINE_TUNING, HELD_OUT = 5600, 3000, 3000, 400
 
 
 def demo(output: Path, *, rounds: int) -> str:
@@ -218,6 +218,8 @@ def _report(output: Path, by_round: list[dict[str, Any]], measures: list[Measure
     ]
     return "\n".join(
         [
+            "",
+            f"Reward on unseen queries: {measures[0].reward} before, {measures[-1].reward} after {len(by_round)} rounds",
             "",
             "Pairs by round: mean reward without and with the principle",
             *pairs,

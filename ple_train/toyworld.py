@@ -130,7 +130,7 @@ def reviews(seed: int, among: list[str]) -> Iterator[Review]:
     while True:
         praise = draw.choice([0.15, 0.35, 0.5, 0.65, 0.85])
         told = []
-        for _ in range(draw.randint(3, 5)):
+        for _ in range(draw.randint(1, 5)):
             polarity = 0 if draw.random() < 0.25 else 1 if draw.random() < praise else -1
             told.append((polarity, draw.choice(kinds[polarity])))
         body = "".join(f" {sentence}" for _, sentence in told)

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -247,7 +248,8 @@ def test_interrupt_is_130_and_one_line(number: signal.Signals, tmp_path: Path) -
         text=True,
         cwd=ROOT,
     )
-    with (tmp_path / "recipe.yaml").open("w"):  # returns when the command reads
+    with (tmp_path / "recipe.yaml").open("w"):  # returns when the command has opened it
+        time.sleep(0.5)  # until it waits for the first byte: Python acts on a signal between calls or within one
         process.send_signal(number)
         out, messages = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")

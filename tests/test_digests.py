@@ -1,0 +1,47 @@
+"""Digests: the same files have the same name wherever they are, and any change of content another one."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ple_data.digests import ids_digest, json_digest, model_digest, policy_name, text_digest
+
+
+def test_text_and_json() -> None:
+    """echo -n hello | sha256sum"""
+    assert text_digest("hello") == "2cf24dba5fb0"
+    assert json_digest({"a": 1, "b": [2]}) == json_digest({"b": [2], "a": 1}) != json_digest({"a": 1, "b": [3]})
+    assert ids_digest([1, 23]) != ids_digest([12, 3])
+
+
+def test_a_model_is_what_its_files_are(policy: Path, adapter: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(policy, tmp_path / "other-name"))
+    assert model_digest(copy) == model_digest(policy)
+    (copy / "README.md").write_text("says nothing about the weights")
+    assert model_digest(copy) == model_digest(policy)
+    for name in ("model.safetensors", "tokenizer.json", "generation_config.json"):
+        changed = Path(shutil.copytree(policy, tmp_path / name))
+        content = bytearray((changed / name).read_bytes())
+        content[-2] ^= 1
+        (changed / name).write_bytes(content)
+        assert model_digest(changed) != model_digest(policy)
+    assert policy_name(policy) == f"tiny@{model_digest(policy)}"
+    assert policy_name(policy, adapter) == f"tiny@{model_digest(policy)}+adapter@{model_digest(adapter)}"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no model files"):
+        model_digest(tmp_path / "empty")
+
+
+def test_a_hub_model_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def from_pretrained(name: str, revision: str | None) -> Any:
+        asked.append((name, revision))
+        return SimpleNamespace(_commit_hash="0123456789abcdef")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
+    assert policy_name("owner/model", revision="main") == "owner/model@0123456789ab"
+    assert asked == [("owner/model", "main")]
