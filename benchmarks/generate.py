@@ -15,7 +15,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-WORDS = ("the a film story actor scene was is seems great bad funny slow and but with very quite never always").split()
+WORDS = [
+    "the",
+    "a",
+    "film",
+    "story",
+    "actor",
+    "scene",
+    "was",
+    "is",
+    "seems",
+    "great",
+    "bad",
+    "funny",
+    "slow",
+    "and",
+    "but",
+    "with",
+    "very",
+    "quite",
+    "never",
+    "always",
+]
 
 
 def write_model(directory: Path, hidden: int, layers: int, vocab: int) -> None:
