@@ -32,6 +32,7 @@ from ple_data.queries import DEFAULT_PREFIX_WORDS, Reader, load_queries
 from ple_data.reuse import Reuse
 from ple_data.round_plan import Plan, Unit, check_numbers, make_prompts, make_units
 from ple_data.store import Store
+from ple_data.textwidth import printable
 from schemas.errors import UsageError
 
 UNIT_SIZE = 64
@@ -244,7 +245,7 @@ def _show(plan: Plan, tokenizer: Any) -> str:
     lines = [f"query {prompt.query.id}, 1 of {plan.counts['queries_taken']}; policy {plan.policy}"]
     for arm, name in (("y", "plain prompt x"), ("y_prompt", "guided prompt [p, x]")):
         ids = list(prompt.ids(arm))  # type: ignore[arg-type]
-        lines += ["", f"{name}, {len(ids)} tokens:", tokenizer.decode(ids), f"ids: {ids}"]
+        lines += ["", f"{name}, {len(ids)} tokens:", *map(printable, tokenizer.decode(ids).splitlines()), f"ids: {ids}"]
     return "\n".join(lines)
 
 

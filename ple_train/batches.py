@@ -108,6 +108,8 @@ def micro_batches(
     sequences: list[Sequence], total: int, budget: int, processes: int, process: int, *, packed: bool = True
 ) -> list[MicroBatch]:
     """This process's micro-batches of one global batch."""
+    if not sequences:
+        return []
     mine = deal([len(s.ids) for s in sequences], budget, processes, packed=packed)[process]
     shortest = min(sequences, key=lambda s: len(s.ids))
     return [

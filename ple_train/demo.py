@@ -219,7 +219,7 @@ def _report(output: Path, by_round: list[dict[str, Any]], measures: list[Measure
     return "\n".join(
         [
             "",
-            f"Reward on unseen queries: {measures[0].reward} before, {measures[-1].reward} after {len(by_round)} rounds",
+            f"Reward on unseen queries: {measures[0].reward} before, {measures[-1].reward} after",
             "",
             "Pairs by round: mean reward without and with the principle",
             *pairs,

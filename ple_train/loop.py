@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ple_data.progress import Progress
 from ple_train.batches import MicroBatch, Stream, micro_batches
 from ple_train.checkpoint import Checkpoints
-from schemas.errors import PleError
+from schemas.errors import PleError, UsageError
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,17 @@ def learning_rate_at(step: int, total: int, settings: LoopSettings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def available_trackers() -> set[str]:
+    """Names of the metric trackers whose packages are installed."""
+    from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+    return {
+        name
+        for name, there in {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}.items()
+        if there
+    }
+
+
 def make_accelerator(report_to: str | None = None, directory: Path | None = None) -> Any:
     """The `Accelerator` of this process, one of one or of many (torchrun, accelerate launch).
 
@@ -70,6 +81,8 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
+    if report_to and report_to not in available_trackers():
+        raise UsageError(f"--report-to {report_to} needs its package: pip install 'ple-align[{report_to}]'")
     broadcast = DistributedDataParallelKwargs(broadcast_buffers=False)
     return Accelerator(
         mixed_precision="no",  # autocast is the loop's own: one process may train in several precisions
@@ -126,7 +139,7 @@ def train_loop(
                             accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16"
                         ):
                             loss, parts = objective(model, batch, done)
-                        accelerator.backward(loss * accelerator.num_processes)  # processes average: make it a sum
+                        (loss * accelerator.num_processes).backward()  # processes average: make it a sum
                     sums["loss"] += loss.item()
                     for name, value in parts.items():
                         sums[name] += value

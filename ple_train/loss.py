@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGITS_PER_CHUNK = 1 << 21
-"""Logits alive at once: 8 MiB in float32 whatever the vocabulary, so that they stay in a processor's cache."""
+LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Logits alive at once, whatever the vocabulary: 8 MiB stay in a processor's cache; a GPU wants large products."""
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -32,7 +32,7 @@ class _TokenLogps(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.scale, ctx.softcap = scale, softcap
         logps = hidden.new_empty(len(targets), dtype=_at_least_float32(hidden))
-        for rows in _chunks(len(targets), weight.shape[0]):
+        for rows in _chunks(hidden, weight):
             logits = _logits(hidden[rows], weight, bias, scale, softcap)
             logps[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(1)
         return logps
@@ -44,7 +44,7 @@ class _TokenLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = weight.new_zeros(weight.shape, dtype=_at_least_float32(weight)) if needs_weight else None
         grad_bias = torch.zeros_like(bias) if needs_bias else None
-        for rows in _chunks(len(targets), weight.shape[0]):
+        for rows in _chunks(hidden, weight):
             logits = _logits(hidden[rows], weight, bias, ctx.scale, ctx.softcap)
             grad = logits.softmax(1).mul_(-grad_logps[rows, None])  # d logp / d logits = onehot - softmax
             grad.scatter_add_(1, targets[rows, None], grad_logps[rows, None])
@@ -136,6 +136,7 @@ def _at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, LOGITS_PER_CHUNK // vocabulary)
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    rows, vocabulary = len(hidden), weight.shape[0]
+    size = max(1, LOGITS_PER_CHUNK[hidden.device.type] // vocabulary)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ple_train.batches import MicroBatch
+from ple_train.log import print_to_log
 from ple_train.loss import sum_by_response, trust_region, weighted_loss
-from ple_train.output import print_to_log
 from ple_train.policy import Policy
 
 DRIFT_EVERY = 10
@@ -101,13 +101,13 @@ class PairObjective:
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
         """Metrics of a step; NaN-free: a group without responses has no value (null in the Parquet file)."""
-        responses = sum(sums[f"count_{group}"] for group in GROUPS)
+        responses = sum(sums[f"count_{group}"] for group in GROUPS) or 1.0  # a batch may hold empty responses alone
         metrics: dict[str, Any] = {
             "loss_rank": sums["loss_rank"],
             "loss_wsft": sums["loss_wsft"],
             "rank_share": (sums["count_rank_y"] + sums["count_rank_y_prompt"]) / responses,
             "gated_share": sums["gated"] / responses,
-            "useful_token_share": sums["tokens"] / sums["positions"],
+            "useful_token_share": sums["tokens"] / max(1.0, sums["positions"]),
         }
         for group in GROUPS:
             metrics[f"mean_logps_{group}"] = _mean(sums[f"logps_{group}"], sums[f"count_{group}"])

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ple_train.checkpoint import Checkpoints, refuse_other_settings, saving
+from ple_train.log import print_to_log
 from schemas.errors import LockedError, PleError, UsageError
 from schemas.files import fsync_dir, sha256_file, write_atomic
 
@@ -55,8 +56,7 @@ class Output:
         if main:
             self._take_lock()
             if not self.resume:
-                (self.directory / RECORD).unlink(missing_ok=True)
-                self.checkpoints.clear()
+                self._forget()
         self.accelerator.wait_for_everyone()
         record = read_record(self.directory)
         if record is not None:
@@ -64,7 +64,7 @@ class Output:
             self.finished = True
             if main:
                 print_to_log(f"{self.directory} is complete already ({record['steps']} steps); nothing to do")
-        if self.accelerator.log_with:
+        elif self.accelerator.log_with:
             self.accelerator.init_trackers("ple", config={k: str(v) for k, v in self.settings.items()})
         return self
 
@@ -108,6 +108,13 @@ class Output:
             shutil.rmtree(writing, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
+    def _forget(self) -> None:
+        """Remove what an earlier training left here: an old adapter beside a new model would be loaded with it."""
+        record = read_record(self.directory)
+        for name in (RECORD, *LAST, *(record["files"] if record else ())):
+            (self.directory / name).unlink(missing_ok=True)
+        self.checkpoints.clear()
+
     def _write_metrics(self, history: list[dict[str, Any]]) -> None:
         sink = pa.BufferOutputStream()
         pq.write_table(metrics_table(history), sink)
@@ -149,6 +156,11 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 def metrics_table(history: list[dict[str, Any]]) -> pa.Table:
     """Metrics of every step as a table: one row a step, numbers only, its version in the metadata."""
     table = pa.Table.from_pylist(history)
+    for at, field in enumerate(table.schema):
+        if pa.types.is_null(
+            field.type
+        ):  # nothing of this kind in this round: still a number to whoever reads rounds together
+            table = table.set_column(at, field.name, table[field.name].cast(pa.float64()))
     return table.replace_schema_metadata({b"ple": json.dumps({"kind": "train_metrics", "version": 1}).encode()})
 
 
@@ -163,13 +175,6 @@ def model_card(title: str, settings: dict[str, Any], history: list[dict[str, Any
         f"Steps: {len(history)}. Last loss: {history[-1]['loss']:.4f}.\n\n"
         f"| setting | value |\n| --- | --- |\n{rows}\n"
     )
-
-
-def print_to_log(line: str) -> None:
-    """One line on stderr: stdout is for data."""
-    import sys
-
-    print(line, file=sys.stderr, flush=True)
 
 
 def _order_target_modules(model: Any) -> None:

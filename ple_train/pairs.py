@@ -70,11 +70,12 @@ class PairStream:
         seed: int,
         max_length: int | None,
         vocabulary: int,
+        positions: int | None = None,
         window_rows: int = WINDOW_ROWS,
     ) -> None:
         self.snapshot, self.round, self.partition = snapshot, round, partition
         self.batch_size, self.seed, self.max_length = batch_size, seed, max_length
-        self.vocabulary, self.window_rows = vocabulary, window_rows
+        self.vocabulary, self.positions, self.window_rows = vocabulary, positions, window_rows
         self.pairs = sum(s.rows for s in snapshot)
         self.steps_per_epoch = -(-self.pairs // batch_size)
 
@@ -125,6 +126,11 @@ class PairStream:
                     raise UsageError(
                         f"query {row['query_id']!r} of round {row['round']}: {arm}_ids holds token {ids.max()}, but "
                         f"the model's vocabulary has {self.vocabulary}; these pairs were made with another tokenizer"
+                    )
+                if self.positions is not None and ids.size > self.positions:
+                    raise UsageError(
+                        f"query {row['query_id']!r} of round {row['round']}: x and {arm} have {ids.size} tokens, over "
+                        f"the {self.positions} positions of the model; use --max-length {self.positions}"
                     )
                 tag = Response(arm, row["set"], self.round - row["round"], coefficient)
                 sequence = Sequence(ids, len(row["x_ids"]), tag)

@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ple_data.digests import policy_name
 from ple_data.models import check_model, load_tokenizer
 from ple_data.readers import read_rows
 from ple_data.rewards.texts import encode
 from ple_train.batches import MicroBatch, Sequence
+from ple_train.log import print_to_log
 from ple_train.loop import LoopSettings, Objective, make_accelerator, train_loop
 from ple_train.loss import preference_loss
-from ple_train.output import Output, print_to_log
+from ple_train.output import Output
 from ple_train.policy import resolve_precision
-from ple_train.tabular import ShuffledSequences, column
+from ple_train.tabular import ShuffledSequences, column, file_digest
 from schemas.errors import UsageError
 
 LEARNING_RATE = 5e-5
@@ -115,6 +117,8 @@ def train_reward(
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
     for name in ("output", "resume", "checkpoint_every", "metrics", "report_to"):
         del settings[name]
+    check_model(model)
+    settings |= {"weights": policy_name(model, None, revision), "data_digest": file_digest(data)}
     settings["full"] = True
     accelerator = make_accelerator(report_to, Path(output))
     with Output(output, "reward", settings, accelerator, resume=resume, metrics=metrics) as out:

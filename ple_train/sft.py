@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ple_data.models import load_tokenizer
+from ple_data.digests import policy_name
+from ple_data.models import check_model, load_tokenizer
 from ple_data.principles import render
 from ple_data.readers import read_rows
 from ple_train.batches import MicroBatch, Sequence
+from ple_train.log import print_to_log
 from ple_train.loop import LoopSettings, make_accelerator, train_loop
 from ple_train.loss import sft_loss
-from ple_train.output import Output, print_to_log
+from ple_train.output import Output
 from ple_train.policy import Policy, load_policy, resolve_precision
-from ple_train.tabular import ShuffledSequences, column
+from ple_train.tabular import ShuffledSequences, column, file_digest, refuse_too_long
 from schemas.errors import UsageError
 
 LEARNING_RATE = 1e-4
@@ -85,6 +87,8 @@ def sft(
     settings = {k: v if v is None else str(v) if isinstance(v, Path) else v for k, v in locals().items()}
     for name in ("output", "resume", "checkpoint_every", "metrics", "report_to"):
         del settings[name]
+    check_model(model)
+    settings |= {"weights": policy_name(model, None, revision), "data_digest": file_digest(data)}
     accelerator = make_accelerator(report_to, output)
     with Output(output, "sft", settings, accelerator, resume=resume, metrics=metrics) as out:
         if out.finished:
@@ -102,6 +106,7 @@ def sft(
             gradient_checkpointing=gradient_checkpointing,
             seed=seed,
         )
+        refuse_too_long(sequences, policy.positions, model)
         stream = ShuffledSequences(sequences, batch_size, seed, divisor=lambda batch: sum(s.response for s in batch))
         loop = LoopSettings(
             learning_rate=learning_rate,
@@ -127,10 +132,13 @@ def read_sequences(data: Path, tokenizer: Any, max_length: int | None) -> list[S
     rows = read_rows(data)
     xs, ys = column(rows, "x", "prompt", "messages", of=(str, list)), column(rows, "y", "response", "completion")
     finish = column(rows, "finish") if "finish" in rows.columns else ["stop"] * len(rows)
+    for place, end in zip(rows.places, finish, strict=True):
+        if end not in ("stop", "length"):
+            raise UsageError(f"{data} {place}: finish is {end!r}; it must be stop or length")
     responses = tokenizer(ys, add_special_tokens=False)["input_ids"]
     sequences = []
     for x, y_ids, end in zip(xs, responses, finish, strict=True):
-        prompt = render(tokenizer, x) if x else []
+        prompt = render(tokenizer, x) if x else tokenizer("").input_ids
         ids = [*prompt, *y_ids, *([tokenizer.eos_token_id] if end == "stop" else [])]
         sequence = Sequence(np.array(ids, dtype=np.int32), len(prompt))
         if sequence.response > 0 and (max_length is None or len(ids) <= max_length):

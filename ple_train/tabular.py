@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,21 @@ import numpy as np
 from ple_data.readers import Rows
 from ple_train.batches import Sequence
 from schemas.errors import UsageError
+from schemas.files import sha256_file
+
+
+def file_digest(data: Path) -> str | None:
+    """SHA-256 of a data file; None for a hub dataset, whose id and revision stand for it."""
+    return sha256_file(data) if Path(data).is_file() else None
+
+
+def refuse_too_long(sequences: list[Sequence], positions: int | None, model: str) -> None:
+    """Raise UsageError where a sequence has more ids than the model has positions."""
+    over = sum(len(s.ids) > positions for s in sequences) if positions else 0
+    if over:
+        raise UsageError(
+            f"{over} rows are longer than the {positions} positions of {model}; use --max-length {positions}"
+        )
 
 
 def column(rows: Rows, *names: str, of: type | tuple[type, ...] = str) -> list[Any]:

@@ -9,13 +9,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ple_data.models import load_tokenizer
+from ple_data.digests import policy_name
+from ple_data.models import AdapterInfo, check_adapter, check_model, load_tokenizer
 from ple_data.partition import round_statistics, tau
 from ple_data.partition import warnings as partition_warnings
 from ple_data.store import Store
+from ple_train.checkpoint import refuse_other_settings
+from ple_train.log import print_to_log
 from ple_train.loop import LoopSettings, make_accelerator, train_loop
 from ple_train.objective import PairObjective
-from ple_train.output import Output, print_to_log
+from ple_train.output import Output
 from ple_train.pairs import PairStream, Partition, SnapshotShard, freeze, snapshot_record, thaw
 from ple_train.policy import load_policy, resolve_precision
 from schemas.errors import UsageError
@@ -66,7 +69,12 @@ def train(
     settings: dict[str, Any] = dict(locals())
     for name in ("output", "resume", "checkpoint_every", "metrics", "report_to"):
         del settings[name]
+    check_model(model)
+    if adapter:
+        refuse_other_lora(check_adapter(adapter, model), lora_rank, lora_alpha)
     settings["data"] = [str(path) for path in data]
+    settings["weights"] = policy_name(model, adapter, revision)
+    refuse_doubled_stores(data)
     part = Partition(tau(tau0, alpha, round), normalize_wsft, sft_anchor)
     if trust_region is not None and full:
         raise UsageError(
@@ -101,6 +109,7 @@ def train(
             seed=seed,
             max_length=max_length,
             vocabulary=policy.vocabulary,
+            positions=policy.positions,
         )
         loop = LoopSettings(
             learning_rate=learning_rate,
@@ -116,6 +125,24 @@ def train(
             accelerator, policy, policy.trainable(), stream, objective, loop, out.checkpoints, out.report
         )
         out.finish(policy.model, tokenizer, history, title=f"{Path(model).name}, PLE round {round}")
+
+
+def refuse_doubled_stores(data: list[Path]) -> None:
+    """Raise UsageError where a store is given twice: its pairs would count twice."""
+    resolved = [Path(path).resolve() for path in data]
+    for path, place in zip(data, resolved, strict=True):
+        if resolved.count(place) > 1:
+            raise UsageError(f"--data {path} is given more than once; give each store once")
+
+
+def refuse_other_lora(adapter: AdapterInfo, rank: int, alpha: float) -> None:
+    """Raise UsageError where --lora-rank or --lora-alpha contradict the adapter that training goes on from."""
+    own = (adapter.rank, adapter.config["lora_alpha"])
+    if own != (rank, alpha):
+        raise UsageError(
+            f"--adapter {adapter.path} has rank {own[0]} and alpha {own[1]}, --lora-rank is {rank} and --lora-alpha "
+            f"{alpha}; training goes on with the adapter's own: give those"
+        )
 
 
 def dry_run(data: list[Path], round: int, tau0: float, alpha: float) -> str:
@@ -146,11 +173,20 @@ def print_partition(data: list[Path], round: int, tau0: float, alpha: float) -> 
 def frozen_snapshot(out: Output, data: list[Path], round: int, max_length: int | None) -> list[SnapshotShard]:
     """The shards this training sees: frozen when it first started, the same after every restart."""
     path = out.private / "snapshot.json"
-    if out.accelerator.is_main_process and not (out.resume and path.exists()):
+    frozen = read_snapshot(path) if out.resume else None
+    if frozen is not None:
+        refuse_other_settings(out.settings, frozen["settings"], out.directory)
+    elif out.accelerator.is_main_process:
         snapshot = freeze(data, round, max_length)
         left_out = sum(part.shard.rows - part.rows for part in snapshot)
         if left_out:
             print_to_log(f"{left_out} pairs left out: longer than --max-length {max_length}")
-        write_atomic(path, json.dumps({"version": 1, "shards": snapshot_record(snapshot)}, indent=1))
+        frozen = {"version": 1, "settings": out.settings, "shards": snapshot_record(snapshot)}
+        write_atomic(path, json.dumps(frozen, indent=1))
     out.accelerator.wait_for_everyone()
     return thaw(json.loads(path.read_text())["shards"])
+
+
+def read_snapshot(path: Path) -> dict[str, Any] | None:
+    """The snapshot that an earlier start froze, if there was one."""
+    return json.loads(path.read_text()) if path.exists() else None

@@ -134,6 +134,23 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, policy):
         load_policy(str(policy), adapter=str(foreign))
 
 
+def test_dropout_is_off_so_that_a_fresh_adapter_has_no_drift(tmp_path):
+    """GPT-2 has dropout 0.1; with it, the start policy would seem to drift from itself."""
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
+    ).save_pretrained(tmp_path / "gpt2")
+    loaded = load_policy(str(tmp_path / "gpt2")).train()
+    tokens = loaded.collate(sequences(97), loaded.device)
+    now = loaded(tokens).detach()
+    with loaded.as_start_policy():
+        torch.testing.assert_close(loaded(tokens), now, rtol=0, atol=0)
+
+
+def test_an_unknown_attention_is_refused(policy):
+    with pytest.raises(UsageError, match="--attention no_such_attention"):
+        load_policy(str(policy), attention="no_such_attention")
+
+
 def test_a_directory_without_a_model_is_refused(tmp_path):
     with pytest.raises(UsageError, match="config"):
         load_policy(str(tmp_path))

@@ -37,6 +37,20 @@ def test_rows_become_prompt_response_and_an_end_unless_cut(policy, tmp_path):
     assert (ended.prompt, free.prompt) == (len(x), 0)
 
 
+def test_rows_that_changed_are_not_taken_for_the_ones_that_were_trained_on(policy, rows, tmp_path):
+    sft(model=str(policy), data=rows, output=tmp_path / "out")
+    rows.write_text(rows.read_text() + '\n{"x": "more", "y": "rows"}')
+    with pytest.raises(UsageError, match="data_digest"):
+        sft(model=str(policy), data=rows, output=tmp_path / "out")
+
+
+def test_rows_over_the_positions_are_counted(policy, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"x": "a", "y": "word " * 3000}))
+    with pytest.raises(UsageError, match="1 rows are longer than the 2048 positions"):
+        sft(model=str(policy), data=path, output=tmp_path / "out")
+
+
 def test_rows_over_max_length_are_counted(policy, rows, capsys):
     tokenizer = AutoTokenizer.from_pretrained(policy)
     lengths = [len(s.ids) for s in read_sequences(rows, tokenizer, None)]
@@ -84,6 +98,7 @@ def test_lora_is_merged_into_a_start_policy_that_has_learned(policy, rows, tmp_p
         ('{"x": "a", "y": null}\n{"x": "a", "y": "b"}', r"line 1: y is missing"),
         ('{"x": "a", "y": "b"}\n{"x": ', r"line 2 is no valid JSON"),
         ("", r"is empty"),
+        ('{"x": "a", "y": "b", "finish": "Stop"}', r"line 1: finish is 'Stop'; it must be stop or length"),
     ],
 )
 def test_bad_rows_are_named(policy, tmp_path, content, message):

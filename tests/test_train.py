@@ -276,6 +276,27 @@ def test_two_trainings_cannot_write_one_output(run, tmp_path):
         holder.wait()
 
 
+def test_another_command_does_not_take_over_a_snapshot(run, tmp_path, monkeypatch):
+    """Killed before the first checkpoint, then started with other data: refused, not trained on the old rows."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "load_policy", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run("taken")
+    other = write_pairs(tmp_path / "other", seed=5)
+    with pytest.raises(UsageError, match="data: "):
+        run("taken", data=[other])
+    expected = weights(run("untaken", data=[other]))
+    found = weights(run("taken", data=[other], resume=False))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_starting_over_leaves_nothing_of_the_old_training(run):
+    run("again")
+    output = run("again", full=True, resume=False)
+    assert (output / "model.safetensors").is_file()
+    assert not list(output.glob("adapter_*"))
+
+
 # --- safeguards ----------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +385,50 @@ def test_pairs_of_another_tokenizer_are_refused(run, tmp_path):
 def test_trust_region_and_full_do_not_go_together(run):
     with pytest.raises(UsageError, match="adapter off"):
         run("both", trust_region=0.3, full=True)
+
+
+def test_a_store_given_twice_is_refused(run, pairs):
+    with pytest.raises(UsageError, match="more than once"):
+        run("twice", data=[pairs, pairs])
+
+
+def test_an_adapter_of_another_rank_than_asked_is_refused(run, adapter):
+    with pytest.raises(UsageError, match=r"has rank 8 .*--lora-rank is 4"):
+        run("rank", adapter=str(adapter), lora_rank=4)
+
+
+def test_pairs_longer_than_the_model_has_positions_are_named(run, tmp_path):
+    row = {"y_ids": [5] * 2100}
+    Store(tmp_path / "long").commit("pairs", 0, "00000-0123456789ab", table("pairs", [row]), {})
+    with pytest.raises(UsageError, match=r"query 'q0' of round 0: x and y have 2103 tokens.*--max-length 2048"):
+        run("long-rows", data=[tmp_path / "long"], round=0)
+
+
+def test_pairs_of_empty_responses_alone_train_nothing_and_break_nothing(run, tmp_path):
+    rows = [{"y_ids": [], "y_prompt_ids": [], "y_empty": True, "y_prompt_empty": True} for _ in range(3)]
+    Store(tmp_path / "empty-pairs").commit("pairs", 0, "00000-0123456789ab", table("pairs", rows), {})
+    metrics = pl.read_parquet(run("nothing", data=[tmp_path / "empty-pairs"], round=0) / "metrics.parquet")
+    assert metrics["loss"].to_list() == [0.0]
+
+
+def test_metrics_of_two_rounds_read_together(run, tmp_path):
+    for t in (0, 1):
+        run(f"round-{t}", round=t, metrics=tmp_path / "metrics" / f"round={t:03d}.parquet")
+    together = pl.scan_parquet(tmp_path / "metrics" / "*.parquet").collect()
+    assert together["drift_rank_y_age1"].dtype == pl.Float64
+
+
+def test_the_launchers_own_accumulation_setting_changes_nothing(run, monkeypatch):
+    expected = weights(run("without"))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    found = weights(run("with"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_tracker_that_is_not_installed_is_named(run, monkeypatch):
+    monkeypatch.setattr(loop, "available_trackers", lambda: {"tensorboard"})
+    with pytest.raises(UsageError, match=r"pip install 'ple-align\[wandb\]'"):
+        run("untracked", report_to="wandb")
 
 
 def test_learning_rate_schedule_by_hand():

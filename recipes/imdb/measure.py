@@ -3,7 +3,7 @@
     python recipes/imdb/measure.py check   runs/imdb     reward model on unseen reviews, margin of round 0
     python recipes/imdb/measure.py table   runs/imdb     rewards by round, reward on 512 unseen prefixes, perplexity
 
-Prints Markdown; `table` also draws RUN/learning-curve.png. Responses are sampled once and kept in
+Prints Markdown; `table` also draws runs/imdb/RUN/learning-curve.png. Responses are sampled once and kept in
 runs/imdb/measured/*.json, so that a rerun measures only what is new.
 """
 
@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from ple_data.digests import policy_name, text_digest
 from ple_data.partition import round_statistics
 from ple_data.rewards import load_reward_model
 from ple_data.store import Store
 from ple_train.evaluate import bootstrap_mean, perplexity, sample_responses
 from schemas.files import write_atomic
+from schemas.recipe import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
 import judge
-
-TAU0, ALPHA, MAX_NEW_TOKENS = 0.2, 0.9, 48
 
 
 def check(root: Path, run: Path) -> None:
@@ -47,11 +47,12 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> str:
 
 def table(root: Path, run: Path) -> None:
     """One line a round: its pairs, and the policy that they trained, measured on unseen prefixes."""
-    rounds = round_statistics(Store(run / "data").scan("pairs"), TAU0, ALPHA)
-    measured = [measure(root, run, t) for t in range(-1, rounds.height)]
-    print(
-        "| round | s | s_prompt | gap | tau_t | rank share | reward of its policy, unseen | second judge | PPL | words |"
-    )
+    recipe = load_recipe(run / "recipe.yaml")
+    rounds = round_statistics(Store(run / "data").scan("pairs"), recipe.tau0, recipe.alpha)
+    start = str(run / "sft") if recipe.sft else recipe.model
+    adapters = [None, *(str(run / "policy" / f"round={t:03d}") for t in range(rounds.height))]
+    measured = [measure(root, start, adapter, recipe.gen.max_new_tokens) for adapter in adapters]
+    print("| round | s | s_prompt | gap | tau_t | rank share | unseen prefixes | second judge | PPL | words |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     print(f"| start | | | | | | {cells(measured[0])} |")
     for row, found in zip(rounds.iter_rows(named=True), measured[1:], strict=True):
@@ -61,18 +62,16 @@ def table(root: Path, run: Path) -> None:
         )
     gain = np.array(measured[-1]["rewards"]) - np.array(measured[0]["rewards"])
     print(f"\nreward, last policy less start policy on the same prefixes: {bootstrap_mean(gain.tolist())}")
-    draw(rounds, measured, root / "learning-curve.png")
+    draw(rounds, measured, run / "learning-curve.png")
 
 
-def measure(root: Path, run: Path, t: int) -> dict:
-    """Rewards on the unseen prefixes and perplexity of the policy after round t (-1: the start policy)."""
-    kept = root / "measured" / f"{run.name}-{t + 1}.json"
+def measure(root: Path, start: str, adapter: str | None, max_new_tokens: int) -> dict:
+    """Rewards on the unseen prefixes, and perplexity, of the start policy with an adapter; kept by their digests."""
+    kept = root / "measured" / f"{text_digest(policy_name(start, adapter))}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    adapter = None if t < 0 else str(run / "policy" / f"round={t:03d}")
     xs = pl.read_parquet(root / "unseen.parquet")["x"].to_list()
-    start = str(run / "sft")
-    ys = sample_responses(start, xs, adapter=adapter, engine="hf", max_new_tokens=MAX_NEW_TOKENS)
+    ys = sample_responses(start, xs, adapter=adapter, engine="hf", max_new_tokens=max_new_tokens)
     found = {
         "rewards": load_reward_model(str(root / "reward"), output_index=1).score(list(zip(xs, ys, strict=True))),
         "second": judge.score(xs, ys),
