@@ -104,7 +104,7 @@ def draw(rounds: pl.DataFrame, measured: list[dict], path: Path) -> None:
     axes.errorbar(
         range(len(means)), [m.mean for m in means], spread, fmt="s--", capsize=3, label="unseen prefixes, 95 %"
     )
-    axes.set(xlabel="round", ylabel="reward (logit of positive)")
+    axes.set(xlabel="rounds of training before", ylabel="reward (logit of positive)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
