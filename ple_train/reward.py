@@ -80,8 +80,9 @@ class PreferenceObjective:
         rewards = model([*batch.sequences, *(s.tag for s in batch.sequences)])[:, 0]
         chosen, rejected = rewards.chunk(2)
         loss = preference_loss(chosen, rejected, batch.total) * batch.weight
-        sums = {"right": (chosen > rejected).sum(), "rows": len(chosen), "margin": (chosen - rejected).sum()}
-        return loss, {name: float(value) * batch.weight for name, value in sums.items()}
+        margins = (chosen - rejected).detach()
+        sums = {"right": float((margins > 0).sum()), "rows": len(margins), "margin": float(margins.sum())}
+        return loss, {name: value * batch.weight for name, value in sums.items()}
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
         return {"accuracy": sums["right"] / sums["rows"], "margin": sums["margin"] / sums["rows"]}
