@@ -289,7 +289,7 @@ def ple() -> None:
 @_model
 @_adapter
 @_option("--queries", required=True, help="Queries: Parquet, JSONL, JSON, CSV or a hub dataset id.")
-@_option("--principles", required=True, help="hh, imdb or tldr (the paper's), or a text file of your own.")
+@_option("--principles", required=True, help="hh, imdb or tldr (the paper's), a text file, or none (an ablation).")
 @_option("--reward-model", help="Score the responses as well, as ple-score does; without it, stop after sampling.")
 @_option("--data", type=_PATH, required=True, help="Folder of the responses and pairs.")
 @_round

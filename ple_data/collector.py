@@ -11,16 +11,14 @@ from ple_data.engines import Completion, Request
 from ple_data.progress import Progress
 from ple_data.queries import to_text
 from ple_data.reuse import Reuse
-from ple_data.round_plan import ARMS, Plan, Unit
+from ple_data.round_plan import Plan, Unit
 from ple_data.store import Store
-from schemas.tables import RESPONSES
-
-KIND = "responses"
+from schemas.tables import SCHEMAS
 
 
 @dataclass
 class GenerateSummary:
-    """What one call of generate() did. Rows are pairs of responses; tokens are those sampled now."""
+    """What one call of generate() did. Rows are pairs of responses, or plain responses alone; tokens are new."""
 
     rows: int = 0
     rows_sampled: int = 0
@@ -65,15 +63,15 @@ class Collector:
         """The requests of each pending unit that is ours; a unit is claimed when it is asked for."""
         for unit in pending:
             claim = ExitStack()
-            if claim.enter_context(self._store.claim(KIND, self._plan.round, unit.id)):
+            if claim.enter_context(self._store.claim(self._plan.kind, self._plan.round, unit.id)):
                 requests = self._begin(unit, claim)
                 if requests:
                     yield requests
                 continue
             claim.close()
-            if self._store.is_committed(KIND, self._plan.round, unit.id):
+            if self._store.is_committed(self._plan.kind, self._plan.round, unit.id):
                 self._summary.rows_by_others += self._plan.rows_of(unit)
-                self._progress.advance(2 * self._plan.rows_of(unit))
+                self._progress.advance(len(self._plan.arms) * self._plan.rows_of(unit))
             else:
                 self.locked.append(unit)
 
@@ -103,9 +101,9 @@ class Collector:
             earlier = self._reuse.row(*self._plan.prompt_of(unit, row)) if self._reuse else None
             if earlier is not None:
                 opened.reused[row] = earlier
-                self._progress.advance(2)
+                self._progress.advance(len(self._plan.arms))
             else:
-                requests += [self._plan.request(unit, row, arm) for arm in ARMS]
+                requests += [self._plan.request(unit, row, arm) for arm in self._plan.arms]
         opened.missing = len(requests)
         if not requests:
             self._commit(opened)
@@ -114,8 +112,8 @@ class Collector:
     def _commit(self, opened: _OpenUnit) -> None:
         plan, unit = self._plan, opened.unit
         rows = [opened.reused.get(row) or self._row(opened, row) for row in range(plan.rows_of(unit))]
-        table = pa.Table.from_pylist(rows, schema=RESPONSES)
-        self._store.commit(KIND, plan.round, unit.id, table, self._provenance)
+        table = pa.Table.from_pylist(rows, schema=SCHEMAS[plan.kind])
+        self._store.commit(plan.kind, plan.round, unit.id, table, self._provenance)
         self._summary.rows_reused += len(opened.reused)
         self._summary.rows_sampled += len(rows) - len(opened.reused)
         del self._open[unit.id]
@@ -129,12 +127,13 @@ class Collector:
             "sample": sample,
             "x": to_text(prompt.query.x),
             "x_ids": list(prompt.x_ids),
-            "principle": self._plan.principle.text,
             "policy": self._plan.policy,
             "seed": self._plan.seed,
             "reference": prompt.query.reference,
         }
-        for arm in ARMS:
+        if self._plan.principle:
+            values["principle"] = self._plan.principle.text
+        for arm in self._plan.arms:
             completion = opened.sampled[row, arm]
             values |= {
                 arm: completion.text,

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ple_data.collector import KIND, Collector, GenerateSummary
+from ple_data.collector import Collector, GenerateSummary
 from ple_data.digests import policy_name
 from ple_data.engines import (
     Completion,
@@ -46,7 +46,7 @@ def generate(
     model: str,
     data: Path,
     queries: str,
-    principles: str,
+    principles: str | None,
     round: int,
     sampling: Sampling,
     adapter: str | None = None,
@@ -74,6 +74,8 @@ def generate(
     Resumes where an earlier call stopped; calls in other processes share the work. `dry_run` samples and writes nothing
     and returns what the prompts look like. Raises UsageError for anything wrong with the input, before an engine is
     started, or where the round was begun with other settings.
+
+    Without `principles` the plain responses alone are sampled, and committed as `answers`: for evaluation.
     """
     check_numbers(samples=samples, max_query_tokens=max_query_tokens, unit_size=unit_size, limit=limit)
     if not -(2**63) <= seed < 2**63:
@@ -85,7 +87,7 @@ def generate(
     adapter_info = check_adapter(adapter, model) if adapter else None
     check_engine_args(engine_name, arguments, adapter_info)
     tokenizer = load_tokenizer(model, revision, note=_say)
-    principle = load_principle(principles)
+    principle = load_principle(principles) if principles is not None else None
     query_set = load_queries(
         queries,
         reader=reader,
@@ -113,7 +115,7 @@ def generate(
     identity = {
         "round": round,
         "policy": policy_name(model, adapter, revision),
-        "principle": principle.digest,
+        "principle": principle.digest if principle else None,
         "samples": samples,
         "seed": seed,
         **asdict(sampling),
@@ -171,10 +173,11 @@ def sample_round(
 ) -> GenerateSummary:
     """Sample and commit what is left of a plan. The engine is started when there is something to sample, and closed."""
     summary = GenerateSummary(rows=plan.rows, counts=plan.counts)
-    pending = [unit for unit in plan.units if not store.is_committed(KIND, plan.round, unit.id)]
+    pending = [unit for unit in plan.units if not store.is_committed(plan.kind, plan.round, unit.id)]
     summary.rows_done_before = plan.rows - sum(map(plan.rows_of, pending))
+    arms = len(plan.arms)
     with (
-        Progress("generate", 2 * plan.rows, "responses", done=2 * summary.rows_done_before) as progress,
+        Progress("generate", arms * plan.rows, "responses", done=arms * summary.rows_done_before) as progress,
         _EngineHolder(start_engine, progress) as engine,
     ):
         announced: set[str] = set()
@@ -187,7 +190,8 @@ def sample_round(
                 _announce(store, plan, collector.locked, announced, progress)
                 time.sleep(POLL_SECONDS)
             pending = collector.locked
-        progress.note(_result(summary, time.monotonic() - engine.started))
+        what = "pairs" if plan.kind == "responses" else "responses"
+        progress.note(_result(summary, what, time.monotonic() - engine.started))
     return summary
 
 
@@ -224,7 +228,7 @@ def _freeze(store: Store, plan: Plan, notes: dict[str, Any]) -> None:
     theirs = store.save_manifest(ours)
     if differences := ours.differences(theirs):
         advice = "use the same settings, another --round or another --data"
-        if not store.shards(KIND, round=plan.round):
+        if not store.shards(plan.kind, round=plan.round):
             advice += f"; or, as nothing of it is committed yet, remove {store.manifest_path(plan.round)}"
         raise UsageError(
             f"round {plan.round} of {store.root} was begun with other settings: {'; '.join(differences)}; {advice}"
@@ -243,8 +247,9 @@ def _check_length(plan: Plan, positions: int | None, model: str) -> None:
 def _show(plan: Plan, tokenizer: Any) -> str:
     prompt = plan.units[0].prompts[0]
     lines = [f"query {prompt.query.id}, 1 of {plan.counts['queries_taken']}; policy {plan.policy}"]
-    for arm, name in (("y", "plain prompt x"), ("y_prompt", "guided prompt [p, x]")):
-        ids = list(prompt.ids(arm))  # type: ignore[arg-type]
+    names = {"y": "plain prompt x", "y_prompt": "guided prompt [p, x]"}
+    for arm in plan.arms:
+        name, ids = names[arm], list(prompt.ids(arm))
         lines += ["", f"{name}, {len(ids)} tokens:", *map(printable, tokenizer.decode(ids).splitlines()), f"ids: {ids}"]
     return "\n".join(lines)
 
@@ -252,14 +257,15 @@ def _show(plan: Plan, tokenizer: Any) -> str:
 def _announce(store: Store, plan: Plan, locked: list[Unit], announced: set[str], progress: Progress) -> None:
     """Say once for each other process that this one waits for it."""
     for unit in locked:
-        holder = store.holder(KIND, plan.round, unit.id)
+        holder = store.holder(plan.kind, plan.round, unit.id)
         if holder and holder not in announced:
             announced.add(holder)
             progress.note(f"waiting for units of round {plan.round} locked by {holder}")
 
 
-def _result(summary: GenerateSummary, seconds: float) -> str:
-    parts = [f"{summary.rows_sampled} pairs sampled ({summary.tokens} tokens, {summary.tokens / seconds:.0f} tokens/s)"]
+def _result(summary: GenerateSummary, what: str, seconds: float) -> str:
+    rate = f"{summary.tokens} tokens, {summary.tokens / seconds:.0f} tokens/s"
+    parts = [f"{summary.rows_sampled} {what} sampled ({rate})"]
     for count, what in (
         (summary.rows_reused, "reused"),
         (summary.rows_done_before, "done before"),

@@ -53,7 +53,7 @@ def summary(
     store = Store(data)
     shards = {kind: store.shards(kind) for kind in tables.SCHEMAS}
     if not any(shards.values()):
-        raise UsageError(f"{data}: no committed responses or pairs: run ple-gen first, or check the path")
+        raise UsageError(f"{data}: no committed rows: run ple-gen first, or check the path")
     counts = [
         {"round": round, "kind": kind, "shards": len(sizes), "rows": sum(sizes)}
         for kind, found in shards.items()
@@ -164,8 +164,9 @@ def _count_lines(counts: list[dict[str, Any]]) -> list[str]:
     by_round: dict[int, dict[str, int]] = {}
     for count in counts:
         by_round.setdefault(count["round"], {})[count["kind"]] = count["rows"]
-    rows = [[t, *[by_round[t].get(kind, 0) for kind in tables.SCHEMAS]] for t in sorted(by_round)]
-    return table(["round", *tables.SCHEMAS], rows)
+    kinds = [kind for kind in tables.SCHEMAS if any(count["kind"] == kind for count in counts)]
+    rows = [[t, *[by_round[t].get(kind, 0) for kind in kinds]] for t in sorted(by_round)]
+    return table(["round", *kinds], rows)
 
 
 def _histogram_lines(found: dict[str, Any]) -> list[str]:

@@ -15,6 +15,8 @@ from schemas.errors import UsageError
 
 BUILT_IN = ("hh", "imdb", "tldr")
 """The paper's own principles (Liu, Xu, Geng, ICML 2025, appendix), verbatim in `principles/*.txt`."""
+NO_PRINCIPLE = "none"
+"""An empty principle: [p, x] is x, so that y and y_prompt are two independent plain responses (an ablation)."""
 
 Message = dict[str, str]
 PromptFormat = Literal["auto", "plain", "chat"]
@@ -30,7 +32,12 @@ class Principle:
 
 
 def load_principle(name_or_path: str) -> Principle:
-    """A built-in principle (`hh`, `imdb`, `tldr`) or the text of a UTF-8 file. Raises UsageError."""
+    """A built-in principle (`hh`, `imdb`, `tldr`), the empty one (`none`) or the text of a UTF-8 file.
+
+    Raises UsageError.
+    """
+    if name_or_path == NO_PRINCIPLE:
+        return Principle(NO_PRINCIPLE, "", text_digest(""))
     if name_or_path in BUILT_IN:
         text = (resources.files("ple_data") / "principles" / f"{name_or_path}.txt").read_text(encoding="utf-8")
         name = name_or_path
@@ -38,7 +45,7 @@ def load_principle(name_or_path: str) -> Principle:
         path = Path(name_or_path)
         if not path.is_file():
             choices = ", ".join(BUILT_IN)
-            raise UsageError(f"principle {name_or_path} is neither built in ({choices}) nor a file")
+            raise UsageError(f"principle {name_or_path} is neither built in ({choices}, none) nor a file")
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -84,6 +91,8 @@ def render_all(
     """`render` of many queries, in their order; fast, because the tokenizer gets them together."""
     if not queries:
         return []
+    if principle is not None and not principle.text:
+        principle = None
     if not uses_chat(tokenizer, prompt_format):
         return _plain_ids(tokenizer, [_plain_text(x, principle) for x in queries])
     with_system = principle is not None and _takes_system(tokenizer)

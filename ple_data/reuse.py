@@ -26,6 +26,8 @@ class Reuse:
 
     def __init__(self, directories: Sequence[Path], plan: Plan, data: Path) -> None:
         """Index the matching rows of `directories`. Raises UsageError for one without responses, or `data` itself."""
+        assert plan.principle is not None  # rows are pairs of responses
+        self._principle = plan.principle.text
         self._plan = plan
         self._places: dict[_Key, tuple[Store, Shard, int]] = {}
         self._table = lru_cache(maxsize=_TABLES_IN_MEMORY)(_read)
@@ -55,7 +57,7 @@ class Reuse:
             return
         table = store.read(shard, ["query_id", "sample", "policy", "principle", "x_ids"])
         for at, row in enumerate(table.to_pylist()):
-            if (row["policy"], row["principle"]) == (self._plan.policy, self._plan.principle.text):
+            if (row["policy"], row["principle"]) == (self._plan.policy, self._principle):
                 key = (row["query_id"], row["sample"], ids_digest(row["x_ids"]))
                 self._places.setdefault(key, (store, shard, at))
 

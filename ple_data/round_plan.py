@@ -55,10 +55,20 @@ class Plan:
     samples: int
     sampling: Sampling
     policy: str
-    principle: Principle
+    principle: Principle | None
     units: Sequence[Unit]
     settings: dict[str, Any]
     counts: dict[str, int]
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """What is sampled for each query: both arms, or without a principle the plain one alone."""
+        return ARMS if self.principle else ("y",)
+
+    @property
+    def kind(self) -> str:
+        """The table that the rows are for."""
+        return "responses" if self.principle else "answers"
 
     @property
     def rows(self) -> int:
@@ -94,7 +104,7 @@ class Plan:
         """What the metadata of each of the round's files says about where its rows come from."""
         return {
             "policy": self.policy,
-            "principle": {"name": self.principle.name, "digest": self.principle.digest},
+            **({"principle": {"name": self.principle.name, "digest": self.principle.digest}} if self.principle else {}),
             "sampling": asdict(self.sampling) | {"stop": list(self.sampling.stop)},
             "seed": self.seed,
             "engine": engine,
@@ -112,7 +122,7 @@ def request_seed(seed: int, round: int, query_id: str, arm: Arm, sample: int) ->
 def make_prompts(
     tokenizer: Any,
     queries: Sequence[Query],
-    principle: Principle,
+    principle: Principle | None,
     *,
     prompt_format: PromptFormat = "auto",
     max_query_tokens: int,
@@ -136,8 +146,11 @@ def make_prompts(
         kept += [(q, array("i", ids)) for q, ids in zip(part, rendered, strict=True) if len(ids) <= max_query_tokens]
         looked_at += len(part)
     taken = _cyclic(kept, skip, limit)
-    guided = render_all(tokenizer, [query.x for query, _ in taken], principle, prompt_format=prompt_format)
-    prompts = [Prompt(q, plain, array("i", ids)) for (q, plain), ids in zip(taken, guided, strict=True)]
+    if principle is None:
+        prompts = [Prompt(query, plain, ()) for query, plain in taken]
+    else:
+        guided = render_all(tokenizer, [query.x for query, _ in taken], principle, prompt_format=prompt_format)
+        prompts = [Prompt(q, plain, array("i", ids)) for (q, plain), ids in zip(taken, guided, strict=True)]
     counts = {
         "queries_read": len(queries),
         "queries_looked_at": looked_at,

@@ -18,6 +18,7 @@ _NAMED = 5  # doubled keys that one problem names
 _REMAKE = {
     "responses": "run the same ple-gen command again to sample this unit anew",
     "pairs": "run the same ple-score (or ple-gen --reward-model) command again; its responses are not sampled again",
+    "answers": "run the same ple eval command again to sample this unit anew",
 }
 
 

@@ -27,7 +27,7 @@ class Commit(Record):
     """
 
     version: Literal[1] = 1
-    kind: Literal["responses", "pairs"]
+    kind: Literal["responses", "pairs", "answers"]
     round: int = Field(ge=0)
     unit: str = Field(min_length=1)
     file: str

@@ -1,7 +1,8 @@
 """The Parquet tables that processes hand to one another: columns, versions, and reading with every check.
 
 One row of `responses` or `pairs` is one (query, round, sample) with both arms: `y`, sampled given x, and
-`y_prompt`, sampled given [p, x]. `pairs` adds the rewards. The file's key-value metadata holds, under
+`y_prompt`, sampled given [p, x]. `pairs` adds the rewards. A row of `answers` has the plain arm alone: what
+evaluation samples. The file's key-value metadata holds, under
 `ple`, one JSON object with `kind`, `version`, `round`, `unit` and where the rows come from.
 
 A column that came after version 1 is nullable and carries the version it came with in its field metadata
@@ -64,8 +65,11 @@ PAIRS = pa.schema(
     ]
 )
 
-SCHEMAS: dict[str, pa.Schema] = {"responses": RESPONSES, "pairs": PAIRS}
-VERSIONS: dict[str, int] = {"responses": 2, "pairs": 2}
+_GUIDED = {"y_prompt", "y_prompt_ids", "y_prompt_finish", "y_prompt_empty", "y_prompt_logps", "principle"}
+ANSWERS = pa.schema([field.remove_metadata() for field in RESPONSES if field.name not in _GUIDED])
+
+SCHEMAS: dict[str, pa.Schema] = {"responses": RESPONSES, "pairs": PAIRS, "answers": ANSWERS}
+VERSIONS: dict[str, int] = {"responses": 2, "pairs": 2, "answers": 1}
 KEY = ["query_id", "round", "sample"]
 FINISH_REASONS = ["stop", "length"]
 _NAMED = 5  # rows that a message names
@@ -174,7 +178,7 @@ def row_faults(kind: str, table: pa.Table, round: int) -> list[str]:
     it is in.
     """
     faults = [("another round", pc.not_equal(table["round"], round))]
-    for arm in ("y", "y_prompt"):
+    for arm in [arm for arm in ("y", "y_prompt") if arm in table.column_names]:
         known = pc.is_in(table[f"{arm}_finish"], pa.array(FINISH_REASONS))
         faults.append((f"{arm}_finish is neither stop nor length", pc.invert(known)))
         differ = pc.not_equal(pc.list_value_length(table[f"{arm}_ids"]), pc.list_value_length(table[f"{arm}_logps"]))

@@ -25,6 +25,7 @@ from ple_data.generate import GenerateSummary, generate
 from ple_data.principles import load_principle
 from ple_data.round_plan import request_seed
 from ple_data.store import Store
+from schemas import tables
 from schemas.errors import PleError, UsageError
 from tests import tiny
 from tests.conftest import ROOT
@@ -159,6 +160,28 @@ def test_y_prompt_is_sampled_given_the_principle(run: Any, rows: Any, policy: Pa
         guided = tuple(tokenizer(f"{row['principle']}\n{row['x']}").input_ids)
         for arm, prompt in (("y", tuple(row["x_ids"])), ("y_prompt", guided)):
             assert_true_logps(model, Request(0, prompt, 0), row[f"{arm}_ids"], row[f"{arm}_logps"], atol=1e-4)
+
+
+def test_without_a_principle_the_plain_arm_alone_is_sampled(run: Any, rows: Any, tmp_path: Path) -> None:
+    run("both", limit=8)
+    summary = run("plain", limit=8, principles=None)
+    assert (summary.rows, summary.rows_sampled) == (8, 8)
+    store = Store(tmp_path / "plain")
+    assert [str(problem) for problem in store.verify() if problem.severity == "error"] == []
+    answers = store.scan("answers").collect().sort("query_id")
+    assert answers.columns == tables.ANSWERS.names
+    same = rows("both").sort("query_id").select(answers.columns)
+    assert answers.drop("y_logps").equals(same.drop("y_logps"))  # the very responses that a pair would have had
+    assert run("plain", limit=8, principles=None).rows_done_before == 8
+
+
+def test_the_empty_principle_gives_two_independent_plain_responses(run: Any, rows: Any) -> None:
+    run("guided", limit=8)
+    run("none", limit=8, principles="none")
+    none, guided = rows("none"), rows("guided")
+    assert none["y_ids"].to_list() == guided["y_ids"].to_list()
+    assert none["y_prompt_ids"].to_list() != none["y_ids"].to_list()
+    assert none["principle"].unique().to_list() == [""]
 
 
 def test_without_logprobs_and_empty_responses(run: Any, rows: Any, fake: Any) -> None:
@@ -401,7 +424,7 @@ def test_dry_run_shows_both_prompts_and_writes_nothing(
         ({"engine_args": {"batchsize": 1}}, "did you mean batch_size"),
         ({"model": "/none"}, "does not exist"),
         ({"adapter": "/none"}, "no adapter directory"),
-        ({"principles": "none"}, "neither built in"),
+        ({"principles": "nobody"}, "neither built in"),
         ({"prompt_format": "chat"}, "chat template"),
     ],
 )

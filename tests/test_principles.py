@@ -40,7 +40,7 @@ def test_a_principle_of_ones_own(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="not UTF-8"):
         load_principle(str(path))
-    with pytest.raises(UsageError, match=r"neither built in \(hh, imdb, tldr\) nor a file"):
+    with pytest.raises(UsageError, match=r"neither built in \(hh, imdb, tldr, none\) nor a file"):
         load_principle("hhh")
 
 
@@ -48,6 +48,14 @@ def test_plain_text_is_p_newline_x() -> None:
     tokenizer = tiny.tiny_tokenizer()
     assert tokenizer.decode(render(tokenizer, "Hi there")) == "Hi there"
     assert tokenizer.decode(render(tokenizer, "Hi there", P)) == "Be kind.\nHi there"
+
+
+def test_the_empty_principle_changes_nothing() -> None:
+    none = load_principle("none")
+    assert none.text == ""
+    for options, x in (({}, "Hi there"), ({"chat": True, "add_bos": True}, USER)):
+        tokenizer = tiny.tiny_tokenizer(**options)
+        assert render(tokenizer, x, none) == render(tokenizer, x)
 
 
 @pytest.mark.parametrize("x", ["Hi", f"{tiny.BOS}Hi"])
