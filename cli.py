@@ -29,6 +29,10 @@ stdout carries data only; progress and messages go to stderr.
 Shell completion (bash; also zsh and fish): eval "$(_PLE_COMPLETE=bash_source ple)"
 """
 
+_LESS_MEMORY = (
+    "ple-train, sft and reward need less with a lower --microbatch-tokens or with --gradient-checkpointing, ple-score "
+    "with a lower --batch-tokens, ple-gen with a lower --engine-arg batch_size=N (hf) or max_num_seqs=N (vllm)"
+)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -94,8 +98,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; what was committed before is safe, run the same command again", 1
-    if isinstance(error, MemoryError):
-        return "out of memory; use smaller batches", 1
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory; {_LESS_MEMORY}; what was committed before is safe, run the same command again", 1
     first_line = (str(error).splitlines() or [""])[0]
     return f"unexpected {type(error).__name__}: {first_line} (--debug shows where; please report it)", 1
 
@@ -189,7 +193,7 @@ _model = _all(
 )
 _adapter = _option("--adapter", help="LoRA adapter of the policy: the last round's --output.")
 _round = _option("--round", type=_COUNT, required=True, help="Round T, counted from 0.")
-_seed = _option("--seed", type=int, default=0, help="Seed of everything that is drawn.")
+_seed = _option("--seed", type=_COUNT, default=0, help="Seed of everything that is drawn.")
 _threshold = _all(
     _method("--tau0", type=click.FloatRange(min=0), default=0.2, help="Threshold of round 0, in the reward's units."),
     _method("--alpha", type=_ALPHA, default=0.9, help="Decay: the threshold of round t is tau0 * alpha^t."),
@@ -370,12 +374,15 @@ def gen(reward_model: str | None, **options: Any) -> None:
     """
     from ple_data.engines import Sampling, parse_engine_args
     from ple_data.generate import generate
+    from ple_data.rewards import check_reward_model
 
     sampling = Sampling(
         **{name: options.pop(name) for name in ("max_new_tokens", "temperature", "top_p", "logprobs")},
         stop=options.pop("stop"),
     )
     rewards = {name: options.pop(name) for name in _REWARD_OPTIONS}
+    if reward_model is not None:
+        check_reward_model(reward_model, rewards["output_index"])
     engine_args = parse_engine_args(options.pop("engine_arg"))
     summary = generate(**options, sampling=sampling, engine_args=engine_args)
     if summary.dry_run is not None:
@@ -447,7 +454,7 @@ def train(data: tuple[Path, ...], dry_run: bool, **options: Any) -> None:
     from ple_train import train as training
 
     if dry_run:
-        selected = {name: options[name] for name in ("round", "tau0", "alpha")}
+        selected = {name: options[name] for name in ("round", "tau0", "alpha", "max_length")}
         click.echo(training.dry_run(data=list(data), **selected))
     else:
         training.train(data=list(data), **options)

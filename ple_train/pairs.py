@@ -7,6 +7,7 @@ from `ple_data.partition`, the one home of Eqs. 3 to 5 and 7.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ import numpy as np
 import polars as pl
 
 from ple_data.partition import partition
-from ple_data.store import Shard, Store
+from ple_data.store import Shard, Store, collect
 from ple_train.batches import Sequence
+from ple_train.log import print_to_log
 from schemas.errors import UsageError
 
 WINDOW_ROWS = 16_384
@@ -170,6 +172,25 @@ def freeze(data: list[Path], round: int, max_length: int | None) -> list[Snapsho
     if not any(part.rows for part in parts):
         raise UsageError(f"every pair is longer than --max-length {max_length}: nothing to train on")
     return parts
+
+
+def refuse_doubled_pairs(data: list[Path], round: int) -> None:
+    """Raise UsageError where all pairs of a store stand in another, and warn where some do: they count twice.
+
+    A pair is the same where policy, query and all token ids are: a copy of a store, the store of another reward model,
+    rows that were reused. Keeps eight bytes a pair.
+    """
+    if len(data) < 2:
+        return
+    key = pl.struct("policy", "query_id", "sample", "y_ids", "y_prompt_ids").hash().unique().alias("key")
+    keys = [collect(Store(root).scan("pairs", max_round=round).select(key))["key"] for root in data]
+    for first, second in itertools.combinations(range(len(data)), 2):
+        shared = int(keys[first].is_in(keys[second].implode()).sum())
+        what = f"{shared} pairs of --data {data[first]} stand in --data {data[second]} too, and would count twice"
+        if shared and shared == min(len(keys[first]), len(keys[second])):
+            raise UsageError(f"{what}: it is a copy, or was scored by another reward model; give one of the two")
+        if shared:
+            print_to_log(f"warning: {what}")
 
 
 def snapshot_record(parts: list[SnapshotShard]) -> list[dict[str, Any]]:

@@ -190,7 +190,9 @@ def load_causal_lm(model: str, revision: str | None = None, dtype: torch.dtype =
 
     check_model(model)
     try:
-        return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype, use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(
+            model, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--model {model}: no causal language model there ({_first_line(error)})") from error
 

@@ -19,7 +19,16 @@ from ple_train.log import print_to_log
 from ple_train.loop import LoopSettings, make_accelerator, train_loop
 from ple_train.objective import PairObjective
 from ple_train.output import Output
-from ple_train.pairs import PairStream, Partition, SnapshotShard, freeze, snapshot_record, thaw
+from ple_train.pairs import (
+    PairStream,
+    Partition,
+    SnapshotShard,
+    fits,
+    freeze,
+    refuse_doubled_pairs,
+    snapshot_record,
+    thaw,
+)
 from ple_train.policy import load_policy, resolve_precision
 from schemas.errors import UsageError
 from schemas.files import write_atomic
@@ -87,7 +96,7 @@ def train(
             return
         snapshot = frozen_snapshot(out, data, round, max_length)
         if accelerator.is_main_process:
-            print_partition(data, round, tau0, alpha)
+            print_partition(data, round, tau0, alpha, max_length)
         tokenizer = load_tokenizer(model, revision, note=print_to_log)
         policy = load_policy(
             model,
@@ -145,26 +154,29 @@ def refuse_other_lora(adapter: AdapterInfo, rank: int, alpha: float) -> None:
         )
 
 
-def dry_run(data: list[Path], round: int, tau0: float, alpha: float) -> str:
+def dry_run(data: list[Path], round: int, tau0: float, alpha: float, max_length: int | None) -> str:
     """What training would see, by round, at this round's threshold: a table to print, with warnings."""
     from ple_data.inspect import format_statistics
 
     tau(tau0, alpha, round)
-    freeze(data, round, max_length=None)
-    return format_statistics(statistics(data, round, tau0, alpha), tau0=tau0, alpha=alpha, at_round=round)
+    refuse_doubled_stores(data)
+    freeze(data, round, max_length)
+    refuse_doubled_pairs(data, round)
+    return format_statistics(statistics(data, round, tau0, alpha, max_length), tau0=tau0, alpha=alpha, at_round=round)
 
 
-def statistics(data: list[Path], round: int, tau0: float, alpha: float) -> Any:
+def statistics(data: list[Path], round: int, tau0: float, alpha: float, max_length: int | None) -> Any:
     """`round_statistics` over the rounds ≤ `round` of all stores, at this round's tau (a polars DataFrame)."""
     import polars as pl
 
     frames = [Store(path).scan("pairs", max_round=round) for path in data]
-    return round_statistics(pl.concat(frames), tau0, alpha, at_round=round)
+    rows = pl.concat(frames)
+    return round_statistics(rows if max_length is None else rows.filter(fits(max_length)), tau0, alpha, at_round=round)
 
 
-def print_partition(data: list[Path], round: int, tau0: float, alpha: float) -> None:
+def print_partition(data: list[Path], round: int, tau0: float, alpha: float, max_length: int | None) -> None:
     """Say on stderr what falls into the rank set, and warn when all pairs or none do."""
-    stats = statistics(data, round, tau0, alpha)
+    stats = statistics(data, round, tau0, alpha, max_length)
     print_to_log(f"{stats['rows'].sum()} pairs of {stats.height} rounds, tau_{round} = {tau(tau0, alpha, round):.4g}")
     for warning in partition_warnings(stats):
         print_to_log(f"warning: {warning}")
@@ -178,6 +190,7 @@ def frozen_snapshot(out: Output, data: list[Path], round: int, max_length: int |
         refuse_other_settings(out.settings, frozen["settings"], out.directory)
     elif out.accelerator.is_main_process:
         snapshot = freeze(data, round, max_length)
+        refuse_doubled_pairs(data, round)
         left_out = sum(part.shard.rows - part.rows for part in snapshot)
         if left_out:
             print_to_log(f"{left_out} pairs left out: longer than --max-length {max_length}")

@@ -129,7 +129,7 @@ class Recipe(_Strict):
     run_dir: str
     rounds: int = Field(default=5, ge=1)
     queries_per_round: int | None = Field(default=None, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     tau0: float = Field(default=0.2, ge=0)
     alpha: float = Field(default=0.9, gt=0, lt=1)
     reuse: list[str] = Field(default_factory=list)

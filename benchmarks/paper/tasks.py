@@ -151,7 +151,9 @@ def prepare_tldr(inputs: dict[str, Path], output: Path) -> None:
 
 
 def _short_post() -> pl.Expr:
-    parts = pl.col("prompt").str.extract_groups(r"(?s)^SUBREDDIT: (?<sub>.*?)\n\nTITLE: (?<title>.*?)\n\nPOST: (?<post>.*)\n\nTL;DR:$")
+    parts = pl.col("prompt").str.extract_groups(
+        r"(?s)^SUBREDDIT: (?<sub>.*?)\n\nTITLE: (?<title>.*?)\n\nPOST: (?<post>.*)\n\nTL;DR:$"
+    )
     post = parts.struct.field("post").str.replace_all(r"\s+", " ").str.split(" ").list.head(POST_WORDS).list.join(" ")
     return pl.format("TITLE: {}\nPOST: {}\nTL;DR:", parts.struct.field("title"), post)
 
@@ -172,7 +174,10 @@ TURN_WORDS, ANSWER_WORDS = 48, 60
 def prepare_hh(inputs: dict[str, Path], output: Path) -> None:
     """Queries: last human turns. Chosen and rejected answers train the reward models, one half each."""
     rows = pl.read_parquet(inputs["data"]).with_columns(
-        prompt=pl.format("\n\nHuman: {}\n\nAssistant:", _cut(pl.col("prompt").str.extract(r"(?s).*\n\nHuman:(.*?)\n\nAssistant:$"), TURN_WORDS)),
+        prompt=pl.format(
+            "\n\nHuman: {}\n\nAssistant:",
+            _cut(pl.col("prompt").str.extract(r"(?s).*\n\nHuman:(.*?)\n\nAssistant:$"), TURN_WORDS),
+        ),
         chosen=" " + _cut(pl.col("chosen"), ANSWER_WORDS),
         rejected=" " + _cut(pl.col("rejected"), ANSWER_WORDS),
     )
