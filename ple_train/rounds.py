@@ -1,4 +1,4 @@
-"""`ple run`: a reward model and SFT if asked for, then rounds of ple-gen, ple-score and ple-train.
+"""`ple run`: a reward model and SFT if asked for, then rounds of ple-gen, ple-score and ple-train (or a baseline).
 
 Every stage is a child process that reads and writes files; this room passes their names on, records each stage and
 goes on where it stopped. It never imports torch and never looks into the data.
@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from ple_train.child import GRACE_SECONDS, run_child
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from schemas.files import write_atomic
-from schemas.recipe import Recipe, differences, dump_recipe, parse_recipe
+from schemas.recipe import BaselineStage, Recipe, differences, dump_recipe, parse_recipe
 
 _DOCUMENTED_CODES = {1, 2, 3, 4, 130}
 
@@ -62,7 +62,9 @@ def plan(recipe: Recipe) -> list[Stage]:
         policy = _policy_words(recipe, model, t)
         stages.append(_gen_stage(recipe, policy, t))
         stages.append(_score_stage(recipe, reward_model, t))
-        stages.append(_train_stage(recipe, policy, t))
+        stages.append(
+            _train_stage(recipe, policy, t) if recipe.baseline is None else _baseline_stage(recipe, policy, t)
+        )
     return stages
 
 
@@ -158,10 +160,20 @@ def _score_stage(recipe: Recipe, reward_model: str, t: int) -> Stage:
 
 
 def _train_stage(recipe: Recipe, policy: list[str], t: int) -> Stage:
-    run = Path(recipe.run_dir)
-    output = ["--output", _policy_dir(run, t), "--metrics", str(run / "metrics" / f"round={t:03d}.parquet")]
     schedule = ["--tau0", str(recipe.tau0), "--alpha", str(recipe.alpha)]
-    return _stage("train", t, recipe.train, [*policy, *_data(recipe, t), *output, *schedule, *_seed(recipe)])
+    words = [*policy, *_data(recipe, t), *_policy_output(recipe, t), *schedule, *_seed(recipe)]
+    return _stage("train", t, recipe.train, words)
+
+
+def _baseline_stage(recipe: Recipe, policy: list[str], t: int) -> Stage:
+    assert recipe.baseline is not None
+    words = [*policy, *_data(recipe, t), *_policy_output(recipe, t), *_seed(recipe)]
+    return _stage("baseline", t, recipe.baseline, words)
+
+
+def _policy_output(recipe: Recipe, t: int) -> list[str]:
+    run = Path(recipe.run_dir)
+    return ["--output", _policy_dir(run, t), "--metrics", str(run / "metrics" / f"round={t:03d}.parquet")]
 
 
 def _policy_words(recipe: Recipe, model: str, t: int) -> list[str]:
@@ -169,7 +181,7 @@ def _policy_words(recipe: Recipe, model: str, t: int) -> list[str]:
     if t == 0:
         return ["--model", model, *(_revision(recipe) if recipe.sft is None else [])]
     last = _policy_dir(Path(recipe.run_dir), t - 1)
-    if recipe.train.full:
+    if (recipe.baseline or recipe.train).full:
         return ["--model", last]
     return ["--model", model, *(_revision(recipe) if recipe.sft is None else []), "--adapter", last]
 
@@ -192,6 +204,8 @@ def _revision(recipe: Recipe) -> list[str]:
 
 def _stage(name: str, t: int | None, options: BaseModel, words: list[str]) -> Stage:
     program, *first_words = options.command  # type: ignore[attr-defined]
+    if isinstance(options, BaselineStage):
+        first_words.append(options.method)
     command = [find_program(program), *first_words, *_option_words(options), *words]
     return Stage(name, t, tuple(command))
 
@@ -201,7 +215,7 @@ def _option_words(options: BaseModel) -> list[str]:
     words = []
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)
-        if name == "command" or value == field.get_default(call_default_factory=True):
+        if name in ("command", "method") or value == field.get_default(call_default_factory=True):
             continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
