@@ -28,7 +28,8 @@ def training_cost(
 
     tokens_sampled: response tokens that were sampled for this round and this method, whether trained on or not.
     tokens_reused: those of earlier rounds that it used again. tokens_trained: response tokens with a weight in
-    the loss, counted once a pass (`trained`, else the sum over the steps). seconds: all steps, across restarts (loading and saving are not in it).
+    the loss, counted once a pass (`trained`, else the sum over the steps). seconds: of all steps, across
+    restarts, without loading and saving.
     """
     return {
         "tokens_sampled": int(sampled),

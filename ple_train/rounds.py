@@ -62,9 +62,7 @@ def plan(recipe: Recipe) -> list[Stage]:
         policy = _policy_words(recipe, model, t)
         stages.append(_gen_stage(recipe, policy, t))
         stages.append(_score_stage(recipe, reward_model, t))
-        stages.append(
-            _train_stage(recipe, policy, t) if recipe.baseline is None else _baseline_stage(recipe, policy, t)
-        )
+        stages.append(_train_stage(recipe, policy, t))
     return stages
 
 
@@ -160,20 +158,13 @@ def _score_stage(recipe: Recipe, reward_model: str, t: int) -> Stage:
 
 
 def _train_stage(recipe: Recipe, policy: list[str], t: int) -> Stage:
-    schedule = ["--tau0", str(recipe.tau0), "--alpha", str(recipe.alpha)]
-    words = [*policy, *_data(recipe, t), *_policy_output(recipe, t), *schedule, *_seed(recipe)]
-    return _stage("train", t, recipe.train, words)
-
-
-def _baseline_stage(recipe: Recipe, policy: list[str], t: int) -> Stage:
-    assert recipe.baseline is not None
-    words = [*policy, *_data(recipe, t), *_policy_output(recipe, t), *_seed(recipe)]
-    return _stage("baseline", t, recipe.baseline, words)
-
-
-def _policy_output(recipe: Recipe, t: int) -> list[str]:
     run = Path(recipe.run_dir)
-    return ["--output", _policy_dir(run, t), "--metrics", str(run / "metrics" / f"round={t:03d}.parquet")]
+    output = ["--output", _policy_dir(run, t), "--metrics", str(run / "metrics" / f"round={t:03d}.parquet")]
+    words = [*policy, *_data(recipe, t), *output]
+    if recipe.baseline is not None:
+        return _stage("baseline", t, recipe.baseline, [*words, *_seed(recipe)])
+    schedule = ["--tau0", str(recipe.tau0), "--alpha", str(recipe.alpha)]
+    return _stage("train", t, recipe.train, [*words, *schedule, *_seed(recipe)])
 
 
 def _policy_words(recipe: Recipe, model: str, t: int) -> list[str]:

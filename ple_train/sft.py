@@ -133,10 +133,8 @@ def sft(
 def read_sequences(data: Path, tokenizer: Any, max_length: int | None) -> list[Sequence]:
     """Rows of (x, y) as sequences: x rendered without a principle, y with its end-of-sequence id unless cut."""
     rows = read_rows(data)
-    xs, ys = (
-        column(rows, "x", "prompt", "messages", of=(str, list)),
-        column(rows, "y", "response", "completion", "reference"),
-    )
+    xs = column(rows, "x", "prompt", "messages", of=(str, list))
+    ys = column(rows, "y", "response", "completion", "reference")
     finish = column(rows, "finish") if "finish" in rows.columns else ["stop"] * len(rows)
     for place, end in zip(rows.places, finish, strict=True):
         if end not in ("stop", "length"):
