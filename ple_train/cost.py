@@ -14,7 +14,8 @@ import polars as pl
 def sampled_by_round(frames: Iterable[pl.DataFrame], columns: Iterable[str]) -> dict[int, int]:
     """Ids in the list columns `columns` by round, over frames with a column `round`."""
     counts: dict[int, int] = {}
-    lengths = pl.sum_horizontal(pl.col(name).list.len() for name in columns).cast(pl.Int64)
+    zero = pl.lit(0, dtype=pl.Int64)
+    lengths = pl.sum_horizontal(zero, *(pl.col(name).list.len().cast(pl.Int64) for name in columns))
     for frame in frames:
         for round, tokens in frame.group_by("round").agg(lengths.sum()).iter_rows():
             counts[round] = counts.get(round, 0) + tokens
