@@ -194,6 +194,24 @@ _threshold = _all(
     _method("--tau0", type=click.FloatRange(min=0), default=0.2, help="Threshold of round 0, in the reward's units."),
     _method("--alpha", type=_ALPHA, default=0.9, help="Decay: the threshold of round t is tau0 * alpha^t."),
 )
+_query_reading = _all(
+    _queries(
+        "--reader",
+        type=click.Choice(["auto", "hh", "imdb", "tldr"]),
+        default="auto",
+        help="How a row becomes a query: HH dialogues, IMDb reviews (their first words), TL;DR posts.",
+    ),
+    _queries("--query-column", help="Column of the queries, if neither x, prompt nor messages."),
+    _queries("--prefix-words", type=_POSITIVE, help="Words of a review that are the query (imdb reader)."),
+    _queries("--split", help="Split of a hub dataset."),
+    _queries(
+        "--prompt-format",
+        type=click.Choice(["auto", "plain", "chat"]),
+        default="auto",
+        help="auto: the tokenizer's chat template where it has one.",
+    ),
+    _queries("--max-query-tokens", type=_POSITIVE, default=256, help="Drop longer queries, and count them."),
+)
 _REWARD_OPTIONS = ("output_index", "join", "batch_tokens", "reward_device", "reward_dtype")
 _reward_options = _all(
     _judging("--output-index", type=_COUNT, help="Which output of a classifier is the reward."),
@@ -264,7 +282,6 @@ _trl = _all(
         help="auto: bf16 on a GPU, float32 elsewhere.",
     ),
     _machine("--microbatch-tokens", type=_POSITIVE, default=8192, help="Tokens in memory at once, padding counted."),
-    _machine("--gradient-checkpointing/--no-gradient-checkpointing", default=False, help="Less memory, more time."),
     _machine("--resume/--no-resume", default=True, help="Keep a finished --output, or start over."),
     _machine("--metrics", type=_PATH, help="Parquet file of every step's metrics; in --output if not given."),
 )
@@ -312,22 +329,7 @@ def ple() -> None:
 @_round
 @_seed
 @_option("--dry-run", is_flag=True, help="Show one rendered prompt of each arm with its token ids; sample nothing.")
-@_queries(
-    "--reader",
-    type=click.Choice(["auto", "hh", "imdb", "tldr"]),
-    default="auto",
-    help="How a row becomes a query: HH dialogues, IMDb reviews (their first words), TL;DR posts.",
-)
-@_queries("--query-column", help="Column of the queries, if neither x, prompt nor messages.")
-@_queries("--prefix-words", type=_POSITIVE, help="Words of a review that are the query (imdb reader).")
-@_queries("--split", help="Split of a hub dataset.")
-@_queries(
-    "--prompt-format",
-    type=click.Choice(["auto", "plain", "chat"]),
-    default="auto",
-    help="auto: the tokenizer's chat template where it has one.",
-)
-@_queries("--max-query-tokens", type=_POSITIVE, default=256, help="Drop longer queries, and count them.")
+@_query_reading
 @_queries("--shuffle/--no-shuffle", default=False, help="Take the queries in an order drawn from --seed.")
 @_queries(
     "--skip",
@@ -612,6 +614,7 @@ def raft(data: tuple[Path, ...], **options: Any) -> None:
 @_learning("--batch-size", type=_POSITIVE, default=16, help="Pairs of one step.")
 @_learning("--max-length", type=_POSITIVE, help="Leave out longer rows (token ids), and count them.")
 @_gradient_clipping
+@_machine("--gradient-checkpointing/--no-gradient-checkpointing", default=False, help="Less memory, more time.")
 @_trl
 def dpo(data: tuple[Path, ...], **options: Any) -> None:
     """DPO by TRL's DPOTrainer: the response with the higher reward is chosen. All rounds up to T.
@@ -628,7 +631,46 @@ def dpo(data: tuple[Path, ...], **options: Any) -> None:
     run_dpo(data=list(data), **options)
 
 
-for _method_command in (baseline_sft, context_distillation, raft, dpo):
+@_command("ppo")
+@_model
+@_adapter
+@_option("--queries", required=True, help="Queries: Parquet, JSONL, JSON, CSV or a hub dataset id.")
+@_option(
+    "--reward-model",
+    required=True,
+    help="Classifier (directory or hub id), file.py:function, module:function, or http(s)://address.",
+)
+@_option("--output", type=_PATH, required=True, help="Folder of the new adapter.")
+@_option("--sampled-tokens", type=_POSITIVE, required=True, help="Stop with the step that has sampled so many tokens.")
+@_seed
+@_query_reading
+@_sampling("--max-new-tokens", type=_POSITIVE, default=1024, help="Longest response.")
+@_sampling("--temperature", type=_ABOVE_ZERO, default=1.0, help="Of the responses it trains on.")
+@_method("--kl-coef", type=click.FloatRange(min=0), default=0.05, help="Penalty for leaving the start policy.")
+@_method("--ppo-epochs", type=_POSITIVE, default=4, help="Passes over each batch of responses.")
+@_learning("--learning-rate", type=_ABOVE_ZERO, default=1e-4, help="AdamW's learning rate.")
+@_learning("--batch-size", type=_POSITIVE, default=64, help="Responses of one step.")
+@_gradient_clipping
+@_trl
+@_reward_options
+def ppo(**options: Any) -> None:
+    """PPO by TRL 1.12.0's PPOTrainer. It samples for itself: queries and a reward model, no rounds.
+
+    The reference is the start policy; the value model is its body with a LoRA adapter of its own. Needs
+    pip install 'ple-align[trl]'. A killed run starts over.
+
+    \b
+    Example:
+      ple baseline ppo --model Qwen/Qwen2.5-7B --queries hh.jsonl --reward-model weqweasdas/RM-Mistral-7B \\
+        --sampled-tokens 1000000 --output ppo
+    """
+    from ple_train.ppo import ppo as run_ppo
+
+    rewards = {name: options.pop(name) for name in _REWARD_OPTIONS}
+    run_ppo(**options, reward_options={name.removeprefix("reward_"): value for name, value in rewards.items()})
+
+
+for _method_command in (baseline_sft, context_distillation, raft, dpo, ppo):
     baseline.add_command(_method_command)
 
 

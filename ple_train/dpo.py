@@ -27,6 +27,7 @@ from ple_train.policy import load_trainable, resolve_precision
 from ple_train.train import frozen_snapshot, refuse_doubled_stores, refuse_other_lora
 from ple_train.trl_tools import (
     VERSION,
+    largest_divisor,
     one_device,
     quiet_trl,
     refuse_many_processes,
@@ -149,11 +150,8 @@ def micro_batching(pairs: pl.DataFrame, batch_size: int, tokens: int) -> dict[st
     """Pairs at once and passes a step: the largest divisor of `batch_size` whose padded pairs stay below `tokens`."""
     lengths = [pl.col("x_ids").list.len() + pl.col(name).list.len() for name in IDS[1:]]
     longest = pairs.select(pl.max_horizontal(lengths).max()).item()
-    fitting = [n for n in range(1, batch_size + 1) if batch_size % n == 0 and (n == 1 or 2 * n * longest <= tokens)]
-    return {
-        "per_device_train_batch_size": fitting[-1],
-        "gradient_accumulation_steps": batch_size // fitting[-1],
-    }
+    at_once = largest_divisor(batch_size, tokens // (2 * longest))
+    return {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": batch_size // at_once}
 
 
 def _train(
@@ -188,6 +186,6 @@ def _train(
     history: list[dict[str, Any]] = []
     steps = -(-pairs.height // (config.per_device_train_batch_size * config.gradient_accumulation_steps))
     with Progress("training", int(steps * config.num_train_epochs), "steps") as progress:
-        trainer.add_callback(steps_callback(progress, history))
+        trainer.add_callback(steps_callback(progress, history, lambda: len(history)))
         trainer.train()
     return history

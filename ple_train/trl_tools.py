@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,18 @@ def require_trl() -> None:
 
 @contextlib.contextmanager
 def quiet_trl() -> Iterator[None]:
-    """TRL's notices of what is experimental are not shown, and what it prints goes to stderr: stdout is for data."""
+    """TRL's and transformers' notices are not shown, and what they print goes to stderr: stdout is for data."""
+    from transformers.utils import logging
+
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    os.environ.setdefault("DISABLE_MLFLOW_INTEGRATION", "TRUE")
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-        warnings.filterwarnings("ignore", category=UserWarning)
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        yield
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def refuse_many_processes(accelerator: Any) -> None:
@@ -78,8 +83,13 @@ def one_device(arguments: Any) -> Any:
     return arguments
 
 
-def steps_callback(progress: Progress, history: list[dict[str, Any]]) -> Any:
-    """A callback that keeps each step's logged metrics in `history` and moves the progress line.
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is not above `limit`; 1 where only that is left."""
+    return next(n for n in range(number, 0, -1) if number % n == 0 and (n <= limit or n == 1))
+
+
+def steps_callback(progress: Progress, history: list[dict[str, Any]], done: Callable[[], int]) -> Any:
+    """A callback that keeps each step's logged metrics in `history` and moves the progress line to `done()`.
 
     Raises PleError when a loss is not finite.
     """
@@ -88,6 +98,7 @@ def steps_callback(progress: Progress, history: list[dict[str, Any]]) -> Any:
     class Steps(TrainerCallback):
         def __init__(self) -> None:
             self.began = time.perf_counter()
+            self.done = 0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.began = time.perf_counter()
@@ -110,7 +121,8 @@ def steps_callback(progress: Progress, history: list[dict[str, Any]]) -> Any:
                 }
             )
             self.began = now
-            progress.advance(1, f"loss {loss:.4f}")
+            progress.advance(done() - self.done, f"loss {loss:.4f}")
+            self.done = done()
 
     return Steps()
 

@@ -18,13 +18,14 @@ from ple_data import selection
 from ple_data.store import Store
 from ple_train import baseline as baselines
 from ple_train import dpo as dpo_room
+from ple_train import ppo as ppo_room
 from ple_train import rounds
 from ple_train import train as training
 from ple_train.pairs import PairStream, Partition, freeze
 from ple_train.sft import SftObjective
-from schemas.errors import UsageError
+from schemas.errors import PleError, UsageError
 from schemas.recipe import BaselineStage, parse_recipe
-from tests import oracle
+from tests import oracle, tiny
 from tests.tables import table
 from tests.test_cli import default, options_of
 
@@ -317,6 +318,17 @@ def test_ablations_train_with_the_oracles_coefficients(policy, pairs, tmp_path, 
 # --- the command line and the recipe -------------------------------------------------------------------------------
 
 
+def test_ppos_options_are_the_functions_parameters():
+    options = options_of(cli.baseline.commands["ppo"])
+    parameters = inspect.signature(ppo_room.ppo).parameters
+    assert set(options) - set(parameters) == set(cli._REWARD_OPTIONS)
+    assert set(parameters) - set(options) == {"reward_options"}
+    for name in set(options) & set(parameters):
+        needed = parameters[name].default is inspect.Parameter.empty
+        assert options[name].required == needed, name
+        assert needed or default(options[name]) == parameters[name].default, name
+
+
 @pytest.mark.parametrize("method", ["sft", "context-distillation", "raft", "dpo"])
 def test_options_are_the_functions_parameters_and_the_recipes(method):
     options = options_of(cli.baseline.commands[method])
@@ -373,3 +385,100 @@ def test_a_recipe_can_leave_out_a_term():
     recipe = parse_recipe({**values(), "baseline": None, "train": {"without": "rank"}}, "test")
     words = rounds.plan(recipe)[2].command
     assert words[words.index("--without") + 1] == "rank"
+
+
+# --- PPO -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def queries(tmp_path) -> Path:
+    path = tmp_path / "queries.jsonl"
+    path.write_text("\n".join(json.dumps({"x": text}) for text in tiny.corpus()[:12]))
+    return path
+
+
+@pytest.fixture
+def letters(tmp_path) -> str:
+    """A reward model: how often the letter e stands in y."""
+    path = tmp_path / "letters.py"
+    path.write_text("def score(xs, ys):\n    print('scored')\n    return [float(y.count('e')) for y in ys]\n")
+    return f"{path}:score"
+
+
+def test_ppo_samples_to_its_budget_and_writes_an_adapter(policy, queries, letters, tmp_path, capsys):
+    from ple_train.evaluate import sample_responses
+
+    output = tmp_path / "ppo"
+    options = {"model": str(policy), "queries": str(queries), "reward_model": letters, "sampled_tokens": 40}
+    ppo_room.ppo(output=output, **options, max_new_tokens=6, batch_size=6, microbatch_tokens=64, learning_rate=1e-3)
+    assert capsys.readouterr().out == ""
+    metrics = pl.read_parquet(output / "metrics.parquet")
+    cost = record(output)["cost"]
+    assert 40 <= cost["tokens_sampled"] < 40 + 6 * 6
+    assert cost["tokens_trained"] == 4 * cost["tokens_sampled"]
+    assert metrics.height == record(output)["steps"] >= 2
+    assert metrics["objective_kl"][0] == pytest.approx(0, abs=1e-4)
+    tensors = load_file(output / "adapter_model.safetensors")
+    assert any(value.abs().max() > 0 for name, value in tensors.items() if "lora_B" in name)
+    assert len(sample_responses(str(policy), ["The film"], adapter=str(output), engine="hf", max_new_tokens=4)) == 1
+
+    ppo_room.ppo(output=output, **options, max_new_tokens=6, batch_size=6, microbatch_tokens=64, learning_rate=1e-3)
+    assert "is complete already" in capsys.readouterr().err
+
+
+def test_ppo_refuses_what_cannot_work(policy, queries, letters, tmp_path):
+    options = {"model": str(policy), "queries": str(queries), "output": tmp_path / "ppo", "sampled_tokens": 40}
+    with pytest.raises(UsageError, match="12 different queries of at most 256 tokens, fewer than one batch"):
+        ppo_room.ppo(**options, reward_model=letters)
+    with pytest.raises(UsageError, match="over the 2048 positions"):
+        ppo_room.ppo(**options, reward_model=letters, batch_size=4, max_new_tokens=4000)
+    (tmp_path / "nan.py").write_text("def score(xs, ys):\n    return [float('nan')] * len(xs)\n")
+    with pytest.raises(PleError, match="gave nan to a response to the query"):
+        ppo_room.ppo(**options, reward_model=f"{tmp_path}/nan.py:score", batch_size=4, max_new_tokens=4)
+
+
+class Recorder:
+    """A reward model that remembers what it was asked."""
+
+    name, truncated = "recorder", 0
+
+    def score(self, rows):
+        self.rows = list(rows)
+        return [float(len(y)) for _, y in rows]
+
+
+def test_the_scorer_reads_query_and_response_out_of_padded_ids(policy):
+    """The first query is the beginning of the second one: only together do the rows say where responses begin."""
+    from trl.experimental.utils import get_reward
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    short, long = (tuple(tokenizer(text).input_ids) for text in ("the film", "the film was great"))
+    good, bad = (tokenizer(text).input_ids for text in (" great.", " very bad."))
+    rows = [[pad] * (len(long) - len(short)) + [*short, *long[len(short) :], *good, end], [*long, *bad]]
+    width = max(map(len, rows))
+    ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in rows])
+    rewards = Recorder()
+    scorer = ppo_room.RewardScorer(rewards, tokenizer, {short: "X short", long: "X long"})
+    _, scores, _ = get_reward(scorer, ids, pad, len(long))
+    tail = tokenizer.decode(long[len(short) :])
+    assert rewards.rows == [("X short", f"{tail} great."), ("X long", " very bad.")]
+    assert scores.tolist() == [len(y) for _, y in rewards.rows]
+    assert scorer.tokens == len(long) - len(short) + len(good) + 1 + len(bad)
+
+
+def test_a_tokenizer_that_pads_with_its_end_gets_another_pad(tmp_path):
+    from ple_data.models import load_tokenizer
+    from ple_train.policy import load_trainable
+
+    model = str(tiny.tiny_policy(tmp_path / "no-pad", pad=False))
+    tokenizer = load_tokenizer(model, note=lambda _: None)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    queries = [tuple(tokenizer(text).input_ids) for text in tiny.corpus()[:4]]
+    own = ppo_room.with_own_pad(tokenizer, load_trainable(model), queries)
+    assert own.pad_token_id not in {
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+        *(i for ids in queries for i in ids),
+    }
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
