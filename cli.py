@@ -723,6 +723,28 @@ def inspect(**options: Any) -> None:
     click.echo(show(**options))
 
 
+@_command("export")
+@click.argument("data", type=_PATH)
+@_option(
+    "--format",
+    type=click.Choice(["trl-preference", "sft", "messages", "alpacaeval"]),
+    required=True,
+    help="prompt, chosen, rejected; prompt, completion (the best response); the same as chat; instruction, output.",
+)
+@_option("--round", type=_COUNT, help="This round only; alpacaeval: the newest if not given.")
+@_option("--output", required=True, help="File: .jsonl or .parquet (alpacaeval: .json), or - for stdout.")
+def export(**options: Any) -> None:
+    """Write the pairs of DATA for other tools. Pairs with equal rewards prefer nothing: they are counted, not written.
+
+    \b
+    Example:
+      ple export data --format trl-preference --output preferences.jsonl
+    """
+    from ple_data.export import export as run_export
+
+    run_export(**options)
+
+
 @_command("verify")
 @click.argument("data", type=_PATH)
 def verify(data: Path) -> None:
@@ -770,6 +792,7 @@ _commands: dict[str, click.Command] = {
     "reward": reward,
     "baseline": baseline,
     "inspect": inspect,
+    "export": export,
     "verify": verify,
 }
 for _name, _member in _commands.items():

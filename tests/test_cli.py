@@ -106,6 +106,7 @@ def test_shell_completion() -> None:
         (cli.sft, "ple_train.sft.sft", set(), set()),
         (cli.reward, "ple_train.reward.train_reward", set(), set()),
         (cli.inspect, "ple_data.inspect.inspect", set(), set()),
+        (cli.export, "ple_data.export.export", set(), set()),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
