@@ -42,7 +42,8 @@ def training_cost(
 
 def describe_cost(cost: dict[str, float]) -> str:
     """One line for a person."""
+    reused = f" ({cost['tokens_reused']:,} more from earlier rounds)" if cost["tokens_reused"] else ""
     return (
-        f"{cost['tokens_sampled']:,} tokens sampled ({cost['tokens_reused']:,} more from earlier rounds), "
-        f"{cost['tokens_trained']:,} trained on, {cost['seconds']:.1f} s"
+        f"{cost['tokens_sampled']:,} tokens sampled{reused}, {cost['tokens_trained']:,} trained on, "
+        f"{cost['seconds']:.1f} s"
     )

@@ -23,7 +23,7 @@ from ple_train.log import print_to_log
 from ple_train.loop import make_accelerator
 from ple_train.output import Output
 from ple_train.pairs import refuse_foreign_ids
-from ple_train.policy import load_trainable, resolve_precision
+from ple_train.policy import load_trainable
 from ple_train.train import frozen_snapshot, refuse_doubled_stores, refuse_other_lora
 from ple_train.trl_tools import (
     VERSION,
@@ -34,6 +34,7 @@ from ple_train.trl_tools import (
     require_trl,
     steps_callback,
     training_arguments,
+    with_float32_logits,
 )
 from schemas.errors import UsageError
 
@@ -106,9 +107,7 @@ def dpo(
                 tokenizer,
                 beta=beta,
                 gradient_checkpointing=gradient_checkpointing,
-                arguments=training_arguments(
-                    scratch, learning_rate=learning_rate, seed=seed, precision=resolve_precision(precision)
-                )
+                arguments=training_arguments(scratch, learning_rate=learning_rate, seed=seed)
                 | {"num_train_epochs": epochs, "max_grad_norm": max_grad_norm}
                 | micro_batching(pairs, batch_size, microbatch_tokens),
             )
@@ -178,7 +177,10 @@ def _train(
     columns = {new: pairs[old].to_list() for old, new in names.items()}
     config = DPOConfig(**arguments | {"gradient_checkpointing": gradient_checkpointing}, beta=beta, max_length=None)
     trainer = IdsTrainer(
-        model=policy, args=one_device(config), train_dataset=Dataset.from_dict(columns), processing_class=tokenizer
+        model=with_float32_logits(policy),
+        args=one_device(config),
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=tokenizer,
     )
     if "ref" in policy.peft_config:
         policy.delete_adapter("ref")  # TRL's reference would be this round's start; without it, the adapter is off

@@ -30,7 +30,7 @@ from ple_train.cost import training_cost
 from ple_train.log import print_to_log
 from ple_train.loop import make_accelerator
 from ple_train.output import Output
-from ple_train.policy import load_trainable, resolve_precision, switch_off_dropout
+from ple_train.policy import load_trainable, switch_off_dropout
 from ple_train.train import refuse_other_lora
 from ple_train.trl_tools import (
     VERSION,
@@ -41,6 +41,7 @@ from ple_train.trl_tools import (
     require_trl,
     steps_callback,
     training_arguments,
+    with_float32_logits,
 )
 from schemas.errors import PleError, UsageError
 
@@ -122,7 +123,6 @@ def ppo(
         if out.finished:
             return
         print_to_log(f"ppo: {len(texts)} queries, {sampled_tokens:,} tokens to sample")
-        resolved = resolve_precision(precision)
         policy = load_trainable(
             model,
             adapter=adapter,
@@ -136,7 +136,7 @@ def ppo(
         scorer = RewardScorer(rewards, tokenizer, texts)
         at_once = largest_divisor(batch_size, microbatch_tokens // (max(map(len, texts)) + max_new_tokens))
         scratch = out.private / "trl"
-        arguments = training_arguments(scratch, learning_rate=learning_rate, seed=seed, precision="float32") | {
+        arguments = training_arguments(scratch, learning_rate=learning_rate, seed=seed) | {
             "max_grad_norm": max_grad_norm,
             "per_device_train_batch_size": at_once,
             "gradient_accumulation_steps": batch_size // at_once,
@@ -276,7 +276,7 @@ def _train(
     trainer = make_trainer(
         args=one_device(PPOConfig(**arguments)),
         processing_class=padded,
-        model=policy,
+        model=with_float32_logits(policy),
         ref_model=None,
         reward_model=scorer,
         train_dataset=rows,

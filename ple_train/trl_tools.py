@@ -57,8 +57,10 @@ def refuse_many_processes(accelerator: Any) -> None:
         raise UsageError("this baseline runs as one process; start it without torchrun or accelerate launch")
 
 
-def training_arguments(directory: Path, *, learning_rate: float, seed: int, precision: str) -> dict[str, Any]:
+def training_arguments(directory: Path, *, learning_rate: float, seed: int) -> dict[str, Any]:
     """Arguments of every TRL configuration: ple-train's optimizer, a metric each step, no checkpoints, no reports."""
+    import torch
+
     return {
         "output_dir": str(directory),
         "learning_rate": learning_rate,
@@ -66,7 +68,9 @@ def training_arguments(directory: Path, *, learning_rate: float, seed: int, prec
         "adam_beta2": 0.95,
         "weight_decay": 0.0,
         "seed": seed,
-        "bf16": precision == "bf16",
+        "bf16": False,  # no autocast: frozen weights are in bfloat16 as they were loaded, the adapter in float32
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -74,6 +78,12 @@ def training_arguments(directory: Path, *, learning_rate: float, seed: int, prec
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def with_float32_logits(model: Any) -> Any:
+    """The same model, its logits in float32: summed over a response, bfloat16 would lose what the methods compare."""
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits.float())
+    return model
 
 
 def one_device(arguments: Any) -> Any:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cli
 from ple_data import selection
+from ple_data.progress import Progress
 from ple_data.store import Store
 from ple_train import baseline as baselines
 from ple_train import dpo as dpo_room
@@ -258,6 +259,33 @@ def test_dpo_in_micro_batches_learns_the_same(run):
     once, often = run("dpo", "once", batch_size=5), run("dpo", "often", batch_size=5, microbatch_tokens=8)
     for name, expected in load_file(once / "adapter_model.safetensors").items():
         torch.testing.assert_close(load_file(often / "adapter_model.safetensors")[name], expected, rtol=0, atol=1e-5)
+
+
+def test_a_killed_dpo_starts_over_and_ends_the_same(run, monkeypatch):
+    whole = run("dpo", "whole", batch_size=2)
+    with monkeypatch.context() as patch:
+
+        def stop(progress: Progress, count: int, detail: str = "") -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(Progress, "advance", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("dpo", "killed", batch_size=2)
+    assert not (whole.parent / "killed" / "ple.json").exists()
+    killed = run("dpo", "killed", batch_size=2)
+    for name, expected in load_file(whole / "adapter_model.safetensors").items():
+        assert torch.equal(load_file(killed / "adapter_model.safetensors")[name], expected)
+
+
+def test_dpo_in_bf16_keeps_the_margins(run):
+    """Frozen weights in bfloat16, logits in float32: a margin of 0.01 after one step is seen, not rounded away."""
+    exact, rounded = (
+        run("dpo", precision, precision=precision, batch_size=5, epochs=4) for precision in ("float32", "bf16")
+    )
+    margins = [
+        pl.read_parquet(output / "metrics.parquet")["rewards_margins"][1:].to_list() for output in (exact, rounded)
+    ]
+    assert margins[1] == pytest.approx(margins[0], rel=0.1)
 
 
 @pytest.mark.parametrize("installed", [None, "1.16.0"])
