@@ -379,7 +379,7 @@ def test_a_round_without_pairs_is_named(run, tmp_path):
 def test_pairs_of_another_tokenizer_are_refused(run, tmp_path):
     row = {"y_ids": [5, 999]}
     Store(tmp_path / "foreign").commit("pairs", 0, "00000-0123456789ab", table("pairs", [row]), {})
-    with pytest.raises(UsageError, match=r"query 'q0' of round 0: y_ids holds token 999"):
+    with pytest.raises(UsageError, match=r"query 'q0' of round 0: x and y hold token 999"):
         run("foreign-tokens", data=[tmp_path / "foreign"], round=0)
 
 
