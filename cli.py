@@ -198,6 +198,12 @@ _threshold = _all(
     _method("--tau0", type=click.FloatRange(min=0), default=0.2, help="Threshold of round 0, in the reward's units."),
     _method("--alpha", type=_ALPHA, default=0.9, help="Decay: the threshold of round t is tau0 * alpha^t."),
 )
+_prompt_format = _queries(
+    "--prompt-format",
+    type=click.Choice(["auto", "plain", "chat"]),
+    default="auto",
+    help="auto: the tokenizer's chat template where it has one.",
+)
 _query_reading = _all(
     _queries(
         "--reader",
@@ -208,12 +214,7 @@ _query_reading = _all(
     _queries("--query-column", help="Column of the queries, if neither x, prompt nor messages."),
     _queries("--prefix-words", type=_POSITIVE, help="Words of a review that are the query (imdb reader)."),
     _queries("--split", help="Split of a hub dataset."),
-    _queries(
-        "--prompt-format",
-        type=click.Choice(["auto", "plain", "chat"]),
-        default="auto",
-        help="auto: the tokenizer's chat template where it has one.",
-    ),
+    _prompt_format,
     _queries("--max-query-tokens", type=_POSITIVE, default=256, help="Drop longer queries, and count them."),
 )
 _REWARD_OPTIONS = ("output_index", "join", "batch_tokens", "reward_device", "reward_dtype")
@@ -490,6 +491,7 @@ def train(data: tuple[Path, ...], dry_run: bool, **options: Any) -> None:
 @_option("--output", type=_PATH, required=True, help="Folder of the new model.")
 @_seed
 @_option("--merge/--no-merge", default=True, help="Merge the adapter into the model, or keep it apart.")
+@_prompt_format
 @_training(1e-4, 32, "Rows")
 @_schedule
 @_lora

@@ -22,8 +22,8 @@ from ple_train.cost import describe_cost
 from ple_train.log import print_to_log
 from schemas.errors import LockedError, PleError, UsageError
 from schemas.files import fsync_dir, sha256_file, write_atomic
+from schemas.records import TRAINED
 
-RECORD = "ple.json"
 RECORD_VERSION = 1
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 LAST = ("adapter_config.json", "config.json")
@@ -116,7 +116,7 @@ class Output:
                 "files": hashes,
                 "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             }
-            write_atomic(self.directory / RECORD, json.dumps(record, indent=2) + "\n")
+            write_atomic(self.directory / TRAINED, json.dumps(record, indent=2) + "\n")
             self.checkpoints.clear()
             shutil.rmtree(writing, ignore_errors=True)
             if cost:
@@ -126,7 +126,7 @@ class Output:
     def _forget(self) -> None:
         """Remove what an earlier training left here: an old adapter beside a new model would be loaded with it."""
         record = read_record(self.directory)
-        for name in (RECORD, *LAST, *(record["files"] if record else ())):
+        for name in (TRAINED, *LAST, *(record["files"] if record else ())):
             (self.directory / name).unlink(missing_ok=True)
         self.checkpoints.clear()
 
@@ -158,12 +158,12 @@ class Output:
 def read_record(directory: Path) -> dict[str, Any] | None:
     """`ple.json` of a finished output directory, else None. Raises UsageError where it is newer than this program."""
     try:
-        record = json.loads((directory / RECORD).read_text())
+        record = json.loads((directory / TRAINED).read_text())
     except FileNotFoundError:
         return None
     if record["version"] > RECORD_VERSION:
         raise UsageError(
-            f"{directory / RECORD} has version {record['version']}; this ple reads {RECORD_VERSION}: update it"
+            f"{directory / TRAINED} has version {record['version']}; this ple reads {RECORD_VERSION}: update it"
         )
     return record
 

@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,8 +25,17 @@ from ple_train.child import GRACE_SECONDS, run_child
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from schemas.files import write_atomic
 from schemas.recipe import BaselineStage, Recipe, differences, dump_recipe, parse_recipe
+from schemas.records import TRAINED
 
 _DOCUMENTED_CODES = {1, 2, 3, 4, 130}
+MACHINE_OPTIONS = {
+    "--microbatch-tokens",
+    "--checkpoint-every",
+    "--attention",
+    "--batch-tokens",
+    "--reward-device",
+}
+"""They change how a stage runs, not what it makes: they may change between two starts of a run."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,11 @@ class Stage:
     @property
     def shell_line(self) -> str:
         return shlex.join(self.command)
+
+    @property
+    def output(self) -> Path | None:
+        """The directory that a training stage writes."""
+        return Path(self.command[self.command.index("--output") + 1]) if "--output" in self.command else None
 
 
 def plan(recipe: Recipe) -> list[Stage]:
@@ -77,7 +91,7 @@ def run(recipe: Recipe) -> None:
     _refuse_missing_programs(stages)
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory) as lock:
-        _freeze(recipe, directory)
+        _freeze(recipe, stages, directory)
         for number, stage in enumerate(stages, start=1):
             records = _load_records(directory)
             place = f"[{number}/{len(stages)}] {stage.title}"
@@ -128,7 +142,13 @@ def refuse_failure(title: str, code: int) -> None:
 
 
 def _is_done(record: dict[str, Any], stage: Stage) -> bool:
-    return (record["stage"], record["round"], record["exit_code"]) == (stage.name, stage.round, 0)
+    """Whether the stage ended well, and what it trained is still there."""
+    whole = stage.output is None or (stage.output / TRAINED).exists()
+    return whole and _is_of(record, stage) and record["exit_code"] == 0
+
+
+def _is_of(record: dict[str, Any], stage: Stage) -> bool:
+    return (record["stage"], record["round"]) == (stage.name, stage.round)
 
 
 def _reward_stage(recipe: Recipe, run: Path) -> Stage:
@@ -141,7 +161,8 @@ def _sft_stage(recipe: Recipe, run: Path) -> Stage:
     assert recipe.sft is not None
     model = ["--model", recipe.model, *_revision(recipe)]
     output = ["--output", str(run / "sft"), "--metrics", str(run / "metrics" / "sft.parquet")]
-    return _stage("sft", None, recipe.sft, [*model, *output, *_seed(recipe)])
+    how = [] if recipe.gen.prompt_format == "auto" else ["--prompt-format", recipe.gen.prompt_format]
+    return _stage("sft", None, recipe.sft, [*model, *output, *_seed(recipe), *how])
 
 
 def _gen_stage(recipe: Recipe, policy: list[str], t: int) -> Stage:
@@ -239,27 +260,55 @@ def _refuse_missing_programs(stages: list[Stage]) -> None:
         raise UsageError(f"there is no such program: {named}; give its path in the recipe, e.g. .venv/bin/ple-gen")
 
 
-def _freeze(recipe: Recipe, directory: Path) -> None:
+def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:
+    """Keep the recipe with the run. A changed one is refused where it would have changed a stage that is done."""
     path = directory / "recipe.yaml"
-    if not path.exists():
-        write_atomic(path, dump_recipe(recipe))
-        return
+    if path.exists():
+        changed = differences(_frozen(path), recipe)
+        if not changed:
+            return
+        if other := _done_otherwise(stages, _load_records(directory)):
+            raise UsageError(
+                "\n  ".join(
+                    [
+                        f"{path}: {other} was done with another recipe; take the old one again or another run_dir",
+                        *changed,
+                    ]
+                )
+            )
+        _log("\n  ".join([f"{path}: no stage that is done depends on what has changed; going on with", *changed]))
+    write_atomic(path, dump_recipe(recipe))
+
+
+def _frozen(path: Path) -> Recipe:
     import yaml
 
     try:
-        frozen = parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        return parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except (UsageError, yaml.YAMLError) as error:
         raise DamagedError(f"{path}: the frozen recipe does not read: {error}") from error
-    changed = differences(frozen, recipe)
-    if changed:
-        raise UsageError(
-            "\n  ".join(
-                [
-                    f"{path}: this run was started with another recipe; take the old one again or another run_dir",
-                    *changed,
-                ]
-            )
-        )
+
+
+def _done_otherwise(stages: list[Stage], records: list[dict[str, Any]]) -> str | None:
+    """The first stage that ended well with words that the plan no longer has."""
+    for record in records:
+        planned = next((stage for stage in stages if _is_of(record, stage)), None)
+        then = _telling_words(record["command"])
+        if record["exit_code"] == 0 and (planned is None or _telling_words(planned.command) != then):
+            title = record["stage"] if record["round"] is None else f"round {record['round']} {record['stage']}"
+            return str(title)
+    return None
+
+
+def _telling_words(command: Sequence[str]) -> list[str]:
+    """A command without its program and without the options that only say how the work fits the machine."""
+    words, rest = [], iter(command[1:])
+    for word in rest:
+        if word in MACHINE_OPTIONS:
+            next(rest)
+        elif word != "--gradient-checkpointing":
+            words.append(word)
+    return words
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ple_data.digests import policy_name
 from ple_data.models import check_model, load_tokenizer
-from ple_data.principles import render
+from ple_data.principles import PromptFormat, render
 from ple_data.readers import read_rows
 from ple_train.batches import MicroBatch, Sequence
 from ple_train.log import print_to_log
@@ -64,6 +64,7 @@ def sft(
     lora_alpha: int = 16,
     full: bool = False,
     merge: bool = True,
+    prompt_format: PromptFormat = "auto",
     learning_rate: float = LEARNING_RATE,
     epochs: int = 1,
     batch_size: int = 32,
@@ -97,7 +98,7 @@ def sft(
         if out.finished:
             return
         tokenizer = load_tokenizer(model, revision, note=print_to_log)
-        sequences = read_sequences(data, tokenizer, max_length)
+        sequences = read_sequences(data, tokenizer, max_length, prompt_format)
         policy = load_policy(
             model,
             revision=revision,
@@ -130,7 +131,9 @@ def sft(
         out.finish(trained, tokenizer, history, title=f"{Path(model).name}, supervised fine-tuning (Eq. 1)")
 
 
-def read_sequences(data: Path, tokenizer: Any, max_length: int | None) -> list[Sequence]:
+def read_sequences(
+    data: Path, tokenizer: Any, max_length: int | None, prompt_format: PromptFormat = "auto"
+) -> list[Sequence]:
     """Rows of (x, y) as sequences: x rendered without a principle, y with its end-of-sequence id unless cut."""
     rows = read_rows(data)
     xs = column(rows, "x", "prompt", "messages", of=(str, list))
@@ -142,7 +145,7 @@ def read_sequences(data: Path, tokenizer: Any, max_length: int | None) -> list[S
     responses = tokenizer(ys, add_special_tokens=False)["input_ids"]
     sequences = []
     for x, y_ids, end in zip(xs, responses, finish, strict=True):
-        prompt = render(tokenizer, x) if x else tokenizer("").input_ids
+        prompt = render(tokenizer, x, prompt_format=prompt_format) if x else tokenizer("").input_ids
         ids = [*prompt, *y_ids, *([tokenizer.eos_token_id] if end == "stop" else [])]
         sequence = Sequence(np.array(ids, dtype=np.int32), len(prompt))
         if sequence.response > 0 and (max_length is None or len(ids) <= max_length):

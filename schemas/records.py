@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from schemas.errors import DamagedError, PleError
 
+TRAINED = "ple.json"
+"""The record in the directory of a training command. It is written last: where it is, the training is finished."""
+
 
 class Record(BaseModel):
     """A versioned JSON file: unknown fields are refused, and so is a newer version."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,10 @@ if (here / f"hang-{name}").exists():
     (here / "pids.tmp").write_text(f"{os.getpid()} {worker.pid}")
     (here / "pids.tmp").rename(here / "pids")
     time.sleep(600)
+if "--output" in sys.argv:
+    output = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "ple.json").touch()
 print("this is for stdout")
 """
 
@@ -213,6 +218,34 @@ def test_changed_recipe_is_refused_with_the_difference(bench: Bench) -> None:
     assert "train.learning_rate: 0.0001 -> 0.5" in str(refusal.value)
     assert (bench.run_dir / "recipe.yaml").read_bytes() == before
     assert len(bench.calls()) == 6
+
+
+def test_recipe_may_change_where_no_finished_stage_depends_on_it(
+    bench: Bench, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (bench.folder / "fail-score").write_text("2")
+    with pytest.raises(PleError):
+        rounds.run(bench.recipe)
+    (bench.folder / "fail-score").unlink()
+    bench.values["score"] |= {"output_index": 1}
+    bench.values["train"] |= {"microbatch_tokens": 64}
+    rounds.run(bench.recipe)
+    assert "score.output_index: None -> 1" in capfd.readouterr().err
+    bench.values["train"] |= {"microbatch_tokens": 32}
+    bench.values["rounds"] = 3
+    rounds.run(bench.recipe)
+    assert [call[0] for call in bench.calls()] == ["gen", "score", *["score", "train", "gen"] * 2, "score", "train"]
+    assert load_recipe(bench.run_dir / "recipe.yaml") == bench.recipe
+    bench.values["rounds"] = 1
+    with pytest.raises(UsageError, match="round 1 gen was done with another recipe"):
+        rounds.run(bench.recipe)
+
+
+def test_stage_whose_output_is_gone_is_done_again(bench: Bench) -> None:
+    rounds.run(bench.recipe)
+    shutil.rmtree(bench.run_dir / "policy" / "round=001")
+    rounds.run(bench.recipe)
+    assert [call[0] for call in bench.calls()] == [*["gen", "score", "train"] * 2, "train"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
