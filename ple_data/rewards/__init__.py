@@ -3,10 +3,12 @@
 A reward model sees x and y and never the principle. Nothing here samples, trains or writes a file.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+_OUTPUT = re.compile(r"\[(\d+)\]$")
 Join = Literal["auto", "text", "pair", "chat"]
 
 
@@ -40,9 +42,9 @@ def load_reward_model(
 
     - `http://...` or `https://...`: an endpoint (ple_data/rewards/http.py);
     - `file.py:function` or `module:function`: a Python function (ple_data/rewards/function.py);
-    - a directory or a hub id: a sequence classifier (ple_data/rewards/classifier.py). Only this kind uses
-      the options: the output that is the reward, how x and y are joined, the token budget of a batch
-      (padding counted), the device and the number type.
+    - a directory or a hub id: a sequence classifier (ple_data/rewards/classifier.py), whose output that is the
+      reward may be named as in `sentiment[1]`. Only this kind uses the options: the output for a spec that names
+      none, how x and y are joined, the token budget of a batch (padding counted), the device and the number type.
 
     Raises UsageError where the spec names nothing usable.
     """
@@ -56,6 +58,9 @@ def load_reward_model(
         return FunctionReward(spec)
     from ple_data.rewards.classifier import DEFAULT_BATCH_TOKENS, ClassifierReward
 
+    output = _OUTPUT.search(spec)
+    if output and not Path(spec).exists():
+        spec, output_index = spec[: output.start()], int(output.group(1))
     return ClassifierReward(
         spec,
         output_index=output_index,
