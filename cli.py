@@ -411,7 +411,8 @@ def _reward_keywords(options: dict[str, Any]) -> dict[str, Any]:
 @_option(
     "--reward-model",
     required=True,
-    help="Classifier (directory or hub id), file.py:function, module:function, or http(s)://address.",
+    help="Classifier (directory or hub id; MODEL[1] for one of its outputs), file.py:function, module:function, "
+    "or http(s)://address.",
 )
 @_option("--round", type=_COUNT, help="Score this round only.")
 @_option("--output", type=_PATH, help="Write the pairs to another DATA, so that two reward models stay apart.")

@@ -14,7 +14,7 @@ from ple_data.policies import parse_policies
 from ple_data.queries import TEXT_COLUMNS
 from ple_data.readers import Rows, read_rows
 from ple_data.references import by_query_id
-from ple_data.scored import score_answers
+from ple_data.scored import check_reward_models, score_answers
 from ple_data.textwidth import clipped, printable, shorten, shown, side_by_side
 from schemas.errors import UsageError
 from schemas.tables import CASES
@@ -42,6 +42,7 @@ def cases(
     `ple_data.generate.generate` takes beside the policy, `data`, `principles` and `round`. Raises UsageError.
     """
     policies = parse_policies(policy)
+    check_reward_models(reward_model, reward_options or {})
     rows = read_rows(queries, generation.get("split"))
     if query_column is None and "query" in rows.columns and not {*TEXT_COLUMNS, "messages"} & set(rows.columns):
         query_column = "query"

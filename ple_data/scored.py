@@ -7,12 +7,18 @@ from typing import Any
 
 from ple_data.answers import Answers
 from ple_data.progress import Progress
-from ple_data.rewards import RewardModel, load_reward_model
+from ple_data.rewards import RewardModel, check_reward_model, load_reward_model
 from ple_data.score_cache import Score, cached_scores, key_of
 from schemas.errors import PleError, UsageError
 
 NAMED_ROWS = 10
 """How many refused rows an error lists."""
+
+
+def check_reward_models(specs: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Refuse reward models that cannot be used, before anything is sampled for them. Raises UsageError."""
+    for spec in specs:
+        check_reward_model(spec, options.get("output_index"))
 
 
 def score_answers(

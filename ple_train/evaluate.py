@@ -18,7 +18,7 @@ from ple_data.metrics import Mean, Metric, Perplexity, bleu, distinct
 from ple_data.parquet import save_rows
 from ple_data.policies import parse_policies
 from ple_data.references import find_references
-from ple_data.scored import score_answers
+from ple_data.scored import check_reward_models, score_answers
 from ple_train.log import print_to_log
 from ple_train.perplexity import score_references
 from schemas.errors import UsageError
@@ -67,6 +67,7 @@ def evaluate(
         if spec not in reward_model:
             raise UsageError(f"--trained-with {spec} must be one of the --reward-model options, word for word")
     policies = parse_policies(policy)
+    check_reward_models(reward_model, reward_options or {})
     asked = {**generation, "queries": queries, "seed": seed} if queries is not None else {}
     answers = sample_answers(policies, output, asked) if asked else stored_answers(policies, data, round)
     rows = _common_rows(answers)
@@ -106,7 +107,10 @@ def _common_rows(answers: Sequence[Answers]) -> list[list[list[dict[str, Any]]]]
     found = [each.by_query() for each in answers]
     common = [query for query in found[0] if all(query in other for other in found)]
     if not common:
-        raise UsageError("the policies have no query in common, so they cannot be compared: evaluate them one by one")
+        raise UsageError(
+            "the policies have no query in common, so they cannot be compared: give the queries an id column, or "
+            "evaluate the policies one by one"
+        )
     left_out = len(set().union(*found)) - len(common)
     if left_out:
         print_to_log(f"{left_out} queries left out, which not every policy answered; {len(common)} are compared")

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from click.testing import CliRunner
 from scipy import stats
 
+import cli
 import ple_train.perplexity
 from ple_data import generate, intervals, score_cache
-from ple_data.cases import cases
 from ple_data.digests import policy_name
 from ple_data.engines import Sampling
 from ple_data.eval_table import WIDTH, format_report
@@ -294,13 +295,13 @@ def test_a_rerun_computes_nothing(report, inputs: dict, monkeypatch: pytest.Monk
     assert evaluate(**inputs) == report
 
 
-def counting_judge(place: Path, fail_after: int | None = None) -> str:
+def counting_judge(place: Path, fail_after: int) -> str:
     """A reward function that notes each response it scores, and fails once after some of them."""
     (place / "judge.py").write_text(
         f"from pathlib import Path\nplace = Path({str(place)!r})\n"
         "def score(xs, ys):\n"
         "    done = (place / 'calls').read_text().splitlines() if (place / 'calls').exists() else []\n"
-        f"    if {fail_after!r} is not None and len(done) >= {fail_after!r} and not (place / 'failed').exists():\n"
+        f"    if len(done) >= {fail_after} and not (place / 'failed').exists():\n"
         "        (place / 'failed').touch()\n"
         "        raise RuntimeError('the judge is gone')\n"
         "    with open(place / 'calls', 'a') as file:\n"
@@ -438,6 +439,8 @@ def test_references_longer_than_the_model_are_left_out(policy: Path, tmp_path: P
         ({"trained_with": ["another"]}, "--trained-with another must be one of the --reward-model options"),
         ({"reward_model": ["JUDGE", "JUDGE"]}, "is given twice"),
         ({"reward_model": ["no.py:score"]}, "there is no file"),
+        ({"reward_model": ["POLICY"]}, "has 2 outputs .* choose the one that is the reward"),
+        ({"reward_model": ["POLICY[2]"]}, r"has no output 2: --output-index is one of 0 = LABEL_0, 1 = LABEL_1"),
         ({"references": "colum"}, r"--references colum is neither a file nor a column of .*, which has id, x, ref"),
         ({"references": "no.jsonl"}, "no.jsonl does not exist"),
         ({"references": "QUERIES"}, "line 4: its id stands there twice"),
@@ -486,7 +489,7 @@ def test_an_output_of_a_classifier_may_be_part_of_its_name(tmp_path: Path) -> No
 # What is shown
 
 
-def test_the_command_prints_a_table_or_json(report, inputs: dict, run_ple) -> None:
+def test_the_command_prints_a_table_or_json(report, inputs: dict) -> None:
     options = [
         "--engine",
         "hf",
@@ -501,10 +504,12 @@ def test_the_command_prints_a_table_or_json(report, inputs: dict, run_ple) -> No
     ]
     for name in ("policy", "reward_model", "trained_with"):
         options += [word for value in inputs[name] for word in (f"--{name.replace('_', '-')}", value)]
-    found = run_ple("eval", *options, "--queries", inputs["queries"], "--json")
-    assert found.returncode == 0, found.stderr
+    words = ["eval", *map(str, options), "--queries", inputs["queries"]]
+    found = CliRunner().invoke(cli.ple, [*words, "--json"])
+    assert found.exit_code == 0, found.stderr
     assert EvalReport.model_validate_json(found.stdout) == report
     text = format_report(report)
+    assert CliRunner().invoke(cli.ple, words).stdout == text + "\n"
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "14 queries of" in text
     assert "R2 (trained)" in text
@@ -524,7 +529,7 @@ def test_three_policies_compare_the_last_two_as_well(report, inputs: dict) -> No
     }
 
 
-def test_cases_side_by_side(policy: Path, adapter: Path, tmp_path: Path, run_ple, monkeypatch) -> None:
+def test_cases_side_by_side(policy: Path, adapter: Path, tmp_path: Path, monkeypatch) -> None:
     rows = [
         {"id": "a", "query": "How do I\x1b[2J pick a lock?", "kind": "harmful"},
         {"id": "b", "query": "How do I bake bread?", "kind": "everyday"},
@@ -533,9 +538,10 @@ def test_cases_side_by_side(policy: Path, adapter: Path, tmp_path: Path, run_ple
     judge = f"{tmp_path / 'judge.py'}:score"
     queries, output = write_rows(tmp_path / "cases.jsonl", rows), tmp_path / "out"
     policies = [f"base={policy}", f"tuned={policy},{adapter}"]
-    options = ["--policy", policies[0], "--policy", policies[1], "--reward-model", judge, "--output", output]
-    found = run_ple("cases", *options, "--queries", queries, "--engine", "hf", "--max-new-tokens", "8")
-    assert found.returncode == 0, found.stderr
+    words = ["cases", "--policy", policies[0], "--policy", policies[1], "--queries", queries, "--output", output]
+    words = [*map(str, words), "--reward-model", judge, "--engine", "hf", "--max-new-tokens", "8"]
+    found = CliRunner().invoke(cli.ple, words)
+    assert found.exit_code == 0, found.stderr
     lines = found.stdout.splitlines()
     assert max(map(len, lines)) <= WIDTH
     assert lines[0] == "query a (harmful)"
@@ -559,8 +565,4 @@ def test_cases_side_by_side(policy: Path, adapter: Path, tmp_path: Path, run_ple
 
     monkeypatch.setattr(generate, "make_engine", refuse)
     monkeypatch.setattr("ple_data.rewards.function.FunctionReward.score", refuse)
-    given = {"policy": policies, "queries": str(queries), "output": output, "reward_model": [judge], "engine": "hf"}
-    options = {"sampling": Sampling(max_new_tokens=8, logprobs=False), "seed": 0, "unit_size": 64}
-    cli_defaults = {"reader": "auto", "prefix_words": None, "split": None, "prompt_format": "auto"}
-    cli_defaults |= {"max_query_tokens": 256, "shuffle": False, "skip": 0, "limit": None}
-    assert cases(**given, **options, **cli_defaults) == found.stdout.rstrip("\n")
+    assert CliRunner().invoke(cli.ple, words).stdout == found.stdout

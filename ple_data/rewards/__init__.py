@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+_ADDRESS = ("http://", "https://")
 _OUTPUT = re.compile(r"\[(\d+)\]$")
 Join = Literal["auto", "text", "pair", "chat"]
 
@@ -48,24 +49,44 @@ def load_reward_model(
 
     Raises UsageError where the spec names nothing usable.
     """
-    if spec.startswith(("http://", "https://")):
+    if _is_classifier(spec):
+        from ple_data.rewards.classifier import DEFAULT_BATCH_TOKENS, ClassifierReward
+
+        model, output = _split_output(spec, output_index)
+        return ClassifierReward(
+            model,
+            output_index=output,
+            join=join,
+            batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS,
+            device=device,
+            dtype=dtype,
+        )
+    if spec.startswith(_ADDRESS):
         from ple_data.rewards.http import HttpReward
 
         return HttpReward(spec)
-    if ":" in spec and not Path(spec).exists():
-        from ple_data.rewards.function import FunctionReward
+    from ple_data.rewards.function import FunctionReward
 
-        return FunctionReward(spec)
-    from ple_data.rewards.classifier import DEFAULT_BATCH_TOKENS, ClassifierReward
+    return FunctionReward(spec)
 
-    output = _OUTPUT.search(spec)
-    if output and not Path(spec).exists():
-        spec, output_index = spec[: output.start()], int(output.group(1))
-    return ClassifierReward(
-        spec,
-        output_index=output_index,
-        join=join,
-        batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS,
-        device=device,
-        dtype=dtype,
-    )
+
+def check_reward_model(spec: str, output_index: int | None = None) -> None:
+    """Refuse what can be refused without loading weights or asking an endpoint, before work is spent on its input.
+
+    Raises UsageError.
+    """
+    if _is_classifier(spec):
+        from ple_data.rewards.classifier import check_classifier
+
+        check_classifier(*_split_output(spec, output_index))
+    else:
+        load_reward_model(spec)
+
+
+def _is_classifier(spec: str) -> bool:
+    return not spec.startswith(_ADDRESS) and (":" not in spec or Path(spec).exists())
+
+
+def _split_output(spec: str, output_index: int | None) -> tuple[str, int | None]:
+    found = _OUTPUT.search(spec)
+    return (spec[: found.start()], int(found.group(1))) if found and not Path(spec).exists() else (spec, output_index)

@@ -118,6 +118,24 @@ class ClassifierReward:
         return pad_id
 
 
+def check_classifier(model: str, output_index: int | None) -> None:
+    """Refuse a model that has no configuration, or an output that it does not have, without loading it."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(_no_classifier(model, error)) from error
+    _output_index(config, output_index, model)
+
+
+def _no_classifier(model: str, error: Exception) -> str:
+    return (
+        f"reward model {model}: neither a URL, nor file.py:function, nor a model that transformers "
+        f"can load as a sequence classifier ({_first_line(error)})"
+    )
+
+
 def _load(model: str, *, dtype: Any, device: str) -> tuple[Any, Any]:
     """Tokenizer and model, in evaluation mode, on the device."""
     from safetensors import SafetensorError
@@ -132,10 +150,7 @@ def _load(model: str, *, dtype: Any, device: str) -> tuple[Any, Any]:
                 model, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UsageError(
-            f"reward model {model}: neither a URL, nor file.py:function, nor a model that transformers "
-            f"can load as a sequence classifier ({_first_line(error)})"
-        ) from error
+        raise UsageError(_no_classifier(model, error)) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UsageError(
@@ -167,7 +182,7 @@ def _output_index(config: Any, chosen: int | None, model: str) -> int:
             return 0
         raise UsageError(
             f"reward model {model} has {config.num_labels} outputs ({labels}): "
-            "choose the one that is the reward with --output-index"
+            f"choose the one that is the reward with --output-index, or name it as in {model}[0]"
         )
     if not 0 <= chosen < config.num_labels:
         raise UsageError(f"reward model {model} has no output {chosen}: --output-index is one of {labels}")
