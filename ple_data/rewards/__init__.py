@@ -30,6 +30,24 @@ class RewardModel(Protocol):
         ...
 
 
+def check_reward_model(spec: str, output_index: int | None = None) -> None:
+    """Refuse, without loading a model or running a function, a spec that `load_reward_model` would refuse.
+
+    Raises UsageError. An endpoint is not asked.
+    """
+    if _is_classifier(spec):
+        from ple_data.models import check_model, load_config
+        from ple_data.rewards.classifier import choose_output
+
+        model, output = _split_output(spec, output_index)
+        check_model(model)
+        choose_output(load_config(model), output, model)
+    elif not spec.startswith(_ADDRESS):
+        from ple_data.rewards.function import check_function
+
+        check_function(spec)
+
+
 def load_reward_model(
     spec: str,
     *,
@@ -68,19 +86,6 @@ def load_reward_model(
     from ple_data.rewards.function import FunctionReward
 
     return FunctionReward(spec)
-
-
-def check_reward_model(spec: str, output_index: int | None = None) -> None:
-    """Refuse what can be refused without loading weights or asking an endpoint, before work is spent on its input.
-
-    Raises UsageError.
-    """
-    if _is_classifier(spec):
-        from ple_data.rewards.classifier import check_classifier
-
-        check_classifier(*_split_output(spec, output_index))
-    else:
-        load_reward_model(spec)
 
 
 def _is_classifier(spec: str) -> bool:
