@@ -217,6 +217,53 @@ _query_reading = _all(
     _prompt_format,
     _queries("--max-query-tokens", type=_POSITIVE, default=256, help="Drop longer queries, and count them."),
 )
+_query_options = _all(
+    _query_reading,
+    _queries("--shuffle/--no-shuffle", default=False, help="Take the queries in an order drawn from --seed."),
+    _queries(
+        "--skip",
+        type=_COUNT,
+        default=0,
+        help="Leave out the first N queries; past the end it starts over.",
+    ),
+    _queries("--limit", type=_POSITIVE, help="Take at most N queries."),
+    _queries("--unit-size", type=_POSITIVE, default=64, help="Queries of one unit of work, which is one file."),
+)
+_sampling_options = _all(
+    _sampling("--max-new-tokens", type=_POSITIVE, default=1024, help="Longest response."),
+    _option(
+        "--temperature",
+        section="Sampling",
+        type=click.FloatRange(min=0),
+        default=1.0,
+        help="0 takes the likeliest token.",
+    ),
+    _option(
+        "--top-p", section="Sampling", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Nucleus sampling."
+    ),
+    _sampling("--stop", multiple=True, help="Text that ends a response; may be repeated."),
+)
+_engine_options = _all(
+    _option(
+        "--engine",
+        section="Engine",
+        type=click.Choice(["vllm", "hf"]),
+        help="Default: vllm where it is installed, else hf.",
+    ),
+    _engine(
+        "--engine-arg",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Pass an option to the engine, e.g. tensor_parallel_size=2; may be repeated.",
+    ),
+    _option(
+        "--dtype",
+        section="Engine",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        help="Number type of the weights.",
+    ),
+)
 _REWARD_OPTIONS = ("output_index", "join", "batch_tokens", "reward_device", "reward_dtype")
 _reward_options = _all(
     _judging("--output-index", type=_COUNT, help="Which output of a classifier is the reward."),
@@ -334,25 +381,9 @@ def ple() -> None:
 @_round
 @_seed
 @_option("--dry-run", is_flag=True, help="Show one rendered prompt of each arm with its token ids; sample nothing.")
-@_query_reading
-@_queries("--shuffle/--no-shuffle", default=False, help="Take the queries in an order drawn from --seed.")
-@_queries(
-    "--skip",
-    type=_COUNT,
-    default=0,
-    help="Leave out the first N queries; past the end it starts over.",
-)
-@_queries("--limit", type=_POSITIVE, help="Take at most N queries.")
-@_queries("--unit-size", type=_POSITIVE, default=64, help="Queries of one unit of work, which is one file.")
+@_query_options
 @_sampling("--samples", type=_POSITIVE, default=1, help="Pairs of responses a query.")
-@_sampling("--max-new-tokens", type=_POSITIVE, default=1024, help="Longest response.")
-@_option(
-    "--temperature", section="Sampling", type=click.FloatRange(min=0), default=1.0, help="0 takes the likeliest token."
-)
-@_option(
-    "--top-p", section="Sampling", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Nucleus sampling."
-)
-@_sampling("--stop", multiple=True, help="Text that ends a response; may be repeated.")
+@_sampling_options
 @_option(
     "--logprobs/--no-logprobs", section="Sampling", default=True, help="Keep the log-probability of each sampled token."
 )
@@ -362,25 +393,7 @@ def ple() -> None:
     multiple=True,
     help="Take rows of this DATA where policy, query, principle and sampling match; may be repeated.",
 )
-@_option(
-    "--engine",
-    section="Engine",
-    type=click.Choice(["vllm", "hf"]),
-    help="Default: vllm where it is installed, else hf.",
-)
-@_engine(
-    "--engine-arg",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Pass an option to the engine, e.g. tensor_parallel_size=2; may be repeated.",
-)
-@_option(
-    "--dtype",
-    section="Engine",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    help="Number type of the weights.",
-)
+@_engine_options
 @_reward_options
 def gen(reward_model: str | None, **options: Any) -> None:
     """Sample a plain and a principle-guided response to every query, and keep them in DATA.
@@ -392,23 +405,32 @@ def gen(reward_model: str | None, **options: Any) -> None:
     Example:
       ple-gen --model Qwen/Qwen2.5-7B --queries hh.jsonl --principles hh --data data --round 0
     """
-    from ple_data.engines import Sampling, parse_engine_args
     from ple_data.generate import generate
     from ple_data.rewards import check_reward_model
 
-    sampling = Sampling(
-        **{name: options.pop(name) for name in ("max_new_tokens", "temperature", "top_p", "logprobs")},
-        stop=options.pop("stop"),
-    )
-    rewards = {name: options.pop(name) for name in _REWARD_OPTIONS}
+    rewards = _reward_keywords(options)
     if reward_model is not None:
         check_reward_model(reward_model, rewards["output_index"])
-    engine_args = parse_engine_args(options.pop("engine_arg"))
-    summary = generate(**options, sampling=sampling, engine_args=engine_args)
+    summary = generate(**_parsed(options))
     if summary.dry_run is not None:
         click.echo(summary.dry_run)
     elif reward_model is not None:
         _score(options["data"], reward_model, options["round"], None, rewards)
+
+
+def _parsed(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a sampling command as generate() takes them."""
+    from ple_data.engines import Sampling, parse_engine_args
+
+    chosen = {name: options.pop(name) for name in ("max_new_tokens", "temperature", "top_p", "stop")}
+    sampling = Sampling(**chosen, logprobs=options.pop("logprobs", False))
+    engine_args = parse_engine_args(options.pop("engine_arg"))
+    return {**options, "sampling": sampling, "engine_args": engine_args}
+
+
+def _reward_keywords(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a scoring command as load_reward_model() takes them; they are removed from `options`."""
+    return {name.removeprefix("reward_"): options.pop(name) for name in _REWARD_OPTIONS}
 
 
 @_command("ple-score")
@@ -416,19 +438,20 @@ def gen(reward_model: str | None, **options: Any) -> None:
 @_option(
     "--reward-model",
     required=True,
-    help="Classifier (directory or hub id), file.py:function, module:function, or http(s)://address.",
+    help="Classifier (directory or hub id; MODEL[1] for one of its outputs), file.py:function, module:function, "
+    "or http(s)://address.",
 )
 @_option("--round", type=_COUNT, help="Score this round only.")
 @_option("--output", type=_PATH, help="Write the pairs to another DATA, so that two reward models stay apart.")
 @_reward_options
-def score(data: Path, reward_model: str, round: int | None, output: Path | None, **rewards: Any) -> None:
+def score(data: Path, reward_model: str, round: int | None, output: Path | None, **options: Any) -> None:
     """Score responses with a reward model: responses become pairs. Nothing is sampled.
 
     \b
     Example:
       ple-score --data data --reward-model weqweasdas/RM-Mistral-7B
     """
-    _score(data, reward_model, round, output, rewards)
+    _score(data, reward_model, round, output, _reward_keywords(options))
 
 
 def _score(data: Path, reward_model: str, round: int | None, output: Path | None, rewards: dict[str, Any]) -> None:
@@ -436,7 +459,7 @@ def _score(data: Path, reward_model: str, round: int | None, output: Path | None
     from ple_data.score import score
     from ple_data.store import Store
 
-    loaded = load_reward_model(reward_model, **{name.removeprefix("reward_"): value for name, value in rewards.items()})
+    loaded = load_reward_model(reward_model, **rewards)
     score(Store(data), loaded, round=round, output=Store(output) if output else None)
 
 
@@ -776,6 +799,90 @@ def verify(data: Path) -> None:
     _say(f"{data}: whole")
 
 
+_policies = _option(
+    "--policy",
+    multiple=True,
+    required=True,
+    metavar="NAME=MODEL[,ADAPTER]",
+    help="A policy and its name in the tables; may be repeated. A hub id may end with @ and a revision.",
+)
+_reward_models = _judging(
+    "--reward-model",
+    multiple=True,
+    help="Classifier (one of its outputs: MODEL[1]), file.py:function, module:function or http(s)://address; "
+    "may be repeated.",
+)
+
+
+@_command("eval")
+@_policies
+@_option("--queries", help="Queries to sample responses to: Parquet, JSONL, JSON, CSV or a hub dataset id.")
+@_option(
+    "--data", type=_PATH, multiple=True, help="Take each policy's plain responses from this DATA; may be repeated."
+)
+@_option("--round", type=_COUNT, help="Take those of this round only.")
+@_option("--output", type=_PATH, required=True, help="Folder of the results, and of all that is kept for a rerun.")
+@_seed
+@_option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+@_option(
+    "--references",
+    help="File with id and reference, or a column of the queries; else what the reader finds beside a query.",
+)
+@_query_options
+@_sampling("--samples", type=_POSITIVE, default=1, help="Responses a query.")
+@_sampling_options
+@_engine_options
+@_reward_models
+@_judging(
+    "--trained-with", multiple=True, help="The --reward-model that trained a policy: it is marked; may be repeated."
+)
+@_reward_options
+@_machine(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bf16"]),
+    default="auto",
+    help="Number type of the perplexity; auto: bf16 on a GPU, float32 elsewhere.",
+)
+def evaluate(as_json: bool, **options: Any) -> None:
+    """Compare policies on the same queries: rewards, perplexity, BLEU, length, distinct words, with 95 % intervals.
+
+    The first policy is what the others are compared with. Nothing is sampled or scored twice: run the same command
+    after any crash, or with more policies and reward models.
+
+    \b
+    Example:
+      ple eval --policy sft=run/sft --policy ple=run/sft,run/policy/round=004 --queries unseen.jsonl \\
+          --reward-model run/reward --trained-with run/reward --reward-model judge.py:score --output eval
+    """
+    from ple_data.eval_table import format_report
+    from ple_train.evaluate import evaluate as measure
+
+    report = measure(reward_options=_reward_keywords(options), **_parsed(options))
+    click.echo(report.to_json().rstrip() if as_json else format_report(report))
+
+
+@_command("cases")
+@_policies
+@_option("--queries", required=True, help="Rows with query, x or prompt, and id and kind where there are any.")
+@_option("--output", type=_PATH, required=True, help="Folder of cases.parquet, and of all that is kept for a rerun.")
+@_seed
+@_query_options
+@_sampling_options
+@_engine_options
+@_reward_models
+@_reward_options
+def cases(**options: Any) -> None:
+    """Answer harmful and everyday queries with several policies and show the answers side by side.
+
+    \b
+    Example:
+      ple cases --policy sft=run/sft --policy ple=run/sft,run/policy/round=004 --queries cases.jsonl --output cases
+    """
+    from ple_data.cases import cases as answer
+
+    click.echo(answer(reward_options=_reward_keywords(options), **_parsed(options)))
+
+
 @_command("demo")
 @_option("--output", type=_PATH, default=Path("demo"), help="Folder of everything that the demo makes.")
 @_option("--rounds", type=_POSITIVE, default=4, help="Rounds of PLE.")
@@ -799,6 +906,8 @@ _commands: dict[str, click.Command] = {
     "train": train,
     "sft": sft,
     "reward": reward,
+    "eval": evaluate,
+    "cases": cases,
     "baseline": baseline,
     "inspect": inspect,
     "export": export,

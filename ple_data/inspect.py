@@ -13,7 +13,7 @@ import polars as pl
 
 from ple_data.partition import QUANTILES, own_tau, partition, round_statistics, warnings
 from ple_data.store import Store, collect
-from ple_data.textwidth import beside, printable, shorten, wrap
+from ple_data.textwidth import beside, clipped, printable, shorten, shown
 from schemas import tables
 from schemas.errors import UsageError
 
@@ -51,7 +51,7 @@ def summary(
 ) -> dict[str, Any]:
     """What `inspect` shows, as JSON values."""
     store = Store(data)
-    shards = {kind: store.shards(kind) for kind in tables.SCHEMAS}
+    shards = {kind: store.shards(kind) for kind in tables.STORED}
     if not any(shards.values()):
         raise UsageError(f"{data}: no committed rows: run ple-gen first, or check the path")
     counts = [
@@ -164,7 +164,7 @@ def _count_lines(counts: list[dict[str, Any]]) -> list[str]:
     by_round: dict[int, dict[str, int]] = {}
     for count in counts:
         by_round.setdefault(count["round"], {})[count["kind"]] = count["rows"]
-    kinds = [kind for kind in tables.SCHEMAS if any(count["kind"] == kind for count in counts)]
+    kinds = [kind for kind in tables.STORED if any(count["kind"] == kind for count in counts)]
     rows = [[t, *[by_round[t].get(kind, 0) for kind in kinds]] for t in sorted(by_round)]
     return table(["round", *kinds], rows)
 
@@ -199,25 +199,17 @@ def _pair_lines(row: dict[str, Any]) -> list[str]:
         f"{arm}: {name} = {row[name]:.4g}, {row[f'len_{arm}']} tokens, {row[f'{arm}_finish']}"
         for arm, name in (("y", "s"), ("y_prompt", "s_prompt"))
     ]
+    arms = [
+        [title, *clipped(shown(row[arm]), half, _TEXT_LINES)]
+        for title, arm in zip(titles, ("y", "y_prompt"), strict=True)
+    ]
     return [
         shorten(f"query {printable(row['query_id'])}, round {row['round']}, sample {row['sample']}", WIDTH),
         f"margin {row['margin']:.4g} {sign} tau {row['tau']:.4g}: {row['set']}, "
         f"c = {row['c']:.4g}, c_prompt = {row['c_prompt']:.4g}",
-        *_clipped(f"x: {printable(row['x'])}", WIDTH),
-        *beside([titles[0], *_clipped(_shown(row["y"]), half)], [titles[1], *_clipped(_shown(row["y_prompt"]), half)],
-                half),
-    ]  # fmt: skip
-
-
-def _shown(text: str) -> str:
-    return printable(text) if text.strip() else f"(empty: {text!r})"
-
-
-def _clipped(text: str, width: int) -> list[str]:
-    lines = wrap(text, width)
-    if len(lines) <= _TEXT_LINES:
-        return lines
-    return [*lines[: _TEXT_LINES - 1], f"... ({len(lines) - _TEXT_LINES + 1} more lines)"]
+        *clipped(f"x: {printable(row['x'])}", WIDTH, _TEXT_LINES),
+        *beside(arms[0], arms[1], half),
+    ]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:

@@ -5,6 +5,7 @@ Knows nothing of what the text is about.
 """
 
 import unicodedata
+from collections.abc import Sequence
 from itertools import zip_longest
 
 
@@ -48,6 +49,17 @@ def _pieces(word: str, width: int) -> list[str]:
     return pieces
 
 
+def shown(text: str) -> str:
+    """The text as `printable` gives it; white space alone is said to be empty."""
+    return printable(text) if text.strip() else f"(empty: {text!r})"
+
+
+def clipped(text: str, width: int, most: int) -> list[str]:
+    """The text's wrapped lines, or the first of them and how many more there are, `most` in all."""
+    lines = wrap(text, width)
+    return lines if len(lines) <= most else [*lines[: most - 1], f"... ({len(lines) - most + 1} more lines)"]
+
+
 def shorten(text: str, width: int) -> str:
     """The text, or its beginning and an ellipsis, in at most `width` columns."""
     return text if display_width(text) <= width else _pieces(text, width - 3)[0] + "..."
@@ -55,4 +67,12 @@ def shorten(text: str, width: int) -> str:
 
 def beside(left: list[str], right: list[str], width: int) -> list[str]:
     """Two columns of lines of at most `width` columns each, with a bar between them."""
-    return [f"{a}{' ' * (width - display_width(a))} | {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
+    return side_by_side([left, right], width)
+
+
+def side_by_side(columns: Sequence[list[str]], width: int) -> list[str]:
+    """Columns of lines of at most `width` columns each, with bars between them."""
+    return [
+        " | ".join(cell + " " * (width - display_width(cell)) for cell in cells).rstrip()
+        for cells in zip_longest(*columns, fillvalue="")
+    ]

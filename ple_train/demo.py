@@ -11,14 +11,15 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ple_data.intervals import bootstrap_mean
 from ple_train import toyworld
 from ple_train.child import run_child
-from ple_train.evaluate import Interval, bootstrap_mean, perplexity, sample_responses
 from ple_train.rounds import find_program, refuse_failure
+from schemas.reports import Estimate
 
 SEED = 0
 TAU0, ALPHA = 0.2, 0.9
@@ -117,8 +118,8 @@ class Measure:
     """One policy on the unseen queries and reviews. Rewards are by the reward model, polarity by the grammar."""
 
     policy: str
-    reward: Interval
-    polarity: Interval
+    reward: Estimate
+    polarity: Estimate
     grammatical: float
     perplexity: float
 
@@ -126,6 +127,8 @@ class Measure:
 def _measured(output: Path, t: int) -> Measure:
     """The policy after round t (-1: the start policy), measured once and kept in a file."""
     from ple_data.rewards import load_reward_model
+    from ple_train.perplexity import perplexity
+    from ple_train.sample import sample_responses
     from schemas.files import write_atomic
 
     name = "start" if t < 0 else f"round={t:03d}"
@@ -148,13 +151,13 @@ def _measured(output: Path, t: int) -> Measure:
         perplexity(start, output / "data" / "held-out.jsonl", adapter=adapter),
     )
     cache.parent.mkdir(exist_ok=True)
-    write_atomic(cache, json.dumps(asdict(measure), indent=1))
+    write_atomic(cache, json.dumps(vars(measure), indent=1, default=Estimate.model_dump))
     return measure
 
 
 def _from_json(text: str) -> Measure:
     values = json.loads(text)
-    return Measure(**values | {name: Interval(**values[name]) for name in ("reward", "polarity")})
+    return Measure(**values | {name: Estimate(**values[name]) for name in ("reward", "polarity")})
 
 
 def _accuracy(output: Path) -> float:

@@ -1,121 +1,197 @@
-"""Measures a policy: responses to queries, means with a bootstrap interval, perplexity on reference rows.
+"""`ple eval`: several policies on the same queries, in rewards, perplexity, BLEU, length and distinct words.
 
-It never trains and never writes a file.
+Answers, rewards and likelihoods are kept in the output directory as they come, so that a rerun computes what is
+missing and no more. Every number has a 95 % interval over queries. Never trains.
 """
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-BATCH = 64
+from ple_data.answers import Answers, sample_answers, stored_answers
+from ple_data.metrics import Mean, Metric, Perplexity, bleu, distinct
+from ple_data.parquet import save_rows
+from ple_data.policies import parse_policies
+from ple_data.references import find_references
+from ple_data.scored import check_reward_models, score_answers
+from ple_train.log import print_to_log
+from ple_train.perplexity import score_references
+from schemas.errors import UsageError
+from schemas.files import write_atomic
+from schemas.reports import Comparison, EvalReport, PolicyResult, RewardModelUse
+from schemas.tables import EVALUATION
+
+RESULT, TABLE = "eval.json", "eval.parquet"
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean and its bootstrap interval."""
+class _Measured:
+    """One policy's answers to the queries that all policies answered, and its likelihoods of their references."""
 
-    mean: float
-    low: float
-    high: float
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+    answers: Answers
+    rows: list[list[dict[str, Any]]]  # [queries][samples]
+    likelihoods: dict[str, tuple[float, int]]
 
 
-def bootstrap_mean(
-    values: Sequence[float], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """The mean of `values` and its percentile bootstrap interval (Efron 1979)."""
-    sample = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = [generator.choice(sample, len(sample)).mean() for _ in range(resamples)]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(sample.mean()), float(low), float(high), len(sample))
-
-
-def sample_responses(
-    model: str,
-    queries: Sequence[str],
+def evaluate(
     *,
-    adapter: str | None = None,
-    revision: str | None = None,
-    principle: str | None = None,
-    engine: str | None = None,
-    max_new_tokens: int = 1024,
+    policy: Sequence[str],
+    output: Path,
+    queries: str | None = None,
+    data: Sequence[Path] = (),
+    round: int | None = None,
+    reward_model: Sequence[str] = (),
+    trained_with: Sequence[str] = (),
+    references: str | None = None,
     seed: int = 0,
-) -> list[str]:
-    """One response to each query, in order, given x alone or [p, x] with a principle's name or file.
+    precision: str = "auto",
+    reward_options: Mapping[str, Any] | None = None,
+    **generation: Any,
+) -> EvalReport:
+    """Measure each policy (`NAME=MODEL[,ADAPTER]`) and its difference from the first; write eval.json and eval.parquet.
 
-    A query's response depends on the seed and its place in the list, so that two policies are compared draw by draw.
+    Answers are sampled to `queries` (`generation`: what `ple_data.generate.generate` takes beside the policy, `data`,
+    `principles` and `round`), or are the rows of each policy in the stores `data`. `trained_with`: those of
+    `reward_model` that trained a policy. Raises UsageError for anything wrong with the input.
     """
-    from ple_data.engines import EngineSpec, Request, Sampling, choose_engine, make_engine
-    from ple_data.models import check_adapter, check_model, end_ids, load_tokenizer
-    from ple_data.principles import load_principle, render
-
-    check_model(model)
-    tokenizer = load_tokenizer(model, revision, note=_log)
-    guide = load_principle(principle) if principle else None
-    requests = [
-        Request(
-            index,
-            tuple(render(tokenizer, x, guide)),
-            int(np.random.SeedSequence([seed, index]).generate_state(1)[0]),
-        )
-        for index, x in enumerate(queries)
+    if (queries is None) == (not data):
+        raise UsageError("give either --queries, to sample responses, or --data, to take those of a store")
+    if round is not None and not data:
+        raise UsageError("--round is for --data; responses to --queries have no round")
+    for spec in trained_with:
+        if spec not in reward_model:
+            raise UsageError(f"--trained-with {spec} must be one of the --reward-model options, word for word")
+    policies = parse_policies(policy)
+    check_reward_models(reward_model, reward_options or {})
+    asked = {**generation, "queries": queries, "seed": seed} if queries is not None else {}
+    answers = sample_answers(policies, output, asked) if asked else stored_answers(policies, data, round)
+    rows = _common_rows(answers)
+    known = find_references(references, asked, answers)
+    measured = [
+        _Measured(each, own, score_references(each, _of(own, known), output, precision))
+        for each, own in zip(answers, rows, strict=True)
     ]
-    units = [requests[first : first + BATCH] for first in range(0, len(requests), BATCH)]
-    longest = max(len(request.prompt_ids) for request in requests)
-    spec = EngineSpec(
-        model,
-        revision,
-        check_adapter(adapter, model) if adapter else None,
-        tokenizer,
-        end_ids(model, tokenizer, revision),
-        longest + max_new_tokens,
+    shown = [
+        Answers(each.policy, [row for query in own for row in query]) for each, own in zip(answers, rows, strict=True)
+    ]
+    names = score_answers(shown, reward_model, output, reward_options or {})
+    uses = [RewardModelUse(name=n, trained=s in trained_with) for n, s in zip(names, reward_model, strict=True)]
+    metrics, signature = _metrics(measured, known, uses)
+    _note_unequal_tokens(measured)
+    report = EvalReport(
+        queries=queries or ", ".join(map(str, data)),
+        seed=seed,
+        reward_models=uses,
+        bleu_signature=signature,
+        policies=[
+            PolicyResult(
+                label=each.policy.label,
+                policy=each.policy.name,
+                metrics={name: metric.estimate(seed) for name, metric in own.items()},
+            )
+            for each, own in zip(answers, metrics, strict=True)
+        ],
+        comparisons=_comparisons([p.label for p in policies], metrics, seed),
     )
-    sampler = make_engine(choose_engine(engine), spec, {})
-    try:
-        sampling = Sampling(max_new_tokens=max_new_tokens, logprobs=False)
-        texts = {request.key: completion.text for request, completion in sampler.sample(iter(units), sampling)}
-    finally:
-        sampler.close()
-    return [texts[index] for index in range(len(queries))]
+    _save(output, report, measured, known)
+    return report
 
 
-def perplexity(
-    model: str,
-    data: Path,
-    *,
-    adapter: str | None = None,
-    revision: str | None = None,
-    batch_tokens: int = 8192,
-) -> float:
-    """Perplexity of the responses in a file of (x, y) rows: exp of the mean negative log-probability of a token."""
-    import torch
-
-    from ple_data.models import load_tokenizer
-    from ple_train.batches import micro_batches
-    from ple_train.policy import load_policy
-    from ple_train.sft import read_sequences
-
-    sequences = read_sequences(data, load_tokenizer(model, revision, note=_log), max_length=None)
-    policy = load_policy(model, adapter=adapter, revision=revision).eval()
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for batch in micro_batches(sequences, 1, batch_tokens, 1, 0):
-            logps = policy(policy.collate(batch.sequences, policy.device))
-            total += logps.double().sum().item()
-            count += logps.numel()
-    return math.exp(-total / count)
+def _common_rows(answers: Sequence[Answers]) -> list[list[list[dict[str, Any]]]]:
+    """[policies][queries][samples]: the rows of the queries that every policy answered, in the first one's order."""
+    found = [each.by_query() for each in answers]
+    common = [query for query in found[0] if all(query in other for other in found)]
+    if not common:
+        raise UsageError(
+            "the policies have no query in common, so they cannot be compared: give the queries an id column, or "
+            "evaluate the policies one by one"
+        )
+    left_out = len(set().union(*found)) - len(common)
+    if left_out:
+        print_to_log(f"{left_out} queries left out, which not every policy answered; {len(common)} are compared")
+    return [[own[query] for query in common] for own in found]
 
 
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _of(rows: list[list[dict[str, Any]]], known: Mapping[str, str]) -> dict[str, str]:
+    """The references of the queries that are compared."""
+    ids = (query[0]["query_id"] for query in rows)
+    return {id: known[id] for id in ids if id in known}
+
+
+def _metrics(
+    measured: Sequence[_Measured], known: Mapping[str, str], uses: Sequence[RewardModelUse]
+) -> tuple[list[dict[str, Metric]], str | None]:
+    """By policy: its metrics by name, the rewards of models that trained none first. And BLEU's signature."""
+    found: list[dict[str, Metric]] = []
+    signature = None
+    scored = [id for id in measured[0].likelihoods if all(id in each.likelihoods for each in measured)]
+    order = sorted(range(len(uses)), key=lambda at: uses[at].trained)
+    for each in measured:
+        own: dict[str, Metric] = {
+            f"reward:{uses[at].name}": _mean(each.rows, lambda r, at=at: r["rewards"][at]) for at in order
+        }
+        if scored:
+            own["perplexity"] = Perplexity(np.array([each.likelihoods[id] for id in scored], dtype=np.float64))
+        texts = [[row["y"] for row in query] for query in each.rows]
+        answered = [
+            (ys, known[query[0]["query_id"]])
+            for ys, query in zip(texts, each.rows, strict=True)
+            if query[0]["query_id"] in known
+        ]
+        if answered:
+            own["bleu"], signature = bleu([ys for ys, _ in answered], [reference for _, reference in answered])
+        own["length"] = _mean(each.rows, lambda row: row["tokens"])
+        own["truncated"] = _mean(each.rows, lambda row: row["finish"] == "length")
+        own |= {f"distinct_{n}": distinct(texts, n) for n in (1, 2)}
+        found.append(own)
+    return found, signature
+
+
+def _mean(rows: list[list[dict[str, Any]]], value: Any) -> Mean:
+    return Mean(np.array([[sum(map(value, query)), len(query)] for query in rows], dtype=np.float64))
+
+
+def _comparisons(labels: Sequence[str], metrics: Sequence[Mapping[str, Metric]], seed: int) -> list[Comparison]:
+    """Every policy less the first, and the last less the one before it."""
+    pairs = [(at, 0) for at in range(1, len(labels))]
+    if len(labels) > 2:
+        pairs.append((len(labels) - 1, len(labels) - 2))
+    return [
+        Comparison(
+            label=labels[at], baseline=labels[base], metric=name, difference=metric.less(metrics[base][name], seed)
+        )
+        for at, base in pairs
+        for name, metric in metrics[at].items()
+    ]
+
+
+def _note_unequal_tokens(measured: Sequence[_Measured]) -> None:
+    first = measured[0].likelihoods
+    for each in measured[1:]:
+        if any(tokens != first[id][1] for id, (_, tokens) in each.likelihoods.items() if id in first):
+            print_to_log(
+                f"note: {each.answers.policy.label} and {measured[0].answers.policy.label} split the references into "
+                "different tokens: their perplexities and lengths are not comparable"
+            )
+
+
+def _save(output: Path, report: EvalReport, measured: Sequence[_Measured], known: Mapping[str, str]) -> None:
+    nothing = (None, None)
+    rows = [
+        {name: row[name] for name in EVALUATION.names if name in row}
+        | {"label": each.answers.policy.label, "policy": each.answers.policy.name}
+        | {"reference": known.get(row["query_id"])}
+        | dict(zip(("reference_nll", "reference_tokens"), each.likelihoods.get(row["query_id"], nothing), strict=True))
+        for each in measured
+        for query in each.rows
+        for row in query
+    ]
+    reward_models = [use.model_dump() for use in report.reward_models]
+    provenance = {"queries": report.queries, "seed": report.seed, "reward_models": reward_models}
+    save_rows(output / TABLE, "evaluation", rows, provenance)
+    write_atomic(output / RESULT, report.to_json())

@@ -2,8 +2,9 @@
 
 One row of `responses` or `pairs` is one (query, round, sample) with both arms: `y`, sampled given x, and
 `y_prompt`, sampled given [p, x]. `pairs` adds the rewards. A row of `answers` has the plain arm alone: what
-evaluation samples. The file's key-value metadata holds, under
-`ple`, one JSON object with `kind`, `version`, `round`, `unit` and where the rows come from.
+evaluation samples. These three make up a store (`STORED`). `evaluation` and `cases` are the results of `ple eval`
+and `ple cases`, a row a response, and `scores` is what they keep so that nothing is computed twice. The file's
+key-value metadata holds, under `ple`, one JSON object with `kind`, `version` and where the rows come from.
 
 A column that came after version 1 is nullable and carries the version it came with in its field metadata
 (`since`); in older files it reads as null. This room reads tables and never writes one.
@@ -68,8 +69,44 @@ PAIRS = pa.schema(
 _GUIDED = {"y_prompt", "y_prompt_ids", "y_prompt_finish", "y_prompt_empty", "y_prompt_logps", "principle"}
 ANSWERS = pa.schema([field.remove_metadata() for field in RESPONSES if field.name not in _GUIDED])
 
-SCHEMAS: dict[str, pa.Schema] = {"responses": RESPONSES, "pairs": PAIRS, "answers": ANSWERS}
-VERSIONS: dict[str, int] = {"responses": 2, "pairs": 2, "answers": 1}
+_ANSWER = [
+    _required("label", pa.string()),  # the policy's name on the command line
+    _required("policy", pa.string()),  # its name with digests, as in a store
+    _required("query_id", pa.string()),
+    _required("sample", pa.int32()),
+    _required("x", pa.string()),
+    _required("y", pa.string()),
+    _required("tokens", pa.int32()),  # of y, the end-of-sequence token counted
+    _required("finish", pa.string()),  # "stop" or "length"
+    _required("rewards", pa.list_(pa.float64())),  # in the order of `reward_models` in the file's metadata
+]
+EVALUATION = pa.schema(
+    [
+        *_ANSWER,
+        pa.field("reference", pa.string()),
+        pa.field("reference_nll", pa.float64()),  # - log pi(reference|x) in nats, summed over its tokens
+        pa.field("reference_tokens", pa.int32()),
+    ]
+)
+CASES = pa.schema([*_ANSWER, pa.field("kind", pa.string())])  # kind of query, such as harmful
+SCORES = pa.schema(
+    [
+        _required("key", pa.string()),  # digest of the texts or token ids that were scored
+        _required("value", pa.float64()),  # a reward, or a sum of negative log-probabilities in nats
+        pa.field("tokens", pa.int32()),  # that the sum is over; null for a reward
+    ]
+)
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "responses": RESPONSES,
+    "pairs": PAIRS,
+    "answers": ANSWERS,
+    "evaluation": EVALUATION,
+    "cases": CASES,
+    "scores": SCORES,
+}
+STORED = ("responses", "pairs", "answers")
+VERSIONS: dict[str, int] = {"responses": 2, "pairs": 2, "answers": 1, "evaluation": 1, "cases": 1, "scores": 1}
 KEY = ["query_id", "round", "sample"]
 FINISH_REASONS = ["stop", "length"]
 _NAMED = 5  # rows that a message names

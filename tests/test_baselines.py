@@ -434,7 +434,7 @@ def letters(tmp_path) -> str:
 
 
 def test_ppo_samples_to_its_budget_and_writes_an_adapter(policy, queries, letters, tmp_path, capsys):
-    from ple_train.evaluate import sample_responses
+    from ple_train.sample import sample_responses
 
     output = tmp_path / "ppo"
     options = {"model": str(policy), "queries": str(queries), "reward_model": letters, "sampled_tokens": 40}

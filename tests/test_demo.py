@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ple_data.intervals import bootstrap_mean
 from ple_train import demo, toyworld
-from ple_train.evaluate import bootstrap_mean, perplexity, sample_responses
+from ple_train.perplexity import perplexity
+from ple_train.sample import sample_responses
 
 
 def test_grammar_judges_its_own_reviews() -> None:
@@ -36,11 +38,11 @@ def test_world_is_balanced_and_a_function_of_its_seed() -> None:
 
 
 def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
-    """90 % intervals of 60 normal draws, 300 times: 0.9 +- 4 standard deviations of a binomial share."""
+    """95 % intervals of 60 normal draws, 300 times: 0.95 +- 4 standard deviations of a binomial share."""
     generator = np.random.default_rng(0)
-    intervals = [bootstrap_mean(generator.normal(2, 1, 60), confidence=0.9, resamples=200) for _ in range(300)]
+    intervals = [bootstrap_mean(generator.normal(2, 1, 60)) for _ in range(300)]
     share = np.mean([interval.low <= 2 <= interval.high for interval in intervals])
-    assert abs(share - 0.9) < 4 * np.sqrt(0.9 * 0.1 / 300)
+    assert abs(share - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 300)
     assert bootstrap_mean([1.0, 1.0]) == bootstrap_mean([1.0, 1.0], seed=1)
     assert str(bootstrap_mean([1.0, 1.0])) == "1.00 [1.00, 1.00]"
 

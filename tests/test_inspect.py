@@ -112,7 +112,7 @@ def test_only_responses(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(UsageError, match="no committed responses or pairs: run ple-gen first"):
+    with pytest.raises(UsageError, match="no committed rows: run ple-gen first"):
         inspect(tmp_path / "no")
 
 

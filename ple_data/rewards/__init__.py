@@ -3,10 +3,13 @@
 A reward model sees x and y and never the principle. Nothing here samples, trains or writes a file.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+_ADDRESS = ("http://", "https://")
+_OUTPUT = re.compile(r"\[(\d+)\]$")
 Join = Literal["auto", "text", "pair", "chat"]
 
 
@@ -32,18 +35,17 @@ def check_reward_model(spec: str, output_index: int | None = None) -> None:
 
     Raises UsageError. An endpoint is not asked.
     """
-    if spec.startswith(("http://", "https://")):
-        return
-    if ":" in spec and not Path(spec).exists():
+    if _is_classifier(spec):
+        from ple_data.models import check_model, load_config
+        from ple_data.rewards.classifier import choose_output
+
+        model, output = _split_output(spec, output_index)
+        check_model(model)
+        choose_output(load_config(model), output, model)
+    elif not spec.startswith(_ADDRESS):
         from ple_data.rewards.function import check_function
 
         check_function(spec)
-        return
-    from ple_data.models import check_model, load_config
-    from ple_data.rewards.classifier import choose_output
-
-    check_model(spec)
-    choose_output(load_config(spec), output_index, spec)
 
 
 def load_reward_model(
@@ -59,27 +61,37 @@ def load_reward_model(
 
     - `http://...` or `https://...`: an endpoint (ple_data/rewards/http.py);
     - `file.py:function` or `module:function`: a Python function (ple_data/rewards/function.py);
-    - a directory or a hub id: a sequence classifier (ple_data/rewards/classifier.py). Only this kind uses
-      the options: the output that is the reward, how x and y are joined, the token budget of a batch
-      (padding counted), the device and the number type.
+    - a directory or a hub id: a sequence classifier (ple_data/rewards/classifier.py), whose output that is the
+      reward may be named as in `sentiment[1]`. Only this kind uses the options: the output for a spec that names
+      none, how x and y are joined, the token budget of a batch (padding counted), the device and the number type.
 
     Raises UsageError where the spec names nothing usable.
     """
-    if spec.startswith(("http://", "https://")):
+    if _is_classifier(spec):
+        from ple_data.rewards.classifier import DEFAULT_BATCH_TOKENS, ClassifierReward
+
+        model, output = _split_output(spec, output_index)
+        return ClassifierReward(
+            model,
+            output_index=output,
+            join=join,
+            batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS,
+            device=device,
+            dtype=dtype,
+        )
+    if spec.startswith(_ADDRESS):
         from ple_data.rewards.http import HttpReward
 
         return HttpReward(spec)
-    if ":" in spec and not Path(spec).exists():
-        from ple_data.rewards.function import FunctionReward
+    from ple_data.rewards.function import FunctionReward
 
-        return FunctionReward(spec)
-    from ple_data.rewards.classifier import DEFAULT_BATCH_TOKENS, ClassifierReward
+    return FunctionReward(spec)
 
-    return ClassifierReward(
-        spec,
-        output_index=output_index,
-        join=join,
-        batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS,
-        device=device,
-        dtype=dtype,
-    )
+
+def _is_classifier(spec: str) -> bool:
+    return not spec.startswith(_ADDRESS) and (":" not in spec or Path(spec).exists())
+
+
+def _split_output(spec: str, output_index: int | None) -> tuple[str, int | None]:
+    found = _OUTPUT.search(spec)
+    return (spec[: found.start()], int(found.group(1))) if found and not Path(spec).exists() else (spec, output_index)

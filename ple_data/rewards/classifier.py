@@ -168,7 +168,7 @@ def choose_output(config: Any, chosen: int | None, model: str) -> int:
             return 0
         raise UsageError(
             f"reward model {model} has {config.num_labels} outputs ({labels}): "
-            "choose the one that is the reward with --output-index"
+            f"choose the one that is the reward with --output-index, or name it as in {model}[0]"
         )
     if not 0 <= chosen < config.num_labels:
         raise UsageError(f"reward model {model} has no output {chosen}: --output-index is one of {labels}")
