@@ -51,7 +51,7 @@ def summary(
 ) -> dict[str, Any]:
     """What `inspect` shows, as JSON values."""
     store = Store(data)
-    shards = {kind: store.shards(kind) for kind in tables.SCHEMAS}
+    shards = {kind: store.shards(kind) for kind in tables.STORED}
     if not any(shards.values()):
         raise UsageError(f"{data}: no committed rows: run ple-gen first, or check the path")
     counts = [
@@ -164,7 +164,7 @@ def _count_lines(counts: list[dict[str, Any]]) -> list[str]:
     by_round: dict[int, dict[str, int]] = {}
     for count in counts:
         by_round.setdefault(count["round"], {})[count["kind"]] = count["rows"]
-    kinds = [kind for kind in tables.SCHEMAS if any(count["kind"] == kind for count in counts)]
+    kinds = [kind for kind in tables.STORED if any(count["kind"] == kind for count in counts)]
     rows = [[t, *[by_round[t].get(kind, 0) for kind in kinds]] for t in sorted(by_round)]
     return table(["round", *kinds], rows)
 

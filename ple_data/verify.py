@@ -40,11 +40,11 @@ def verify(store: Store) -> list[Problem]:
 
     Raises UsageError where there is no data directory.
     """
-    tables_there = (path for kind in tables.SCHEMAS for path in (store.root / kind).rglob("*.parquet"))
+    tables_there = (path for kind in tables.STORED for path in (store.root / kind).rglob("*.parquet"))
     if not (store.root / ".ple").is_dir() and not any(tables_there):
         raise UsageError(f"{store.root}: not a data directory: it has neither .ple nor responses nor pairs")
     problems: list[Problem] = []
-    for kind in tables.SCHEMAS:
+    for kind in tables.STORED:
         shards: list[Shard] = []
         problems += _records(store, kind, shards)
         problems += _orphans(store, kind, shards)

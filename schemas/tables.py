@@ -2,8 +2,9 @@
 
 One row of `responses` or `pairs` is one (query, round, sample) with both arms: `y`, sampled given x, and
 `y_prompt`, sampled given [p, x]. `pairs` adds the rewards. A row of `answers` has the plain arm alone: what
-evaluation samples. The file's key-value metadata holds, under
-`ple`, one JSON object with `kind`, `version`, `round`, `unit` and where the rows come from.
+evaluation samples. A row of `verdicts` is what one judge said of two responses to a query; it stands in a file of its
+own, not in a data directory. The file's key-value metadata holds, under `ple`, one JSON object with `kind`, `version`
+and where the rows come from; in a data directory also `round` and `unit`.
 
 A column that came after version 1 is nullable and carries the version it came with in its field metadata
 (`since`); in older files it reads as null. This room reads tables and never writes one.
@@ -68,8 +69,28 @@ PAIRS = pa.schema(
 _GUIDED = {"y_prompt", "y_prompt_ids", "y_prompt_finish", "y_prompt_empty", "y_prompt_logps", "principle"}
 ANSWERS = pa.schema([field.remove_metadata() for field in RESPONSES if field.name not in _GUIDED])
 
-SCHEMAS: dict[str, pa.Schema] = {"responses": RESPONSES, "pairs": PAIRS, "answers": ANSWERS}
-VERSIONS: dict[str, int] = {"responses": 2, "pairs": 2, "answers": 1}
+VERDICTS = pa.schema(
+    [
+        _required("query_id", pa.string()),
+        pa.field("kind", pa.string()),  # of the query, where its source has that column
+        pa.field("annotator", pa.string()),  # null: the verdict that counts (the judge's, or the annotators' majority)
+        _required("verdict", pa.string()),  # "win" (A is better), "tie", "lose" or "unparsed"
+        pa.field("a_first", pa.string()),  # a language model's choice with A shown first: "a", "b", "tie" or null
+        pa.field("b_first", pa.string()),
+        pa.field("a_first_answer", pa.string()),  # what it said, in full
+        pa.field("b_first_answer", pa.string()),
+        pa.field("reward_a", pa.float64()),
+        pa.field("reward_b", pa.float64()),
+        _required("x", pa.string()),
+        _required("a", pa.string()),
+        _required("b", pa.string()),
+    ]
+)
+
+SCHEMAS: dict[str, pa.Schema] = {"responses": RESPONSES, "pairs": PAIRS, "answers": ANSWERS, "verdicts": VERDICTS}
+VERSIONS: dict[str, int] = {"responses": 2, "pairs": 2, "answers": 1, "verdicts": 1}
+STORED = ["responses", "pairs", "answers"]
+"""The kinds that a data directory holds."""
 KEY = ["query_id", "round", "sample"]
 FINISH_REASONS = ["stop", "length"]
 _NAMED = 5  # rows that a message names

@@ -82,4 +82,3 @@ class HttpReward:
                 f"{excerpt(response)}"
             )
         return [float(score) for score in scores]
-
