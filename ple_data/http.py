@@ -8,7 +8,8 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import httpx
@@ -101,11 +102,24 @@ def each(
 
     The first exception sets `stop`, drops what has not begun, lets what has begun come to its end, and is raised.
     """
-    stop = threading.Event()
+    stop, failures = threading.Event(), SimpleQueue[BaseException]()
+
+    def guarded(item: Item) -> Result:
+        if stop.is_set():
+            raise CancelledError
+        try:
+            return work(item, stop)
+        except BaseException as error:
+            failures.put(error)
+            stop.set()
+            raise
+
     pool = ThreadPoolExecutor(max_workers=in_flight)
     try:
-        futures = {pool.submit(work, item, stop): index for index, item in enumerate(items)}
+        futures = {pool.submit(guarded, item): index for index, item in enumerate(items)}
         for future in as_completed(futures):
+            if stop.is_set():
+                raise failures.get()
             yield futures[future], future.result()
     finally:
         stop.set()

@@ -34,7 +34,7 @@
 
   function put(id, text) {
     const empty = text.trim() === "";
-    $(id).textContent = empty ? "(empty)" : text;
+    $(id).textContent = empty ? "(empty)" : text.trim();
     $(id).classList.toggle("empty", empty);
   }
 

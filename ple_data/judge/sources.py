@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ple_data.queries import to_messages
 from ple_data.readers import Rows, read_rows
 from ple_data.rewards.texts import as_chat
 from ple_data.store import Store, collect
@@ -93,8 +92,8 @@ def draw(seed: int, purpose: str, query_id: str) -> bytes:
 
 
 def readable(x: str) -> str:
-    """x as a person or a judge reads it: a stored chat of several turns as a dialogue, anything else as it is."""
-    messages = to_messages(x)
+    """x as a person or a judge reads it: a dialogue of several turns with who says what, anything else as it is."""
+    messages = as_chat(x)
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{_TITLES.get(m['role'], m['role'])}: {m['content']}" for m in messages)
