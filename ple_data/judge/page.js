@@ -12,13 +12,22 @@
   let annotator = null;
 
   function load() {
+    progress = new Map();
+    annotator = null;
+    let text;
     try {
-      const kept = JSON.parse(localStorage.getItem(STORAGE)) || { people: [], annotator: null };
-      const good = (entry) => typeof entry[0] === "string" && entry[1].every((choice) => CHOICES.includes(choice));
-      progress = new Map(kept.people.filter(good).map(([name, choices]) => [name, choices.slice(0, data.items.length)]));
-      annotator = progress.has(kept.annotator) ? kept.annotator : null;
+      text = localStorage.getItem(STORAGE);
     } catch {
       $("warning").hidden = false;
+    }
+    try {
+      const kept = JSON.parse(text ?? "null") ?? { people: [] };
+      for (const [name, choices] of kept.people) {
+        if (choices.every((choice) => CHOICES.includes(choice))) progress.set(name, choices.slice(0, data.items.length));
+      }
+      if (progress.has(kept.annotator)) annotator = kept.annotator;
+    } catch {
+      // not what this page keeps: begin anew
     }
   }
 
