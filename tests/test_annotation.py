@@ -261,10 +261,8 @@ def test_label_studio_tasks_fit_their_configuration(tmp_path):
     write_page(a, b, tmp_path / "page", seed=1, label_studio=tmp_path / "tasks.json")
     tasks = json.loads((tmp_path / "tasks.json").read_text(encoding="utf-8"))
     items = embedded((tmp_path / "page" / "annotate.html").read_text(encoding="utf-8"))["items"]
-    shown = [
-        {"id": t["query_id"], "x": t["prompt"], "first": t["answer1"], "second": t["answer2"]} for t in data(tasks)
-    ]
-    assert shown == items
+    names = {"id": "query_id", "x": "prompt", "first": "answer1", "second": "answer2"}
+    assert [{name: task["data"][field] for name, field in names.items()} for task in tasks] == items
     root = xml.etree.ElementTree.parse(tmp_path / "tasks.xml").getroot()
     texts = {node.get("name"): node.get("value") for node in root.iter("Text")}
     assert {value.removeprefix("$") for value in texts.values() if value} <= tasks[0]["data"].keys()
