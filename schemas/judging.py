@@ -1,8 +1,8 @@
-"""What judges leave while they work: a language model's answers, and what an annotation page gives back. Forms only."""
+"""What judges leave while they work: answers and rewards, and what an annotation page gives back. Forms only."""
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from schemas.records import Record
 
@@ -10,21 +10,32 @@ Order = Literal["a_first", "b_first"]
 Choice = Literal["first", "second", "tie"]
 
 
-class Answer(Record):
-    """One line of `answers.jsonl`: what an endpoint answered to one request, as it came.
-
-    request: digest of the endpoint and the whole request body, so that an answer is used again for the very same
-    request only. Tokens are None where the endpoint did not say.
-    """
+class Paid(Record):
+    """One line of a file of what a judge gave. request: digest of all that the judge was given."""
 
     version: Literal[1] = 1
     request: str = Field(min_length=1)
+
+
+class Answer(Paid):
+    """One line of `answers.jsonl`: what an endpoint answered to one request, as it came.
+
+    request: digest of the endpoint's address and the whole request body, so that an answer is used again for the very
+    same request only. Tokens are None where the endpoint did not say.
+    """
+
     query_id: str
     order: Order
     text: str
     finish: str | None
     prompt_tokens: int | None = Field(ge=0)
     completion_tokens: int | None = Field(ge=0)
+
+
+class Reward(Paid):
+    """One line of `rewards.jsonl`: a reward model's number for one response; request: digest of its name, x and y."""
+
+    reward: FiniteFloat
 
 
 class AnnotationPage(Record):

@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cli
+from ple_data.judge import judge as judging
 from ple_data.judge import llm
-from ple_data.judge.answers import AnswerFile
+from ple_data.judge.journal import Journal
 from ple_data.judge.judge import by_answers, judge
 from ple_data.judge.prompt import load_template, preference
 from ple_data.judge.results import win_rate
@@ -474,17 +475,17 @@ def test_request_arguments():
 
 def test_answers_come_back_and_half_a_line_is_cut_off(tmp_path):
     path = tmp_path / "answers.jsonl"
-    with AnswerFile(path) as file:
+    with Journal(path, Answer) as file:
         file.add(answer("q", "a_first", "one\u2028\nline", "1"))
         file.add(answer("q", "b_first", "two", "2"))
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"version": 1, "requ')
-    with AnswerFile(path) as file:
+    with Journal(path, Answer) as file:
         assert file.get("1").text == "one\u2028\nline"
         assert file.get("3") is None
         file.add(answer("r", "a_first", "three", "3"))
     assert path.read_bytes().startswith(whole)
-    with AnswerFile(path) as file:
+    with Journal(path, Answer) as file:
         assert [file.get(n).text for n in "123"] == ["one\u2028\nline", "two", "three"]
 
 
@@ -492,8 +493,8 @@ def test_answers_come_back_and_half_a_line_is_cut_off(tmp_path):
 def test_a_damaged_answer_is_named_by_its_line(tmp_path, line):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(answer("q", "a_first", "one").model_dump_json().encode() + b"\n" + line + b"\n")
-    with pytest.raises(DamagedError, match=r"answers.jsonl line 2: not an answer of version 1"):
-        AnswerFile(path)
+    with pytest.raises(DamagedError, match=r"answers.jsonl line 2: not a readable Answer"):
+        Journal(path, Answer)
 
 
 def test_a_full_disk_leaves_whole_lines_only(tmp_path, run_ple, serve):
@@ -599,11 +600,32 @@ def test_a_classifier_is_a_judge(tmp_path, reward):
     assert tables.read_table(tmp_path / "out" / "verdicts.parquet", "verdicts")["verdict"].to_pylist() == expected
 
 
+def test_rewards_are_scored_once_whatever_stops_the_command(tmp_path, monkeypatch):
+    """A function that fails in the second part: the first part's rewards are kept, and asked for no more."""
+    monkeypatch.setattr(judging, "CHUNK", 4)
+    scorer = tmp_path / "scorer.py"
+    scorer.write_text(
+        "from pathlib import Path\n"
+        "def score(xs, ys):\n"
+        "    log = Path(__file__).with_name('log')\n"
+        "    if 'r5' in ys and not Path(__file__).with_name('go').exists(): raise RuntimeError('away')\n"
+        "    log.write_text((log.read_text() if log.exists() else '') + ' '.join(ys) + ' ')\n"
+        "    return [float(y[1:]) for y in ys]\n"
+    )
+    a, b = sources(tmp_path, [(f"x{n}", f"r{2 * n}", f"r{2 * n + 1}") for n in range(4)])
+    with pytest.raises(PleError, match="RuntimeError: away"):
+        judge(a, b, f"reward:{scorer}:score", tmp_path / "out")
+    (tmp_path / "go").touch()
+    judge(a, b, f"reward:{scorer}:score", tmp_path / "out")
+    assert (tmp_path / "log").read_text().split() == [f"r{n}" for n in range(8)]
+    assert read_record(JudgeReport, tmp_path / "out" / "judge.json").losses == 4
+
+
 def test_a_reward_that_is_no_number_is_refused(tmp_path):
     scorer = tmp_path / "scorer.py"
     scorer.write_text("def score(xs, ys):\n    return [float('nan') for y in ys]\n")
     a, b = sources(tmp_path, MIXED[:1])
-    with pytest.raises(PleError, match="rewards nan and nan for query 'q0': not finite"):
+    with pytest.raises(PleError, match="the reward nan for query 'q0' is not finite"):
         judge(a, b, f"reward:{scorer}:score", tmp_path / "out")
 
 

@@ -16,7 +16,7 @@ import httpx
 
 from ple_data.digests import json_digest
 from ple_data.http import RefusedError, checked_url, each, excerpt, post_json, shown_url
-from ple_data.judge.answers import AnswerFile
+from ple_data.judge.journal import Journal
 from ple_data.judge.prompt import Template
 from ple_data.judge.sources import Pair, readable
 from ple_data.progress import Progress
@@ -103,7 +103,7 @@ class LanguageModelJudge:
         at = f" at {shown_url(self._base)}" if self.endpoint else ""
         self.name = f"{self.kind}:{self.model}{at}"
 
-    def ask(self, pairs: Sequence[Pair], answers: AnswerFile, concurrency: int) -> dict[tuple[str, Order], Answer]:
+    def ask(self, pairs: Sequence[Pair], answers: Journal[Answer], concurrency: int) -> dict[tuple[str, Order], Answer]:
         """The answer by (query id, order), from the file where it was given before, else from the endpoint.
 
         A request that the endpoint refuses because of its text is left out and told on stderr. Raises PleError where
