@@ -29,6 +29,10 @@ stdout carries data only; progress and messages go to stderr.
 Shell completion (bash; also zsh and fish): eval "$(_PLE_COMPLETE=bash_source ple)"
 """
 
+_LESS_MEMORY = (
+    "ple-train, sft and reward need less with a lower --microbatch-tokens or with --gradient-checkpointing, ple-score "
+    "with a lower --batch-tokens, ple-gen with a lower --engine-arg batch_size=N (hf) or max_num_seqs=N (vllm)"
+)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -94,8 +98,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; what was committed before is safe, run the same command again", 1
-    if isinstance(error, MemoryError):
-        return "out of memory; use smaller batches", 1
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory; {_LESS_MEMORY}; what was committed before is safe, run the same command again", 1
     first_line = (str(error).splitlines() or [""])[0]
     return f"unexpected {type(error).__name__}: {first_line} (--debug shows where; please report it)", 1
 
@@ -191,10 +195,28 @@ _model = _all(
 )
 _adapter = _option("--adapter", help="LoRA adapter of the policy: the last round's --output.")
 _round = _option("--round", type=_COUNT, required=True, help="Round T, counted from 0.")
-_seed = _option("--seed", type=int, default=0, help="Seed of everything that is drawn.")
+_seed = _option("--seed", type=_COUNT, default=0, help="Seed of everything that is drawn.")
 _threshold = _all(
     _method("--tau0", type=click.FloatRange(min=0), default=0.2, help="Threshold of round 0, in the reward's units."),
     _method("--alpha", type=_ALPHA, default=0.9, help="Decay: the threshold of round t is tau0 * alpha^t."),
+)
+_query_reading = _all(
+    _queries(
+        "--reader",
+        type=click.Choice(["auto", "hh", "imdb", "tldr"]),
+        default="auto",
+        help="How a row becomes a query: HH dialogues, IMDb reviews (their first words), TL;DR posts.",
+    ),
+    _queries("--query-column", help="Column of the queries, if neither x, prompt nor messages."),
+    _queries("--prefix-words", type=_POSITIVE, help="Words of a review that are the query (imdb reader)."),
+    _queries("--split", help="Split of a hub dataset."),
+    _queries(
+        "--prompt-format",
+        type=click.Choice(["auto", "plain", "chat"]),
+        default="auto",
+        help="auto: the tokenizer's chat template where it has one.",
+    ),
+    _queries("--max-query-tokens", type=_POSITIVE, default=256, help="Drop longer queries, and count them."),
 )
 _REWARD_OPTIONS = ("output_index", "join", "batch_tokens", "reward_device", "reward_dtype")
 _reward_options = _all(
@@ -256,6 +278,19 @@ _lora = _all(
     _machine("--attention", default="auto", help="Attention implementation, as transformers names them."),
     _machine("--gradient-checkpointing/--no-gradient-checkpointing", default=False, help="Less memory, more time."),
 )
+_trl = _all(
+    _size("--lora-rank", type=_POSITIVE, default=8, help="Rank of the LoRA adapter."),
+    _size("--lora-alpha", type=_ABOVE_ZERO, default=16, help="Scale of the LoRA adapter."),
+    _machine(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bf16"]),
+        default="auto",
+        help="auto: bf16 on a GPU, float32 elsewhere.",
+    ),
+    _machine("--microbatch-tokens", type=_POSITIVE, default=8192, help="Tokens in memory at once, padding counted."),
+    _machine("--resume/--no-resume", default=True, help="Keep a finished --output, or start over."),
+    _machine("--metrics", type=_PATH, help="Parquet file of every step's metrics; in --output if not given."),
+)
 _schedule = _all(
     _learning("--warmup-steps", type=_COUNT, default=0, help="Steps of linear warm-up."),
     _learning(
@@ -266,6 +301,9 @@ _schedule = _all(
     ),
     _learning("--weight-decay", type=click.FloatRange(min=0), default=0.0, help="AdamW's weight decay."),
 )
+
+
+_gradient_clipping = _learning("--max-grad-norm", type=_ABOVE_ZERO, default=1.0, help="Gradient clipping.")
 
 
 @click.group(cls=_Group, context_settings=_CONTEXT, epilog=EXIT_CODES)
@@ -297,22 +335,7 @@ def ple() -> None:
 @_round
 @_seed
 @_option("--dry-run", is_flag=True, help="Show one rendered prompt of each arm with its token ids; sample nothing.")
-@_queries(
-    "--reader",
-    type=click.Choice(["auto", "hh", "imdb", "tldr"]),
-    default="auto",
-    help="How a row becomes a query: HH dialogues, IMDb reviews (their first words), TL;DR posts.",
-)
-@_queries("--query-column", help="Column of the queries, if neither x, prompt nor messages.")
-@_queries("--prefix-words", type=_POSITIVE, help="Words of a review that are the query (imdb reader).")
-@_queries("--split", help="Split of a hub dataset.")
-@_queries(
-    "--prompt-format",
-    type=click.Choice(["auto", "plain", "chat"]),
-    default="auto",
-    help="auto: the tokenizer's chat template where it has one.",
-)
-@_queries("--max-query-tokens", type=_POSITIVE, default=256, help="Drop longer queries, and count them.")
+@_query_reading
 @_queries("--shuffle/--no-shuffle", default=False, help="Take the queries in an order drawn from --seed.")
 @_queries(
     "--skip",
@@ -372,12 +395,15 @@ def gen(reward_model: str | None, **options: Any) -> None:
     """
     from ple_data.engines import Sampling, parse_engine_args
     from ple_data.generate import generate
+    from ple_data.rewards import check_reward_model
 
     sampling = Sampling(
         **{name: options.pop(name) for name in ("max_new_tokens", "temperature", "top_p", "logprobs")},
         stop=options.pop("stop"),
     )
     rewards = {name: options.pop(name) for name in _REWARD_OPTIONS}
+    if reward_model is not None:
+        check_reward_model(reward_model, rewards["output_index"])
     engine_args = parse_engine_args(options.pop("engine_arg"))
     summary = generate(**options, sampling=sampling, engine_args=engine_args)
     if summary.dry_run is not None:
@@ -433,8 +459,13 @@ def _score(data: Path, reward_model: str, round: int | None, output: Path | None
 @_safeguard(
     "--sft-anchor", type=click.FloatRange(min=0), default=0.0, help="Weight of an SFT term on the better response."
 )
+@_method(
+    "--without",
+    type=click.Choice(["rank", "wsft"]),
+    help="Ablation: leave out a term of equation 6. rank: every pair is weighted SFT; wsft: rank pairs alone.",
+)
 @_training(1e-4, 16, "Pairs")
-@_learning("--max-grad-norm", type=_ABOVE_ZERO, default=1.0, help="Gradient clipping.")
+@_gradient_clipping
 @_lora
 def train(data: tuple[Path, ...], dry_run: bool, **options: Any) -> None:
     """Train the policy on the pairs of all rounds up to T (equation 6), re-partitioned at this round's threshold.
@@ -449,7 +480,7 @@ def train(data: tuple[Path, ...], dry_run: bool, **options: Any) -> None:
     from ple_train import train as training
 
     if dry_run:
-        selected = {name: options[name] for name in ("round", "tau0", "alpha")}
+        selected = {name: options[name] for name in ("round", "tau0", "alpha", "max_length")}
         click.echo(training.dry_run(data=list(data), **selected))
     else:
         training.train(data=list(data), **options)
@@ -493,6 +524,163 @@ def reward(**options: Any) -> None:
     from ple_train.reward import train_reward
 
     train_reward(**options)
+
+
+@click.group("baseline", cls=_Group, context_settings=_CONTEXT)
+def baseline() -> None:
+    """Train by another method, for comparison: what it writes is what ple-train writes.
+
+    A baseline takes the place of ple-train on the same store and policy: ple-gen, ple-score, ple baseline METHOD. In
+    a recipe of ple run: baseline: {method: raft}. Each records tokens sampled, tokens trained on and seconds in
+    ple.json.
+
+    \b
+    Example:
+      ple baseline raft --model Qwen/Qwen2.5-7B --data data --round 0 --output policy/round=000
+    """
+
+
+_baseline_data = _all(
+    _model,
+    _adapter,
+    _option("--data", type=_PATH, multiple=True, required=True, help="Folder of pairs; may be repeated."),
+    _round,
+    _option("--output", type=_PATH, required=True, help="Folder of the new adapter."),
+    _seed,
+)
+
+
+@_command("sft")
+@_model
+@_adapter
+@_option(
+    "--data",
+    type=_PATH,
+    multiple=True,
+    required=True,
+    help="Folder of pairs whose queries came with references, or a file of (x, y) rows; may be repeated.",
+)
+@_option("--round", type=_COUNT, help="Round T of a folder: its pairs of rounds up to T.")
+@_option("--output", type=_PATH, required=True, help="Folder of the new adapter.")
+@_seed
+@_training(1e-4, 16, "Responses")
+@_gradient_clipping
+@_lora
+def baseline_sft(data: tuple[Path, ...], **options: Any) -> None:
+    """SFT (equation 1) on the references that came with the queries, or on the rows of a file.
+
+    \b
+    Example:
+      ple baseline sft --model Qwen/Qwen2.5-7B --data data --round 0 --output policy/round=000
+    """
+    from ple_train.baseline import baseline as train_baseline
+
+    train_baseline("sft", data=list(data), **options)
+
+
+@_command("context-distillation")
+@_baseline_data
+@_training(1e-4, 16, "Responses")
+@_gradient_clipping
+@_lora
+def context_distillation(data: tuple[Path, ...], **options: Any) -> None:
+    """SFT on y_prompt given x alone: what the principle did becomes the policy's own. All rounds up to T.
+
+    \b
+    Example:
+      ple baseline context-distillation --model Qwen/Qwen2.5-7B --data data --round 0 --output policy/round=000
+    """
+    from ple_train.baseline import baseline as train_baseline
+
+    train_baseline("context-distillation", data=list(data), **options)
+
+
+@_command("raft")
+@_baseline_data
+@_training(1e-4, 16, "Responses")
+@_gradient_clipping
+@_lora
+def raft(data: tuple[Path, ...], **options: Any) -> None:
+    """RAFT: SFT on the response of each query with the highest reward, of round T alone.
+
+    Both arms and all samples compete. For RAFT-4 sample two pairs of plain responses: ple-gen --principles none
+    --samples 2.
+
+    \b
+    Example:
+      ple baseline raft --model Qwen/Qwen2.5-7B --data data --round 0 --output policy/round=000
+    """
+    from ple_train.baseline import baseline as train_baseline
+
+    train_baseline("raft", data=list(data), **options)
+
+
+@_command("dpo")
+@_baseline_data
+@_method("--beta", type=_ABOVE_ZERO, default=0.1, help="Weight of the log-ratio to the start policy.")
+@_learning("--learning-rate", type=_ABOVE_ZERO, default=1e-4, help="AdamW's learning rate.")
+@_learning("--epochs", type=_POSITIVE, default=1, help="Passes over the data.")
+@_learning("--batch-size", type=_POSITIVE, default=16, help="Pairs of one step.")
+@_learning("--max-length", type=_POSITIVE, help="Leave out longer rows (token ids), and count them.")
+@_gradient_clipping
+@_machine("--gradient-checkpointing/--no-gradient-checkpointing", default=False, help="Less memory, more time.")
+@_trl
+def dpo(data: tuple[Path, ...], **options: Any) -> None:
+    """DPO by TRL's DPOTrainer: the response with the higher reward is chosen. All rounds up to T.
+
+    Pairs with equal rewards are left out. The reference is the start policy: the model without an adapter. Needs
+    pip install 'ple-align[trl]'. A killed run starts over.
+
+    \b
+    Example:
+      ple baseline dpo --model Qwen/Qwen2.5-7B --data data --round 0 --output policy/round=000
+    """
+    from ple_train.dpo import dpo as run_dpo
+
+    run_dpo(data=list(data), **options)
+
+
+@_command("ppo")
+@_model
+@_adapter
+@_option("--queries", required=True, help="Queries: Parquet, JSONL, JSON, CSV or a hub dataset id.")
+@_option(
+    "--reward-model",
+    required=True,
+    help="Classifier (directory or hub id), file.py:function, module:function, or http(s)://address.",
+)
+@_option("--output", type=_PATH, required=True, help="Folder of the new adapter.")
+@_option("--sampled-tokens", type=_POSITIVE, required=True, help="Stop with the step that has sampled so many tokens.")
+@_seed
+@_query_reading
+@_sampling("--max-new-tokens", type=_POSITIVE, default=1024, help="Longest response.")
+@_sampling("--temperature", type=_ABOVE_ZERO, default=1.0, help="Of the responses it trains on.")
+@_method("--kl-coef", type=click.FloatRange(min=0), default=0.05, help="Penalty for leaving the start policy.")
+@_method("--ppo-epochs", type=_POSITIVE, default=4, help="Passes over each batch of responses.")
+@_learning("--learning-rate", type=_ABOVE_ZERO, default=1e-4, help="AdamW's learning rate.")
+@_learning("--batch-size", type=_POSITIVE, default=64, help="Responses of one step.")
+@_gradient_clipping
+@_trl
+@_reward_options
+def ppo(**options: Any) -> None:
+    """PPO by TRL 1.12.0's PPOTrainer. It samples for itself: queries and a reward model, no rounds.
+
+    The reference is the start policy; the value model is its body with a LoRA adapter of its own. Needs
+    pip install 'ple-align[trl]'. A killed run starts over.
+
+    \b
+    Example:
+      ple baseline ppo --model Qwen/Qwen2.5-7B --queries hh.jsonl --reward-model weqweasdas/RM-Mistral-7B \\
+        --sampled-tokens 1000000 --output ppo
+    """
+    from ple_train.ppo import ppo as run_ppo
+
+    rewards = {name: options.pop(name) for name in _REWARD_OPTIONS}
+    run_ppo(**options, reward_options={name.removeprefix("reward_"): value for name, value in rewards.items()})
+
+
+for _method_command in (baseline_sft, context_distillation, raft, dpo, ppo):
+    baseline.add_command(_method_command)
 
 
 @_command("run")
@@ -610,6 +798,28 @@ def judge(a: str, b: str, spec: str | None, human: bool, **options: Any) -> None
         click.echo(people.write_page(a, b, **selected, label_studio=label_studio))
 
 
+@_command("export")
+@click.argument("data", type=_PATH)
+@_option(
+    "--format",
+    type=click.Choice(["trl-preference", "sft", "messages", "alpacaeval"]),
+    required=True,
+    help="prompt, chosen, rejected; prompt, completion (the best response); the same as chat; instruction, output.",
+)
+@_option("--round", type=_COUNT, help="This round only; alpacaeval: the newest if not given.")
+@_option("--output", required=True, help="File: .jsonl or .parquet (alpacaeval: .json), or - for stdout.")
+def export(**options: Any) -> None:
+    """Write the pairs of DATA for other tools. Pairs with equal rewards prefer nothing: they are counted, not written.
+
+    \b
+    Example:
+      ple export data --format trl-preference --output preferences.jsonl
+    """
+    from ple_data.export import export as run_export
+
+    run_export(**options)
+
+
 @_command("verify")
 @click.argument("data", type=_PATH)
 def verify(data: Path) -> None:
@@ -647,7 +857,7 @@ def demo(output: Path, rounds: int) -> None:
     click.echo(run_demo(output, rounds=rounds))
 
 
-for _name, _member in {
+_commands: dict[str, click.Command] = {
     "demo": demo,
     "run": run,
     "gen": gen,
@@ -655,10 +865,13 @@ for _name, _member in {
     "train": train,
     "sft": sft,
     "reward": reward,
+    "baseline": baseline,
     "judge": judge,
     "inspect": inspect,
+    "export": export,
     "verify": verify,
-}.items():
+}
+for _name, _member in _commands.items():
     ple.add_command(_member, _name)
 
 

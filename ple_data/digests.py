@@ -62,7 +62,7 @@ def _file_hash(path: Path) -> str:
 def _resolve_commit(model: str, revision: str | None) -> str:
     from transformers import AutoConfig
 
-    commit = AutoConfig.from_pretrained(model, revision=revision)._commit_hash
+    commit = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)._commit_hash
     return commit[:DIGEST_DIGITS] if commit else (revision or "main")
 
 

@@ -51,7 +51,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None, *, note: Call
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model), revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(str(model), revision=revision, trust_remote_code=False)
     except Exception as error:
         raise UsageError(f"cannot load the tokenizer of {model}: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
@@ -65,23 +65,31 @@ def load_tokenizer(model: str | Path, revision: str | None = None, *, note: Call
     return tokenizer
 
 
+def load_config(model: str | Path, revision: str | None = None) -> Any:
+    """The model's configuration. Raises UsageError where there is none, or where it needs code of its repository."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(model), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"cannot load the configuration of {model}: {_first_line(error)}") from error
+
+
 def end_ids(model: str | Path, tokenizer: Any, revision: str | None = None) -> tuple[int, ...]:
     """Token ids that end a response: the tokenizer's EOS and those of the model's generation configuration."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
         configured = GenerationConfig.from_pretrained(str(model), revision=revision or "main").eos_token_id
     except OSError:
-        configured = getattr(AutoConfig.from_pretrained(str(model), revision=revision), "eos_token_id", None)
+        configured = getattr(load_config(model, revision), "eos_token_id", None)
     more = configured if isinstance(configured, list) else [configured]
     return tuple(dict.fromkeys(i for i in [tokenizer.eos_token_id, *more] if i is not None))
 
 
 def max_positions(model: str | Path, revision: str | None = None) -> int | None:
     """The longest sequence in tokens that the model was made for; None where its configuration does not say."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(str(model), revision=revision)
+    config = load_config(model, revision)
     text_config = config.get_text_config()
     scaling = getattr(text_config, "rope_parameters", None) or {}
     if scaling.get("rope_type", "default") != "default":

@@ -7,12 +7,14 @@ computes them again. This room reads no file and keeps no rows.
 """
 
 import math
+from typing import Literal
 
 import polars as pl
 
 from ple_data.store import collect
 from schemas.errors import UsageError
 
+Without = Literal["rank", "wsft"]
 QUANTILES = {"margin_q05": 0.05, "margin_q25": 0.25, "margin_q50": 0.5, "margin_q75": 0.75, "margin_q95": 0.95}
 
 
@@ -34,7 +36,9 @@ def _check(tau0: float, alpha: float) -> None:
         raise UsageError(f"tau0 = {tau0}: must be a finite number >= 0 in units of the reward (the paper has 0.2)")
 
 
-def partition(tau: float | pl.Expr, *, normalize_wsft: bool = False, anchor: float = 0.0) -> list[pl.Expr]:
+def partition(
+    tau: float | pl.Expr, *, normalize_wsft: bool = False, anchor: float = 0.0, without: Without | None = None
+) -> list[pl.Expr]:
     """Expressions for `with_columns` or `select` on rows with `s, s_prompt, y_ids, y_prompt_ids`.
 
     They give, per row, in float64:
@@ -48,12 +52,17 @@ def partition(tau: float | pl.Expr, *, normalize_wsft: bool = False, anchor: flo
     Beyond the paper, off by default: `normalize_wsft` divides the weighted-SFT coefficients by the
     response's length; `anchor` adds anchor/len to the coefficient of the response with the higher reward
     (none on a tie).
+
+    `without` leaves out a term of Eq. 6 (the ablations of Tables 4 and 5): `rank` puts every row in the
+    weighted-SFT set; `wsft` keeps the sets and gives the rows of the weighted-SFT set the coefficients 0.
     """
     margin = _float("s_prompt") - _float("s")
-    rank = margin > tau
+    rank = pl.lit(False) if without == "rank" else margin > tau
     w = (-margin / 2).tanh()
     per_token, per_token_prompt = _inverse_length("y_ids"), _inverse_length("y_prompt_ids")
     wsft, wsft_prompt = (w * per_token, -w * per_token_prompt) if normalize_wsft else (w, -w)
+    if without == "wsft":
+        wsft = wsft_prompt = pl.lit(0.0)
     c = pl.when(rank).then(-per_token).otherwise(wsft)
     c_prompt = pl.when(rank).then(per_token_prompt).otherwise(wsft_prompt)
     if anchor:

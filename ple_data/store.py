@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas import files, tables
-from schemas.errors import DamagedError, PleError
+from schemas.errors import DamagedError, NewerError, PleError
 from schemas.records import Commit, RoundManifest, read_record
 
 if TYPE_CHECKING:
@@ -112,8 +112,14 @@ class Store:
             os.close(fd)
 
     def is_committed(self, kind: str, round: int, unit: str) -> bool:
-        """Whether the unit has a commit record."""
-        return self.record_path(kind, round, unit).exists()
+        """Whether the unit has a commit record. Raises DamagedError where it has one and its file is gone."""
+        record = self.record_path(kind, round, unit)
+        if not record.exists():
+            return False
+        path = self.path(kind, round, unit)
+        if not path.exists():
+            raise DamagedError(f"{path}: committed, but the file is missing: restore it, or remove {record} to redo it")
+        return True
 
     def commit(self, kind: str, round: int, unit: str, table: pa.Table, provenance: Mapping[str, Any]) -> Shard:
         """Puts the unit's rows on disk, whole or not at all, and records them; call it under `claim`.
@@ -133,7 +139,10 @@ class Store:
         return self.read_record(self.record_path(kind, round, unit))
 
     def _adopt(self, kind: str, round: int, unit: str) -> bool:
-        """Records a finished file that lacks its record; removes one that is not what its name says."""
+        """Records a finished file that lacks its record; removes one that is not what its name says.
+
+        Raises NewerError, and touches nothing, where a newer program wrote the file.
+        """
         final = self.path(kind, round, unit)
         if not final.exists():
             return False
@@ -142,6 +151,8 @@ class Store:
             if (found.get("round"), found.get("unit")) != (round, unit):
                 raise DamagedError(f"{final}: holds unit {found.get('unit')} of round {found.get('round')}")
             rows = tables.read_table(final, kind).num_rows
+        except NewerError:
+            raise
         except DamagedError:
             with files.explained(final):
                 final.unlink()

@@ -27,6 +27,8 @@ from schemas.errors import DamagedError, PleError, UsageError
 from schemas.files import explained, fsync_dir
 
 VERSION = 1
+MACHINE_SETTINGS = {"microbatch_tokens", "attention", "gradient_checkpointing"}
+"""How the work fits the machine: what is learned does not depend on it beyond rounding, so it may change on the way."""
 
 
 @contextmanager
@@ -119,7 +121,7 @@ class Checkpoints:
 
 def refuse_other_settings(now: dict[str, Any], then: dict[str, Any], where: Path) -> None:
     """Raise UsageError that lists every setting that differs from those that `where` was made with."""
-    keys = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
+    keys = sorted(k for k in (now.keys() | then.keys()) - MACHINE_SETTINGS if now.get(k) != then.get(k))
     if keys:
         changes = "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in keys)
         raise UsageError(

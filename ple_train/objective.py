@@ -30,6 +30,7 @@ class PairObjective:
 
     sums: tuple[str, ...] = (
         "tokens",
+        "trained_tokens",
         "positions",
         "gated",
         "pushed_down_drift",
@@ -81,6 +82,7 @@ class PairObjective:
     ) -> dict[str, float]:
         sums = dict.fromkeys(self.sums, 0.0)
         sums["tokens"] = sum(len(s.ids) for s in batch.sequences)
+        sums["trained_tokens"] = sum(s.response for s in batch.sequences if s.tag.coefficient != 0)
         sums["positions"] = tokens.positions
         sums["gated"] = float(((coefficients != 0) & (kept == 0)).sum())
         drifts = drift.tolist() if drift is not None else [None] * len(batch.sequences)
@@ -108,6 +110,7 @@ class PairObjective:
             "rank_share": (sums["count_rank_y"] + sums["count_rank_y_prompt"]) / responses,
             "gated_share": sums["gated"] / responses,
             "useful_token_share": sums["tokens"] / max(1.0, sums["positions"]),
+            "trained_tokens": sums["trained_tokens"],
         }
         for group in GROUPS:
             metrics[f"mean_logps_{group}"] = _mean(sums[f"logps_{group}"], sums[f"count_{group}"])

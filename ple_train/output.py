@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ple_train.checkpoint import Checkpoints, refuse_other_settings, saving
+from ple_train.cost import describe_cost
 from ple_train.log import print_to_log
 from schemas.errors import LockedError, PleError, UsageError
 from schemas.files import fsync_dir, sha256_file, write_atomic
@@ -78,8 +79,19 @@ class Output:
         if self.accelerator.log_with:
             self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=metrics["step"])
 
-    def finish(self, model: Any, tokenizer: Any, history: list[dict[str, Any]], *, title: str) -> None:
-        """Publish model, tokenizer, model card, metrics and, last, the record; then drop the checkpoints."""
+    def finish(
+        self,
+        model: Any,
+        tokenizer: Any,
+        history: list[dict[str, Any]],
+        *,
+        title: str,
+        cost: dict[str, float] | None = None,
+    ) -> None:
+        """Publish model, tokenizer, model card, metrics and, last, the record; then drop the checkpoints.
+
+        `cost` (`ple_train.cost`) goes into the record and onto stderr.
+        """
         if self.accelerator.is_main_process:
             writing = self.private / "writing"
             shutil.rmtree(writing, ignore_errors=True)
@@ -100,12 +112,15 @@ class Output:
                 "kind": self.kind,
                 "settings": self.settings,
                 "steps": len(history),
+                **({"cost": cost} if cost else {}),
                 "files": hashes,
                 "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
             }
             write_atomic(self.directory / RECORD, json.dumps(record, indent=2) + "\n")
             self.checkpoints.clear()
             shutil.rmtree(writing, ignore_errors=True)
+            if cost:
+                print_to_log(f"{self.directory}: {describe_cost(cost)}")
         self.accelerator.wait_for_everyone()
 
     def _forget(self) -> None:
@@ -171,7 +186,7 @@ def model_card(title: str, settings: dict[str, Any], history: list[dict[str, Any
     return (
         f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {'transformers' if settings.get('full') else 'peft'}\n"
         f"tags: [ple, alignment]\n---\n\n# {title}\n\n"
-        "Trained by PLE, Progressively Label Enhancement (Liu, Xu, Geng, ICML 2025).\n\n"
+        "Trained with the toolkit of PLE, Progressively Label Enhancement (Liu, Xu, Geng, ICML 2025).\n\n"
         f"Steps: {len(history)}. Last loss: {history[-1]['loss']:.4f}.\n\n"
         f"| setting | value |\n| --- | --- |\n{rows}\n"
     )

@@ -7,21 +7,24 @@ from `ple_data.partition`, the one home of Eqs. 3 to 5 and 7.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
 
-from ple_data.partition import partition
-from ple_data.store import Shard, Store
+from ple_data.partition import Without, partition
+from ple_data.store import Shard, Store, collect
 from ple_train.batches import Sequence
+from ple_train.log import print_to_log
 from schemas.errors import UsageError
 
 WINDOW_ROWS = 16_384
-COLUMNS = ["query_id", "round", "s", "s_prompt", "x_ids", "y_ids", "y_prompt_ids"]
+ID_COLUMNS = ["x_ids", "y_ids", "y_prompt_ids"]
+COLUMNS = ["query_id", "round", "s", "s_prompt", *ID_COLUMNS]
 ARMS = ("y", "y_prompt")
 
 
@@ -42,10 +45,11 @@ class Partition:
     tau: float
     normalize_wsft: bool = False
     sft_anchor: float = 0.0
+    without: Without | None = None
 
     def expressions(self) -> list[pl.Expr]:
         """Columns set, c and c_prompt (and the rest of the partition)."""
-        return partition(self.tau, normalize_wsft=self.normalize_wsft, anchor=self.sft_anchor)
+        return partition(self.tau, normalize_wsft=self.normalize_wsft, anchor=self.sft_anchor, without=self.without)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,10 @@ class SnapshotShard:
 
 
 class PairStream:
-    """Global batches of `batch_size` pairs (two sequences each); the last of an epoch is short, never dropped."""
+    """Global batches of `batch_size` pairs (two sequences each); the last of an epoch is short, never dropped.
+
+    In an ablation (`Partition.without`) responses with the coefficient 0 stay out: they would cost and teach nothing.
+    """
 
     def __init__(
         self,
@@ -113,30 +120,48 @@ class PairStream:
             window, number = [], number + 1
 
     def _read(self, part: SnapshotShard) -> pl.DataFrame:
-        table = Store(part.store).read(part.shard, columns=COLUMNS)
-        frame = pl.DataFrame(pl.from_arrow(table)).with_columns(self.partition.expressions())
-        return frame if self.max_length is None else frame.filter(fits(self.max_length))
+        return read_rows(part, COLUMNS, self.max_length).with_columns(self.partition.expressions())
 
     def _sequences(self, rows: pl.DataFrame) -> tuple[list[Sequence], int]:
         sequences = []
         for row in rows.iter_rows(named=True):
             for arm, coefficient in zip(ARMS, (row["c"], row["c_prompt"]), strict=True):
+                if self.partition.without and coefficient == 0:
+                    continue
                 ids = np.array(row["x_ids"] + row[f"{arm}_ids"], dtype=np.int32)
-                if ids.size and ids.max() >= self.vocabulary:
-                    raise UsageError(
-                        f"query {row['query_id']!r} of round {row['round']}: {arm}_ids holds token {ids.max()}, but "
-                        f"the model's vocabulary has {self.vocabulary}; these pairs were made with another tokenizer"
-                    )
-                if self.positions is not None and ids.size > self.positions:
-                    raise UsageError(
-                        f"query {row['query_id']!r} of round {row['round']}: x and {arm} have {ids.size} tokens, over "
-                        f"the {self.positions} positions of the model; use --max-length {self.positions}"
-                    )
+                refuse_foreign_ids(ids, f"query {row['query_id']!r} of round {row['round']}: x and {arm}", self)
                 tag = Response(arm, row["set"], self.round - row["round"], coefficient)
                 sequence = Sequence(ids, len(row["x_ids"]), tag)
                 if sequence.response > 0:
                     sequences.append(sequence)
         return sequences, rows.height
+
+
+class Limits(Protocol):
+    """What a model can take: token ids below `vocabulary`, and at most `positions` of them where it has a limit."""
+
+    vocabulary: int
+    positions: int | None
+
+
+def refuse_foreign_ids(ids: np.ndarray, what: str, limits: Limits) -> None:
+    """Raise UsageError where stored ids [n] are not the model's, or more than it has positions; `what` names them."""
+    if ids.size and ids.max() >= limits.vocabulary:
+        raise UsageError(
+            f"{what} hold token {ids.max()}, but the model's vocabulary has {limits.vocabulary}; these pairs were made "
+            "with another tokenizer"
+        )
+    if limits.positions is not None and ids.size > limits.positions:
+        raise UsageError(
+            f"{what} have {ids.size} tokens, over the {limits.positions} positions of the model; use --max-length "
+            f"{limits.positions}"
+        )
+
+
+def read_rows(part: SnapshotShard, columns: list[str], max_length: int | None) -> pl.DataFrame:
+    """The rows of a shard that fit `max_length`, in the stored order; columns must hold the ids of x and both arms."""
+    frame = pl.DataFrame(pl.from_arrow(Store(part.store).read(part.shard, columns=columns)))
+    return frame if max_length is None else frame.filter(fits(max_length))
 
 
 def fits(max_length: int) -> pl.Expr:
@@ -156,7 +181,7 @@ def freeze(data: list[Path], round: int, max_length: int | None) -> list[Snapsho
         for shard in store.shards("pairs", max_round=round):
             rows = shard.rows
             if max_length is not None:
-                lengths = pl.DataFrame(pl.from_arrow(store.read(shard, columns=COLUMNS[4:])))
+                lengths = pl.DataFrame(pl.from_arrow(store.read(shard, columns=ID_COLUMNS)))
                 rows = lengths.filter(fits(max_length)).height
             parts.append(SnapshotShard(Path(root), shard, rows))
     present = {part.shard.round for part in parts}
@@ -170,6 +195,25 @@ def freeze(data: list[Path], round: int, max_length: int | None) -> list[Snapsho
     if not any(part.rows for part in parts):
         raise UsageError(f"every pair is longer than --max-length {max_length}: nothing to train on")
     return parts
+
+
+def refuse_doubled_pairs(data: list[Path], round: int) -> None:
+    """Raise UsageError where all pairs of a store stand in another, and warn where some do: they count twice.
+
+    A pair is the same where policy, query and all token ids are: a copy of a store, the store of another reward model,
+    rows that were reused. Keeps eight bytes a pair.
+    """
+    if len(data) < 2:
+        return
+    key = pl.struct("policy", "query_id", "sample", "y_ids", "y_prompt_ids").hash().unique().alias("key")
+    keys = [collect(Store(root).scan("pairs", max_round=round).select(key))["key"] for root in data]
+    for first, second in itertools.combinations(range(len(data)), 2):
+        shared = int(keys[first].is_in(keys[second].implode()).sum())
+        what = f"{shared} pairs of --data {data[first]} stand in --data {data[second]} too, and would count twice"
+        if shared and shared == min(len(keys[first]), len(keys[second])):
+            raise UsageError(f"{what}: it is a copy, or was scored by another reward model; give one of the two")
+        if shared:
+            print_to_log(f"warning: {what}")
 
 
 def snapshot_record(parts: list[SnapshotShard]) -> list[dict[str, Any]]:

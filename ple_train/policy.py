@@ -149,9 +149,43 @@ def load_policy(
     gradient_checkpointing: bool = False,
     seed: int = 0,
 ) -> Policy:
-    """The policy to train: with a fresh LoRA adapter on all linear modules, with `adapter` to go on from, or whole.
+    """The policy to train: `load_trainable`, checked and wrapped so that it answers with log-probabilities.
 
-    Weights are held in float32 when they are trained or when precision is float32, else in bfloat16.
+    Raises UsageError for a directory that holds no model, or an adapter that does not fit it.
+    """
+    causal = load_trainable(
+        model,
+        adapter=adapter,
+        revision=revision,
+        full=full,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+    )
+    policy = Policy(causal)
+    if torch.cuda.is_available():
+        policy.to(torch.device("cuda", torch.cuda.current_device()))
+    policy.prepare(attention)
+    return policy
+
+
+def load_trainable(
+    model: str,
+    *,
+    adapter: str | None = None,
+    revision: str | None = None,
+    full: bool = False,
+    lora_rank: int = 8,
+    lora_alpha: int = 16,
+    precision: str = "auto",
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+) -> Any:
+    """The model to train: with a fresh LoRA adapter on all linear modules, with `adapter` to go on from, or whole.
+
+    Weights are held in float32 when they are trained or when precision is float32, else in bfloat16. Dropout is off.
     Raises UsageError for a directory that holds no model, or an adapter that does not fit it.
     """
     if adapter:
@@ -166,12 +200,8 @@ def load_policy(
         causal = load_adapter(causal, adapter) if adapter else _fresh_lora(causal, lora_rank, lora_alpha, seed)
     else:
         causal.requires_grad_(True)
-    policy = Policy(causal)
-    switch_off_dropout(policy)
-    if torch.cuda.is_available():
-        policy.to(torch.device("cuda", torch.cuda.current_device()))
-    policy.prepare(attention)
-    return policy
+    switch_off_dropout(causal)
+    return causal
 
 
 def switch_off_dropout(model: nn.Module) -> None:
@@ -190,7 +220,9 @@ def load_causal_lm(model: str, revision: str | None = None, dtype: torch.dtype =
 
     check_model(model)
     try:
-        return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype, use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(
+            model, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--model {model}: no causal language model there ({_first_line(error)})") from error
 

@@ -165,14 +165,24 @@ def read_examples(data: Path, tokenizer: Any, max_length: int) -> tuple[list[Seq
         raise UsageError(
             f"{data} needs columns text, label or prompt, chosen, rejected; it has {', '.join(rows.columns)}"
         )
-    texts, labels = column(rows, "text", "x"), column(rows, "label", of=object)
-    for place, label in zip(rows.places, labels, strict=True):
-        if not isinstance(label, int) or label < 0:
-            raise UsageError(f"{data} {place}: label {label!r} is not a whole number from 0 up; correct it")
+    texts = column(rows, "text", "x")
+    labels = [
+        _label(label, f"{data} {place}")
+        for place, label in zip(rows.places, column(rows, "label", of=object), strict=True)
+    ]
     if max(labels) == 0:
         raise UsageError(f"{data}: every label is 0; a classifier needs at least two")
     ids = _encode(tokenizer, [""] * len(texts), texts, max_length, join="text")
     return [Sequence(i, 0, label) for i, label in zip(ids, labels, strict=True)], max(labels) + 1
+
+
+def _label(value: Any, place: str) -> int:
+    """A label as a number; a CSV file holds it as text."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    if not isinstance(value, int) or value < 0:
+        raise UsageError(f"{place}: label {value!r} is not a whole number from 0 up; correct it")
+    return value
 
 
 def _encode(tokenizer: Any, xs: list[str], ys: list[str], max_length: int, join: str) -> list[np.ndarray]:
@@ -195,6 +205,7 @@ def _load_classifier(model: str, revision: str | None, labels: int, pad: int, se
             ignore_mismatched_sizes=True,  # a head for another number of labels is replaced by a new one
             dtype=torch.float32,
             use_safetensors=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0]

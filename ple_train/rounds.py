@@ -1,4 +1,4 @@
-"""`ple run`: a reward model and SFT if asked for, then rounds of ple-gen, ple-score and ple-train.
+"""`ple run`: a reward model and SFT if asked for, then rounds of ple-gen, ple-score and ple-train (or a baseline).
 
 Every stage is a child process that reads and writes files; this room passes their names on, records each stage and
 goes on where it stopped. It never imports torch and never looks into the data.
@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from ple_train.child import GRACE_SECONDS, run_child
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from schemas.files import write_atomic
-from schemas.recipe import Recipe, differences, dump_recipe, parse_recipe
+from schemas.recipe import BaselineStage, Recipe, differences, dump_recipe, parse_recipe
 
 _DOCUMENTED_CODES = {1, 2, 3, 4, 130}
 
@@ -160,8 +160,11 @@ def _score_stage(recipe: Recipe, reward_model: str, t: int) -> Stage:
 def _train_stage(recipe: Recipe, policy: list[str], t: int) -> Stage:
     run = Path(recipe.run_dir)
     output = ["--output", _policy_dir(run, t), "--metrics", str(run / "metrics" / f"round={t:03d}.parquet")]
+    words = [*policy, *_data(recipe, t), *output]
+    if recipe.baseline is not None:
+        return _stage("baseline", t, recipe.baseline, [*words, *_seed(recipe)])
     schedule = ["--tau0", str(recipe.tau0), "--alpha", str(recipe.alpha)]
-    return _stage("train", t, recipe.train, [*policy, *_data(recipe, t), *output, *schedule, *_seed(recipe)])
+    return _stage("train", t, recipe.train, [*words, *schedule, *_seed(recipe)])
 
 
 def _policy_words(recipe: Recipe, model: str, t: int) -> list[str]:
@@ -169,7 +172,7 @@ def _policy_words(recipe: Recipe, model: str, t: int) -> list[str]:
     if t == 0:
         return ["--model", model, *(_revision(recipe) if recipe.sft is None else [])]
     last = _policy_dir(Path(recipe.run_dir), t - 1)
-    if recipe.train.full:
+    if (recipe.baseline or recipe.train).full:
         return ["--model", last]
     return ["--model", model, *(_revision(recipe) if recipe.sft is None else []), "--adapter", last]
 
@@ -192,6 +195,8 @@ def _revision(recipe: Recipe) -> list[str]:
 
 def _stage(name: str, t: int | None, options: BaseModel, words: list[str]) -> Stage:
     program, *first_words = options.command  # type: ignore[attr-defined]
+    if isinstance(options, BaselineStage):
+        first_words.append(options.method)
     command = [find_program(program), *first_words, *_option_words(options), *words]
     return Stage(name, t, tuple(command))
 
@@ -201,7 +206,7 @@ def _option_words(options: BaseModel) -> list[str]:
     words = []
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)
-        if name == "command" or value == field.get_default(call_default_factory=True):
+        if name in ("command", "method") or value == field.get_default(call_default_factory=True):
             continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):

@@ -48,7 +48,10 @@ class SftObjective:
         return loss, {name: count * batch.weight for name, count in counts.items()}
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
-        return {"useful_token_share": sums["tokens"] / sums["positions"]}
+        return {
+            "useful_token_share": sums["tokens"] / sums["positions"],
+            "trained_tokens": sums["response_tokens"],
+        }
 
 
 def sft(
@@ -130,7 +133,8 @@ def sft(
 def read_sequences(data: Path, tokenizer: Any, max_length: int | None) -> list[Sequence]:
     """Rows of (x, y) as sequences: x rendered without a principle, y with its end-of-sequence id unless cut."""
     rows = read_rows(data)
-    xs, ys = column(rows, "x", "prompt", "messages", of=(str, list)), column(rows, "y", "response", "completion")
+    xs = column(rows, "x", "prompt", "messages", of=(str, list))
+    ys = column(rows, "y", "response", "completion", "reference")
     finish = column(rows, "finish") if "finish" in rows.columns else ["stop"] * len(rows)
     for place, end in zip(rows.places, finish, strict=True):
         if end not in ("stop", "length"):

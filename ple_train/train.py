@@ -6,20 +6,35 @@ Reads committed pairs and a model; never samples and never scores.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from ple_data.digests import policy_name
 from ple_data.models import AdapterInfo, check_adapter, check_model, load_tokenizer
-from ple_data.partition import round_statistics, tau
+from ple_data.partition import Without, round_statistics, tau
 from ple_data.partition import warnings as partition_warnings
-from ple_data.store import Store
+from ple_data.store import Store, collect
 from ple_train.checkpoint import refuse_other_settings
+from ple_train.cost import sampled_by_round, training_cost
 from ple_train.log import print_to_log
 from ple_train.loop import LoopSettings, make_accelerator, train_loop
 from ple_train.objective import PairObjective
 from ple_train.output import Output
-from ple_train.pairs import PairStream, Partition, SnapshotShard, freeze, snapshot_record, thaw
+from ple_train.pairs import (
+    ID_COLUMNS,
+    PairStream,
+    Partition,
+    SnapshotShard,
+    fits,
+    freeze,
+    read_rows,
+    refuse_doubled_pairs,
+    snapshot_record,
+    thaw,
+)
 from ple_train.policy import load_policy, resolve_precision
 from schemas.errors import UsageError
 from schemas.files import write_atomic
@@ -47,6 +62,7 @@ def train(
     trust_region: float | None = None,
     normalize_wsft: bool = False,
     sft_anchor: float = 0.0,
+    without: Without | None = None,
     max_grad_norm: float = 1.0,
     seed: int = 0,
     resume: bool = True,
@@ -63,7 +79,7 @@ def train(
     `adapter` is the policy to go on from (the one that generated this round); without it a fresh adapter starts
     from `model` itself. Pairs longer than `max_length` ids with x are left out, and counted on stderr. `batch_size`
     is in pairs and global, whatever the number of processes. Safeguards that are not in the paper, off by default:
-    `trust_region` (nats/token), `normalize_wsft`, `sft_anchor`.
+    `trust_region` (nats/token), `normalize_wsft`, `sft_anchor`. `without` leaves one term of Eq. 6 out (Tables 4, 5).
     Raises UsageError, DamagedError (a shard), LockedError (another process writes `output`), PleError (NaN).
     """
     settings: dict[str, Any] = dict(locals())
@@ -75,7 +91,7 @@ def train(
     settings["data"] = [str(path) for path in data]
     settings["weights"] = policy_name(model, adapter, revision)
     refuse_doubled_stores(data)
-    part = Partition(tau(tau0, alpha, round), normalize_wsft, sft_anchor)
+    part = Partition(tau(tau0, alpha, round), normalize_wsft, sft_anchor, without)
     if trust_region is not None and full:
         raise UsageError(
             "--trust-region needs the start policy at hand: the model with its adapter off, so not with --full"
@@ -87,7 +103,7 @@ def train(
             return
         snapshot = frozen_snapshot(out, data, round, max_length)
         if accelerator.is_main_process:
-            print_partition(data, round, tau0, alpha)
+            print_partition(data, round, tau0, alpha, max_length, without)
         tokenizer = load_tokenizer(model, revision, note=print_to_log)
         policy = load_policy(
             model,
@@ -124,7 +140,12 @@ def train(
         history = train_loop(
             accelerator, policy, policy.trainable(), stream, objective, loop, out.checkpoints, out.report
         )
-        out.finish(policy.model, tokenizer, history, title=f"{Path(model).name}, PLE round {round}")
+        sampled = sampled_by_round(
+            (read_rows(part, ["round", *ID_COLUMNS], max_length) for part in snapshot), ("y_ids", "y_prompt_ids")
+        )
+        cost = training_cost(history, sampled=sampled.pop(round, 0), reused=sum(sampled.values()))
+        title = f"{Path(model).name}, PLE round {round}" + (f" without {without}" if without else "")
+        out.finish(policy.model, tokenizer, history, title=title, cost=cost)
 
 
 def refuse_doubled_stores(data: list[Path]) -> None:
@@ -145,29 +166,48 @@ def refuse_other_lora(adapter: AdapterInfo, rank: int, alpha: float) -> None:
         )
 
 
-def dry_run(data: list[Path], round: int, tau0: float, alpha: float) -> str:
+def dry_run(data: list[Path], round: int, tau0: float, alpha: float, max_length: int | None) -> str:
     """What training would see, by round, at this round's threshold: a table to print, with warnings."""
     from ple_data.inspect import format_statistics
 
     tau(tau0, alpha, round)
-    freeze(data, round, max_length=None)
-    return format_statistics(statistics(data, round, tau0, alpha), tau0=tau0, alpha=alpha, at_round=round)
+    refuse_doubled_stores(data)
+    freeze(data, round, max_length)
+    refuse_doubled_pairs(data, round)
+    return format_statistics(statistics(data, round, tau0, alpha, max_length), tau0=tau0, alpha=alpha, at_round=round)
 
 
-def statistics(data: list[Path], round: int, tau0: float, alpha: float) -> Any:
+def statistics(data: list[Path], round: int, tau0: float, alpha: float, max_length: int | None) -> Any:
     """`round_statistics` over the rounds ≤ `round` of all stores, at this round's tau (a polars DataFrame)."""
-    import polars as pl
-
     frames = [Store(path).scan("pairs", max_round=round) for path in data]
-    return round_statistics(pl.concat(frames), tau0, alpha, at_round=round)
+    rows = pl.concat(frames)
+    return round_statistics(rows if max_length is None else rows.filter(fits(max_length)), tau0, alpha, at_round=round)
 
 
-def print_partition(data: list[Path], round: int, tau0: float, alpha: float) -> None:
+def print_partition(
+    data: list[Path], round: int, tau0: float, alpha: float, max_length: int | None, without: Without | None = None
+) -> None:
     """Say on stderr what falls into the rank set, and warn when all pairs or none do."""
-    stats = statistics(data, round, tau0, alpha)
+    stats = statistics(data, round, tau0, alpha, max_length)
     print_to_log(f"{stats['rows'].sum()} pairs of {stats.height} rounds, tau_{round} = {tau(tau0, alpha, round):.4g}")
+    if without == "rank":
+        print_to_log("ablation without rank: every pair is weighted SFT")
+        note_principle(Store(path).scan("pairs", max_round=round) for path in data)
+        return
+    if without == "wsft":
+        print_to_log("ablation without wsft: pairs outside the rank set are left out")
     for warning in partition_warnings(stats):
         print_to_log(f"warning: {warning}")
+
+
+def note_principle(stores: Iterable[pl.LazyFrame]) -> None:
+    """Say on stderr where y_prompt was sampled with a principle, for a method that has plain responses alone."""
+    guided = collect(pl.concat(stores).select((pl.col("principle") != "").sum())).item()
+    if guided:
+        print_to_log(
+            f"note: {guided} rows have a y_prompt that was sampled with a principle; this method has plain responses "
+            "alone in its paper: ple-gen --principles none"
+        )
 
 
 def frozen_snapshot(out: Output, data: list[Path], round: int, max_length: int | None) -> list[SnapshotShard]:
@@ -178,6 +218,7 @@ def frozen_snapshot(out: Output, data: list[Path], round: int, max_length: int |
         refuse_other_settings(out.settings, frozen["settings"], out.directory)
     elif out.accelerator.is_main_process:
         snapshot = freeze(data, round, max_length)
+        refuse_doubled_pairs(data, round)
         left_out = sum(part.shard.rows - part.rows for part in snapshot)
         if left_out:
             print_to_log(f"{left_out} pairs left out: longer than --max-length {max_length}")

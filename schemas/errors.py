@@ -23,6 +23,10 @@ class DamagedError(PleError):
     exit_code = 3
 
 
+class NewerError(DamagedError):
+    """A file of a newer version: whole, but not for this program to read, replace or remove."""
+
+
 class LockedError(PleError):
     """Another process holds what is needed; the message contains 'locked by pid N on HOST' (exit code 4)."""
 

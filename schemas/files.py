@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from schemas.errors import LockedError, PleError
 
@@ -63,6 +64,29 @@ def write_atomic(path: Path | str, data: bytes | str, tmp_dir: Path | str | None
         remove_stale(Path(tmp_dir or path.parent), prefix)
         with _temporary(Path(tmp_dir or path.parent), prefix, data) as tmp:
             os.replace(tmp, path)
+        fsync_dir(path.parent)
+
+
+@contextmanager
+def writing_atomic(path: Path | str) -> Iterator[BinaryIO]:
+    """A file to write in pieces, that takes its name (and the place of an older one) when the block ends well.
+
+    When the block raises, nothing has changed. Raises PleError when the disk cannot be written.
+    """
+    path = Path(path)
+    with explained(path):
+        make_dirs(path.parent)
+        prefix = f".{path.name}."
+        remove_stale(path.parent, prefix)
+        tmp, fd = _create_locked(path.parent, prefix)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)
         fsync_dir(path.parent)
 
 

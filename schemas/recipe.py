@@ -86,6 +86,29 @@ class TrainStage(_Training, _Lora):
     trust_region: float | None = Field(default=None, gt=0)
     normalize_wsft: bool = False
     sft_anchor: float = Field(default=0.0, ge=0)
+    without: Literal["rank", "wsft"] | None = None
+
+
+class BaselineStage(_Training, _Lora):
+    """Options of `ple baseline METHOD`, which takes the place of `ple-train` in every round.
+
+    ppo is not among the methods: it samples for itself, so it has no rounds.
+    """
+
+    command: Command = Field(default=["ple", "baseline"], min_length=1)
+    method: Literal["sft", "context-distillation", "raft", "dpo"]
+    learning_rate: float = Field(default=1e-4, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    beta: float = Field(default=0.1, gt=0)
+
+    @model_validator(mode="after")
+    def _options_of_the_method(self) -> "BaselineStage":
+        foreign = ("full", "attention", "checkpoint_every") if self.method == "dpo" else ("beta",)
+        for name in foreign:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is no option of {self.method}")
+        return self
 
 
 class SftStage(_Training, _Lora, _Schedule):
@@ -115,6 +138,7 @@ STAGES: dict[str, type[BaseModel]] = {
     "gen": GenStage,
     "score": ScoreStage,
     "train": TrainStage,
+    "baseline": BaselineStage,
 }
 
 
@@ -129,7 +153,7 @@ class Recipe(_Strict):
     run_dir: str
     rounds: int = Field(default=5, ge=1)
     queries_per_round: int | None = Field(default=None, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     tau0: float = Field(default=0.2, ge=0)
     alpha: float = Field(default=0.9, gt=0, lt=1)
     reuse: list[str] = Field(default_factory=list)
@@ -138,6 +162,7 @@ class Recipe(_Strict):
     gen: GenStage = GenStage()
     score: ScoreStage = ScoreStage()
     train: TrainStage = TrainStage()
+    baseline: BaselineStage | None = None
 
     @model_validator(mode="after")
     def _one_reward(self) -> "Recipe":

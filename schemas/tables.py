@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from schemas.errors import DamagedError, PleError
+from schemas.errors import DamagedError, NewerError, PleError
 
 METADATA_KEY = b"ple"
 
@@ -118,7 +118,10 @@ def check(kind: str, schema: pa.Schema, metadata: Mapping[bytes, bytes] | None, 
     if found_kind != kind:
         raise DamagedError(f"{path}: holds a {found_kind} table, not a {kind} table: put it where it belongs")
     if version > VERSIONS[kind]:
-        faults.append(f"it has {kind} version {version}, this program knows up to {VERSIONS[kind]}: update the program")
+        raise NewerError(
+            f"{path}: not a readable {kind} table: it has {kind} version {version}, this program knows up to "
+            f"{VERSIONS[kind]}: update the program"
+        )
     faults += _column_faults(kind, schema, version)
     if faults:
         raise DamagedError(f"{path}: not a readable {kind} table: " + "; ".join(faults))

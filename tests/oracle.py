@@ -46,12 +46,17 @@ def row(
     *,
     normalize_wsft: bool = False,
     anchor: float = 0.0,
+    without: str | None = None,
 ) -> Row:
-    """Set and coefficients of one pair (Eqs. 3-5); lengths are in response tokens."""
+    """Set and coefficients of one pair (Eqs. 3-5); lengths are in response tokens. Without `rank` all pairs are
+    weighted SFT, without `wsft` those that are not in the rank set weigh nothing.
+    """
     margin = s_prompt - s
     w, w_prompt = weights(s, s_prompt)
-    if margin > tau:
+    if margin > tau and without != "rank":
         kind, c, c_prompt = "rank", -_divided(1, length), _divided(1, length_prompt)
+    elif without == "wsft":
+        kind, c, c_prompt = "wsft", 0.0, 0.0
     elif normalize_wsft:
         kind, c, c_prompt = "wsft", _divided(w, length), _divided(w_prompt, length_prompt)
     else:

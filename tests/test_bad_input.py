@@ -266,6 +266,23 @@ def test_reward_model_with_two_outputs_needs_a_choice(whole_data: Path, tmp_path
     assert ple(*words, "--output-index", 1).exit_code == 0
 
 
+def test_reward_model_that_cannot_be_is_refused_before_anything_is_sampled(
+    policy: Path, queries: Path, tmp_path: Path
+) -> None:
+    two = tiny.tiny_reward(tmp_path / "two", num_labels=2)
+    words = [*gen_words(policy, queries, tmp_path / "data"), "--reward-model"]
+    refused(ple(*words, "nosuch.py:f"), 2, "there is no file", "nosuch.py")
+    refused(ple(*words, two), 2, two, "--output-index")
+    refused(ple(*words, tmp_path / "nothing"), 2, tmp_path / "nothing")
+    assert not (tmp_path / "data").exists()
+
+
+def test_reward_labels_from_a_csv_file(policy: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\ngood,1\nbad,0\n")
+    assert ple("reward", "--model", policy, "--data", path, "--output", tmp_path / "out").exit_code == 0
+
+
 def test_reward_function_that_is_not_there_or_gives_nan(whole_data: Path, tmp_path: Path) -> None:
     source = tmp_path / "judge.py"
     source.write_text("def nan(xs, ys):\n    return [float('nan') for _ in ys]\n")

@@ -29,7 +29,8 @@ from ple_data.engines import (
     parse_engine_args,
 )
 from ple_data.engines.hf import HfEngine
-from ple_data.models import check_adapter, check_model, end_ids, load_tokenizer, max_positions
+from ple_data.models import check_adapter, check_model, end_ids, load_config, load_tokenizer, max_positions
+from ple_train.policy import load_causal_lm
 from schemas.errors import UsageError
 from tests import tiny
 from tests.conftest import ROOT
@@ -302,6 +303,21 @@ def test_model_directories_that_are_none(tmp_path: Path, policy: Path, adapter: 
     check_model("owner/hub-model")
 
 
+def test_code_of_a_model_repository_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that only its own code can read is refused, even where a person could be asked whether to run it."""
+    directory = tiny.tiny_policy(tmp_path / "own-code")
+    config = json.loads((directory / "config.json").read_text())
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": [None, "own.Tokenizer"]}
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
+    (directory / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    load_tokenizer(directory)  # its tokenizer.json needs no code
+    for load in (load_config, load_causal_lm):
+        with pytest.raises(UsageError):
+            load(str(directory))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_tokenizer_without_eos_without_pad_or_missing(tmp_path: Path, policy: Path) -> None:
     with pytest.raises(UsageError, match=r"no EOS token.*eos_token"):
         load_tokenizer(tiny.tiny_policy(tmp_path / "no-eos", eos=False))
@@ -437,6 +453,7 @@ def test_vllm_without_logprobs(probe: dict[str, Any]) -> None:
 def test_vllm_refuses_before_it_starts(probe: dict[str, Any]) -> None:
     assert "did you mean tensor_parallel_size?" in probe["unknown"]
     assert "use --model" in probe["reserved"]
+    assert "safetensors alone" in probe["pickles"]
     assert "rank 16, over the limit of --engine-arg max_lora_rank, 8" in probe["rank over our limit"]
     assert "rank 4096, over the limit of the vllm engine, 512" in probe["rank over vllm's limit"]
     assert "has use_dora, which vllm cannot load" in probe["dora"]

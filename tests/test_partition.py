@@ -39,14 +39,14 @@ def computed(pairs: list[tuple[float, float, int, int]], threshold: float, **opt
 
 
 @settings(max_examples=200, deadline=None)
-@given(PAIRS, st.floats(0, 10), st.booleans(), st.sampled_from([0.0, 0.25]))
-@example([(0.0, 0.0, 3, 4)], 0.2, False, 0.0)  # a tie
-@example([(1.0, 1.5, 3, 4)], 0.5, False, 0.0)  # margin exactly tau
-@example([(1.0, 1.0, 3, 4)], 0.0, False, 0.25)  # both
-@example([(1e4, -1e4, 3, 4), (-1e4, 1e4, 3, 4)], 0.2, True, 0.25)
-@example([(0.0, 1.0, 0, 0), (1.0, 0.0, 0, 0)], 0.2, True, 0.25)  # empty responses
-def test_every_column_agrees_with_the_oracle(pairs, threshold, normalize_wsft, anchor):
-    options = {"normalize_wsft": normalize_wsft, "anchor": anchor}
+@given(PAIRS, st.floats(0, 10), st.booleans(), st.sampled_from([0.0, 0.25]), st.sampled_from([None, "rank", "wsft"]))
+@example([(0.0, 0.0, 3, 4)], 0.2, False, 0.0, None)  # a tie
+@example([(1.0, 1.5, 3, 4)], 0.5, False, 0.0, None)  # margin exactly tau
+@example([(1.0, 1.0, 3, 4)], 0.0, False, 0.25, None)  # both
+@example([(1e4, -1e4, 3, 4), (-1e4, 1e4, 3, 4)], 0.2, True, 0.25, "rank")
+@example([(0.0, 1.0, 0, 0), (1.0, 0.0, 0, 0)], 0.2, True, 0.25, "wsft")  # empty responses
+def test_every_column_agrees_with_the_oracle(pairs, threshold, normalize_wsft, anchor, without):
+    options = {"normalize_wsft": normalize_wsft, "anchor": anchor, "without": without}
     for found, pair in zip(computed(pairs, threshold, **options), pairs, strict=True):
         expected = oracle.row(*pair, threshold, **options)
         assert found["margin"] == expected.margin
@@ -87,6 +87,18 @@ def test_by_hand():
     assert wsft["set"] == "wsft"
     assert wsft["c"] == pytest.approx(-0.0499583749, abs=1e-9)
     assert wsft["c_prompt"] == -wsft["c"]
+
+
+def test_ablations_by_hand():
+    """Margins 0.5 and 0.1 at tau = 0.2. Without rank both are weighted SFT; without wsft the second weighs nothing."""
+    pairs = [(0.0, 0.5, 2, 4), (0.0, np.float32(0.1), 2, 4)]
+    first, second = computed(pairs, 0.2, without="rank")
+    assert (first["set"], second["set"]) == ("wsft", "wsft")
+    assert first["c"] == pytest.approx(math.tanh(-0.25), rel=1e-12)
+    assert first["c_prompt"] == -first["c"]
+    first, second = computed(pairs, 0.2, without="wsft")
+    assert (first["set"], first["c"], first["c_prompt"]) == ("rank", -0.5, 0.25)
+    assert (second["set"], second["c"], second["c_prompt"]) == ("wsft", 0.0, 0.0)
 
 
 def test_the_margin_is_not_rounded_to_float32():

@@ -285,7 +285,7 @@ def test_recipe_reports_all_faults_at_once(tmp_path: Path) -> None:
         "train.epochs: Input should be greater than or equal to 1, not 0",
         "train.learning-rate: unknown key; did you mean learning_rate?",
         "modle: unknown key; did you mean model?",
-        "learning_rate: unknown key; it belongs under reward or sft or train",
+        "learning_rate: unknown key; it belongs under reward or sft or train or baseline",
     ]
     assert sorted(line.strip() for line in lines[1:]) == sorted(expected)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -378,7 +379,7 @@ def test_a_round_without_pairs_is_named(run, tmp_path):
 def test_pairs_of_another_tokenizer_are_refused(run, tmp_path):
     row = {"y_ids": [5, 999]}
     Store(tmp_path / "foreign").commit("pairs", 0, "00000-0123456789ab", table("pairs", [row]), {})
-    with pytest.raises(UsageError, match=r"query 'q0' of round 0: y_ids holds token 999"):
+    with pytest.raises(UsageError, match=r"query 'q0' of round 0: x and y hold token 999"):
         run("foreign-tokens", data=[tmp_path / "foreign"], round=0)
 
 
@@ -390,6 +391,27 @@ def test_trust_region_and_full_do_not_go_together(run):
 def test_a_store_given_twice_is_refused(run, pairs):
     with pytest.raises(UsageError, match="more than once"):
         run("twice", data=[pairs, pairs])
+
+
+def test_pairs_that_stand_in_two_stores_are_not_counted_twice(run, pairs, tmp_path, capsys):
+    """A copy is refused; of stores that share some pairs the number is said."""
+    copy = shutil.copytree(pairs, tmp_path / "copy")
+    with pytest.raises(UsageError, match=rf"{stream(pairs).pairs} pairs .* count twice: it is a copy"):
+        run("copied", data=[pairs, copy])
+    shards = Store(copy).shards("pairs")
+    first = shards[0]
+    for shard in shards[1:]:
+        shard.path.unlink()
+        Store(copy).record_path("pairs", shard.round, shard.unit).unlink()
+    rows = pl.read_parquet(first.path).with_columns(query_id="new-" + pl.col("query_id"))
+    Store(copy).commit("pairs", first.round, "00009-0123456789ab", rows.to_arrow(), {})
+    run("shared", data=[pairs, copy])
+    assert f"warning: {first.rows} pairs" in capsys.readouterr().err
+
+
+def test_what_the_machine_is_given_may_change_on_the_way(run):
+    run("machine", checkpoint_every=1)
+    run("machine", microbatch_tokens=64, gradient_checkpointing=True)  # nothing is left to do, and nothing is refused
 
 
 def test_an_adapter_of_another_rank_than_asked_is_refused(run, adapter):

@@ -36,6 +36,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     answers: dict[str, Any] = {
         "unknown": refused({"tensor_paralel_size": 2}),
         "reserved": refused({"model": "other"}),
+        "pickles": refused({"load_format": "pt"}),
         "rank over our limit": refused({"max_lora_rank": 8}, AdapterInfo(Path("a"), 16, {})),
         "rank over vllm's limit": refused({}, AdapterInfo(Path("a"), 4096, {})),
         "dora": refused({}, AdapterInfo(Path("a"), 8, {"use_dora": True})),

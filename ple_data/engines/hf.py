@@ -49,6 +49,7 @@ class HfEngine:
                 revision=spec.revision,
                 dtype=_dtype(spec.dtype, self._device),
                 use_safetensors=True,
+                trust_remote_code=False,
                 **options,
             )
         except (OSError, ValueError, ImportError) as error:

@@ -33,6 +33,8 @@ RESERVED = {
     "revision": "--revision",
     "dtype": "--dtype",
     "enable_lora": "--adapter",
+    "load_format": "nothing else: weights are read from safetensors alone",
+    "trust_remote_code": "nothing else: code of a model's repository is never run",
     "logprobs_mode": "nothing else: log-probabilities are always those of the model",
 }
 """Engine arguments that an option of ours sets."""
@@ -186,6 +188,8 @@ def _engine_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[
         "revision": spec.revision,
         "dtype": spec.dtype,
         "max_model_len": spec.max_length,
+        "load_format": "safetensors",
+        "trust_remote_code": False,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "logprobs_mode": "raw_logprobs",

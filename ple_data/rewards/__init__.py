@@ -27,6 +27,25 @@ class RewardModel(Protocol):
         ...
 
 
+def check_reward_model(spec: str, output_index: int | None = None) -> None:
+    """Refuse, without loading a model or running a function, a spec that `load_reward_model` would refuse.
+
+    Raises UsageError. An endpoint is not asked.
+    """
+    if spec.startswith(("http://", "https://")):
+        return
+    if ":" in spec and not Path(spec).exists():
+        from ple_data.rewards.function import check_function
+
+        check_function(spec)
+        return
+    from ple_data.models import check_model, load_config
+    from ple_data.rewards.classifier import choose_output
+
+    check_model(spec)
+    choose_output(load_config(spec), output_index, spec)
+
+
 def load_reward_model(
     spec: str,
     *,

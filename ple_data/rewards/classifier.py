@@ -45,7 +45,7 @@ class ClassifierReward:
         self._tokenizer, self._model = _load(model, dtype=getattr(torch, dtype), device=device)
         self._device = device
         config = self._model.config
-        self._index = _output_index(config, output_index, model)
+        self._index = choose_output(config, output_index, model)
         self._join = resolve_join(join, self._tokenizer)
         self._max_length = _max_length(self._tokenizer, config)
         self._batch_tokens = batch_tokens
@@ -126,10 +126,10 @@ def _load(model: str, *, dtype: Any, device: str) -> tuple[Any, Any]:
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UsageError(f"reward model {model}: the directory has no config.json, so it is no model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         with _quiet():
             loaded, info = AutoModelForSequenceClassification.from_pretrained(
-                model, dtype=dtype, use_safetensors=True, output_loading_info=True
+                model, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(
@@ -160,7 +160,8 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _output_index(config: Any, chosen: int | None, model: str) -> int:
+def choose_output(config: Any, chosen: int | None, model: str) -> int:
+    """The output that is the reward: the chosen one, or the only one. Raises UsageError where that is not clear."""
     labels = ", ".join(f"{index} = {name}" for index, name in sorted(config.id2label.items()))
     if chosen is None:
         if config.num_labels == 1:

@@ -19,15 +19,23 @@ from ple_data.digests import text_digest
 from schemas.errors import PleError, UsageError
 
 
+def check_function(spec: str) -> None:
+    """Refuse a spec that is not of the form, or whose file is not there. Runs nothing. Raises UsageError."""
+    location, _, function = spec.rpartition(":")
+    if not location or not function.isidentifier():
+        raise UsageError(f"reward model {spec!r}: expected file.py:function or module:function")
+    if location.endswith(".py") and not Path(location).is_file():
+        raise UsageError(f"reward model {spec}: there is no file {Path(location).resolve()}")
+
+
 class FunctionReward:
     """The user's function. Its name carries the digest of the file that holds it, not of its imports."""
 
     truncated = 0
 
     def __init__(self, spec: str) -> None:
+        check_function(spec)
         location, _, function = spec.rpartition(":")
-        if not location or not function.isidentifier():
-            raise UsageError(f"reward model {spec!r}: expected file.py:function or module:function")
         self._spec = spec
         if location.endswith(".py"):
             self._file = Path(location).resolve()
@@ -69,8 +77,6 @@ class FunctionReward:
             ) from None
 
     def _load_file(self, file: Path) -> ModuleType:
-        if not file.is_file():
-            raise UsageError(f"reward model {self._spec}: there is no file {file}")
         spec = importlib.util.spec_from_file_location(f"ple_reward_{file.stem}", file)
         assert spec  # a .py file always has a spec
         assert spec.loader

@@ -15,12 +15,12 @@ from pathlib import Path
 import polars as pl
 
 from ple_data.principles import load_principle
+from ple_train.scratch import train_tokenizer, write_llama
 from schemas.files import write_atomic
 
 sys.path.insert(0, str(Path(__file__).parent))
 import judge
 
-EOS, PAD = "<|end|>", "<|pad|>"
 VOCABULARY = 8192
 CHUNK_TOKENS = 256
 EXCERPT_WORDS, PREFIX_WORDS = 56, 8
@@ -39,8 +39,8 @@ def main() -> None:
 
     reviews = read_reviews(arguments.data)
     train, test = reviews.filter(split="train"), reviews.filter(split="test")
-    tokenizer = train_tokenizer(train["text"].to_list())
-    write_base(output / "init", tokenizer)
+    tokenizer = train_tokenizer(train["text"].to_list(), VOCABULARY, longest=1024)
+    write_llama(output / "init", tokenizer, hidden=256, layers=4, heads=4, positions=1024)  # 5.4 million parameters
     write_reward_init(output / "reward-init", tokenizer)
     chunks(train["text"].to_list(), tokenizer).write_parquet(output / "pretrain.parquet")
     sft_rows(excerpts(train)).write_parquet(output / "sft.parquet")
@@ -111,49 +111,6 @@ def chunks(texts: list[str], tokenizer) -> pl.DataFrame:
         rows += [("", tokenizer.decode(piece), "length") for piece in pieces[:-1]]
         rows.append(("", tokenizer.decode(pieces[-1]), "stop"))
     return pl.DataFrame(rows, schema=["x", "y", "finish"], orient="row")
-
-
-def train_tokenizer(texts: list[str]):
-    """A byte-level BPE tokenizer of VOCABULARY tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[PAD, EOS], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=EOS,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
-        model_max_length=1024,
-    )
-
-
-def write_base(directory: Path, tokenizer) -> None:
-    """A Llama of 5.4 million parameters."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
 
 
 def write_reward_init(directory: Path, tokenizer) -> None:

@@ -1,0 +1,149 @@
+"""Evaluations of every method and seed → the paper's tables and Figure 3 for one task, as Markdown, JSON and a picture.
+
+A value is over all seeds: a query's responses are those of every seed, and its 95 % interval is a bootstrap over queries
+(`ple_data.metrics`, as in `ple eval`). Trains, samples and scores nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from benchmarks.paper.methods import LEARNING_RATES, METHODS, QUERIES_PER_ROUND, ROUNDS, Run
+from benchmarks.paper.tasks import Task
+from ple_data.metrics import Mean, Perplexity, SumMetric, bleu
+from ple_data.partition import round_statistics
+from ple_data.store import Store
+from schemas.files import write_atomic
+from schemas.reports import Estimate
+from schemas.tables import read_metadata
+
+TAU0, ALPHA = 0.2, 0.9
+COLUMNS = {
+    "reward": "second judge",
+    "trained": "training reward",
+    "perplexity": "PPL",
+    "bleu": "BLEU",
+    "length": "tokens",
+}
+PACKAGES = ("torch", "transformers", "peft", "trl", "polars", "sacrebleu")
+
+
+def write_results(task: Task, output: Path, results: Path, runs: list[Run], rates: dict[str, float]) -> None:
+    """docs/results/TASK.md, TASK.json and TASK-figure3.png from the evaluations in `output`."""
+    seeds = sorted({run.seed for run in runs})
+    frame = pl.concat([read_evaluation(output / "eval" / f"seed={seed}" / "eval.parquet", seed) for seed in seeds])
+    found = {
+        name: metrics(frame.filter(pl.col("label") == name)) for name in frame["label"].unique(maintain_order=True)
+    }
+    label_of = {"base": "base", **{run.method.name: f"{run.method.name}-{run.learning_rate:g}" for run in runs}}
+    titles = {"base": "base", **{method.name: method.title for method in METHODS}}
+    rows, record = [], []
+    ple = found[label_of["ple-trust-region"]]
+    for name, label in label_of.items():
+        values = {column: metric.estimate(0) for column, metric in found[label].items()}
+        behind = {column: ple[column].less(found[label][column], 0) for column in ("reward", "trained")}
+        by_seed = frame.filter(pl.col("label") == label).group_by("seed").agg(pl.col("reward").mean()).sort("seed")
+        record.append(
+            {
+                "method": name,
+                "learning_rate": rates.get(name),
+                **{column: value.model_dump() for column, value in values.items()},
+                "ple_trust_region_less_this": {column: value.model_dump() for column, value in behind.items()},
+                "second_judge_by_seed": dict(zip(map(str, by_seed["seed"]), by_seed["reward"], strict=True)),
+            }
+        )
+        spread = ", ".join(f"{value:.2f}" for value in by_seed["reward"])
+        rate = f"{rates[name]:g}" if name in rates else ""
+        cells = [shown(values[column], column) for column in COLUMNS]
+        rows.append(f"| {titles[name]} | {rate} | {' | '.join(cells)} | {spread} | {behind['reward']} |")
+    header = ["method", "lr", *COLUMNS.values(), "second judge by seed", "PLE (trust region) less it"]
+    lines = [
+        f"# {task.title}: Table{'s' if len(set(task.tables)) > 1 else ''} {' and '.join(sorted(set(task.tables)))}, small",
+        "",
+        f"Seeds {', '.join(map(str, seeds))}; {ROUNDS} rounds of {QUERIES_PER_ROUND} queries; tau_0 = {TAU0}, alpha = {ALPHA}; "
+        f"learning rates {' and '.join(f'{rate:g}' for rate in LEARNING_RATES)} tried for every method with seed {seeds[0]} on the "
+        f"validation queries. {platform.machine()}, " + ", ".join(f"{name} {version(name)}" for name in PACKAGES) + ".",
+        "",
+        f"| {' | '.join(header)} |",
+        f"| {' | '.join('---' for _ in header)} |",
+        *rows,
+        "",
+        *figure_3(output, results / f"{task.name}-figure3.png", runs),
+    ]
+    results.mkdir(parents=True, exist_ok=True)
+    write_atomic(results / f"{task.name}.md", "\n".join(lines) + "\n")
+    write_atomic(
+        results / f"{task.name}.json", json.dumps({"version": 1, "seeds": seeds, "methods": record}, indent=1) + "\n"
+    )
+
+
+def read_evaluation(path: Path, seed: int) -> pl.DataFrame:
+    """The rows of one seed with the columns `trained` and `reward`: under the training and the second reward model."""
+    models = read_metadata(path, "evaluation")["reward_models"]
+    at = {("trained" if model["trained"] else "reward"): place for place, model in enumerate(models)}
+    rewards = [pl.col("rewards").list.get(place).alias(name) for name, place in at.items()]
+    return pl.read_parquet(path).with_columns(*rewards, seed=pl.lit(seed))
+
+
+def metrics(rows: pl.DataFrame) -> dict[str, SumMetric]:
+    """Each column of the table over all seeds, query by query."""
+    queries = rows.group_by("query_id").agg(pl.all()).sort("query_id")
+    count = queries["y"].list.len()
+
+    def mean(column: str) -> Mean:
+        return Mean(np.stack([queries[column].list.sum().to_numpy(), count.to_numpy()], axis=1).astype(np.float64))
+
+    likelihood = np.stack(
+        [queries["reference_nll"].list.sum().to_numpy(), queries["reference_tokens"].list.sum().to_numpy()], axis=1
+    )
+    overlap, _ = bleu(queries["y"].to_list(), queries["reference"].list.first().to_list())
+    return {
+        "reward": mean("reward"),
+        "trained": mean("trained"),
+        "perplexity": Perplexity(likelihood.astype(np.float64)),
+        "bleu": overlap,
+        "length": mean("tokens"),
+    }
+
+
+def shown(value: Estimate, column: str) -> str:
+    if column == "perplexity":
+        return f"{value.mean:.1f} [{value.low:.1f}, {value.high:.1f}]" if value.mean < 1e5 else f"{value.mean:.1e}"
+    return f"{value.mean:.0f}" if column == "length" else str(value)
+
+
+def figure_3(output: Path, path: Path, runs: list[Run]) -> list[str]:
+    """Mean s and s_prompt by round of both PLE runs, first seed: a picture, and the same as a table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    first = min(run.seed for run in runs)
+    lines = ["## Figure 3: rewards by round", "", f"![s and s_prompt by round]({path.name})"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    for run, axis in zip([r for r in runs if r.seed == first and r.method.name.startswith("ple")], axes, strict=True):
+        rounds = round_statistics(Store(run.directory / "data").scan("pairs"), TAU0, ALPHA)
+        axis.plot(rounds["round"], rounds["mean_s_prompt"], "o-", label="s_prompt")
+        axis.plot(rounds["round"], rounds["mean_s"], "s-", label="s")
+        axis.set(title=run.method.title, xlabel="round", xticks=rounds["round"].to_list())
+        axis.grid(alpha=0.3)
+        lines += ["", f"{run.method.title}, seed {first}:", "", "| round | s | s_prompt | gap | tau_t | rank share |"]
+        lines += ["| --- | --- | --- | --- | --- | --- |"]
+        lines += [
+            f"| {row['round']} | {row['mean_s']:.2f} | {row['mean_s_prompt']:.2f} | {row['mean_margin']:.2f} "
+            f"| {row['tau']:.3f} | {100 * row['rank_share']:.0f} % |"
+            for row in rounds.iter_rows(named=True)
+        ]
+    axes[0].set_ylabel("mean training reward")
+    axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return lines

@@ -1,0 +1,220 @@
+"""The three tasks of the paper at a size for two CPU cores: real data in, every file that the methods need out.
+
+No pretrained weights: `prepare` writes an untrained Llama, and the files from which `ple sft` and `ple reward` make a base
+model, a start policy and reward models. Sizes and stand-ins are the constants below and are stated in docs/results.
+Never trains and never samples.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from ple_data.principles import load_principle
+from ple_train.scratch import train_tokenizer, write_llama
+from schemas.files import write_atomic
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "recipes" / "imdb"))
+import judge
+
+VOCABULARY, HIDDEN, LAYERS, HEADS, POSITIONS = 4096, 128, 4, 2, 512
+"""1.4 million parameters."""
+UNSEEN, VALIDATION = 512, 256
+"""Queries that the tables report on, and those on which settings are chosen; neither is in training."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between the tasks beyond their data files."""
+
+    name: str
+    title: str
+    principle: str
+    prepare: Callable[[dict[str, Path], Path], None]
+    inputs: tuple[str, ...]
+    max_new_tokens: int
+    reward_index: int | None
+    """Which output of the reward model is the reward; None where it has one."""
+    second_judge: str
+    """Spec of the judge that no training sees, relative to the task's directory, or `file.py:function`."""
+    tables: tuple[str, str]
+
+
+def write_world(output: Path, rows: dict[str, pl.DataFrame], corpus: list[str]) -> None:
+    """Write the data files and the untrained model; the same bytes each time."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name, frame in rows.items():
+        frame.write_parquet(output / f"{name}.parquet")
+    if not (output / "init" / "config.json").exists():
+        tokenizer = train_tokenizer(corpus, VOCABULARY, longest=POSITIONS)
+        write_llama(output / "init", tokenizer, hidden=HIDDEN, layers=LAYERS, heads=HEADS, positions=POSITIONS)
+
+
+def guided(rows: pl.DataFrame, principle: str) -> pl.DataFrame:
+    """The same rows with [p, x] for x."""
+    text = load_principle(principle).text
+    return rows.with_columns(x=pl.lit(text + "\n") + pl.col("x"))
+
+
+def mixed(plain: pl.DataFrame, good: pl.DataFrame, principle: str) -> pl.DataFrame:
+    """Half x → any response, half [p, x] → a good one: the stand-in for a base that follows instructions."""
+    plain = plain.sample(min(plain.height, good.height), seed=0)
+    rows = pl.concat([plain.select("x", "y"), guided(good, principle).select("x", "y")])
+    return rows.sample(fraction=1.0, shuffle=True, seed=0)
+
+
+def queries(rows: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
+    """`count` rows as queries with their references."""
+    return rows.sample(min(count, rows.height), seed=seed).select("id", "x", pl.col("y").alias("reference"))
+
+
+# IMDb
+
+EXCERPT_WORDS, PREFIX_WORDS, PRETRAINING_WORDS, STRONG_STARS = 56, 8, 100, 9
+"""An excerpt is the last 56 words of a review, where most of its verdict stands; x is the excerpt's first 8."""
+
+
+def prepare_imdb(inputs: dict[str, Path], output: Path) -> None:
+    """Queries: prefixes of excerpts. Labels train the reward model; word log-odds are the second judge."""
+    reviews = pl.read_parquet(inputs["data"]).with_columns(
+        stars=pl.col("id").str.extract(r"_(\d+)$").cast(pl.Int32),
+        text=pl.col("text").str.replace_all(r"\s+", " ").str.strip_chars(),
+    )
+    train = reviews.filter(split="train")
+    test = reviews.filter(split="test").join(train.select("text").unique(), on="text", how="anti")
+    excerpts, unseen = _excerpts(train), _excerpts(test).sample(fraction=1.0, shuffle=True, seed=1)
+    tail = pl.col("text").str.split(" ").list.tail(PRETRAINING_WORDS).list.join(" ")
+    labelled = excerpts.select((pl.col("x") + pl.col("y")).alias("text"), pl.col("label").cast(pl.Int64))
+    write_world(
+        output,
+        {
+            "pretrain": train.select(pl.lit("").alias("x"), tail.alias("y")),
+            "sft": mixed(excerpts, excerpts.filter(pl.col("stars") >= STRONG_STARS), "imdb"),
+            "reward": labelled.sample(fraction=1.0, shuffle=True, seed=0),
+            "reward-test": _excerpts(test).select((pl.col("x") + pl.col("y")).alias("text"), "label"),
+            "queries": queries(excerpts, 4096, seed=3),
+            "unseen": queries(unseen[:UNSEEN], UNSEEN, seed=0),
+            "validation": queries(unseen[UNSEEN : UNSEEN + VALIDATION], VALIDATION, seed=0),
+        },
+        train["text"].to_list(),
+    )
+    write_atomic(output / "judge.json", json.dumps(judge.train(train["text"].to_list(), train["label"].to_list())))
+
+
+def _excerpts(reviews: pl.DataFrame) -> pl.DataFrame:
+    words = pl.col("text").str.split(" ").list.tail(EXCERPT_WORDS)
+    return (
+        reviews.with_columns(words=words)
+        .filter(pl.col("words").list.len() == EXCERPT_WORDS)
+        .with_columns(
+            x=pl.col("words").list.head(PREFIX_WORDS).list.join(" "),
+            y=" " + pl.col("words").list.slice(PREFIX_WORDS).list.join(" "),
+        )
+        .drop("words")
+    )
+
+
+# TL;DR
+
+POST_WORDS = 64
+"""A post keeps its title and its first 64 words."""
+
+
+def prepare_tldr(inputs: dict[str, Path], output: Path) -> None:
+    """Queries: posts cut short. Preferences train the reward models, one half each."""
+    posts = pl.read_parquet(inputs["data"]).with_columns(x=_short_post(), y=" " + pl.col("summary"))
+    train, test = posts.filter(split="train"), posts.filter(split="test").sample(fraction=1.0, shuffle=True, seed=1)
+    preferences = pl.read_parquet(inputs["preferences"]).with_columns(
+        prompt=_short_post(), chosen=" " + pl.col("chosen"), rejected=" " + pl.col("rejected")
+    )
+    wanted = preferences.filter(split="train").sample(fraction=1.0, shuffle=True, seed=0)
+    short = train.filter(pl.col("y").str.split(" ").list.len().is_between(12, 40))
+    good = short.filter(_overlap() >= short.select(_overlap().median()).item())
+    write_world(
+        output,
+        {
+            "pretrain": train.select("x", "y"),
+            "sft": mixed(short, good, "tldr"),
+            **_halves(wanted, preferences.filter(split="test")),
+            "queries": queries(short, 4096, seed=3),
+            "unseen": queries(test[:UNSEEN], UNSEEN, seed=0),
+            "validation": queries(test[UNSEEN : UNSEEN + VALIDATION], VALIDATION, seed=0),
+        },
+        (train["x"] + train["y"]).to_list(),
+    )
+
+
+def _short_post() -> pl.Expr:
+    parts = pl.col("prompt").str.extract_groups(
+        r"(?s)^SUBREDDIT: (?<sub>.*?)\n\nTITLE: (?<title>.*?)\n\nPOST: (?<post>.*)\n\nTL;DR:$"
+    )
+    post = parts.struct.field("post").str.replace_all(r"\s+", " ").str.split(" ").list.head(POST_WORDS).list.join(" ")
+    return pl.format("TITLE: {}\nPOST: {}\nTL;DR:", parts.struct.field("title"), post)
+
+
+def _overlap() -> pl.Expr:
+    """Share of a summary's words that its post has: the stand-in for 'highlights the key points'."""
+    words = pl.col("y").str.to_lowercase().str.extract_all(r"[a-z']+").list.unique()
+    post = pl.col("x").str.to_lowercase().str.extract_all(r"[a-z']+").list.unique()
+    return words.list.set_intersection(post).list.len() / words.list.len()
+
+
+# HH
+
+TURN_WORDS, ANSWER_WORDS = 48, 60
+"""x is the last human turn of a dialogue, cut to 48 words; answers are cut to 60."""
+
+
+def prepare_hh(inputs: dict[str, Path], output: Path) -> None:
+    """Queries: last human turns. Chosen and rejected answers train the reward models, one half each."""
+    rows = pl.read_parquet(inputs["data"]).with_columns(
+        prompt=pl.format(
+            "\n\nHuman: {}\n\nAssistant:",
+            _cut(pl.col("prompt").str.extract(r"(?s).*\n\nHuman:(.*?)\n\nAssistant:$"), TURN_WORDS),
+        ),
+        chosen=" " + _cut(pl.col("chosen"), ANSWER_WORDS),
+        rejected=" " + _cut(pl.col("rejected"), ANSWER_WORDS),
+    )
+    rows = rows.with_columns(x=pl.col("prompt"), y=pl.col("chosen"))
+    train, test = rows.filter(split="train"), rows.filter(split="test").sample(fraction=1.0, shuffle=True, seed=1)
+    both = pl.concat([train.select("x", "y"), train.select("x", pl.col("rejected").alias("y"))])
+    wanted = train.filter(pl.col("chosen") != pl.col("rejected")).sample(fraction=1.0, shuffle=True, seed=0)
+    write_world(
+        output,
+        {
+            "pretrain": both.sample(fraction=1.0, shuffle=True, seed=0),
+            "sft": mixed(both, train, "hh"),
+            **_halves(wanted, test),
+            "queries": queries(train, 4096, seed=3),
+            "unseen": queries(test[:UNSEEN], UNSEEN, seed=0),
+            "validation": queries(test[UNSEEN : UNSEEN + VALIDATION], VALIDATION, seed=0),
+        },
+        (both["x"] + both["y"]).to_list(),
+    )
+
+
+def _cut(text: pl.Expr, words: int) -> pl.Expr:
+    return text.str.strip_chars().str.split(" ").list.head(words).list.join(" ")
+
+
+def _halves(train: pl.DataFrame, test: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    columns = ["prompt", "chosen", "rejected"]
+    half = train.height // 2
+    return {
+        "reward": train[:half].select(columns),
+        "second": train[half:].select(columns),
+        "reward-test": test.select(columns),
+    }
+
+
+TASKS = {
+    "imdb": Task("imdb", "IMDb", "imdb", prepare_imdb, ("data",), 48, 1, "judge.py:score", ("2", "4")),
+    "tldr": Task("tldr", "Reddit TL;DR", "tldr", prepare_tldr, ("data", "preferences"), 40, None, "second", ("3", "5")),
+    "hh": Task("hh", "Anthropic HH", "hh", prepare_hh, ("data",), 48, None, "second", ("1", "1")),
+}

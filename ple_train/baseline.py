@@ -1,0 +1,191 @@
+"""`ple baseline sft | context-distillation | raft`: methods that PLE is compared with, on the rows of the same store.
+
+Each takes the place of ple-train in a run: pairs up to round T in, the next policy's LoRA adapter out. All three are
+Eq. 1 on chosen responses (`ple_data.selection` chooses), by the token ids that were sampled. Never samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from ple_data import selection
+from ple_data.digests import policy_name
+from ple_data.models import check_adapter, check_model, load_tokenizer
+from ple_data.store import Store
+from ple_train.batches import Sequence
+from ple_train.cost import sampled_by_round, training_cost
+from ple_train.log import print_to_log
+from ple_train.loop import LoopSettings, make_accelerator, train_loop
+from ple_train.output import Output
+from ple_train.pairs import Limits, SnapshotShard, read_rows, refuse_foreign_ids
+from ple_train.policy import load_policy, resolve_precision
+from ple_train.sft import SftObjective, read_sequences
+from ple_train.tabular import ShuffledSequences, file_digest, refuse_too_long
+from ple_train.train import frozen_snapshot, note_principle, refuse_doubled_stores, refuse_other_lora
+from schemas.errors import UsageError
+
+LEARNING_RATE = 1e-4
+CHOOSERS = {"context-distillation": selection.guided, "raft": selection.best_of_n, "sft": selection.references}
+SAMPLED_FOR = {"context-distillation": ("y_prompt_ids",), "raft": ("y_ids", "y_prompt_ids"), "sft": ()}
+"""The ids whose sampling a method needs, whether it trains on them or not."""
+COLUMNS = [
+    *("query_id", "round", "sample", "x", "x_ids", "y", "y_ids", "y_finish", "s"),
+    *("y_prompt", "y_prompt_ids", "y_prompt_finish", "s_prompt", "reference"),
+]
+
+
+def baseline(
+    method: str,
+    *,
+    model: str,
+    data: list[Path],
+    output: Path,
+    round: int | None = None,
+    adapter: str | None = None,
+    revision: str | None = None,
+    lora_rank: int = 8,
+    lora_alpha: int = 16,
+    full: bool = False,
+    learning_rate: float = LEARNING_RATE,
+    epochs: int = 1,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    max_grad_norm: float = 1.0,
+    seed: int = 0,
+    resume: bool = True,
+    precision: str = "auto",
+    attention: str = "auto",
+    gradient_checkpointing: bool = False,
+    microbatch_tokens: int = 8192,
+    checkpoint_every: int = 100,
+    metrics: Path | None = None,
+    report_to: str | None = None,
+) -> None:
+    """Train `model` (from `adapter` on, where given) by Eq. 1 on the responses that `method` chooses; write `output`.
+
+    method: `context-distillation` (y_prompt given x) and `sft` (the queries' references) take all rounds ≤ `round`, as
+    ple-train does; `raft` (the best response of each query) takes `round` alone, as RAFT trains on the samples of the
+    current policy. `sft` also takes files of (x, y) rows instead of stores, and then needs no `round`.
+    `batch_size` is in responses. Pairs longer than `max_length` ids with x are left out, as in ple-train.
+    Raises UsageError, DamagedError (a shard), LockedError (another process writes `output`), PleError (NaN).
+    """
+    settings: dict[str, Any] = dict(locals())
+    for name in ("output", "resume", "checkpoint_every", "metrics", "report_to"):
+        del settings[name]
+    check_model(model)
+    if adapter:
+        refuse_other_lora(check_adapter(adapter, model), lora_rank, lora_alpha)
+    refuse_doubled_stores(data)
+    files = [path for path in data if method == "sft" and path.is_file()]
+    if not files and round is None:
+        raise UsageError("--round is missing: it says up to which round the pairs of --data are taken")
+    if files and len(files) < len(data):
+        raise UsageError("--data holds files and stores; give files of (x, y) rows or stores, not both")
+    settings["data"] = [str(path) for path in data]
+    settings["weights"] = policy_name(model, adapter, revision)
+    settings["data_digests"] = [file_digest(path) for path in files]
+
+    accelerator = make_accelerator(report_to, Path(output))
+    with Output(output, "baseline", settings, accelerator, resume=resume, metrics=metrics) as out:
+        if out.finished:
+            return
+        tokenizer = load_tokenizer(model, revision, note=print_to_log)
+        policy = load_policy(
+            model,
+            adapter=adapter,
+            revision=revision,
+            full=full,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            precision=precision,
+            attention=attention,
+            gradient_checkpointing=gradient_checkpointing,
+            seed=seed,
+        )
+        sampled: dict[int, int] = {}
+        if files:
+            sequences = [s for path in files for s in read_sequences(path, tokenizer, max_length)]
+            refuse_too_long(sequences, policy.positions, model)
+        else:
+            assert round is not None
+            snapshot = chosen_rounds(method, frozen_snapshot(out, data, round, max_length), round)
+            sequences = choose(method, snapshot, max_length, tokenizer, policy)
+            sampled = sampled_by_round(rows_of(snapshot, max_length), SAMPLED_FOR[method])
+            if method == "raft":
+                note_principle(Store(path).scan("pairs", round=round) for path in data)
+        stream = ShuffledSequences(sequences, batch_size, seed, divisor=lambda batch: sum(s.response for s in batch))
+        loop = LoopSettings(
+            learning_rate=learning_rate,
+            epochs=epochs,
+            seed=seed,
+            precision=resolve_precision(precision),
+            microbatch_tokens=microbatch_tokens,
+            max_grad_norm=max_grad_norm,
+            checkpoint_every=checkpoint_every,
+        )
+        history = train_loop(
+            accelerator, policy, policy.trainable(), stream, SftObjective(policy), loop, out.checkpoints, out.report
+        )
+        new = sampled.pop(round, 0) if round is not None else 0
+        cost = training_cost(history, sampled=new, reused=sum(sampled.values()))
+        out.finish(policy.model, tokenizer, history, title=title(model, method, round), cost=cost)
+
+
+def title(model: str, method: str, round: int | None) -> str:
+    """The heading of a baseline's model card."""
+    return f"{Path(model).name}, {method}" + ("" if round is None else f", round {round}")
+
+
+def chosen_rounds(method: str, snapshot: list[SnapshotShard], round: int) -> list[SnapshotShard]:
+    """The shards that a method trains on: raft those of `round`, the others all."""
+    return [part for part in snapshot if part.shard.round == round or method != "raft"]
+
+
+def rows_of(snapshot: list[SnapshotShard], max_length: int | None) -> Iterator[pl.DataFrame]:
+    """The pairs of a snapshot that fit `max_length`, one shard after another."""
+    return (read_rows(part, COLUMNS, max_length) for part in snapshot)
+
+
+def choose(
+    method: str, snapshot: list[SnapshotShard], max_length: int | None, tokenizer: Any, limits: Limits
+) -> list[Sequence]:
+    """The responses that a method learns from, as sequences. Raises UsageError where there is none."""
+    chosen = [CHOOSERS[method](frame) for frame in rows_of(snapshot, max_length)]
+    rows = pl.concat(chosen)
+    if method == "sft":
+        rows = rows.unique("query_id", keep="first", maintain_order=True)
+        ids = reference_ids(rows["y"].to_list(), tokenizer)
+        rows = rows.with_columns(pl.Series("ids", ids, dtype=pl.List(pl.Int32)))
+    sequences = []
+    for query, round, x_ids, ids in rows.select("query_id", "round", "x_ids", "ids").iter_rows():
+        sequence = Sequence(np.array([*x_ids, *ids], dtype=np.int32), len(x_ids))
+        refuse_foreign_ids(sequence.ids, f"query {query!r} of round {round}: x and response", limits)
+        if sequence.response > 0 and (max_length is None or len(sequence.ids) <= max_length):
+            sequences.append(sequence)
+    if not sequences:
+        raise UsageError(f"{method}: no response to train on in --data{_hint(method)}")
+    print_to_log(f"{method}: {len(sequences)} responses{_best_of(rows)}")
+    return sequences
+
+
+def reference_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of reference texts, each with an end-of-sequence id."""
+    if not texts:
+        return []
+    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def _hint(method: str) -> str:
+    return ": its queries came without references (see ple-gen --queries)" if method == "sft" else ""
+
+
+def _best_of(rows: pl.DataFrame) -> str:
+    if "n" not in rows.columns:
+        return ""
+    counts = sorted(set(rows["n"]))
+    return f", each the best of {' or '.join(map(str, counts))}"

@@ -1,0 +1,512 @@
+"""Baselines and ablations on tiny real models: what each chooses, its loss by the oracle, resume, cost, the recipe."""
+
+import importlib.metadata
+import inspect
+import json
+import math
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import cli
+from ple_data import selection
+from ple_data.progress import Progress
+from ple_data.store import Store
+from ple_train import baseline as baselines
+from ple_train import dpo as dpo_room
+from ple_train import ppo as ppo_room
+from ple_train import rounds
+from ple_train import train as training
+from ple_train.pairs import PairStream, Partition, freeze
+from ple_train.sft import SftObjective
+from schemas.errors import PleError, UsageError
+from schemas.recipe import BaselineStage, parse_recipe
+from tests import oracle, tiny
+from tests.tables import table
+from tests.test_cli import default, options_of
+
+
+def frame(rows: list[dict], round: int = 0) -> pl.DataFrame:
+    return pl.DataFrame(pl.from_arrow(table("pairs", rows, round)))
+
+
+# --- what is chosen ------------------------------------------------------------------------------------------------
+
+FOUR = [
+    {"query_id": "a", "sample": 0, "y": "a0", "y_prompt": "A0", "s": 1.0, "s_prompt": 2.0},
+    {"query_id": "a", "sample": 1, "y": "a1", "y_prompt": "A1", "s": 3.0, "s_prompt": -1.0},
+    {"query_id": "b", "sample": 0, "y": "b0", "y_prompt": "B0", "s": 0.5, "s_prompt": 0.5},
+    {"query_id": "b", "sample": 1, "y": "b1", "y_prompt": "B1", "s": 0.5, "s_prompt": 0.25},
+]
+
+
+def test_raft_takes_the_best_of_all_samples_and_arms_the_first_of_equals():
+    found = selection.best_of_n(frame(FOUR)).sort("query_id")
+    assert found.select("query_id", "y", "reward", "n").rows() == [("a", "a1", 3.0, 4), ("b", "b0", 0.5, 4)]
+
+
+def test_raft_chooses_in_each_round_apart():
+    both = pl.concat([frame(FOUR[:1], 0), frame(FOUR[1:2], 1)])
+    assert sorted(selection.best_of_n(both).select("round", "y").rows()) == [(0, "A0"), (1, "a1")]
+
+
+def test_preferences_choose_by_reward_and_drop_ties():
+    found = selection.preferences(frame(FOUR))
+    expected = [("A0", "a0", 2.0, 1.0), ("a1", "A1", 3.0, -1.0), ("b1", "B1", 0.5, 0.25)]
+    assert found.select("chosen", "rejected", "chosen_reward", "rejected_reward").rows() == expected
+    assert found["chosen_ids"].to_list() == [[10, 11, 12, 1], [8, 9, 1], [8, 9, 1]]
+    assert found["rejected_ids"].to_list() == [[8, 9, 1], [10, 11, 12, 1], [10, 11, 12, 1]]
+
+
+def test_context_distillation_takes_y_prompt_and_sft_each_reference_once():
+    rows = frame([{**row, "reference": f"ref {row['query_id']}"} for row in FOUR[:3]] + [FOUR[3] | {"query_id": "c"}])
+    assert selection.guided(rows)["y"].to_list() == ["A0", "A1", "B0", "B1"]
+    assert selection.references(rows).select("query_id", "y").rows() == [("a", "ref a"), ("b", "ref b")]
+
+
+# --- stores and what is expected of them ---------------------------------------------------------------------------
+
+
+def row(number: int, s: float, s_prompt: float, **more) -> dict:
+    """A pair whose ids differ from those of every other number."""
+    return {
+        "query_id": f"q{number}",
+        "x_ids": [5, 6, 10 + number],
+        "y_ids": [20 + number, 40, 41][: 1 + number % 3],
+        "y_prompt_ids": [60 + number, 80, 81, 82][: 1 + number % 4],
+        "s": s,
+        "s_prompt": s_prompt,
+        "reference": " great." if number % 2 else " very bad.",
+        **more,
+    }
+
+
+ROUNDS = [
+    [row(n, s, s_prompt) for n, (s, s_prompt) in enumerate([(0.0, 1.0), (0.5, 0.25), (1.0, 1.1), (2.0, 2.0)])],
+    [row(n + 4, s, s_prompt) for n, (s, s_prompt) in enumerate([(-1.0, 1.0), (0.5, -0.25)])],
+]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("baselines") / "data"
+    for round, rows in enumerate(ROUNDS):
+        for at, one in enumerate(rows):
+            Store(root).commit("pairs", round, f"{at:05d}-{round:012x}", table("pairs", [one], round), {})
+    return root
+
+
+@pytest.fixture
+def run(policy, pairs, tmp_path):
+    """Train a baseline into tmp_path/NAME with small defaults → the directory."""
+
+    def run(method: str, name: str = "out", **more) -> Path:
+        options = {"model": str(policy), "data": [pairs], "round": 1, "learning_rate": 1e-3, **more}
+        if method == "dpo":
+            dpo_room.dpo(output=tmp_path / name, **options)
+        else:
+            baselines.baseline(method, output=tmp_path / name, **options)
+        return tmp_path / name
+
+    return run
+
+
+def logps(model, x: list[int], y: list[int]) -> list[float]:
+    """log pi of each id of y given x, by the plain model in float64."""
+    ids = torch.tensor(x + y)
+    with torch.no_grad():
+        scores = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    return scores[len(x) - 1 : -1].gather(1, ids[len(x) :, None]).squeeze(1).tolist()
+
+
+@pytest.fixture(scope="module")
+def plain(policy):
+    return AutoModelForCausalLM.from_pretrained(policy).double().eval()
+
+
+def first_loss(output: Path) -> float:
+    return pl.read_parquet(output / "metrics.parquet")["loss"][0]
+
+
+def record(output: Path) -> dict:
+    return json.loads((output / "ple.json").read_text())
+
+
+# --- the methods that are Eq. 1 ------------------------------------------------------------------------------------
+
+
+def expected_responses(method: str, tokenizer) -> list[tuple[list[int], list[int]]]:
+    """(x, response) ids of a method, by hand from ROUNDS."""
+    if method == "context-distillation":
+        return [(r["x_ids"], r["y_prompt_ids"]) for rows in ROUNDS for r in rows]
+    if method == "raft":
+        return [(r["x_ids"], r["y_prompt_ids"] if r["s_prompt"] > r["s"] else r["y_ids"]) for r in ROUNDS[1]]
+    references = [(r["x_ids"], r["reference"]) for rows in ROUNDS for r in rows]
+    return [(x, [*tokenizer(text).input_ids, tokenizer.eos_token_id]) for x, text in references]
+
+
+@pytest.mark.parametrize("method", ["sft", "context-distillation", "raft"])
+def test_the_loss_is_eq_1_on_the_chosen_responses(run, plain, policy, method):
+    output = run(method, batch_size=100)
+    chosen = expected_responses(method, AutoTokenizer.from_pretrained(policy))
+    tokens = sum(len(y) for _, y in chosen)
+    expected = oracle.sft_loss([logps(plain, x, y) for x, y in chosen]) / tokens
+    assert first_loss(output) == pytest.approx(expected, rel=1e-5)
+    assert record(output)["kind"] == "baseline"
+    assert record(output)["settings"]["method"] == method
+    sampled = {
+        "sft": (0, 0),
+        "context-distillation": tuple(sum(len(r["y_prompt_ids"]) for r in ROUNDS[t]) for t in (1, 0)),
+        "raft": (sum(len(r["y_ids"]) + len(r["y_prompt_ids"]) for r in ROUNDS[1]), 0),
+    }[method]
+    cost = record(output)["cost"]
+    assert (cost["tokens_sampled"], cost["tokens_reused"], cost["tokens_trained"]) == (*sampled, tokens)
+    assert cost["seconds"] > 0
+
+
+def test_sft_takes_files_and_goes_on_from_an_adapter(run, adapter, plain, policy, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"x": "the film", "y": " great."}\n')
+    output = run("sft", data=[rows], round=None, adapter=str(adapter), learning_rate=1e-9)
+    tuned = load_file(adapter / "adapter_model.safetensors")
+    for name, found in load_file(output / "adapter_model.safetensors").items():
+        torch.testing.assert_close(found, tuned[name], rtol=0, atol=1e-6)
+    with pytest.raises(UsageError, match="not both"):
+        run("sft", "both", data=[rows, tmp_path])
+    with pytest.raises(UsageError, match="--round is missing"):
+        run("raft", "none", round=None)
+
+
+def test_a_store_without_references_is_refused(run, tmp_path):
+    Store(tmp_path / "bare").commit("pairs", 0, "00000-0", table("pairs", [{}]), {})
+    with pytest.raises(UsageError, match="queries came without references"):
+        run("sft", data=[tmp_path / "bare"], round=0)
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit(run, monkeypatch):
+    options = {"batch_size": 1, "epochs": 2, "checkpoint_every": 1}
+    whole = run("raft", "whole", **options)
+    original, calls = SftObjective.__call__, iter(range(100))
+    with monkeypatch.context() as patch:
+
+        def stop(self, model, batch, step):
+            if next(calls) == 2:
+                raise KeyboardInterrupt
+            return original(self, model, batch, step)
+
+        patch.setattr(SftObjective, "__call__", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("raft", "resumed", **options)
+    resumed = run("raft", "resumed", **options)
+    for name, expected in load_file(whole / "adapter_model.safetensors").items():
+        assert torch.equal(load_file(resumed / "adapter_model.safetensors")[name], expected)
+    assert record(resumed)["cost"]["tokens_trained"] == record(whole)["cost"]["tokens_trained"]
+
+
+# --- DPO -----------------------------------------------------------------------------------------------------------
+
+
+def dpo_pairs() -> list[tuple[list[int], list[int], list[int]]]:
+    """(x, chosen, rejected) by hand: the tie of round 0 is not among them."""
+    found = []
+    for r in (r for rows in ROUNDS for r in rows if r["s"] != r["s_prompt"]):
+        better, worse = ("y_prompt_ids", "y_ids") if r["s_prompt"] > r["s"] else ("y_ids", "y_prompt_ids")
+        found.append((r["x_ids"], r[better], r[worse]))
+    return found
+
+
+def test_dpo_raises_the_margin_of_the_chosen_over_the_rejected(run, plain, policy, capsys):
+    output = run("dpo", epochs=8, batch_size=5)
+    streams = capsys.readouterr()
+    assert "dpo: 5 pairs; 1 left out, their rewards are equal" in streams.err
+    assert streams.out == ""
+    metrics = pl.read_parquet(output / "metrics.parquet")
+    assert metrics["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics["rewards_margins"][-1] > 0.1
+    cost = record(output)["cost"]
+    assert cost["tokens_trained"] == 8 * sum(len(c) + len(r) for _, c, r in dpo_pairs())
+    assert record(output)["settings"]["trl"] == "1.12.0"
+
+    from peft import PeftModel
+
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy).double(), output).eval()
+    assert list(tuned.peft_config) == ["default"]
+    for x, chosen, rejected in dpo_pairs():
+        gain = sum(logps(tuned, x, chosen)) - sum(logps(plain, x, chosen))
+        loss = sum(logps(tuned, x, rejected)) - sum(logps(plain, x, rejected))
+        assert gain > loss
+
+
+def test_dpo_measures_against_the_start_policy_when_it_goes_on_from_an_adapter(run, adapter, plain, policy):
+    """The loss of the first step, by hand: - mean log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected))."""
+    from peft import PeftModel
+
+    output = run("dpo", adapter=str(adapter), batch_size=100, beta=0.3)
+    begun = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy), adapter).double().eval()
+    losses = []
+    for x, chosen, rejected in dpo_pairs():
+        ratios = [sum(logps(begun, x, y)) - sum(logps(plain, x, y)) for y in (chosen, rejected)]
+        losses.append(math.log1p(math.exp(-0.3 * (ratios[0] - ratios[1]))))
+    assert first_loss(output) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_dpo_in_micro_batches_learns_the_same(run):
+    once, often = run("dpo", "once", batch_size=5), run("dpo", "often", batch_size=5, microbatch_tokens=8)
+    for name, expected in load_file(once / "adapter_model.safetensors").items():
+        torch.testing.assert_close(load_file(often / "adapter_model.safetensors")[name], expected, rtol=0, atol=1e-5)
+
+
+def test_a_killed_dpo_starts_over_and_ends_the_same(run, monkeypatch):
+    whole = run("dpo", "whole", batch_size=2)
+    with monkeypatch.context() as patch:
+
+        def stop(progress: Progress, count: int, detail: str = "") -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(Progress, "advance", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("dpo", "killed", batch_size=2)
+    assert not (whole.parent / "killed" / "ple.json").exists()
+    killed = run("dpo", "killed", batch_size=2)
+    for name, expected in load_file(whole / "adapter_model.safetensors").items():
+        assert torch.equal(load_file(killed / "adapter_model.safetensors")[name], expected)
+
+
+def test_dpo_in_bf16_keeps_the_margins(run):
+    """Frozen weights in bfloat16, logits in float32: a margin of 0.01 after one step is seen, not rounded away."""
+    exact, rounded = (
+        run("dpo", precision, precision=precision, batch_size=5, epochs=4) for precision in ("float32", "bf16")
+    )
+    margins = [
+        pl.read_parquet(output / "metrics.parquet")["rewards_margins"][1:].to_list() for output in (exact, rounded)
+    ]
+    assert margins[1] == pytest.approx(margins[0], rel=0.1)
+
+
+@pytest.mark.parametrize("installed", [None, "1.16.0"])
+def test_dpo_says_which_trl_it_needs(run, monkeypatch, installed):
+    def version(name: str) -> str:
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(UsageError, match=r"pip install 'ple-align\[trl\]'"):
+        run("dpo")
+
+
+def test_all_ties_and_foreign_ids_are_refused(run, tmp_path):
+    tie = {"s": 1.0, "s_prompt": 1.0}
+    Store(tmp_path / "ties").commit("pairs", 0, "00000-0", table("pairs", [tie]), {})
+    with pytest.raises(UsageError, match="all 1 pairs of --data have equal rewards"):
+        run("dpo", data=[tmp_path / "ties"], round=0)
+    Store(tmp_path / "foreign").commit("pairs", 0, "00000-0", table("pairs", [{"y_ids": [9999], "s": 9.0}]), {})
+    for method in ("dpo", "raft"):
+        with pytest.raises(UsageError, match="made with another tokenizer"):
+            run(method, f"foreign-{method}", data=[tmp_path / "foreign"], round=0)
+
+
+# --- ablations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("without", ["rank", "wsft"])
+def test_ablations_train_with_the_oracles_coefficients(policy, pairs, tmp_path, without):
+    stream = PairStream(
+        freeze([pairs], 1, None),
+        1,
+        Partition(0.2, without=without),
+        batch_size=9,
+        seed=0,
+        max_length=None,
+        vocabulary=384,
+    )
+    ((sequences, count),) = stream.batches(0, 0)
+    found = {(s.tag.arm, *s.ids.tolist()): (s.tag.set, s.tag.coefficient) for s in sequences}
+    expected = {}
+    for r in (r for rows in ROUNDS for r in rows):
+        of = oracle.row(r["s"], r["s_prompt"], len(r["y_ids"]), len(r["y_prompt_ids"]), 0.2, without=without)
+        for arm, coefficient in (("y", of.c), ("y_prompt", of.c_prompt)):
+            if coefficient != 0:
+                expected[arm, *r["x_ids"], *r[f"{arm}_ids"]] = (of.set, pytest.approx(coefficient, rel=1e-6))
+    assert count == 6
+    assert found == expected
+    training.train(
+        model=str(policy), data=[pairs], round=1, output=tmp_path / "out", without=without, tau0=0.2, batch_size=9
+    )
+    assert record(tmp_path / "out")["settings"]["without"] == without
+    tokens = sum(s.response for s in sequences)
+    assert record(tmp_path / "out")["cost"]["tokens_trained"] == tokens
+
+
+# --- the command line and the recipe -------------------------------------------------------------------------------
+
+
+def test_ppos_options_are_the_functions_parameters():
+    options = options_of(cli.baseline.commands["ppo"])
+    parameters = inspect.signature(ppo_room.ppo).parameters
+    assert set(options) - set(parameters) == set(cli._REWARD_OPTIONS)
+    assert set(parameters) - set(options) == {"reward_options"}
+    for name in set(options) & set(parameters):
+        needed = parameters[name].default is inspect.Parameter.empty
+        assert options[name].required == needed, name
+        assert needed or default(options[name]) == parameters[name].default, name
+
+
+@pytest.mark.parametrize("method", ["sft", "context-distillation", "raft", "dpo"])
+def test_options_are_the_functions_parameters_and_the_recipes(method):
+    options = options_of(cli.baseline.commands[method])
+    function = dpo_room.dpo if method == "dpo" else baselines.baseline
+    parameters = dict(inspect.signature(function).parameters)
+    parameters.pop("method", None)
+    assert set(options) == set(parameters)
+    for name, parameter in parameters.items():
+        if options[name].required:
+            assert parameter.default is inspect.Parameter.empty or name == "round"
+        else:
+            assert default(options[name]) == parameter.default, name
+    for name, field in BaselineStage.model_fields.items():
+        if name in options:
+            assert field.default == default(options[name]), name
+
+
+def values(**baseline) -> dict:
+    return {
+        **{"model": "m", "queries": "q", "principles": "none", "reward_model": "r", "run_dir": "run", "rounds": 2},
+        "baseline": baseline,
+    }
+
+
+def test_a_recipe_with_a_baseline_trains_by_it():
+    recipe = parse_recipe(values(method="dpo", beta=0.05), "test")
+    stages = rounds.plan(recipe)
+    assert [stage.name for stage in stages] == ["gen", "score", "baseline"] * 2
+    words = list(stages[5].command[1:])
+    assert words[:2] == ["baseline", "dpo"]
+    assert words[2:4] == ["--beta", "0.05"]
+    assert words[words.index("--adapter") + 1] == "run/policy/round=000"
+    assert words[words.index("--output") + 1] == "run/policy/round=001"
+    assert "--tau0" not in words
+    cli.baseline.commands["dpo"].make_context("dpo", words[2:])  # every option is known
+    assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json"))), "again") == recipe
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"method": "raft", "beta": 0.5}, "beta is no option of raft"),
+        ({"method": "dpo", "full": True}, "full is no option of dpo"),
+        ({"method": "ppo"}, "baseline.method: Input should be 'sft', 'context-distillation', 'raft' or 'dpo'"),
+        ({}, "baseline.method: missing"),
+    ],
+)
+def test_wrong_baselines_in_a_recipe_are_refused(wrong, message):
+    with pytest.raises(UsageError, match=message):
+        parse_recipe(values(**wrong), "test")
+
+
+def test_a_recipe_can_leave_out_a_term():
+    recipe = parse_recipe({**values(), "baseline": None, "train": {"without": "rank"}}, "test")
+    words = rounds.plan(recipe)[2].command
+    assert words[words.index("--without") + 1] == "rank"
+
+
+# --- PPO -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def queries(tmp_path) -> Path:
+    path = tmp_path / "queries.jsonl"
+    path.write_text("\n".join(json.dumps({"x": text}) for text in tiny.corpus()[:12]))
+    return path
+
+
+@pytest.fixture
+def letters(tmp_path) -> str:
+    """A reward model: how often the letter e stands in y."""
+    path = tmp_path / "letters.py"
+    path.write_text("def score(xs, ys):\n    print('scored')\n    return [float(y.count('e')) for y in ys]\n")
+    return f"{path}:score"
+
+
+def test_ppo_samples_to_its_budget_and_writes_an_adapter(policy, queries, letters, tmp_path, capsys):
+    from ple_train.evaluate import sample_responses
+
+    output = tmp_path / "ppo"
+    options = {"model": str(policy), "queries": str(queries), "reward_model": letters, "sampled_tokens": 40}
+    ppo_room.ppo(output=output, **options, max_new_tokens=6, batch_size=6, microbatch_tokens=64, learning_rate=1e-3)
+    assert capsys.readouterr().out == ""
+    metrics = pl.read_parquet(output / "metrics.parquet")
+    cost = record(output)["cost"]
+    assert 40 <= cost["tokens_sampled"] < 40 + 6 * 6
+    assert cost["tokens_trained"] == 4 * cost["tokens_sampled"]
+    assert metrics.height == record(output)["steps"] >= 2
+    assert metrics["objective_kl"][0] == pytest.approx(0, abs=1e-4)
+    tensors = load_file(output / "adapter_model.safetensors")
+    assert any(value.abs().max() > 0 for name, value in tensors.items() if "lora_B" in name)
+    assert len(sample_responses(str(policy), ["The film"], adapter=str(output), engine="hf", max_new_tokens=4)) == 1
+
+    ppo_room.ppo(output=output, **options, max_new_tokens=6, batch_size=6, microbatch_tokens=64, learning_rate=1e-3)
+    assert "is complete already" in capsys.readouterr().err
+
+
+def test_ppo_refuses_what_cannot_work(policy, queries, letters, tmp_path):
+    options = {"model": str(policy), "queries": str(queries), "output": tmp_path / "ppo", "sampled_tokens": 40}
+    with pytest.raises(UsageError, match="12 different queries of at most 256 tokens, fewer than one batch"):
+        ppo_room.ppo(**options, reward_model=letters)
+    with pytest.raises(UsageError, match="over the 2048 positions"):
+        ppo_room.ppo(**options, reward_model=letters, batch_size=4, max_new_tokens=4000)
+    (tmp_path / "nan.py").write_text("def score(xs, ys):\n    return [float('nan')] * len(xs)\n")
+    with pytest.raises(PleError, match="gave nan to a response to the query"):
+        ppo_room.ppo(**options, reward_model=f"{tmp_path}/nan.py:score", batch_size=4, max_new_tokens=4)
+
+
+class Recorder:
+    """A reward model that remembers what it was asked."""
+
+    name, truncated = "recorder", 0
+
+    def score(self, rows):
+        self.rows = list(rows)
+        return [float(len(y)) for _, y in rows]
+
+
+def test_the_scorer_reads_query_and_response_out_of_padded_ids(policy):
+    """The first query is the beginning of the second one: only together do the rows say where responses begin."""
+    from trl.experimental.utils import get_reward
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    short, long = (tuple(tokenizer(text).input_ids) for text in ("the film", "the film was great"))
+    good, bad = (tokenizer(text).input_ids for text in (" great.", " very bad."))
+    rows = [[pad] * (len(long) - len(short)) + [*short, *long[len(short) :], *good, end], [*long, *bad]]
+    width = max(map(len, rows))
+    ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in rows])
+    rewards = Recorder()
+    scorer = ppo_room.RewardScorer(rewards, tokenizer, {short: "X short", long: "X long"})
+    _, scores, _ = get_reward(scorer, ids, pad, len(long))
+    tail = tokenizer.decode(long[len(short) :])
+    assert rewards.rows == [("X short", f"{tail} great."), ("X long", " very bad.")]
+    assert scores.tolist() == [len(y) for _, y in rewards.rows]
+    assert scorer.tokens == len(long) - len(short) + len(good) + 1 + len(bad)
+
+
+def test_a_tokenizer_that_pads_with_its_end_gets_another_pad(tmp_path):
+    from ple_data.models import load_tokenizer
+    from ple_train.policy import load_trainable
+
+    model = str(tiny.tiny_policy(tmp_path / "no-pad", pad=False))
+    tokenizer = load_tokenizer(model, note=lambda _: None)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    queries = [tuple(tokenizer(text).input_ids) for text in tiny.corpus()[:4]]
+    own = ppo_room.with_own_pad(tokenizer, load_trainable(model), queries)
+    assert own.pad_token_id not in {
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+        *(i for ids in queries for i in ids),
+    }
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
