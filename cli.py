@@ -176,6 +176,8 @@ _queries = partial(_option, section="Queries")
 _sampling = partial(_option, section="Sampling")
 _engine = partial(_option, section="Engine")
 _judging = partial(_option, section="Reward model")
+_llm = partial(_option, section="Language model")
+_people = partial(_option, section="People")
 _learning = partial(_option, section="Training")
 _size = partial(_option, section="Model")
 _machine = partial(_option, section="Machine")
@@ -755,6 +757,72 @@ def inspect(**options: Any) -> None:
     click.echo(show(**options))
 
 
+@_command("judge")
+@click.argument("a")
+@click.argument("b")
+@_option(
+    "--judge",
+    "spec",
+    metavar="SPEC",
+    help="openai:MODEL, anthropic:MODEL or reward:SPEC (as --reward-model of ple-score).",
+)
+@_option("--human", is_flag=True, help="Write a page on which people compare blindly, instead of asking a judge.")
+@_option("--output", type=_PATH, required=True, help="Folder of the verdicts, or of the page.")
+@_option("--limit", type=_POSITIVE, help="Judge at most N queries, drawn by --seed.")
+@_seed
+@_llm("--endpoint", help="Address of an OpenAI-compatible or Anthropic-compatible server, up to and with /v1.")
+@_llm("--template", type=_PATH, help="File of the question with {query}, {response_1} and {response_2}.")
+@_llm("--concurrency", type=_POSITIVE, default=8, help="Requests in flight at once.")
+@_llm(
+    "--request-arg",
+    "request_args",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Put a field into every request, e.g. reasoning_effort=low; null leaves one out; may be repeated.",
+)
+@_people(
+    "--read",
+    "exports",
+    type=_PATH,
+    multiple=True,
+    help="Read an annotator's export, or a folder of them, back; may be repeated.",
+)
+@_people(
+    "--label-studio", type=_PATH, help="Also write the tasks for Label Studio here (JSON), and its labelling config."
+)
+@_reward_options
+def judge(a: str, b: str, spec: str | None, human: bool, **options: Any) -> None:
+    """Compare the responses of A and B to the same queries: win, tie or lose, each asked in both orders.
+
+    A and B are files with query_id, x and y, or data directories (DATA#round=N and DATA#arm=y_prompt choose). Killed
+    and started again, it pays for no answer twice. Keys: OPENAI_API_KEY, ANTHROPIC_API_KEY.
+
+    \b
+    Example:
+      ple judge tuned.jsonl base.jsonl --judge openai:gpt-4o --output judged
+      ple judge tuned.jsonl base.jsonl --human --output page
+      ple judge tuned.jsonl base.jsonl --human --output page --read exports
+    """
+    from ple_data.judge import llm, people
+    from ple_data.judge.judge import judge as run_judge
+    from schemas.errors import UsageError
+
+    rewards = {name.removeprefix("reward_"): options.pop(name) for name in _REWARD_OPTIONS}
+    exports, label_studio = options.pop("exports"), options.pop("label_studio")
+    if human == (spec is not None):
+        raise UsageError("give either --judge SPEC or --human")
+    if spec is not None:
+        if exports or label_studio:
+            raise UsageError("--read and --label-studio go with --human")
+        options["request_args"] = llm.parse_request_args(options["request_args"])
+        click.echo(run_judge(a, b, spec, **options, reward_options=rewards))
+    elif exports:
+        click.echo(people.read_exports(a, b, exports, options["output"]))
+    else:
+        selected = {name: options[name] for name in ("output", "limit", "seed")}
+        click.echo(people.write_page(a, b, **selected, label_studio=label_studio))
+
+
 @_command("export")
 @click.argument("data", type=_PATH)
 @_option(
@@ -909,6 +977,7 @@ _commands: dict[str, click.Command] = {
     "eval": evaluate,
     "cases": cases,
     "baseline": baseline,
+    "judge": judge,
     "inspect": inspect,
     "export": export,
     "verify": verify,

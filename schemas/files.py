@@ -11,13 +11,14 @@ import errno
 import fcntl
 import hashlib
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from schemas.errors import PleError
+from schemas.errors import LockedError, PleError
 
 TMP_SUFFIX = ".tmp"
 
@@ -198,6 +199,30 @@ def _held_if_stale(path: Path) -> Iterator[bool]:
         yield True
     except BlockingIOError:
         yield False
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def locked(path: Path | str) -> Iterator[None]:
+    """Holds the lock file `path` for the time of the `with` block; the kernel drops it when the process dies.
+
+    Raises LockedError with its holder where another process has it, PleError where it cannot be written.
+    """
+    path = Path(path)
+    with explained(path):
+        make_dirs(path.parent)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(fd, 300, 0).decode(errors="replace") or "a process that has just started"
+            raise LockedError(f"{path.parent} is locked by {holder}: wait for it, or give another folder") from error
+        with explained(path):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
     finally:
         os.close(fd)
 

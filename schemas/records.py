@@ -69,8 +69,10 @@ def _show(settings: dict[str, Any], name: str) -> str:
 R = TypeVar("R", bound=Record)
 
 
-def read_record(model: type[R], path: Path) -> R:
-    """The record in a JSON file. Raises DamagedError that lists every fault; PleError if it cannot be read."""
+def read_record(model: type[R], path: Path, advice: str = "run `ple verify` on its data directory") -> R:
+    """The record in a JSON file. Raises DamagedError that lists every fault and ends with the advice; PleError if it
+    cannot be read.
+    """
     try:
         return model.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -78,4 +80,4 @@ def read_record(model: type[R], path: Path) -> R:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, f['loc'])) or 'text'}: {f['msg']}" for f in error.errors())
         what = f"not a readable {model.__name__} record ({faults})"
-        raise DamagedError(f"{path}: {what}: run `ple verify` on its data directory") from error
+        raise DamagedError(f"{path}: {what}: {advice}") from error

@@ -63,23 +63,46 @@ class EvalReport(Record):
     comparisons: list[Comparison]
 
 
+class JudgePart(_Part):
+    """The verdicts of some queries (`by` kind) or of one person on all queries that this person judged (annotator)."""
+
+    by: Literal["kind", "annotator"]
+    name: str
+    wins: int = Field(ge=0)
+    ties: int = Field(ge=0)
+    losses: int = Field(ge=0)
+    unparsed: int = Field(ge=0)
+    win_rate: Estimate | None
+
+
 class JudgeReport(Record):
-    """`judge.json` of `ple judge A B`: verdicts by query, each asked in both orders; wins are A's."""
+    """`judge.json` of `ple judge A B`: verdicts by query, each asked in both orders; wins are A's.
+
+    win_rate: (wins + ties / 2) / (wins + ties + losses), None without any of them. unparsed: queries of which a
+    language model's answer held no verdict; they count nowhere else. template: digest of the prompt template.
+    only_a, only_b: queries that only one side has, left out. kappa: Fleiss' kappa over the `kappa_queries` queries that
+    every annotator judged.
+    """
 
     version: Literal[1] = 1
     kind: Literal["judge"] = "judge"
     a: str
     b: str
     judge: str
+    template: str | None = None
     wins: int = Field(ge=0)
     ties: int = Field(ge=0)
     losses: int = Field(ge=0)
     unparsed: int = Field(ge=0)
     win_rate: Estimate | None
+    parts: list[JudgePart] = Field(default_factory=list)
+    only_a: int = Field(default=0, ge=0)
+    only_b: int = Field(default=0, ge=0)
     prompt_tokens: int = Field(ge=0)
     completion_tokens: int = Field(ge=0)
     annotators: int = Field(default=0, ge=0)
     kappa: float | None = None
+    kappa_queries: int = Field(default=0, ge=0)
 
 
 class PurityBin(_Part):

@@ -2,9 +2,11 @@
 
 One row of `responses` or `pairs` is one (query, round, sample) with both arms: `y`, sampled given x, and
 `y_prompt`, sampled given [p, x]. `pairs` adds the rewards. A row of `answers` has the plain arm alone: what
-evaluation samples. These three make up a store (`STORED`). `evaluation` and `cases` are the results of `ple eval`
-and `ple cases`, a row a response, and `scores` is what they keep so that nothing is computed twice. The file's
-key-value metadata holds, under `ple`, one JSON object with `kind`, `version` and where the rows come from.
+evaluation samples. These three make up a data directory (`STORED`). The other tables stand in files of their own:
+`evaluation` and `cases` are the results of `ple eval` and `ple cases`, a row a response, `scores` is what they keep so
+that nothing is computed twice, and a row of `verdicts` is what a judge said of two responses to a query. A file's
+key-value metadata holds, under `ple`, one JSON object with `kind`, `version` and where the rows come from; in a data
+directory also `round` and `unit`.
 
 A column that came after version 1 is nullable and carries the version it came with in its field metadata
 (`since`); in older files it reads as null. This room reads tables and never writes one.
@@ -97,6 +99,24 @@ SCORES = pa.schema(
     ]
 )
 
+VERDICTS = pa.schema(
+    [
+        _required("query_id", pa.string()),
+        pa.field("kind", pa.string()),  # of the query, where its source has that column
+        pa.field("annotator", pa.string()),  # null: the verdict that counts (the judge's, or the annotators' majority)
+        _required("verdict", pa.string()),  # "win" (A is better), "tie", "lose" or "unparsed"
+        pa.field("a_first", pa.string()),  # a language model's choice with A shown first: "a", "b", "tie" or null
+        pa.field("b_first", pa.string()),
+        pa.field("a_first_answer", pa.string()),  # what it said, in full
+        pa.field("b_first_answer", pa.string()),
+        pa.field("reward_a", pa.float64()),
+        pa.field("reward_b", pa.float64()),
+        _required("x", pa.string()),
+        _required("a", pa.string()),
+        _required("b", pa.string()),
+    ]
+)
+
 SCHEMAS: dict[str, pa.Schema] = {
     "responses": RESPONSES,
     "pairs": PAIRS,
@@ -104,9 +124,19 @@ SCHEMAS: dict[str, pa.Schema] = {
     "evaluation": EVALUATION,
     "cases": CASES,
     "scores": SCORES,
+    "verdicts": VERDICTS,
 }
 STORED = ("responses", "pairs", "answers")
-VERSIONS: dict[str, int] = {"responses": 2, "pairs": 2, "answers": 1, "evaluation": 1, "cases": 1, "scores": 1}
+"""The kinds that a data directory holds."""
+VERSIONS: dict[str, int] = {
+    "responses": 2,
+    "pairs": 2,
+    "answers": 1,
+    "evaluation": 1,
+    "cases": 1,
+    "scores": 1,
+    "verdicts": 1,
+}
 KEY = ["query_id", "round", "sample"]
 FINISH_REASONS = ["stop", "length"]
 _NAMED = 5  # rows that a message names

@@ -1,0 +1,84 @@
+"""A file of what was paid for: one record a line, appended and flushed as it comes, so that no kill loses one.
+
+A line that a killed process left half-written is cut off when the file is opened again. Its user holds a lock: one
+process at a time.
+"""
+
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from pydantic import ValidationError
+
+from schemas.errors import DamagedError
+from schemas.files import explained, fsync_dir, make_dirs
+from schemas.judging import Paid
+
+Kept = TypeVar("Kept", bound=Paid)
+
+
+class Journal(Generic[Kept]):
+    """The records in a file by the digest of their request. A context manager; `add` may be called from any thread.
+
+    Raises DamagedError where a line is no such record.
+    """
+
+    def __init__(self, path: Path, record: type[Kept]) -> None:
+        self._path, self._record = path, record
+        self._lock = threading.Lock()
+        with explained(path):
+            make_dirs(path.parent)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            self._kept = self._load()
+            fsync_dir(path.parent)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._fd)
+
+    def get(self, request: str) -> Kept | None:
+        """The record of a request, by its digest."""
+        return self._kept.get(request)
+
+    def add(self, *records: Kept) -> None:
+        """Keep records: on disk when this returns. Raises PleError on a disk that cannot be written."""
+        line = "".join(record.model_dump_json() + "\n" for record in records).encode()
+        with self._lock, explained(self._path):
+            size = os.fstat(self._fd).st_size
+            try:
+                while line:
+                    line = line[os.write(self._fd, line) :]
+                os.fsync(self._fd)
+            except OSError:
+                os.ftruncate(self._fd, size)
+                raise
+            self._kept |= {record.request: record for record in records}
+
+    def _load(self) -> dict[str, Kept]:
+        content = self._path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.ftruncate(self._fd, len(whole))
+        found: dict[str, Kept] = {}
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                record = self._record.model_validate_json(line)
+            except ValidationError as error:
+                fault = error.errors()[0]
+                where = ".".join(map(str, fault["loc"])) or "text"
+                raise DamagedError(
+                    f"{self._path} line {number}: not a readable {self._record.__name__} ({where}: {fault['msg']}): "
+                    "remove the line, and it is asked for again"
+                ) from error
+            found[record.request] = record
+        return found

@@ -1,0 +1,152 @@
+"""`ple judge A B --judge SPEC`: verdicts of a language model or a reward model on two sources of responses."""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ple_data.digests import json_digest
+from ple_data.judge import results
+from ple_data.judge.journal import Journal
+from ple_data.judge.llm import APIS, LanguageModelJudge
+from ple_data.judge.prompt import load_template, preference
+from ple_data.judge.results import Outcome, Verdict
+from ple_data.judge.sources import Pair, choose, load_pairs
+from ple_data.progress import Progress
+from ple_data.rewards import RewardModel, load_reward_model
+from schemas.errors import PleError, UsageError
+from schemas.files import locked
+from schemas.judging import Answer, Order, Reward
+
+REWARD = "reward"
+CHUNK = 256
+"""Rewards that are scored between two writes."""
+_CUT = {"length", "max_tokens"}  # finish reasons of an answer that the token limit ended
+
+
+def judge(
+    a: str,
+    b: str,
+    judge: str,
+    output: Path,
+    *,
+    endpoint: str | None = None,
+    template: Path | None = None,
+    request_args: dict[str, Any] | None = None,
+    concurrency: int = 8,
+    limit: int | None = None,
+    seed: int = 0,
+    reward_options: dict[str, Any] | None = None,
+) -> str:
+    """Judges the responses of A and B to the same queries; gives back the report as text.
+
+    judge: `openai:MODEL`, `anthropic:MODEL` (at `endpoint`, if not the maker's own) or `reward:SPEC`. Writes
+    `verdicts.parquet`, `judge.json` and `answers.jsonl` or `rewards.jsonl` into `output`; run again it asks only
+    for what is not there yet. Raises UsageError, LockedError, PleError.
+    """
+    kind, _, name = judge.partition(":")
+    if kind not in (*APIS, REWARD) or not name:
+        raise UsageError(f"--judge {judge}: expected openai:MODEL, anthropic:MODEL or reward:SPEC")
+    if kind == REWARD and (endpoint or template or request_args):
+        raise UsageError(f"--judge {judge}: --endpoint, --template and --request-arg are for a language model")
+    pairs = load_pairs(a, b)
+    print(pairs.count(), file=sys.stderr)
+    chosen = choose(pairs.rows, limit, seed)
+    with locked(output / ".lock"):
+        if kind == REWARD:
+            reward_model = load_reward_model(name, **reward_options or {})
+            name, digest, more = f"{REWARD}:{reward_model.name}", None, {}
+            results.refuse_other(output, a, b, name, digest)
+            with Journal(output / "rewards.jsonl", Reward) as journal:
+                verdicts = by_reward(reward_model, chosen, journal)
+        else:
+            model = LanguageModelJudge(kind, name, endpoint, load_template(template), request_args or {})
+            name, digest = model.name, model.template.digest
+            results.refuse_other(output, a, b, name, digest)
+            with Journal(output / "answers.jsonl", Answer) as file:
+                answers = model.ask(chosen, file, concurrency)
+            verdicts = [by_answers(pair, answers) for pair in chosen]
+            _warn_cut(list(answers.values()))
+            more = _tokens(list(answers.values()))
+        report = results.report(verdicts, pairs, a=a, b=b, judge=name, seed=seed, template=digest, **more)
+        results.save(output, verdicts, report)
+    return results.shown(report)
+
+
+def by_answers(pair: Pair, answers: dict[tuple[str, Order], Answer]) -> Verdict:
+    """A win or a lose where both orders agree; a tie where they do not or a judge says so; unparsed without a verdict
+    in both.
+    """
+    texts = {order: answers.get((pair.query_id, order)) for order in ("a_first", "b_first")}
+    sides = {"a_first": {"1": "a", "2": "b"}, "b_first": {"1": "b", "2": "a"}}
+    said = {order: preference(answer.text) if answer else None for order, answer in texts.items()}
+    choices = {order: sides[order].get(verdict or "", verdict) for order, verdict in said.items()}
+    details = {**choices, **{f"{order}_answer": answer and answer.text for order, answer in texts.items()}}
+    return Verdict(pair, _outcome(choices["a_first"], choices["b_first"]), details)
+
+
+def _outcome(choice: str | None, other: str | None) -> Outcome:
+    if choice is None or other is None:
+        return "unparsed"
+    if choice == other == "a":
+        return "win"
+    return "lose" if choice == other == "b" else "tie"
+
+
+def by_reward(reward_model: RewardModel, pairs: Sequence[Pair], journal: Journal[Reward]) -> list[Verdict]:
+    """The higher reward is better, equal ones are a tie. Raises PleError for a reward that is no finite number."""
+    rewards = _rewards(reward_model, [(pair, y) for pair in pairs for y in (pair.a, pair.b)], journal)
+    verdicts = []
+    for pair, a, b in zip(pairs, rewards[::2], rewards[1::2], strict=True):
+        outcome: Outcome = "win" if a > b else "lose" if a < b else "tie"
+        verdicts.append(Verdict(pair, outcome, {"reward_a": a, "reward_b": b}))
+    if reward_model.truncated:
+        print(f"judge: {reward_model.truncated} texts were cut to fit the reward model", file=sys.stderr)
+    return verdicts
+
+
+def _rewards(reward_model: RewardModel, responses: Sequence[tuple[Pair, str]], journal: Journal[Reward]) -> list[float]:
+    """One reward for each response, in order; the same (x, y) is scored once, now or in an earlier run."""
+    requests = [json_digest([reward_model.name, pair.x, y]) for pair, y in responses]
+    missing = {
+        request: response for request, response in zip(requests, responses, strict=True) if journal.get(request) is None
+    }
+    waiting, total = list(missing.items()), len(set(requests))
+    with Progress("judge", total, "rewards", done=total - len(waiting)) as progress:
+        for start in range(0, len(waiting), CHUNK):
+            part = waiting[start : start + CHUNK]
+            scores = reward_model.score([(pair.x, y) for _, (pair, y) in part])
+            scored = list(zip(part, scores, strict=True))
+            for (_, (pair, _)), score in scored:
+                if not math.isfinite(score):
+                    raise PleError(
+                        f"reward model {reward_model.name}: the reward {score} for query {pair.query_id!r} is not "
+                        "finite: correct the model and run the same command again"
+                    )
+            journal.add(*[Reward(request=request, reward=score) for (request, _), score in scored])
+            progress.advance(len(part))
+    kept = [journal.get(request) for request in requests]
+    return [reward.reward for reward in kept if reward is not None]
+
+
+def _warn_cut(answers: Sequence[Answer]) -> None:
+    cut = sum(answer.finish in _CUT and preference(answer.text) is None for answer in answers)
+    if cut:
+        print(
+            f"judge: {cut} answers without a verdict were cut by the token limit: raise it, e.g. with "
+            "--request-arg max_completion_tokens=4096 (anthropic: max_tokens)",
+            file=sys.stderr,
+        )
+
+
+def _tokens(answers: Sequence[Answer]) -> dict[str, int]:
+    silent = sum(answer.prompt_tokens is None or answer.completion_tokens is None for answer in answers)
+    if silent:
+        print(
+            f"judge: the endpoint did not say how many tokens {silent} answers took; they count as 0", file=sys.stderr
+        )
+    return {
+        "prompt_tokens": sum(answer.prompt_tokens or 0 for answer in answers),
+        "completion_tokens": sum(answer.completion_tokens or 0 for answer in answers),
+    }

@@ -1,0 +1,204 @@
+"""A language model as judge, behind an OpenAI-compatible endpoint or the Anthropic API.
+
+Every query is asked twice, with the responses in both orders, and each answer is kept as it arrives. The key comes from
+the environment and goes into a header; it is never written or shown.
+"""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import httpx
+
+from ple_data.digests import json_digest
+from ple_data.http import RefusedError, checked_url, each, excerpt, post_json, shown_url
+from ple_data.judge.journal import Journal
+from ple_data.judge.prompt import Template
+from ple_data.judge.sources import Pair, readable
+from ple_data.progress import Progress
+from schemas.errors import PleError, UsageError
+from schemas.judging import Answer, Order
+
+DEFAULT_MAX_TOKENS = 1024
+TRIES = 6
+TIMEOUT = 300.0
+"""Seconds that one try may take."""
+FIRST_WAIT = 1.0
+"""Seconds before the second try; doubled every try."""
+MOST_REFUSED = 8
+"""So many refused requests without a single answer mean that the settings are wrong, not a query."""
+_QUERY_REFUSED = {400, 413, 422}
+"""Statuses that may be about one query (too long, say); any other refusal is about all."""
+
+
+@dataclass(frozen=True)
+class Api:
+    """How one kind of endpoint is asked, and where its answer holds what."""
+
+    endpoint: str
+    path: str
+    key_variable: str
+    headers: Callable[[str], dict[str, str]]
+    length: str
+    """The field of the request that bounds an answer's tokens."""
+    read: Callable[[dict[str, Any]], tuple[str, str | None, int | None, int | None]]
+    """Text, finish reason, tokens of the prompt and of the answer."""
+
+
+def _read_openai(found: dict[str, Any]) -> tuple[str, str | None, int | None, int | None]:
+    choice, usage = found["choices"][0], found.get("usage") or {}
+    text = choice["message"].get("content") or ""
+    return text, choice.get("finish_reason"), usage.get("prompt_tokens"), usage.get("completion_tokens")
+
+
+def _read_anthropic(found: dict[str, Any]) -> tuple[str, str | None, int | None, int | None]:
+    usage = found.get("usage") or {}
+    text = "".join(block["text"] for block in found["content"] if block.get("type") == "text")
+    return text, found.get("stop_reason"), usage.get("input_tokens"), usage.get("output_tokens")
+
+
+APIS = {
+    # https://platform.openai.com/docs/api-reference/chat/create
+    "openai": Api(
+        "https://api.openai.com/v1",
+        "chat/completions",
+        "OPENAI_API_KEY",
+        lambda key: {"Authorization": f"Bearer {key}"},
+        "max_completion_tokens",
+        _read_openai,
+    ),
+    # https://docs.anthropic.com/en/api/messages
+    "anthropic": Api(
+        "https://api.anthropic.com/v1",
+        "messages",
+        "ANTHROPIC_API_KEY",
+        lambda key: {"x-api-key": key, "anthropic-version": "2023-06-01"},
+        "max_tokens",
+        _read_anthropic,
+    ),
+}
+
+
+@dataclass
+class LanguageModelJudge:
+    """One model behind one endpoint. `fields` go into every request; a field that is None is left out."""
+
+    kind: str
+    model: str
+    endpoint: str | None
+    template: Template
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a wrong address, or where the kind's own endpoint lacks its key."""
+        self._api = APIS[self.kind]
+        self._base = checked_url((self.endpoint or self._api.endpoint).rstrip("/"), "judge", self._api.key_variable)
+        self._url = str(self._base.copy_with(path=f"{self._base.path}/{self._api.path}"))
+        if self.endpoint is None and not os.environ.get(self._api.key_variable):
+            raise UsageError(f"judge {self.kind}:{self.model}: set the environment variable {self._api.key_variable}")
+        at = f" at {shown_url(self._base)}" if self.endpoint else ""
+        self.name = f"{self.kind}:{self.model}{at}"
+
+    def ask(self, pairs: Sequence[Pair], answers: Journal[Answer], concurrency: int) -> dict[tuple[str, Order], Answer]:
+        """The answer by (query id, order), from the file where it was given before, else from the endpoint.
+
+        A request that the endpoint refuses because of its text is left out and told on stderr. Raises PleError where
+        the endpoint fails, UsageError where it refuses everything; what was answered stays in the file.
+        """
+        requests = [self._request(pair, order) for pair in pairs for order in get_args(Order)]
+        waiting = [request for request in requests if answers.get(request.digest) is None]
+        refused: list[str] = []
+        key = os.environ.get(self._api.key_variable)
+        with (
+            httpx.Client(headers=self._api.headers(key) if key else {}, timeout=TIMEOUT) as client,
+            Progress("judge", len(requests), "answers", done=len(requests) - len(waiting)) as progress,
+        ):
+
+            def answer(request: "_Request", stop: threading.Event) -> str | None:
+                try:
+                    answers.add(self._post(client, request, key, stop))
+                except RefusedError as error:
+                    if error.status not in _QUERY_REFUSED:
+                        raise UsageError(f"{error}: check the key, the model's name and the address") from error
+                    return f"query {request.query_id!r}: {error}"
+                return None
+
+            for done, (_, refusal) in enumerate(each(answer, waiting, concurrency), start=1):
+                progress.advance(1)
+                if refusal is not None:
+                    refused.append(refusal)
+                if len(refused) == done == min(MOST_REFUSED, len(requests)):
+                    raise UsageError(
+                        f"{refusal} (and so all {done} requests so far): check the model's name and the request's "
+                        "fields; --request-arg temperature=null leaves a field out"
+                    )
+        for message in refused:
+            print(f"judge: no verdict: {message}", file=sys.stderr)
+        found = ((request, answers.get(request.digest)) for request in requests)
+        return {(request.query_id, request.order): answer for request, answer in found if answer is not None}
+
+    def _request(self, pair: Pair, order: Order) -> "_Request":
+        first, second = (pair.a, pair.b) if order == "a_first" else (pair.b, pair.a)
+        question = self.template.render(readable(pair.x), first, second)
+        fields = {self._api.length: DEFAULT_MAX_TOKENS, "temperature": 0, **self.fields}
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": question}],
+            **{name: value for name, value in fields.items() if value is not None},
+        }
+        return _Request(pair.query_id, order, body, json_digest({"url": self._url, "body": body}))
+
+    def _post(self, client: httpx.Client, request: "_Request", key: str | None, stop: threading.Event) -> Answer:
+        what = f"judge {self.name}"
+        failed = "what was answered is kept; check the server and run the same command again"
+        response = post_json(
+            client,
+            self._url,
+            request.body,
+            what=what,
+            failed=failed,
+            key=key,
+            tries=TRIES,
+            first_wait=FIRST_WAIT,
+            stop=stop,
+        )
+        try:
+            text, finish, prompt_tokens, completion_tokens = self._api.read(response.json())
+            return Answer(
+                request=request.digest,
+                query_id=request.query_id,
+                order=request.order,
+                text=text.encode("utf-8", "replace").decode(),
+                finish=finish,
+                prompt_tokens=prompt_tokens,
+                completion_tokens=completion_tokens,
+            )
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            got = excerpt(response, key)
+            raise PleError(f"{what}: expected the answer of the {self.kind} API, got {got}") from None
+
+
+@dataclass(frozen=True)
+class _Request:
+    query_id: str
+    order: Order
+    body: dict[str, Any]
+    digest: str
+
+
+def parse_request_args(arguments: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` texts as fields; a value is JSON where it parses as such, else text. Raises UsageError."""
+    fields = {}
+    for argument in arguments:
+        name, sign, text = argument.partition("=")
+        if not sign or not name.isidentifier() or name in ("model", "messages", "stream", "n"):
+            raise UsageError(f"--request-arg {argument}: expected NAME=VALUE; model, messages, stream and n are set")
+        try:
+            fields[name] = json.loads(text)
+        except ValueError:
+            fields[name] = text
+    return fields

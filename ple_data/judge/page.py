@@ -1,0 +1,75 @@
+"""The annotation page: one HTML file that compares blindly, loads nothing and runs nothing but its own script.
+
+Texts go in as JSON in which no character can end the script element, and are shown as text only. Which side is A is
+not in the page: it follows from the seed (`Item.first_is_a`).
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+from ple_data.digests import json_digest
+from ple_data.judge.sources import Pair, draw, readable
+
+_SLOT = re.compile(r"%([A-Z_]+)%")
+_ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One comparison as people see it."""
+
+    pair: Pair
+    first_is_a: bool
+
+    @property
+    def first(self) -> str:
+        """The response on the first side."""
+        return self.pair.a if self.first_is_a else self.pair.b
+
+    @property
+    def second(self) -> str:
+        """The response on the second side."""
+        return self.pair.b if self.first_is_a else self.pair.a
+
+    def shown(self) -> dict[str, str]:
+        """All that a page holds of it."""
+        return {"id": self.pair.query_id, "x": readable(self.pair.x), "first": self.first, "second": self.second}
+
+
+def arrange(pairs: Sequence[Pair], seed: int) -> list[Item]:
+    """The pairs in a random order, each with a random side first; both follow from (seed, query id)."""
+    shuffled = sorted(pairs, key=lambda pair: draw(seed, "order", pair.query_id))
+    return [Item(pair, bool(draw(seed, "side", pair.query_id)[0] & 1)) for pair in shuffled]
+
+
+def page_digest(items: Sequence[Item]) -> str:
+    """Digest of what the page shows, in its order."""
+    return json_digest([item.shown() for item in items])
+
+
+def render_page(items: Sequence[Item]) -> str:
+    """The page as HTML text."""
+    page, style, script = (_resource(name) for name in ("page.html", "page.css", "page.js"))
+    data = {"page": page_digest(items), "items": [item.shown() for item in items]}
+    slots = {
+        "SCRIPT_HASH": _hash(script),
+        "STYLE_HASH": _hash(style),
+        "SCRIPT": script,
+        "STYLE": style,
+        "DATA": json.dumps(data, ensure_ascii=False).translate(_ESCAPED),
+    }
+    return _SLOT.sub(lambda found: slots[found.group(1)], page)
+
+
+def _resource(name: str) -> str:
+    return (resources.files("ple_data") / "judge" / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """As a Content-Security-Policy names an inline element (https://www.w3.org/TR/CSP3/#match-element-to-source-list)."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

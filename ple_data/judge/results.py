@@ -1,0 +1,169 @@
+"""Verdicts counted: win rates with intervals, the report, the table of verdicts, and the text for a terminal.
+
+A verdict is a win where A is better, a tie, a lose, or unparsed. Decides none.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ple_data.inspect import table
+from ple_data.judge.sources import Pair, Pairs
+from ple_data.textwidth import printable, shorten
+from schemas.errors import UsageError
+from schemas.files import write_atomic
+from schemas.records import read_record
+from schemas.reports import Estimate, JudgePart, JudgeReport
+from schemas.tables import VERDICTS, metadata_bytes
+
+Outcome = Literal["win", "tie", "lose", "unparsed"]
+VALUES: dict[Outcome, float] = {"win": 1.0, "tie": 0.5, "lose": 0.0}
+RESAMPLES = 10_000
+_NAME_WIDTH = 36  # columns of a terminal for the name of a part
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was decided on a pair; details: further columns of the table of verdicts."""
+
+    pair: Pair
+    outcome: Outcome
+    details: dict[str, Any]
+    annotator: str | None = None
+
+
+def win_rate(outcomes: Iterable[Outcome], seed: int) -> Estimate | None:
+    """(wins + ties / 2) / (wins + ties + losses) with its 95 % percentile bootstrap interval over queries (Efron 1979).
+
+    Queries have one of three values, so a resample is a multinomial draw of their counts. None without any verdict.
+    """
+    counts = Counter(outcomes)
+    numbers = np.array([counts[outcome] for outcome in VALUES])
+    total = int(numbers.sum())
+    if total == 0:
+        return None
+    values = np.array(list(VALUES.values()))
+    drawn = np.random.default_rng(seed).multinomial(total, numbers / total, size=RESAMPLES)
+    low, high = np.quantile(drawn @ values / total, [0.025, 0.975])
+    return Estimate(mean=float(numbers @ values / total), low=float(low), high=float(high), count=total)
+
+
+def report(
+    verdicts: Sequence[Verdict], pairs: Pairs, *, a: str, b: str, judge: str, seed: int, **more: Any
+) -> JudgeReport:
+    """The report on verdicts: those that count in all and by kind, those of each annotator by name.
+
+    more: the further fields of schemas.reports.JudgeReport.
+    """
+    counted = [verdict for verdict in verdicts if verdict.annotator is None]
+    parts = [_part("kind", name, found, seed) for name, found in _groups((v.pair.kind, v) for v in counted)]
+    parts += [_part("annotator", name, found, seed) for name, found in _groups((v.annotator, v) for v in verdicts)]
+    return JudgeReport(
+        a=a,
+        b=b,
+        judge=judge,
+        **_counts(counted, seed),
+        parts=parts,
+        only_a=pairs.only_a,
+        only_b=pairs.only_b,
+        **{"prompt_tokens": 0, "completion_tokens": 0, **more},
+    )
+
+
+def _groups(named: Iterable[tuple[str | None, Verdict]]) -> list[tuple[str, list[Verdict]]]:
+    groups: dict[str, list[Verdict]] = {}
+    for name, verdict in named:
+        if name is not None:
+            groups.setdefault(name, []).append(verdict)
+    return sorted(groups.items())
+
+
+def _part(by: Literal["kind", "annotator"], name: str, verdicts: list[Verdict], seed: int) -> JudgePart:
+    return JudgePart(by=by, name=name, **_counts(verdicts, seed))
+
+
+def _counts(verdicts: Sequence[Verdict], seed: int) -> dict[str, Any]:
+    outcomes = [verdict.outcome for verdict in verdicts]
+    return {
+        "wins": outcomes.count("win"),
+        "ties": outcomes.count("tie"),
+        "losses": outcomes.count("lose"),
+        "unparsed": outcomes.count("unparsed"),
+        "win_rate": win_rate(outcomes, seed),
+    }
+
+
+REPORT, TABLE = "judge.json", "verdicts.parquet"
+
+
+def refuse_other(output: Path, a: str, b: str, judge: str, template: str | None) -> None:
+    """Raise UsageError where `output` holds the report of another comparison or judge."""
+    path = output / REPORT
+    if not path.exists():
+        return
+    found = read_record(JudgeReport, path, "remove it, or give another --output")
+    wanted = {
+        "A": (found.a, a),
+        "B": (found.b, b),
+        "judge": (found.judge, judge),
+        "template": (found.template, template),
+    }
+    differ = [f"{name} {there}, not {here}" for name, (there, here) in wanted.items() if there != here]
+    if differ:
+        raise UsageError(f"{output} holds the verdicts of {'; of '.join(differ)}: give another --output")
+
+
+def save(output: Path, verdicts: Sequence[Verdict], found: JudgeReport) -> None:
+    """Writes the table of verdicts, then the report. Raises PleError."""
+    columns = VERDICTS.names
+    rows = [
+        {
+            **verdict.details,
+            "query_id": verdict.pair.query_id,
+            "kind": verdict.pair.kind,
+            "annotator": verdict.annotator,
+            "verdict": verdict.outcome,
+            "x": verdict.pair.x,
+            "a": verdict.pair.a,
+            "b": verdict.pair.b,
+        }
+        for verdict in verdicts
+    ]
+    filled = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows], schema=VERDICTS)
+    metadata = metadata_bytes("verdicts", {"a": found.a, "b": found.b, "judge": found.judge})
+    sink = pa.BufferOutputStream()
+    pq.write_table(filled.replace_schema_metadata(metadata), sink, compression="zstd", write_page_checksum=True)
+    write_atomic(output / TABLE, sink.getvalue().to_pybytes())
+    write_atomic(output / REPORT, found.to_json())
+
+
+def shown(found: JudgeReport) -> str:
+    """The report for a terminal."""
+    rows = [_row("all", found)] + [_row(f"{part.by} {part.name}", part) for part in found.parts]
+    lines = [
+        f"A: {printable(found.a)}",
+        f"B: {printable(found.b)}",
+        f"judge: {printable(found.judge)}",
+        "",
+        *table(["", "A wins", "ties", "B wins", "unparsed", "A's win rate, 95 % interval"], rows),
+    ]
+    if found.annotators > 1:
+        kappa = "not defined" if found.kappa is None else f"{found.kappa:.2f}"
+        lines.append(
+            f"Fleiss' kappa: {kappa} ({found.annotators} annotators, {found.kappa_queries} queries that all judged)"
+        )
+    if found.prompt_tokens or found.completion_tokens:
+        lines.append(f"tokens paid for: {found.prompt_tokens} read, {found.completion_tokens} written")
+    return "\n".join(lines)
+
+
+def _row(name: str, counts: JudgeReport | JudgePart) -> list[Any]:
+    rate = "none" if counts.win_rate is None else str(counts.win_rate)
+    label = shorten(printable(name), _NAME_WIDTH)
+    return [label, counts.wins, counts.ties, counts.losses, counts.unparsed, rate]

@@ -1,0 +1,179 @@
+"""The two sides of a comparison: responses from a data directory or a file, joined by query id. Judges nothing."""
+
+import hashlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ple_data.readers import Rows, read_rows
+from ple_data.rewards.texts import as_chat
+from ple_data.store import Store, collect
+from schemas.errors import UsageError
+
+ARMS = ("y", "y_prompt")
+_TITLES = {"user": "User", "assistant": "Assistant", "system": "System"}
+_NAMED = 5  # query ids that a message names
+
+
+@dataclass(frozen=True)
+class Response:
+    """One side's response y to a query x; kind: a group that the source puts the query in."""
+
+    query_id: str
+    x: str
+    y: str
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses, a and b, to one query."""
+
+    query_id: str
+    x: str
+    a: str
+    b: str
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The queries that both sides have, and how many only one has."""
+
+    rows: list[Pair]
+    only_a: int
+    only_b: int
+
+    def count(self) -> str:
+        """How many queries there are and how many were left out, as a sentence."""
+        left_out = f"left out: {self.only_a} only in A, {self.only_b} only in B"
+        return f"{len(self.rows)} queries in both A and B; {left_out}"
+
+
+def load_pairs(a: str, b: str) -> Pairs:
+    """The responses of two sources to the same queries, in the order of A.
+
+    A source is a Parquet, JSONL, JSON or CSV file with `query_id` (or `id`), `x` and `y`, or a data directory; there
+    `#round=N` and `#arm=y_prompt` (or both: `data#round=4,arm=y_prompt`) choose. Raises UsageError: nothing in common,
+    doubled ids, or an id that stands for two different queries.
+    """
+    left = {response.query_id: response for response in load_responses(a)}
+    right = {response.query_id: response for response in load_responses(b)}
+    common = [query_id for query_id in left if query_id in right]
+    if not common:
+        raise UsageError(f"{a} and {b} have no query in common: both must answer the same query ids")
+    differ = [query_id for query_id in common if not _same_query(left[query_id].x, right[query_id].x)]
+    if differ:
+        raise UsageError(
+            f"{a} and {b} have different queries x under the same id, in {_named(differ)}: "
+            "compare responses to the same queries"
+        )
+    rows = [
+        Pair(id, left[id].x, left[id].y, right[id].y, left[id].kind if left[id].kind is not None else right[id].kind)
+        for id in common
+    ]
+    return Pairs(rows, len(left) - len(common), len(right) - len(common))
+
+
+def choose(pairs: Sequence[Pair], limit: int | None, seed: int) -> list[Pair]:
+    """At most `limit` pairs, drawn by (seed, query id): a larger limit keeps those of a smaller one."""
+    drawn = sorted(pairs, key=lambda pair: draw(seed, "choose", pair.query_id))[:limit]
+    kept = {pair.query_id for pair in drawn}
+    return [pair for pair in pairs if pair.query_id in kept]
+
+
+def draw(seed: int, purpose: str, query_id: str) -> bytes:
+    """32 random bytes that depend on nothing but the arguments."""
+    return hashlib.sha256(f"{seed}/{purpose}/{query_id}".encode()).digest()
+
+
+def readable(x: str) -> str:
+    """x as a person or a judge reads it: a dialogue of several turns with who says what, anything else as it is."""
+    messages = as_chat(x)
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{_TITLES.get(m['role'], m['role'])}: {m['content']}" for m in messages)
+
+
+def load_responses(spec: str) -> list[Response]:
+    """The responses that `spec` names, one a query. Raises UsageError."""
+    path, choices = _parse(spec)
+    if Path(path).is_dir():
+        return _from_store(spec, Path(path), choices)
+    if choices:
+        raise UsageError(f"{spec}: #round and #arm are for a data directory, and {path} is none")
+    return _from_file(read_rows(path))
+
+
+def _parse(spec: str) -> tuple[str, dict[str, str]]:
+    if Path(spec).exists():
+        return spec, {}
+    path, _, text = spec.partition("#")
+    choices = dict(part.partition("=")[::2] for part in text.split(",")) if text else {}
+    known = choices.keys() <= {"round", "arm"}
+    if not known or not choices.get("round", "0").isdigit() or choices.get("arm", "y") not in ARMS:
+        raise UsageError(f"{spec}: after # expected round=N, arm=y or arm=y_prompt, with a comma between two")
+    return path, choices
+
+
+def _from_store(spec: str, root: Path, choices: dict[str, str]) -> list[Response]:
+    import polars as pl
+
+    arm = choices.get("arm", "y")
+    store = Store(root)
+    held = ["answers", "responses", "pairs"] if arm == "y" else ["responses", "pairs"]
+    kind = next((kind for kind in held if store.shards(kind)), None)
+    if kind is None:
+        raise UsageError(f"{root}: no committed {' or '.join(held)}: give the data directory of a run, or a file")
+    rows = store.scan(kind)
+    rounds = sorted({shard.round for shard in store.shards(kind)})
+    if "round" in choices:
+        if int(choices["round"]) not in rounds:
+            raise UsageError(f"{spec}: no {kind} of that round; there are rounds {', '.join(map(str, rounds))}")
+        rows = rows.filter(pl.col("round") == int(choices["round"]))
+    elif len(rounds) > 1:
+        raise UsageError(f"{root} has {kind} of rounds {', '.join(map(str, rounds))}: choose one, {root}#round=N")
+    found = collect(rows.select("query_id", "sample", "x", pl.col(arm).alias("y")).sort("query_id", "sample"))
+    first = found.unique("query_id", keep="first", maintain_order=True)
+    if first.height < found.height:
+        print(f"{spec}: {found.height - first.height} further samples of the same queries left out", file=sys.stderr)
+    return [Response(row["query_id"], row["x"], row["y"]) for row in first.iter_rows(named=True)]
+
+
+def _from_file(rows: Rows) -> list[Response]:
+    ids = [str(id) for id in _values(rows, "query_id", "id", of=(str, int))]
+    doubled = [id for id, count in Counter(ids).items() if count > 1]
+    if doubled:
+        raise UsageError(f"{rows.source} has two rows for {_named(doubled)}: keep one response a query")
+    kinds = [None if row.get("kind") is None else str(row["kind"]) for row in rows.rows]
+    texts = [_values(rows, name, other, of=(str,)) for name, other in (("x", "prompt"), ("y", "response"))]
+    return [Response(*row) for row in zip(ids, *texts, kinds, strict=True)]
+
+
+def _values(rows: Rows, *names: str, of: tuple[type, ...]) -> list[Any]:
+    """The first of the columns `names` that there is. Raises UsageError with the first row that has no such value."""
+    name = next((name for name in names if name in rows.columns), None)
+    if name is None:
+        raise UsageError(f"{rows.source} has no column {' or '.join(names)}; it has {', '.join(rows.columns)}")
+    for place, row in zip(rows.places, rows.rows, strict=True):
+        if not isinstance(row.get(name), of) or isinstance(row.get(name), bool):
+            raise UsageError(f"{rows.source} {place}: {name} is {row.get(name)!r:.80}: give every row one as text")
+        if re.search("[\ud800-\udfff]", str(row[name])):
+            raise UsageError(
+                f"{rows.source} {place}: {name} holds half a character (a lone surrogate): correct the row"
+            )
+    return [row[name] for row in rows.rows]
+
+
+def _same_query(x: str, other: str) -> bool:
+    """Whether two forms of a query (plain text, dialogue, stored chat) say the same."""
+    return x == other or as_chat(x) == as_chat(other)
+
+
+def _named(query_ids: list[str]) -> str:
+    more = f" and {len(query_ids) - _NAMED} more" if len(query_ids) > _NAMED else ""
+    return "query " + ", ".join(map(repr, query_ids[:_NAMED])) + more

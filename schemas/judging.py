@@ -1,0 +1,72 @@
+"""What judges leave while they work: answers and rewards, and what an annotation page gives back. Forms only."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+from schemas.records import Record
+
+Order = Literal["a_first", "b_first"]
+Choice = Literal["first", "second", "tie"]
+
+
+class Paid(Record):
+    """One line of a file of what a judge gave. request: digest of all that the judge was given."""
+
+    version: Literal[1] = 1
+    request: str = Field(min_length=1)
+
+
+class Answer(Paid):
+    """One line of `answers.jsonl`: what an endpoint answered to one request, as it came.
+
+    request: digest of the endpoint's address and the whole request body, so that an answer is used again for the very
+    same request only. Tokens are None where the endpoint did not say.
+    """
+
+    query_id: str
+    order: Order
+    text: str
+    finish: str | None
+    prompt_tokens: int | None = Field(ge=0)
+    completion_tokens: int | None = Field(ge=0)
+
+
+class Reward(Paid):
+    """One line of `rewards.jsonl`: a reward model's number for one response; request: digest of its name, x and y."""
+
+    reward: FiniteFloat
+
+
+class AnnotationPage(Record):
+    """`page.json` beside an annotation page: from what it was made, so that exports can be read back.
+
+    page: digest of the texts in the order and on the sides in which the page shows them.
+    """
+
+    version: Literal[1] = 1
+    kind: Literal["annotation page"] = "annotation page"
+    page: str
+    a: str
+    b: str
+    seed: int
+    limit: int | None = Field(ge=1)
+
+
+class Annotation(BaseModel):
+    """One verdict on one query: which of the two answers, as the page showed them, is better."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    query_id: str
+    choice: Choice
+
+
+class AnnotationExport(Record):
+    """The file that an annotator downloads from a page."""
+
+    version: Literal[1] = 1
+    kind: Literal["annotations"] = "annotations"
+    page: str
+    annotator: str = Field(min_length=1)
+    verdicts: list[Annotation]
