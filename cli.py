@@ -564,6 +564,33 @@ def verify(data: Path) -> None:
     _say(f"{data}: whole")
 
 
+@_command("purity")
+@_option("--run", type=_PATH, help="Directory of ple run: its start policy and that of every round, and its data.")
+@_option("--model", help="Start policy: a directory or a hub id. Instead of --run.")
+@_option("--revision", help="Branch, tag or commit of a hub model.")
+@_option("--adapter", multiple=True, help="LoRA adapter of a later policy, in the order of training; may be repeated.")
+@_option("--data", type=_PATH, multiple=True, help="Folder of pairs; may be repeated. Default: RUN/data.")
+@_option("--round", type=_COUNT, multiple=True, help="Take the pairs of this round only; may be repeated.")
+@_option("--output", type=_PATH, help="Folder of the results. Default: RUN/purity.")
+@_option(
+    "--normalized/--sum", default=False, help="Compare mean log-probabilities of a token, or sums as in the paper."
+)
+def purity(**options: Any) -> None:
+    """Measure Section 5 of the paper: does the policy rank y_prompt above y where the reward does?
+
+    By policy: agreement with the reward by margin, the smallest e whose level set is pure at 100, 95 and 90 %, and
+    Theorem 5.3's bound. Log-probabilities are kept by policy and shard: run the same command again after a stop, or
+    after more rounds.
+
+    \b
+    Example:
+      ple purity --run runs/hh-qwen
+    """
+    from ple_train.purity import purity as measure
+
+    click.echo(measure(**options))
+
+
 @_command("demo")
 @_option("--output", type=_PATH, default=Path("demo"), help="Folder of everything that the demo makes.")
 @_option("--rounds", type=_POSITIVE, default=4, help="Rounds of PLE.")
@@ -589,6 +616,7 @@ for _name, _member in {
     "reward": reward,
     "inspect": inspect,
     "verify": verify,
+    "purity": purity,
 }.items():
     ple.add_command(_member, _name)
 

@@ -2,8 +2,8 @@
 
 One row of `responses` or `pairs` is one (query, round, sample) with both arms: `y`, sampled given x, and
 `y_prompt`, sampled given [p, x]. `pairs` adds the rewards. A row of `answers` has the plain arm alone: what
-evaluation samples. The file's key-value metadata holds, under
-`ple`, one JSON object with `kind`, `version`, `round`, `unit` and where the rows come from.
+evaluation samples; one of `purity_logps` is a pair under one policy, as `ple purity` leaves it. The file's key-value
+metadata holds, under `ple`, one JSON object with `kind`, `version`, `round`, `unit` and where the rows come from.
 
 A column that came after version 1 is nullable and carries the version it came with in its field metadata
 (`since`); in older files it reads as null. This room reads tables and never writes one.
@@ -68,8 +68,29 @@ PAIRS = pa.schema(
 _GUIDED = {"y_prompt", "y_prompt_ids", "y_prompt_finish", "y_prompt_empty", "y_prompt_logps", "principle"}
 ANSWERS = pa.schema([field.remove_metadata() for field in RESPONSES if field.name not in _GUIDED])
 
-SCHEMAS: dict[str, pa.Schema] = {"responses": RESPONSES, "pairs": PAIRS, "answers": ANSWERS}
-VERSIONS: dict[str, int] = {"responses": 2, "pairs": 2, "answers": 1}
+PURITY_LOGPS = pa.schema(
+    [
+        _required("policy", pa.string()),  # digest name, as in the stores
+        _required("query_id", pa.string()),
+        _required("round", pa.int32()),  # of the pair
+        _required("sample", pa.int32()),
+        _required("s", pa.float64()),
+        _required("s_prompt", pa.float64()),
+        _required("margin", pa.float64()),  # s_prompt - s
+        pa.field("sum_logps_y", pa.float64()),  # log pi(y | x) in nats; null: no token, or over the model's positions
+        pa.field("sum_logps_y_prompt", pa.float64()),  # log pi(y_prompt | x)
+        pa.field("mean_logps_y", pa.float64()),  # the sum divided by the response's tokens
+        pa.field("mean_logps_y_prompt", pa.float64()),
+    ]
+)
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "responses": RESPONSES,
+    "pairs": PAIRS,
+    "answers": ANSWERS,
+    "purity_logps": PURITY_LOGPS,
+}
+VERSIONS: dict[str, int] = {"responses": 2, "pairs": 2, "answers": 1, "purity_logps": 1}
 KEY = ["query_id", "round", "sample"]
 FINISH_REASONS = ["stop", "length"]
 _NAMED = 5  # rows that a message names
