@@ -591,6 +591,29 @@ def purity(**options: Any) -> None:
     click.echo(measure(**options))
 
 
+@_command("report")
+@click.argument("run", type=_PATH)
+@_option("--eval", "evals", type=_PATH, multiple=True, help="Folder of ple eval; may be repeated.")
+@_option("--judge", "judges", type=_PATH, multiple=True, help="Folder of ple judge; may be repeated.")
+@_option("--purity", type=_PATH, help="Folder of ple purity. Default: RUN/purity where it is there.")
+@_option("--cases", type=_PATH, help="Folder of ple cases.")
+@_option("--output", type=_PATH, help="The page; figures/ beside it takes the PNG files. Default: RUN/report.html.")
+@_method("--tau0", type=click.FloatRange(min=0), help="Threshold of round 0. Default: the recipe's, else 0.2.")
+@_method("--alpha", type=_ALPHA, help="Decay of the threshold. Default: the recipe's, else 0.9.")
+def report(**options: Any) -> None:
+    """Make one self-contained HTML page about a run (or a DATA folder): figures, tables and a browser of pairs.
+
+    The page needs no network and no server, prints well, and follows the reader's light or dark theme.
+
+    \b
+    Example:
+      ple report runs/hh-qwen --eval eval --judge judge
+    """
+    from ple_data.report.page import report as write
+
+    click.echo(write(**options))
+
+
 @_command("demo")
 @_option("--output", type=_PATH, default=Path("demo"), help="Folder of everything that the demo makes.")
 @_option("--rounds", type=_POSITIVE, default=4, help="Rounds of PLE.")
@@ -617,6 +640,7 @@ for _name, _member in {
     "inspect": inspect,
     "verify": verify,
     "purity": purity,
+    "report": report,
 }.items():
     ple.add_command(_member, _name)
 

@@ -2,8 +2,9 @@
 
 One row of `responses` or `pairs` is one (query, round, sample) with both arms: `y`, sampled given x, and
 `y_prompt`, sampled given [p, x]. `pairs` adds the rewards. A row of `answers` has the plain arm alone: what
-evaluation samples; one of `purity_logps` is a pair under one policy, as `ple purity` leaves it. The file's key-value
-metadata holds, under `ple`, one JSON object with `kind`, `version`, `round`, `unit` and where the rows come from.
+evaluation samples; one of `cases` is an answer of `ple cases`, one of `purity_logps` a pair under one policy, as
+`ple purity` leaves it. The file's key-value metadata holds, under `ple`, one JSON object with `kind`, `version`,
+`round`, `unit` and where the rows come from.
 
 A column that came after version 1 is nullable and carries the version it came with in its field metadata
 (`since`); in older files it reads as null. This room reads tables and never writes one.
@@ -68,6 +69,18 @@ PAIRS = pa.schema(
 _GUIDED = {"y_prompt", "y_prompt_ids", "y_prompt_finish", "y_prompt_empty", "y_prompt_logps", "principle"}
 ANSWERS = pa.schema([field.remove_metadata() for field in RESPONSES if field.name not in _GUIDED])
 
+_ANSWER = [
+    _required("label", pa.string()),  # the policy's name on the command line
+    _required("policy", pa.string()),  # its name with digests, as in a store
+    _required("query_id", pa.string()),
+    _required("sample", pa.int32()),
+    _required("x", pa.string()),
+    _required("y", pa.string()),
+    _required("tokens", pa.int32()),  # of y, the end-of-sequence token counted
+    _required("finish", pa.string()),  # "stop" or "length"
+    _required("rewards", pa.list_(pa.float64())),  # in the order of `reward_models` in the file's metadata
+]
+CASES = pa.schema([*_ANSWER, pa.field("kind", pa.string())])  # kind of query, such as harmful
 PURITY_LOGPS = pa.schema(
     [
         _required("policy", pa.string()),  # digest name, as in the stores
@@ -88,9 +101,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     "responses": RESPONSES,
     "pairs": PAIRS,
     "answers": ANSWERS,
+    "cases": CASES,
     "purity_logps": PURITY_LOGPS,
 }
-VERSIONS: dict[str, int] = {"responses": 2, "pairs": 2, "answers": 1, "purity_logps": 1}
+VERSIONS: dict[str, int] = {"responses": 2, "pairs": 2, "answers": 1, "cases": 1, "purity_logps": 1}
 KEY = ["query_id", "round", "sample"]
 FINISH_REASONS = ["stop", "length"]
 _NAMED = 5  # rows that a message names
