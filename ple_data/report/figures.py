@@ -221,16 +221,18 @@ def smallest_pure(policies: Sequence[PurityPolicy]) -> Figure:
     """The smallest pure e of each policy, at each purity; a gap where there is none."""
     figure, axes = _axes()
     looks = (("orange", "s-"), ("blue", "o-"), ("green", "^-"))
-    places = range(len(policies))
-    for at, (colour, fmt) in enumerate(looks):
+    places, highest = range(len(policies)), 0.0
+    for at, (colour, fmt) in enumerate(looks):  # wider ones first: the purities often share their e
         pure = [policy.all_pairs.pure_sets[at] for policy in policies]
         values = [float("nan") if found.e is None else found.e for found in pure]
-        axes.plot(places, values, fmt, color=PALETTE[colour], label=f"{pure[0].percent} % pure")
+        axes.plot(places, values, fmt, color=PALETTE[colour], label=f"{pure[0].percent} % pure", linewidth=4 - 1.4 * at,
+                  markersize=9 - 2.2 * at)  # fmt: skip
+        highest = max([highest, *[found.e for found in pure if found.e is not None]])
     few = len(policies) <= MOST_ROWS
     shown = [policy.label if few else str(policy.after_round) for policy in policies]
     axes.set_xticks(places, shown, rotation=40 if few and len(policies) > 3 else 0, fontsize=8)
     axes.set_xlim(-0.3, len(policies) - 0.7)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * highest)
     axes.set_xlabel("policy")
     axes.set_ylabel("smallest pure e (margin)")
     _legend(figure, 3)
@@ -239,7 +241,7 @@ def smallest_pure(policies: Sequence[PurityPolicy]) -> Figure:
 
 def win_rates(reports: Sequence[tuple[str, JudgeReport]]) -> Figure:
     """A bar for each comparison: won, tied, lost."""
-    figure, axes = _axes(0.9 + 0.55 * len(reports))
+    figure, axes = _axes(1.3 + 0.55 * len(reports))
     for place, (_, report) in enumerate(reversed(reports)):
         total = (report.wins + report.ties + report.losses) or 1
         left = 0.0
@@ -263,8 +265,8 @@ def win_rates(reports: Sequence[tuple[str, JudgeReport]]) -> Figure:
 
 def stage_times(seconds: dict[str, dict[str, float]]) -> Figure:
     """Stacked bars: the time of each stage, a row a round (or a stage before the rounds), in minutes."""
-    figure, axes = _axes(max(1.6, 0.9 + 0.3 * len(seconds)))
-    colours = {"gen": "blue", "score": "green", "train": "orange"}
+    figure, axes = _axes(max(1.8, 1.1 + 0.3 * len(seconds)))
+    colours = {"reward": "muted", "gen": "blue", "score": "green", "train": "orange"}
     done: set[str] = set()
     for place, stages in enumerate(seconds.values()):
         left = 0.0

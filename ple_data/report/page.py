@@ -67,7 +67,7 @@ def _render(sources: Sources, parts: list[Section], tau0: float, alpha: float) -
         for chart in part.charts:
             chart.svg = Markup(chart.svg)  # matplotlib escaped its labels
     return environment.get_template("report.html").render(
-        title=visible(sources.root.resolve().name),
+        title=visible("/".join(sources.root.resolve().parts[-2:]).strip("/")),
         facts=_facts(sources, tau0, alpha),
         parts=parts,
         pairs=pairs,

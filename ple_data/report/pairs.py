@@ -88,6 +88,7 @@ def word_difference(a: str, b: str) -> tuple[Segments, Segments]:
     right: Segments = []
     for kind, a1, a2, b1, b2 in matcher.get_opcodes():
         for segments, words in ((left, words_a[a1:a2]), (right, words_b[b1:b2])):
-            if words:
-                segments.append((kind != "equal", "".join(words)))
+            text = "".join(words)
+            bare = text if kind == "equal" else text.rstrip()
+            segments += [piece for piece in ((kind != "equal", bare), (False, text[len(bare) :])) if piece[1]]
     return left, right

@@ -23,8 +23,8 @@ from schemas.reports import Estimate, EvalReport, JudgeReport, PurityReport
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CURVE_POINTS = 300
-"""Points of a training curve; longer ones are averaged."""
+CURVE_POINTS = 48
+"""Points of a training curve, each the mean of as many steps as it takes."""
 _LABEL = 28
 
 
@@ -41,11 +41,13 @@ class Chart:
 
 @dataclass
 class Table:
-    """Cells as text; the first column is a heading of its row."""
+    """Cells as text; the first column is a heading of its row. `note` stands below; `folded`: shown on request."""
 
     caption: str
     head: list[str]
     rows: list[list[str]]
+    note: str = ""
+    folded: bool = False
 
 
 @dataclass
@@ -191,11 +193,16 @@ def _training(sources: Sources) -> Section:
         section.missing.append("No metrics: ple run leaves them in RUN/metrics, one file a round.")
         return section
     steps, borders = _steps(sources.metrics)
-    losses = _curves(steps, {"rank": "loss_rank", "weighted SFT": "loss_wsft"}) or _curves(steps, {"loss": "loss"})
+    every = -(-steps.height // CURVE_POINTS)
+    means = "a point a step" if every == 1 else f"means of {every} steps"
+    losses = _curves(steps, {"rank": "loss_rank", "weighted SFT": "loss_wsft"}, every) or _curves(
+        steps, {"loss": "loss"}, every
+    )
     section.draw(
         "loss",
         "Loss by step",
-        "The two terms of Eq. 6, per pair of the batch. They are linear in log-probabilities: below 0 is no fault.",
+        f"The two terms of Eq. 6, per pair of the batch; {means}. They are linear in log-probabilities: below 0 is no "
+        "fault.",
         figures.training(losses, borders, "loss"),
     )
     logps = {
@@ -204,14 +211,14 @@ def _training(sources: Sources) -> Section:
         "wSFT, y_prompt": "mean_logps_wsft_y_prompt",
         "wSFT, y": "mean_logps_wsft_y",
     }
-    if curves := _curves(steps, logps):
+    if curves := _curves(steps, logps, every):
         section.draw(
             "log-probabilities",
             "Log-probability of the responses",
-            "Mean log π(token | x) by set and response, in nats a token.",
+            f"Mean log π(token | x) by set and response, in nats a token; {means}.",
             figures.training(curves, borders, "nats a token"),
         )
-    if curves := _curves(steps, {"responses pushed down": "drift_pushed_down"}):
+    if curves := _curves(steps, {"responses pushed down": "drift_pushed_down"}, every):
         section.draw(
             "drift",
             "Drift from the start policy",
@@ -237,9 +244,8 @@ def _steps(metrics: dict[int, pl.DataFrame]) -> tuple[pl.DataFrame, dict[int, fl
     return pl.concat(tables, how="diagonal"), borders
 
 
-def _curves(steps: pl.DataFrame, names: dict[str, str]) -> dict[str, list[tuple[float, float]]]:
-    """Points (step, value) of each column that has values, means of several steps where there are many."""
-    every = -(-steps.height // CURVE_POINTS)
+def _curves(steps: pl.DataFrame, names: dict[str, str], every: int) -> dict[str, list[tuple[float, float]]]:
+    """Points (step, value) of each column that has values, each the mean of `every` steps."""
     found = {}
     for name, column in names.items():
         if column not in steps.columns or steps[column].null_count() == steps.height:
@@ -313,9 +319,15 @@ def _purity(report: PurityReport | None) -> Section:
     ]
     rows = [[name, "–" if value is None else f"{value:.4g}"] for name, value in values]
     section.tables.append(
-        Table(f"Theorem 5.3, rewards mapped to [0, 1]: {visible(bound.says)}.", ["quantity", "value"], rows)
+        Table(
+            "Theorem 5.3, on rewards mapped to [0, 1]", ["quantity", "value"], rows, note=_sentence(visible(bound.says))
+        )
     )
     return section
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 # Evaluation and win rates
@@ -414,7 +426,8 @@ def _stages(stages: list[dict[str, Any]]) -> Section:
                          _outcome(records[-1])])  # fmt: skip
     total = sum(stage["seconds"] or 0.0 for stage in stages)
     head = ["stage", "round", "attempts", "seconds", "ended"]
-    section.tables.append(Table(f"{total / 60:.1f} minutes in all", head, attempts))
+    section.words.append(f"{total / 60:.1f} minutes in all.")
+    section.tables.append(Table("Every stage", head, attempts, folded=True))
     return section
 
 
