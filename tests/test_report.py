@@ -212,9 +212,22 @@ def test_the_whole_page_is_there_and_the_same_the_second_time(run, tmp_path):
 
 
 def test_a_bare_data_directory_shows_what_is_there(tmp_path):
+    """Through the command, whose stdout is the page's path."""
     add_pairs(tmp_path / "data", [plain_rows(5)])
-    path = report(tmp_path / "data", tau0=0.1, alpha=0.5)
-    page = Path(path).read_text()
+    words = [
+        "report",
+        str(tmp_path / "data"),
+        "--output",
+        str(tmp_path / "page.html"),
+        "--tau0",
+        "0.1",
+        "--alpha",
+        "0.5",
+    ]
+    result = CliRunner().invoke(cli.ple, words)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'page.html'}\n"
+    page = (tmp_path / "page.html").read_text()
     for text in ("No metrics", "No purity.json", "No evaluation given", "No verdicts given", "No stages.json"):
         assert text in page
     assert "τ_t = 0.1 · 0.5^t" in page
@@ -230,11 +243,9 @@ def test_a_run_that_has_just_begun(tmp_path):
     assert "running, or killed" in page
 
 
-def test_one_pair_and_many_rounds(tmp_path):
-    add_pairs(tmp_path / "one", [plain_rows(1)])
-    report(tmp_path / "one")
-    add_pairs(tmp_path / "many", [plain_rows(3, t) for t in range(14)])
-    assert "10 of 14 rounds." in Path(report(tmp_path / "many")).read_text()
+def test_many_rounds_of_one_pair(tmp_path):
+    add_pairs(tmp_path, [plain_rows(1, t) for t in range(14)])
+    assert "10 of 14 rounds." in Path(report(tmp_path)).read_text()
     assert figures.shown_rounds(range(14))[0] == 0
     assert figures.shown_rounds(range(14))[-1] == 13
 
@@ -259,10 +270,3 @@ def test_what_is_wrong_is_one_sentence(run, tmp_path):
     (other / "metrics" / "round=000.parquet").write_bytes(b"no table")
     with pytest.raises(DamagedError, match=r"round=000\.parquet: not a readable table"):
         report(other)
-
-
-def test_the_command(run, tmp_path):
-    result = CliRunner().invoke(cli.ple, ["report", str(run), "--output", str(tmp_path / "page.html"), "--tau0", "3"])
-    assert result.exit_code == 0, result.output
-    assert result.stdout == f"{tmp_path / 'page.html'}\n"
-    assert "τ_t = 3 · 0.5^t" in (tmp_path / "page.html").read_text()

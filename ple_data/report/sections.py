@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CURVE_POINTS = 48
 """Points of a training curve, each the mean of as many steps as it takes."""
-_LABEL = 28
+_LABEL = 20
 
 
 @dataclass
@@ -62,8 +62,8 @@ class Section:
     missing: list[str] = field(default_factory=list)
 
     def draw(self, name: str, title: str, caption: str, figure: Figure) -> None:
-        drawn = svg.to_svg(figure, name, title, caption)  # before the PNG, which puts a title on the figure
-        self.charts.append(Chart(name, title, caption, drawn, svg.to_png(figure, title)))
+        svg.lay_out(figure)
+        self.charts.append(Chart(name, title, caption, svg.to_svg(figure, name, title, caption), svg.to_png(figure)))
 
 
 def sections(sources: Sources, tau0: float, alpha: float) -> list[Section]:
@@ -208,8 +208,8 @@ def _training(sources: Sources) -> Section:
     logps = {
         "rank, y_prompt": "mean_logps_rank_y_prompt",
         "rank, y": "mean_logps_rank_y",
-        "wSFT, y_prompt": "mean_logps_wsft_y_prompt",
-        "wSFT, y": "mean_logps_wsft_y",
+        "weighted SFT, y_prompt": "mean_logps_wsft_y_prompt",
+        "weighted SFT, y": "mean_logps_wsft_y",
     }
     if curves := _curves(steps, logps, every):
         section.draw(
@@ -268,7 +268,7 @@ def _purity(report: PurityReport | None) -> Section:
     if report is None:
         section.missing.append("No purity.json: ple purity --run RUN measures it.")
         return section
-    policies = report.policies
+    policies = [policy.model_copy(update={"label": label(policy.label)}) for policy in report.policies]
     how = "mean" if report.normalized else "sum"
     section.words.append(
         f"On {policies[0].all_pairs.pairs} pairs: a level set L(e), the queries with s_prompt − s ≥ e, is pure for a "
@@ -298,7 +298,7 @@ def _purity(report: PurityReport | None) -> Section:
             "Agreement of each policy, and the smallest pure e with the number of pairs in its level set",
             ["policy", "agree", *[f"e at {percent} %" for percent in percents]],
             [
-                [label(policy.label), percentage(policy.all_pairs.agree, policy.all_pairs.ranked)]
+                [policy.label, percentage(policy.all_pairs.agree, policy.all_pairs.ranked)]
                 + [
                     "none" if pure.e is None else f"{pure.e:.3g} ({pure.pairs} pairs)"
                     for pure in policy.all_pairs.pure_sets

@@ -30,6 +30,7 @@ PALETTE = {
 """Colours on white (the PNG files); the page's style sheet has those on dark."""
 
 STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
     "axes.edgecolor": PALETTE["muted"],
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -70,6 +71,12 @@ def style() -> Iterator[None]:
         yield
 
 
+def lay_out(figure: Figure) -> None:
+    """Place everything, once; drawing does it again every time."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
 def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
     """An `<svg>` element with a title and a description for those who do not see it; its ids begin with `name`."""
     import matplotlib
@@ -97,9 +104,8 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
     return head + text[text.index(">") + 1 :].strip()
 
 
-def to_png(figure: Figure, title: str) -> bytes:
-    """The figure with its title on white."""
-    figure.suptitle(title, fontsize=10, fontweight="bold")
+def to_png(figure: Figure) -> bytes:
+    """The figure on white."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
