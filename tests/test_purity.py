@@ -306,6 +306,28 @@ def test_a_run_directory_gives_its_policies(policy, adapters, data, tmp_path):
     assert found.stdout == format_purity(report) + "\n"
 
 
+def test_an_interrupted_measurement_goes_on_where_it_was(policy, data, tmp_path, monkeypatch):
+    """Stopped in the second shard: the first is kept, and the results appear only when everything is measured."""
+    import ple_train.purity as room
+
+    score = room._score
+
+    def stop_at_round_1(*words):
+        if words[3].parent.name == "round=001":
+            raise KeyboardInterrupt
+        return score(*words)
+
+    monkeypatch.setattr(room, "_score", stop_at_round_1)
+    options = {"model": str(policy), "data": (data,), "output": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        purity(**options)
+    assert [path.name for path in tmp_path.iterdir()] == ["logps"]
+    scored = []
+    monkeypatch.setattr(room, "_score", lambda *words: scored.append(words[3].parent.name) or score(*words))
+    purity(**options)
+    assert scored == ["round=001"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

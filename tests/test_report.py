@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 import cli
-from ple_data.report import figures, sections, statistics, svg
+from ple_data.report import figures, statistics, svg, training
 from ple_data.report.page import report
 from ple_data.report.pairs import LONGEST_TEXT, clipped, sample_pairs, visible, word_difference
 from ple_data.report.sources import read_sources
@@ -118,9 +118,9 @@ def test_figures_draw_the_numbers_they_are_given(rows):
 
 def test_training_curves_run_through_all_rounds(tmp_path):
     run = make_run(tmp_path / "run", [plain_rows(4), plain_rows(4, 1)])
-    steps, borders = sections._steps(read_sources(run, (), (), None, None).metrics)
+    steps, borders = training.numbered(read_sources(run, (), (), None, None).metrics)
     assert borders == {0: 0, 1: 10}
-    assert sections._curves(steps, {"loss": "loss", "none": "mean_logps_rank_y"}, 5) == {
+    assert training.curves_of(steps, {"loss": "loss", "none": "mean_logps_rank_y"}, 5) == {
         "loss": [(3.0, -2.0), (8.0, -7.0), (13.0, -2.0), (18.0, -7.0)]
     }
 

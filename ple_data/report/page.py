@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.report.pairs import SHOWN_PAIRS, sample_pairs, visible
-from ple_data.report.sections import Section, sections
+from ple_data.report.section import Section
+from ple_data.report.sections import sections
 from ple_data.report.sources import Sources, read_sources
 from schemas.files import write_atomic
 

@@ -1,14 +1,10 @@
-"""The sections of the report: which figures and tables they have, and a word where something is missing.
-
-Everything here is plain text and numbers; the template escapes it.
-"""
+"""The sections of the report: which figures and tables they have, and a word where something is missing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 
@@ -16,54 +12,10 @@ from ple_data.partition import round_statistics, warnings
 from ple_data.purity_text import percentage, shrinking
 from ple_data.report import figures, statistics, svg
 from ple_data.report.pairs import visible
+from ple_data.report.section import Section, Table, label
 from ple_data.report.sources import Sources
-from ple_data.textwidth import shorten
+from ple_data.report.training import training
 from schemas.reports import Estimate, EvalReport, JudgeReport, PurityReport
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-CURVE_POINTS = 48
-"""Points of a training curve, each the mean of as many steps as it takes."""
-_LABEL = 20
-
-
-@dataclass
-class Chart:
-    """A drawn figure: its name (of ids and of the PNG file), what is said above and below it, and its two forms."""
-
-    name: str
-    title: str
-    caption: str
-    svg: str
-    png: bytes
-
-
-@dataclass
-class Table:
-    """Cells as text; the first column is a heading of its row. `note` stands below; `folded`: shown on request."""
-
-    caption: str
-    head: list[str]
-    rows: list[list[str]]
-    note: str = ""
-    folded: bool = False
-
-
-@dataclass
-class Section:
-    """A heading with what stands below it, in this order: `words`, charts, tables, and a word on what is missing."""
-
-    id: str
-    title: str
-    words: list[str] = field(default_factory=list)
-    charts: list[Chart] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-    def draw(self, name: str, title: str, caption: str, figure: Figure) -> None:
-        svg.lay_out(figure)
-        self.charts.append(Chart(name, title, caption, svg.to_svg(figure, name, title, caption), svg.to_png(figure)))
 
 
 def sections(sources: Sources, tau0: float, alpha: float) -> list[Section]:
@@ -71,17 +23,12 @@ def sections(sources: Sources, tau0: float, alpha: float) -> list[Section]:
     with svg.style():
         return [
             *_pair_sections(sources.store.scan("pairs"), tau0, alpha),
-            _training(sources),
+            training(sources.metrics),
             _purity(sources.purity),
             _evaluations(sources.evals),
             _judged(sources.judges),
             _stages(sources.stages),
         ]
-
-
-def label(text: str) -> str:
-    """A name from a file, short and visible."""
-    return shorten(visible(text), _LABEL)
 
 
 # The pairs
@@ -182,82 +129,6 @@ def _interval(mean: float, half: float | None) -> str:
 
 def _share(value: float) -> str:
     return f"{100 * value:.1f} %"
-
-
-# Training
-
-
-def _training(sources: Sources) -> Section:
-    section = Section("training", "Loss and drift")
-    if not sources.metrics:
-        section.missing.append("No metrics: ple run leaves them in RUN/metrics, one file a round.")
-        return section
-    steps, borders = _steps(sources.metrics)
-    every = -(-steps.height // CURVE_POINTS)
-    means = "a point a step" if every == 1 else f"means of {every} steps"
-    losses = _curves(steps, {"rank": "loss_rank", "weighted SFT": "loss_wsft"}, every) or _curves(
-        steps, {"loss": "loss"}, every
-    )
-    section.draw(
-        "loss",
-        "Loss by step",
-        f"The two terms of Eq. 6, per pair of the batch; {means}. They are linear in log-probabilities: below 0 is no "
-        "fault.",
-        figures.training(losses, borders, "loss"),
-    )
-    logps = {
-        "rank, y_prompt": "mean_logps_rank_y_prompt",
-        "rank, y": "mean_logps_rank_y",
-        "weighted SFT, y_prompt": "mean_logps_wsft_y_prompt",
-        "weighted SFT, y": "mean_logps_wsft_y",
-    }
-    if curves := _curves(steps, logps, every):
-        section.draw(
-            "log-probabilities",
-            "Log-probability of the responses",
-            f"Mean log π(token | x) by set and response, in nats a token; {means}.",
-            figures.training(curves, borders, "nats a token"),
-        )
-    if curves := _curves(steps, {"responses pushed down": "drift_pushed_down"}, every):
-        section.draw(
-            "drift",
-            "Drift from the start policy",
-            "Mean log-probability now less the start policy's, of responses with a negative coefficient. Far below 0 "
-            "they run away, since the printed loss has no lower bound.",
-            figures.training(curves, borders, "nats a token"),
-        )
-    else:
-        section.missing.append("Drift was not measured: the start policy is at hand only where an adapter is trained.")
-    return section
-
-
-def _steps(metrics: dict[int, pl.DataFrame]) -> tuple[pl.DataFrame, dict[int, float]]:
-    """The steps of all rounds numbered through (column `at`), and the number at which each round begins."""
-    borders: dict[int, float] = {}
-    tables, done = [], 0
-    for t, table in metrics.items():
-        borders[t] = done
-        tables.append(
-            table.with_columns(pl.all().cast(pl.Float64)).with_columns(at=pl.int_range(1, pl.len() + 1) + done)
-        )
-        done += table.height
-    return pl.concat(tables, how="diagonal"), borders
-
-
-def _curves(steps: pl.DataFrame, names: dict[str, str], every: int) -> dict[str, list[tuple[float, float]]]:
-    """Points (step, value) of each column that has values, each the mean of `every` steps."""
-    found = {}
-    for name, column in names.items():
-        if column not in steps.columns or steps[column].null_count() == steps.height:
-            continue
-        means = (
-            steps.select("at", column)
-            .drop_nulls()
-            .group_by((pl.col("at") - 1) // every, maintain_order=True)
-            .agg(pl.col("at").mean().alias("step"), pl.col(column).mean())
-        )
-        found[name] = list(zip(means["step"], means[column], strict=True))
-    return found
 
 
 # Purity
