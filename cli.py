@@ -951,6 +951,56 @@ def cases(**options: Any) -> None:
     click.echo(answer(reward_options=_reward_keywords(options), **_parsed(options)))
 
 
+@_command("purity")
+@_option("--run", type=_PATH, help="Directory of ple run: its start policy and that of every round, and its data.")
+@_option("--model", help="Start policy: a directory or a hub id. Instead of --run.")
+@_option("--revision", help="Branch, tag or commit of a hub model.")
+@_option("--adapter", multiple=True, help="LoRA adapter of a later policy, in the order of training; may be repeated.")
+@_option("--data", type=_PATH, multiple=True, help="Folder of pairs; may be repeated. Default: RUN/data.")
+@_option("--round", type=_COUNT, multiple=True, help="Take the pairs of this round only; may be repeated.")
+@_option("--output", type=_PATH, help="Folder of the results. Default: RUN/purity.")
+@_option(
+    "--normalized/--sum", default=False, help="Compare mean log-probabilities of a token, or sums as in the paper."
+)
+def purity(**options: Any) -> None:
+    """Measure Section 5 of the paper: does the policy rank y_prompt above y where the reward does?
+
+    By policy: agreement with the reward by margin, the smallest e whose level set is pure at 100, 95 and 90 %, and
+    Theorem 5.3's bound. Log-probabilities are kept by policy and shard: run the same command again after a stop, or
+    after more rounds.
+
+    \b
+    Example:
+      ple purity --run runs/hh-qwen
+    """
+    from ple_train.purity import purity as measure
+
+    click.echo(measure(**options))
+
+
+@_command("report")
+@click.argument("run", type=_PATH)
+@_option("--eval", "evals", type=_PATH, multiple=True, help="Folder of ple eval; may be repeated.")
+@_option("--judge", "judges", type=_PATH, multiple=True, help="Folder of ple judge; may be repeated.")
+@_option("--purity", type=_PATH, help="Folder of ple purity. Default: RUN/purity where it is there.")
+@_option("--cases", type=_PATH, help="Folder of ple cases.")
+@_option("--output", type=_PATH, help="The page; figures/ beside it takes the PNG files. Default: RUN/report.html.")
+@_method("--tau0", type=click.FloatRange(min=0), help="Threshold of round 0. Default: the recipe's, else 0.2.")
+@_method("--alpha", type=_ALPHA, help="Decay of the threshold. Default: the recipe's, else 0.9.")
+def report(**options: Any) -> None:
+    """Make one self-contained HTML page about a run (or a DATA folder): figures, tables and a browser of pairs.
+
+    The page needs no network and no server, prints well, and follows the reader's light or dark theme.
+
+    \b
+    Example:
+      ple report runs/hh-qwen --eval eval --judge judge
+    """
+    from ple_data.report.page import report as write
+
+    click.echo(write(**options))
+
+
 @_command("demo")
 @_option("--output", type=_PATH, default=Path("demo"), help="Folder of everything that the demo makes.")
 @_option("--rounds", type=_POSITIVE, default=4, help="Rounds of PLE.")
@@ -981,6 +1031,8 @@ _commands: dict[str, click.Command] = {
     "inspect": inspect,
     "export": export,
     "verify": verify,
+    "purity": purity,
+    "report": report,
 }
 for _name, _member in _commands.items():
     ple.add_command(_member, _name)

@@ -106,7 +106,9 @@ class JudgeReport(Record):
 
 
 class PurityBin(_Part):
-    """Pairs with a margin in [low, high), and how many of them have log pi(y_prompt|x) > log pi(y|x)."""
+    """Pairs with a margin from `low` to `high` (0 in neither), and in how many of them the policy agrees with the
+    reward: log pi(y_prompt|x) - log pi(y|x) has the sign of s_prompt - s.
+    """
 
     low: float
     high: float
@@ -114,37 +116,80 @@ class PurityBin(_Part):
     agree: int = Field(ge=0)
 
 
-class PurityRound(_Part):
-    """One policy on the pairs of one round. `smallest_e`: by purity ('1.0', '0.95', '0.9') the least margin e whose
-    level set {s_prompt - s >= e} is that pure; None where there is none.
+class PureSet(_Part):
+    """The smallest observed e > 0 whose level set L(e) = {s_prompt - s >= e} is pure at `percent` %: in that share of
+    it log pi(y_prompt|x) > log pi(y|x) (Definition 5.1: 100 %). `pairs`: the size of L(e). e is None if there is none.
     """
 
-    round: int = Field(ge=0)
-    policy: str
+    percent: int = Field(ge=1, le=100)
+    e: float | None
     pairs: int = Field(ge=0)
-    share: float
+
+
+class PurityCounts(_Part):
+    """One policy on the pairs of one round, or of all (`round` None). `ranked`: pairs with a margin other than 0;
+    `agree`: those of them in which the policy agrees with the reward; `positive`: those with a margin above 0.
+    """
+
+    round: int | None = Field(ge=0)
+    pairs: int = Field(ge=0)
+    ranked: int = Field(ge=0)
+    agree: int = Field(ge=0)
+    positive: int = Field(ge=0)
+    pure_sets: list[PureSet]
+
+
+class PurityPolicy(_Part):
+    """One policy on all pairs. `after_round` is the round whose training made it: None for the start policy and for one
+    of unknown origin. `left_out`: pairs without a log-probability (an empty response, or over the model's positions).
+    """
+
+    label: str
+    policy: str
+    after_round: int | None = Field(ge=0)
+    left_out: int = Field(ge=0)
+    all_pairs: PurityCounts
+    by_round: list[PurityCounts]
     bins: list[PurityBin]
-    smallest_e: dict[str, float | None]
 
 
 class PurityBound(_Part):
-    """Theorem 5.3 as measured: density bounds, l, e_0, and the rounds that suffice or why it says nothing."""
+    """Theorem 5.3 as measured. Rewards, e and densities are on the scale on which the observed rewards run from 0 to 1
+    (the proof's assumption): reward r stands at (r - reward_low) / (reward_high - reward_low). Fields are None where
+    they could not be measured; `says` tells why.
 
+    percent: the purity at which e_0 (first policy) and e_end (last) were taken; l = density_high / density_low;
+    epsilon = e_end; alpha_limit: condition (1) holds for an alpha of Eq. 8 up to here; rounds: condition (3) as
+    printed; rounds_by_proof: 6 l / epsilon * log((r - epsilon) / (r - e_0)), the proof's own step before it puts 1 and
+    1/|V| for r = R(x, y_prompt), at `median_reward`, the median r in L(e_0).
+    """
+
+    percent: int | None
+    reward_low: float | None
+    reward_high: float | None
     density_low: float | None
     density_high: float | None
     l: float | None  # noqa: E741 (the paper's symbol)
     e_0: float | None
+    e_end: float | None
     epsilon: float | None
+    vocabulary: int
+    alpha_limit: float | None
     rounds: float | None
+    median_reward: float | None
+    rounds_by_proof: float | None
     says: str
 
 
 class PurityReport(Record):
-    """`purity.json` of `ple purity`. `normalized`: log-probabilities are means over tokens, not sums."""
+    """`purity.json` of `ple purity`. `normalized`: log-probabilities are means over tokens, not sums. Policies are in
+    the order in which they were trained, the start policy first.
+    """
 
     version: Literal[1] = 1
     kind: Literal["purity"] = "purity"
-    data: str
+    data: list[str]
+    rounds: list[int]
     normalized: bool
-    rounds: list[PurityRound]
+    policies: list[PurityPolicy] = Field(min_length=1)
     bound: PurityBound

@@ -4,9 +4,9 @@ One row of `responses` or `pairs` is one (query, round, sample) with both arms: 
 `y_prompt`, sampled given [p, x]. `pairs` adds the rewards. A row of `answers` has the plain arm alone: what
 evaluation samples. These three make up a data directory (`STORED`). The other tables stand in files of their own:
 `evaluation` and `cases` are the results of `ple eval` and `ple cases`, a row a response, `scores` is what they keep so
-that nothing is computed twice, and a row of `verdicts` is what a judge said of two responses to a query. A file's
-key-value metadata holds, under `ple`, one JSON object with `kind`, `version` and where the rows come from; in a data
-directory also `round` and `unit`.
+that nothing is computed twice, a row of `verdicts` is what a judge said of two responses to a query, and one of
+`purity_logps` a pair under one policy. A file's key-value metadata holds, under `ple`, one JSON object with `kind`,
+`version` and where the rows come from; in a data directory also `round` and `unit`.
 
 A column that came after version 1 is nullable and carries the version it came with in its field metadata
 (`since`); in older files it reads as null. This room reads tables and never writes one.
@@ -116,6 +116,21 @@ VERDICTS = pa.schema(
         _required("b", pa.string()),
     ]
 )
+PURITY_LOGPS = pa.schema(
+    [
+        _required("policy", pa.string()),  # digest name, as in the stores
+        _required("query_id", pa.string()),
+        _required("round", pa.int32()),  # of the pair
+        _required("sample", pa.int32()),
+        _required("s", pa.float64()),
+        _required("s_prompt", pa.float64()),
+        _required("margin", pa.float64()),  # s_prompt - s
+        pa.field("sum_logps_y", pa.float64()),  # log pi(y | x) in nats; null: no token, or over the model's positions
+        pa.field("sum_logps_y_prompt", pa.float64()),  # log pi(y_prompt | x)
+        pa.field("mean_logps_y", pa.float64()),  # the sum divided by the response's tokens
+        pa.field("mean_logps_y_prompt", pa.float64()),
+    ]
+)
 
 SCHEMAS: dict[str, pa.Schema] = {
     "responses": RESPONSES,
@@ -125,6 +140,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "cases": CASES,
     "scores": SCORES,
     "verdicts": VERDICTS,
+    "purity_logps": PURITY_LOGPS,
 }
 STORED = ("responses", "pairs", "answers")
 """The kinds that a data directory holds."""
@@ -136,6 +152,7 @@ VERSIONS: dict[str, int] = {
     "cases": 1,
     "scores": 1,
     "verdicts": 1,
+    "purity_logps": 1,
 }
 KEY = ["query_id", "round", "sample"]
 FINISH_REASONS = ["stop", "length"]

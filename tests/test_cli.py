@@ -107,6 +107,8 @@ def test_shell_completion() -> None:
         (cli.reward, "ple_train.reward.train_reward", set(), set()),
         (cli.inspect, "ple_data.inspect.inspect", set(), set()),
         (cli.export, "ple_data.export.export", set(), set()),
+        (cli.purity, "ple_train.purity.purity", set(), set()),
+        (cli.report, "ple_data.report.page.report", set(), set()),
     ],
     ids=lambda value: getattr(value, "name", None),
 )

@@ -1,0 +1,97 @@
+"""`ple report RUN`: puts the page together and writes it, atomically, with the figures as PNG files beside it.
+
+The page holds everything (style, script, figures, text) and asks for nothing: a content security policy forbids every
+load, and every script but the one whose hash it names. Model text reaches it through templates that escape.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from ple_data.report.pairs import SHOWN_PAIRS, sample_pairs, visible
+from ple_data.report.section import Section
+from ple_data.report.sections import sections
+from ple_data.report.sources import Sources, read_sources
+from schemas.files import write_atomic
+
+ASSETS = Path(__file__).parent / "assets"
+PAPER_TAU0, PAPER_ALPHA = 0.2, 0.9
+
+
+def report(
+    run: Path,
+    *,
+    evals: tuple[Path, ...] = (),
+    judges: tuple[Path, ...] = (),
+    purity: Path | None = None,
+    cases: Path | None = None,
+    output: Path | None = None,
+    tau0: float | None = None,
+    alpha: float | None = None,
+) -> str:
+    """Write the report of a run (or of a bare DATA directory) and give its path.
+
+    `purity`: RUN/purity where it is there. `output`: RUN/report.html; the PNG files go to `figures/` beside it. `tau0`
+    and `alpha`: those of the recipe, else the paper's. The same files give the same bytes.
+    Raises UsageError (no such run or file), DamagedError (one that does not read), PleError (not writable).
+    """
+    sources = read_sources(Path(run), evals, judges, purity, cases)
+    tau0 = tau0 if tau0 is not None else sources.recipe.tau0 if sources.recipe else PAPER_TAU0
+    alpha = alpha if alpha is not None else sources.recipe.alpha if sources.recipe else PAPER_ALPHA
+    parts = sections(sources, tau0, alpha)
+    page = _render(sources, parts, tau0, alpha)
+    path = Path(output) if output else Path(run) / "report.html"
+    for chart in (chart for part in parts for chart in part.charts):
+        write_atomic(path.parent / "figures" / f"{chart.name}.png", chart.png)
+    write_atomic(path, page)
+    return str(path)
+
+
+def _render(sources: Sources, parts: list[Section], tau0: float, alpha: float) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (ASSETS / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    pairs = sample_pairs(sources.store.scan("pairs"), tau0, alpha)
+    for part in parts:
+        for chart in part.charts:
+            chart.svg = Markup(chart.svg)  # matplotlib escaped its labels
+    return environment.get_template("report.html").render(
+        title=visible("/".join(sources.root.resolve().parts[-2:]).strip("/")),
+        facts=_facts(sources, tau0, alpha),
+        parts=parts,
+        pairs=pairs,
+        all_pairs=sum(shard.rows for shard in sources.store.shards("pairs")),
+        rounds=sorted({pair["round"] for pair in pairs}),
+        limit=SHOWN_PAIRS,
+        cases=sources.cases,
+        style=Markup((ASSETS / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=digest,
+    )
+
+
+def _facts(sources: Sources, tau0: float, alpha: float) -> list[tuple[str, str]]:
+    """What was run, in a few words each."""
+    rows: dict[str, Any] = {}
+    shards = sources.store.shards("pairs")
+    rows["pairs"] = f"{sum(shard.rows for shard in shards)} in {len({shard.round for shard in shards})} rounds"
+    if sources.recipe:
+        recipe = sources.recipe
+        rows["model"] = recipe.model
+        rows["queries"] = recipe.queries
+        rows["principle"] = recipe.principles
+        rows["reward model"] = recipe.reward_model or (f"{recipe.reward.model}, trained" if recipe.reward else "")
+    rows["threshold"] = f"τ_t = {tau0:g} · {alpha:g}^t"
+    return [(name, visible(value)) for name, value in rows.items()]

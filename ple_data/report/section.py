@@ -1,0 +1,58 @@
+"""What a section of the page is made of: words, charts and tables. All text is plain; the template escapes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ple_data.report import svg
+from ple_data.report.pairs import visible
+from ple_data.textwidth import shorten
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LABEL = 20
+
+
+@dataclass
+class Chart:
+    """A drawn figure: its name (of ids and of the PNG file), what is said above and below it, and its two forms."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    png: bytes
+
+
+@dataclass
+class Table:
+    """Cells as text; the first column is a heading of its row. `note` stands below; `folded`: shown on request."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+    note: str = ""
+    folded: bool = False
+
+
+@dataclass
+class Section:
+    """A heading with what stands below it, in this order: `words`, charts, tables, and a word on what is missing."""
+
+    id: str
+    title: str
+    words: list[str] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def draw(self, name: str, title: str, caption: str, figure: Figure) -> None:
+        svg.lay_out(figure)
+        self.charts.append(Chart(name, title, caption, svg.to_svg(figure, name, title, caption), svg.to_png(figure)))
+
+
+def label(text: str) -> str:
+    """A name from a file, short and visible."""
+    return shorten(visible(text), _LABEL)

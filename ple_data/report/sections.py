@@ -1,0 +1,307 @@
+"""The sections of the report: which figures and tables they have, and a word where something is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import polars as pl
+
+from ple_data.partition import round_statistics, warnings
+from ple_data.purity_text import percentage, shrinking
+from ple_data.report import figures, statistics, svg
+from ple_data.report.pairs import visible
+from ple_data.report.section import Section, Table, label
+from ple_data.report.sources import Sources
+from ple_data.report.training import training
+from schemas.reports import Estimate, EvalReport, JudgeReport, PurityReport
+
+
+def sections(sources: Sources, tau0: float, alpha: float) -> list[Section]:
+    """All sections but the pairs and the cases, in the order of the page."""
+    with svg.style():
+        return [
+            *_pair_sections(sources.store.scan("pairs"), tau0, alpha),
+            training(sources.metrics),
+            _purity(sources.purity),
+            _evaluations(sources.evals),
+            _judged(sources.judges),
+            _stages(sources.stages),
+        ]
+
+
+# The pairs
+
+
+def _pair_sections(pairs: pl.LazyFrame, tau0: float, alpha: float) -> Iterator[Section]:
+    rows = statistics.rounds(pairs, tau0, alpha)
+    rewards, margins, lengths = (
+        Section("rewards", "Rewards by round"),
+        Section("margins", "Margins and the rank set"),
+        Section("length", "Rewards against length"),
+    )
+    if not rows:
+        rewards.missing.append("No pairs yet: ple-gen samples responses, ple-score makes pairs of them.")
+        yield rewards
+        return
+    rewards.draw(
+        "rewards",
+        "Mean reward by round",
+        "Rewards of the pairs that each round's policy sampled (Figure 3 of the paper), with 95 % intervals.",
+        figures.rewards(rows),
+    )
+    rewards.draw(
+        "gap",
+        "Gap and threshold by round",
+        "Mean of s_prompt − s with its 95 % interval. A pair above τ_t is in the rank set.",
+        figures.gap(rows),
+    )
+    rewards.tables.append(_round_table(rows))
+    yield rewards
+
+    found = round_statistics(pairs, tau0, alpha)
+    margins.words += [f"Warning: {message}" for message in warnings(found)]
+    histogram = statistics.margins(pairs, tau0, alpha)
+    some = "" if len(rows) <= figures.MOST_ROWS else f" {figures.MOST_ROWS} of {len(rows)} rounds."
+    margins.draw(
+        "margins",
+        "Margins by round",
+        "How many pairs have which margin; the dashed line is the round's τ_t. The outer bars hold what lies beyond "
+        f"the 0.5 % and 99.5 % quantiles.{some}",
+        figures.margins(histogram, {row["round"]: row["tau"] for row in rows}),
+    )
+    margins.draw(
+        "rank-share",
+        "Share in the rank set",
+        "With 95 % intervals (Wilson). Each round at its own τ_t.",
+        figures.rank_share(rows),
+    )
+    yield margins
+
+    ends = sorted({rows[0]["round"], rows[-1]["round"]})
+    lengths.draw(
+        "rewards-by-length",
+        "Mean reward against length",
+        "Responses of the first and the last round in bins of about equal count, with 95 % intervals: does the reward "
+        "model pay for length?",
+        figures.rewards_by_length({t: statistics.rewards_by_length(pairs, t) for t in ends}),
+    )
+    lengths.draw("lengths", "Length by round", "Mean length of the responses in tokens.", figures.lengths(rows))
+    lengths.tables.append(_response_table(rows))
+    yield lengths
+
+
+def _round_table(rows: list[dict[str, Any]]) -> Table:
+    cells = [
+        [
+            str(row["round"]),
+            str(row["rows"]),
+            *[
+                _interval(row[f"mean_{name}"], row[f"half_{name}"])
+                for name in ("s", "s_prompt", "margin")
+            ],
+            f"{row['tau']:.3f}",
+            _share(row["rank_share"]),
+            _share(row["lowered_share"]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    head = ["round", "pairs", "s", "s_prompt", "gap", "τ_t", "rank set", "lowered"]
+    return Table("Means with 95 % intervals (1.96 standard errors over queries)", head, cells)
+
+
+def _response_table(rows: list[dict[str, Any]]) -> Table:
+    arms = ("y", "y_prompt")
+    cells = [
+        [str(row["round"])]
+        + [f"{row[f'mean_len_{arm}']:.1f}" for arm in arms]
+        + [_share(row[f"{what}_{arm}"]) for what in ("truncated", "empty") for arm in arms]
+        for row in rows
+    ]
+    head = ["round", *[f"{what} {arm}" for what in ("tokens", "cut", "empty") for arm in arms]]
+    return Table("Mean length; share cut by the limit; share empty", head, cells)
+
+
+def _interval(mean: float, half: float | None) -> str:
+    return f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+# Purity
+
+
+def _purity(report: PurityReport | None) -> Section:
+    section = Section("purity", "Purity (Section 5)")
+    if report is None:
+        section.missing.append("No purity.json: ple purity --run RUN measures it.")
+        return section
+    policies = [policy.model_copy(update={"label": label(policy.label)}) for policy in report.policies]
+    how = "mean" if report.normalized else "sum"
+    section.words.append(
+        f"On {policies[0].all_pairs.pairs} pairs: a level set L(e), the queries with s_prompt − s ≥ e, is pure for a "
+        "policy that gives y_prompt a higher probability than y on all of it, both given x alone (Definition 5.1). "
+        f"Log-probabilities are the {how} over tokens."
+    )
+    if len(policies) > 1:
+        fell = ", ".join(f"at {percent} % in {fell} of {steps}" for percent, fell, steps in shrinking(policies))
+        section.words.append(f"Lemma 5.2 says that the smallest pure e falls with every round. It fell {fell} steps.")
+    section.draw(
+        "purity-by-margin",
+        "Agreement by margin",
+        "Share of pairs in which the policy ranks the two responses as the reward does, in bins of about equal count, "
+        "with 95 % intervals (Wilson). Chance is 50 %.",
+        figures.purity_by_margin(policies),
+    )
+    if any(pure.e is not None for policy in policies for pure in policy.all_pairs.pure_sets):
+        section.draw(
+            "smallest-pure",
+            "Smallest pure e",
+            "The smallest margin e whose level set is this pure; no point where none is.",
+            figures.smallest_pure(policies),
+        )
+    percents = [pure.percent for pure in policies[0].all_pairs.pure_sets]
+    section.tables.append(
+        Table(
+            "Agreement of each policy, and the smallest pure e with the number of pairs in its level set",
+            ["policy", "agree", *[f"e at {percent} %" for percent in percents]],
+            [
+                [policy.label, percentage(policy.all_pairs.agree, policy.all_pairs.ranked)]
+                + [
+                    "none" if pure.e is None else f"{pure.e:.3g} ({pure.pairs} pairs)"
+                    for pure in policy.all_pairs.pure_sets
+                ]
+                for policy in policies
+            ],
+        )
+    )
+    bound = report.bound
+    values = [
+        ("density of the margin, lowest", bound.density_low),
+        ("density of the margin, highest", bound.density_high),
+        ("l, at least", bound.l),
+        ("e_0", bound.e_0),
+        ("e_end = ε", bound.epsilon),
+        ("(3) as printed: rounds I", bound.rounds),
+        ("the proof's own step: rounds I", bound.rounds_by_proof),
+    ]
+    rows = [[name, "–" if value is None else f"{value:.4g}"] for name, value in values]
+    section.tables.append(
+        Table(
+            "Theorem 5.3, on rewards mapped to [0, 1]", ["quantity", "value"], rows, note=_sentence(visible(bound.says))
+        )
+    )
+    return section
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+# Evaluation and win rates
+
+
+def _evaluations(reports: Sequence[tuple[str, EvalReport]]) -> Section:
+    section = Section("evaluation", "Evaluation")
+    if not reports:
+        section.missing.append("No evaluation given: ple eval … --output DIR, then ple report RUN --eval DIR.")
+    for name, report in reports:
+        metrics = list(dict.fromkeys(metric for policy in report.policies for metric in policy.metrics))
+        trained = [model.name for model in report.reward_models if model.trained]
+        other = [model.name for model in report.reward_models if not model.trained]
+        words = [f"{label(name)}: queries {visible(report.queries)}."]
+        words += [f"Reward models that trained a policy: {visible(', '.join(trained))}."] if trained else []
+        words += [f"Independent reward models: {visible(', '.join(other))}."] if other else []
+        words += [f"BLEU: {visible(report.bleu_signature)}."] if report.bleu_signature else []
+        section.words.append(" ".join(words))
+        section.tables.append(
+            Table(
+                f"{label(name)}: means with 95 % bootstrap intervals",
+                ["policy", *[visible(metric) for metric in metrics]],
+                [
+                    [label(policy.label), *[_estimate(policy.metrics.get(metric)) for metric in metrics]]
+                    for policy in report.policies
+                ],
+            )
+        )
+        if report.comparisons:
+            section.tables.append(
+                Table(
+                    f"{label(name)}: paired differences on the same queries",
+                    ["policy", "less", "metric", "difference"],
+                    [
+                        [label(c.label), label(c.baseline), visible(c.metric), _estimate(c.difference)]
+                        for c in report.comparisons
+                    ],
+                )
+            )
+    return section
+
+
+def _estimate(value: Estimate | None) -> str:
+    if value is None:
+        return "–"
+    digits = 2 if abs(value.mean) >= 10 else 4 if abs(value.mean) < 0.1 else 3
+    return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+def _judged(reports: Sequence[tuple[str, JudgeReport]]) -> Section:
+    section = Section("win-rates", "Win rates")
+    if not reports:
+        section.missing.append("No verdicts given: ple judge A B … --output DIR, then ple report RUN --judge DIR.")
+        return section
+    section.draw(
+        "win-rates",
+        "Won, tied, lost",
+        "Verdicts by query, each asked in both orders: A wins where both say so (Figure 2 of the paper).",
+        figures.win_rates([(f"{label(report.a)}\nagainst {label(report.b)}", report) for _, report in reports]),
+    )
+    head = ["A", "B", "judge", "won", "tied", "lost", "unparsed", "win rate", "tokens", "people (kappa)"]
+    rows = [
+        [
+            *[label(name) for name in (r.a, r.b, r.judge)],
+            *[str(count) for count in (r.wins, r.ties, r.losses, r.unparsed)],
+            _estimate(r.win_rate),
+            str(r.prompt_tokens + r.completion_tokens),
+            f"{r.annotators}" + (f" ({r.kappa:.2f})" if r.kappa is not None else ""),
+        ]
+        for _, r in reports
+    ]
+    section.tables.append(Table("Verdicts; the win rate with its 95 % interval", head, rows))
+    return section
+
+
+# Stages
+
+
+def _stages(stages: list[dict[str, Any]]) -> Section:
+    section = Section("stages", "Stages and their time")
+    if not stages:
+        section.missing.append("No stages.json: ple run keeps one.")
+        return section
+    seconds: dict[str, dict[str, float]] = {}
+    for stage in stages:
+        row = str(stage["stage"]) if stage["round"] is None else f"round {stage['round']}"
+        times = seconds.setdefault(label(row), {})
+        name = label(str(stage["stage"]))
+        times[name] = times.get(name, 0.0) + (stage["seconds"] or 0.0)
+    section.draw("stages", "Time by stage", "Minutes, all attempts together.", figures.stage_times(seconds))
+    attempts = []
+    for (name, t), group in groupby(stages, key=lambda stage: (stage["stage"], stage["round"])):
+        records = list(group)
+        time = sum(record["seconds"] or 0.0 for record in records)
+        attempts.append([label(str(name)), "" if t is None else str(t), str(len(records)), f"{time:.1f}",
+                         _outcome(records[-1])])  # fmt: skip
+    total = sum(stage["seconds"] or 0.0 for stage in stages)
+    head = ["stage", "round", "attempts", "seconds", "ended"]
+    section.words.append(f"{total / 60:.1f} minutes in all.")
+    section.tables.append(Table("Every stage", head, attempts, folded=True))
+    return section
+
+
+def _outcome(record: dict[str, Any]) -> str:
+    code = record["exit_code"]
+    return "running, or killed" if code is None else "done" if code == 0 else f"exit code {code}"

@@ -1,0 +1,85 @@
+"""The section on training: loss, log-probabilities and drift over the steps of all rounds."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from ple_data.report import figures
+from ple_data.report.section import Section
+
+CURVE_POINTS = 48
+"""Points of a training curve, each the mean of as many steps as it takes."""
+
+
+def training(metrics: dict[int, pl.DataFrame]) -> Section:
+    """Curves of the trainer's metrics, by round; a word where there are none."""
+    section = Section("training", "Loss and drift")
+    if not metrics:
+        section.missing.append("No metrics: ple run leaves them in RUN/metrics, one file a round.")
+        return section
+    steps, borders = numbered(metrics)
+    every = -(-steps.height // CURVE_POINTS)
+    means = "a point a step" if every == 1 else f"means of {every} steps"
+    losses = curves_of(steps, {"rank": "loss_rank", "weighted SFT": "loss_wsft"}, every) or curves_of(
+        steps, {"loss": "loss"}, every
+    )
+    section.draw(
+        "loss",
+        "Loss by step",
+        f"The two terms of Eq. 6, per pair of the batch; {means}. They are linear in log-probabilities: below 0 is no "
+        "fault.",
+        figures.training(losses, borders, "loss"),
+    )
+    logps = {
+        "rank, y_prompt": "mean_logps_rank_y_prompt",
+        "rank, y": "mean_logps_rank_y",
+        "weighted SFT, y_prompt": "mean_logps_wsft_y_prompt",
+        "weighted SFT, y": "mean_logps_wsft_y",
+    }
+    if curves := curves_of(steps, logps, every):
+        section.draw(
+            "log-probabilities",
+            "Log-probability of the responses",
+            f"Mean log π(token | x) by set and response, in nats a token; {means}.",
+            figures.training(curves, borders, "nats a token"),
+        )
+    if curves := curves_of(steps, {"responses pushed down": "drift_pushed_down"}, every):
+        section.draw(
+            "drift",
+            "Drift from the start policy",
+            "Mean log-probability now less the start policy's, of responses with a negative coefficient. Far below 0 "
+            "they run away, since the printed loss has no lower bound.",
+            figures.training(curves, borders, "nats a token"),
+        )
+    else:
+        section.missing.append("Drift was not measured: the start policy is at hand only where an adapter is trained.")
+    return section
+
+
+def numbered(metrics: dict[int, pl.DataFrame]) -> tuple[pl.DataFrame, dict[int, float]]:
+    """The steps of all rounds numbered through (column `at`), and the number at which each round begins."""
+    borders: dict[int, float] = {}
+    tables, done = [], 0
+    for t, table in metrics.items():
+        borders[t] = done
+        tables.append(
+            table.with_columns(pl.all().cast(pl.Float64)).with_columns(at=pl.int_range(1, pl.len() + 1) + done)
+        )
+        done += table.height
+    return pl.concat(tables, how="diagonal"), borders
+
+
+def curves_of(steps: pl.DataFrame, names: dict[str, str], every: int) -> dict[str, list[tuple[float, float]]]:
+    """Points (step, value) of each column that has values, each the mean of `every` steps."""
+    found = {}
+    for name, column in names.items():
+        if column not in steps.columns or steps[column].null_count() == steps.height:
+            continue
+        means = (
+            steps.select("at", column)
+            .drop_nulls()
+            .group_by((pl.col("at") - 1) // every, maintain_order=True)
+            .agg(pl.col("at").mean().alias("step"), pl.col(column).mean())
+        )
+        found[name] = list(zip(means["step"], means[column], strict=True))
+    return found

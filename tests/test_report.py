@@ -1,0 +1,272 @@
+"""`ple report`: its numbers against plain Python and scipy, what it leaves out with a word, the same bytes twice."""
+
+import math
+import re
+import statistics as plain
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+import cli
+from ple_data.report import figures, statistics, svg, training
+from ple_data.report.page import report
+from ple_data.report.pairs import LONGEST_TEXT, clipped, sample_pairs, visible, word_difference
+from ple_data.report.sources import read_sources
+from schemas.errors import DamagedError, UsageError
+from tests.run_dir import ALPHA, TAU0, add_pairs, make_results, make_run, plain_rows
+from tests.tables import table
+
+# Numbers
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """60 pairs of 2 rounds with two samples a query, random rewards and lengths."""
+    generator = np.random.default_rng(3)
+    return [
+        {
+            "query_id": f"q{index // 2}",
+            "round": index // 30,
+            "sample": index % 2,
+            "y_ids": [1] * int(generator.integers(1, 12)),
+            "y_prompt_ids": [1] * int(generator.integers(1, 12)),
+            "s": float(np.float32(generator.normal())),
+            "s_prompt": float(np.float32(generator.normal())),
+        }
+        for index in range(60)
+    ]
+
+
+def frame(rows: list[dict]) -> pl.LazyFrame:
+    return pl.DataFrame(pl.from_arrow(table("pairs", rows))).lazy()
+
+
+def test_intervals_are_those_of_the_queries_means(rows):
+    found = statistics.rounds(frame(rows), TAU0, ALPHA)
+    for t in (0, 1):
+        mine = [row for row in rows if row["round"] == t]
+        margins: dict[str, list[float]] = {}
+        for row in mine:
+            margins.setdefault(row["query_id"], []).append(row["s_prompt"] - row["s"])
+        means = [plain.fmean(values) for values in margins.values()]
+        assert found[t]["mean_margin"] == pytest.approx(plain.fmean(means))
+        assert found[t]["half_margin"] == pytest.approx(1.959964 * plain.stdev(means) / math.sqrt(15))
+    assert statistics.rounds(frame(rows[:1]), TAU0, ALPHA)[0]["half_s"] is None
+
+
+def test_histogram_counts_every_pair_once_in_its_set_and_bin(rows):
+    found = statistics.margins(frame(rows), TAU0, ALPHA)
+    margins = [row["s_prompt"] - row["s"] for row in rows]
+    low, high = np.quantile(margins, statistics.TAILS)
+    assert found.edges[0] == pytest.approx(low)
+    assert found.edges[-1] == pytest.approx(high)
+    for t, tau in ((0, TAU0), (1, TAU0 * ALPHA)):
+        mine = [row["s_prompt"] - row["s"] for row in rows if row["round"] == t]
+        assert sum(found.counts[t]["rank"]) == sum(margin > tau for margin in mine)
+        assert sum(found.counts[t]["wsft"]) == sum(margin <= tau for margin in mine)
+        inner = [sum(found.counts[t][kind][bin] for kind in ("rank", "wsft")) for bin in range(1, 39)]
+        assert inner == np.histogram(mine, np.array(found.edges)[1:40])[0].tolist()
+
+
+def test_one_margin_for_all_still_has_a_histogram():
+    found = statistics.margins(frame([{"s": 0.0, "s_prompt": 1.0}] * 3), TAU0, ALPHA)
+    assert sum(found.counts[0]["rank"]) == 3
+
+
+def test_rewards_by_length_are_the_means_of_each_bin(rows):
+    for arm, reward in (("y", "s"), ("y_prompt", "s_prompt")):
+        mine = [row for row in rows if row["round"] == 1]
+        found = statistics.rewards_by_length(frame(rows), 1)[arm]
+        assert sum(row["rows"] for row in found) == len(mine)
+        lengths = [row["length"] for row in found]
+        assert lengths == sorted(lengths)
+        by_length = sorted(mine, key=lambda row: len(row[f"{arm}_ids"]))
+        start = 0
+        for group in found:  # bins are runs of the responses in the order of their length
+            part = by_length[start : start + group["rows"]]
+            start += group["rows"]
+            assert group["mean"] == pytest.approx(plain.fmean(row[reward] for row in part))
+            assert group["length"] == pytest.approx(plain.fmean(len(row[f"{arm}_ids"]) for row in part))
+            if len(part) > 1:
+                half = 1.959964 * plain.stdev(row[reward] for row in part) / math.sqrt(len(part))
+                assert group["half"] == pytest.approx(half)
+
+
+@given(st.integers(1, 500).flatmap(lambda whole: st.tuples(st.integers(0, whole), st.just(whole))))
+def test_wilson_is_scipys(counts):
+    found = binomtest(*counts).proportion_ci(method="wilson")
+    assert statistics.wilson(*counts) == (pytest.approx(found.low, abs=1e-9), pytest.approx(found.high, abs=1e-9))
+
+
+def test_figures_draw_the_numbers_they_are_given(rows):
+    found = statistics.rounds(frame(rows), TAU0, ALPHA)
+    with svg.style():
+        axes = figures.rewards(found).axes[0]
+        guided, without = (container.lines[0].get_ydata() for container in axes.containers)
+        gap = figures.gap(found).axes[0]
+    assert guided.tolist() == [row["mean_s_prompt"] for row in found]
+    assert without.tolist() == [row["mean_s"] for row in found]
+    dashed = next(line for line in gap.lines if line.get_linestyle() == "--")
+    assert list(dashed.get_ydata()) == [TAU0, TAU0 * ALPHA]
+
+
+def test_training_curves_run_through_all_rounds(tmp_path):
+    run = make_run(tmp_path / "run", [plain_rows(4), plain_rows(4, 1)])
+    steps, borders = training.numbered(read_sources(run, (), (), None, None).metrics)
+    assert borders == {0: 0, 1: 10}
+    assert training.curves_of(steps, {"loss": "loss", "none": "mean_logps_rank_y"}, 5) == {
+        "loss": [(3.0, -2.0), (8.0, -7.0), (13.0, -2.0), (18.0, -7.0)]
+    }
+
+
+# The sample of pairs
+
+
+@settings(max_examples=25, deadline=None)
+@given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=4), limit=st.integers(1, 50))
+def test_the_sample_is_bounded_and_fair(counts, limit):
+    rows = [{"round": t, "query_id": f"q{t}-{i}", "s_prompt": float(i)} for t, n in enumerate(counts) for i in range(n)]
+    found = sample_pairs(frame(rows), TAU0, ALPHA, limit)
+    assert len(found) <= limit
+    keys = [(row["round"], row["query_id"]) for row in found]
+    assert len(set(keys)) == len(keys)
+    for t, count in enumerate(counts):
+        margins = [row["margin"] for row in found if row["round"] == t]
+        assert margins == sorted(margins, reverse=True)
+        each = limit // len(counts)
+        assert len(margins) >= min(count, each)
+        if each >= 2 and count >= 2:
+            assert (margins[-1], margins[0]) == (-0.25, count - 1 - 0.25)
+
+
+TEXT = st.text(alphabet="ab \n\t<&\u202e\u2028\u200d\x00é世", max_size=40)
+
+
+@given(TEXT, TEXT)
+def test_word_difference_loses_nothing_and_shares_the_same_words(a, b):
+    left, right = word_difference(a, b)
+    assert "".join(text for _, text in left) == a
+    assert "".join(text for _, text in right) == b
+    shared = [[word for differs, text in side if not differs for word in text.split()] for side in (left, right)]
+    assert shared[0] == shared[1]
+
+
+def test_word_difference_by_hand():
+    left, right = word_difference("The film was bad.", "The film was very good.")
+    assert left == [(False, "The film was "), (True, "bad.")]
+    assert right == [(False, "The film was "), (True, "very good.")]
+
+
+@given(st.text())
+def test_what_is_visible_holds_no_control_or_bidi_character(text):
+    shown = visible(text)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff]", shown)
+    assert visible(shown) == shown
+
+
+def test_visible_by_hand():
+    assert visible("a\u202eb\u2028\x1b[0m") == "a⟨U+202E⟩b⟨U+2028⟩⟨U+001B⟩[0m"
+    assert visible("line\n\tnext 👩\u200d💻 \u3000") == "line\n\tnext 👩\u200d💻 \u3000"
+    assert clipped("x" * (LONGEST_TEXT + 7)).endswith("x … (7 more characters)")
+
+
+# The page
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("report") / "run", [plain_rows(30), plain_rows(30, 1)])
+
+
+def test_the_whole_page_is_there_and_the_same_the_second_time(run, tmp_path):
+    """Every section with its figures and tables; numbers of the tables are those of the records."""
+    options = make_results(tmp_path)
+    assert report(run, **options) == str(run / "report.html")
+    page = (run / "report.html").read_text()
+    images = sorted(path.name for path in (run / "figures").iterdir())
+    before = [(run / "figures" / name).read_bytes() for name in images]
+    report(run, **options)
+    assert (run / "report.html").read_text() == page
+    assert [(run / "figures" / name).read_bytes() for name in images] == before
+    assert all(image.startswith(b"\x89PNG") for image in before)
+    assert images == sorted(
+        f"{name}.png"
+        for name in (
+            *("rewards", "gap", "margins", "rank-share", "rewards-by-length", "lengths", "loss", "drift"),
+            *("purity-by-margin", "smallest-pure", "win-rates", "stages"),
+        )
+    )
+    for text in ("1.250 [1.000, 1.500]", "60 in 2 rounds", "τ_t = 0.4 · 0.5^t", "Nothing of policy.", "base says no"):
+        assert text in page
+    assert "No evaluation" not in page
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert not re.search(r"(src|href)=\"(?!#)", page)
+    assert not re.search(r"(fill|stroke): ?#", page)
+
+
+def test_a_bare_data_directory_shows_what_is_there(tmp_path):
+    """Through the command, whose stdout is the page's path."""
+    add_pairs(tmp_path / "data", [plain_rows(5)])
+    words = [
+        "report",
+        str(tmp_path / "data"),
+        "--output",
+        str(tmp_path / "page.html"),
+        "--tau0",
+        "0.1",
+        "--alpha",
+        "0.5",
+    ]
+    result = CliRunner().invoke(cli.ple, words)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'page.html'}\n"
+    page = (tmp_path / "page.html").read_text()
+    for text in ("No metrics", "No purity.json", "No evaluation given", "No verdicts given", "No stages.json"):
+        assert text in page
+    assert "τ_t = 0.1 · 0.5^t" in page
+    assert "guided answer 4" in page.replace("<mark>", "").replace("</mark>", "")
+
+
+def test_a_run_that_has_just_begun(tmp_path):
+    """No pairs, no stage finished: no figure of pairs, and a word."""
+    run = make_run(tmp_path / "run", [])
+    (run / "stages.json").write_text('{"stages": [{"stage": "gen", "round": 0, "seconds": null, "exit_code": null}]}')
+    page = Path(report(run)).read_text()
+    assert "No pairs yet" in page
+    assert "running, or killed" in page
+
+
+def test_many_rounds_of_one_pair(tmp_path):
+    add_pairs(tmp_path, [plain_rows(1, t) for t in range(14)])
+    assert "10 of 14 rounds." in Path(report(tmp_path)).read_text()
+    assert figures.shown_rounds(range(14))[0] == 0
+    assert figures.shown_rounds(range(14))[-1] == 13
+
+
+def test_what_is_wrong_is_one_sentence(run, tmp_path):
+    with pytest.raises(UsageError, match="no such directory"):
+        report(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="neither a run"):
+        report(tmp_path)
+    with pytest.raises(UsageError, match=r"eval\.json: there is no such file; ple eval"):
+        report(run, evals=(tmp_path,))
+    with pytest.raises(DamagedError, match=r"cases\.parquet: the file is missing"):
+        report(run, cases=tmp_path)
+    (tmp_path / "judge.json").write_text("{}")
+    with pytest.raises(DamagedError, match=r"judge\.json: not a readable JudgeReport"):
+        report(run, judges=(tmp_path,))
+    other = make_run(tmp_path / "run", [plain_rows(2)])
+    (other / "stages.json").write_text('{"stages": [7]}')
+    with pytest.raises(DamagedError, match=r"stages\.json: not a record of stages"):
+        report(other)
+    (other / "stages.json").unlink()
+    (other / "metrics" / "round=000.parquet").write_bytes(b"no table")
+    with pytest.raises(DamagedError, match=r"round=000\.parquet: not a readable table"):
+        report(other)
