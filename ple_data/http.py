@@ -4,6 +4,7 @@ Knows nothing of what is asked. Keys go into headers and are struck out of every
 """
 
 import email.utils
+import os
 import random
 import threading
 import time
@@ -45,6 +46,17 @@ def checked_url(url: str, what: str, key_variable: str) -> httpx.URL:
             f"no user or password; put the key in the environment variable {key_variable}"
         )
     return parts
+
+
+def key_from_environment(variable: str) -> str | None:
+    """The key in an environment variable, without white space around it; None where there is none.
+
+    Raises UsageError, which does not show it, for one that cannot stand in a header.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"the key in {variable} holds characters that no key has (line breaks, accents): set it again")
+    return key or None
 
 
 def shown_url(url: httpx.URL) -> str:

@@ -542,6 +542,22 @@ def test_http_key_comes_from_the_environment_and_is_never_shown(serve, monkeypat
     assert "sesame" not in str(caught.value) + reward_model.name + repr(vars(reward_model))
 
 
+@pytest.mark.parametrize("key", ["sesame\nopen", "sésame"])
+def test_http_key_that_no_header_takes_is_refused_unseen(serve, monkeypatch: pytest.MonkeyPatch, key: str):
+    server = serve([])
+    monkeypatch.setenv(API_KEY_VARIABLE, key)
+    with pytest.raises(UsageError, match=f"the key in {API_KEY_VARIABLE}") as caught:
+        quick(server).score(MANY[:2])
+    assert "same" not in str(caught.value)
+
+
+def test_http_key_may_end_with_a_line_break(serve, monkeypatch: pytest.MonkeyPatch):
+    server = serve([])
+    monkeypatch.setenv(API_KEY_VARIABLE, "sesame\n")
+    quick(server).score(MANY[:2])
+    assert server.keys == ["Bearer sesame"]
+
+
 def test_http_secrets_in_the_url_are_not_recorded():
     with pytest.raises(UsageError, match=API_KEY_VARIABLE) as caught:
         load_reward_model("http://me:sesame@example.org/score")

@@ -5,7 +5,6 @@ the environment and goes into a header; it is never written or shown.
 """
 
 import json
-import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import Any, get_args
 import httpx
 
 from ple_data.digests import json_digest
-from ple_data.http import RefusedError, checked_url, each, excerpt, post_json, shown_url
+from ple_data.http import RefusedError, checked_url, each, excerpt, key_from_environment, post_json, shown_url
 from ple_data.judge.journal import Journal
 from ple_data.judge.prompt import Template
 from ple_data.judge.sources import Pair, readable
@@ -98,7 +97,7 @@ class LanguageModelJudge:
         self._api = APIS[self.kind]
         self._base = checked_url((self.endpoint or self._api.endpoint).rstrip("/"), "judge", self._api.key_variable)
         self._url = str(self._base.copy_with(path=f"{self._base.path}/{self._api.path}"))
-        if self.endpoint is None and not os.environ.get(self._api.key_variable):
+        if self.endpoint is None and not key_from_environment(self._api.key_variable):
             raise UsageError(f"judge {self.kind}:{self.model}: set the environment variable {self._api.key_variable}")
         at = f" at {shown_url(self._base)}" if self.endpoint else ""
         self.name = f"{self.kind}:{self.model}{at}"
@@ -112,7 +111,7 @@ class LanguageModelJudge:
         requests = [self._request(pair, order) for pair in pairs for order in get_args(Order)]
         waiting = [request for request in requests if answers.get(request.digest) is None]
         refused: list[str] = []
-        key = os.environ.get(self._api.key_variable)
+        key = key_from_environment(self._api.key_variable)
         with (
             httpx.Client(headers=self._api.headers(key) if key else {}, timeout=TIMEOUT) as client,
             Progress("judge", len(requests), "answers", done=len(requests) - len(waiting)) as progress,

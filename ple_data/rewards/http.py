@@ -4,14 +4,13 @@ POST {"inputs": [{"x": "...", "y": "..."}, ...]}, answered by {"scores": [number
 The key in PLE_REWARD_API_KEY, if set, is sent as `Authorization: Bearer` and is never written or shown.
 """
 
-import os
 import threading
 from collections.abc import Sequence
 
 import httpx
 
 from ple_data.digests import text_digest
-from ple_data.http import checked_url, each, excerpt, post_json, shown_url
+from ple_data.http import checked_url, each, excerpt, key_from_environment, post_json, shown_url
 from schemas.errors import PleError
 
 API_KEY_VARIABLE = "PLE_REWARD_API_KEY"
@@ -46,7 +45,7 @@ class HttpReward:
     def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
         starts = range(0, len(rows), self._batch_size)
         batches = [rows[start : start + self._batch_size] for start in starts]
-        key = os.environ.get(API_KEY_VARIABLE)
+        key = key_from_environment(API_KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         with httpx.Client(headers=headers, timeout=self._timeout) as client:
 
@@ -62,23 +61,23 @@ class HttpReward:
                     first_wait=self._first_wait,
                     stop=stop,
                 )
-                return self._scores(response, len(batch))
+                return self._scores(response, len(batch), key)
 
             scores = dict(each(score_batch, batches, self._in_flight))
         return [score for index in range(len(batches)) for score in scores[index]]
 
-    def _scores(self, response: httpx.Response, expected: int) -> list[float]:
+    def _scores(self, response: httpx.Response, expected: int, key: str | None) -> list[float]:
         try:
             scores = response.json()["scores"]
         except (ValueError, KeyError, TypeError):
             raise PleError(
-                f'reward model at {self._shown}: expected {{"scores": [...]}}, got {excerpt(response)}'
+                f'reward model at {self._shown}: expected {{"scores": [...]}}, got {excerpt(response, key)}'
             ) from None
         numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
         if not numbers or len(scores) != expected:
             got = f"{len(scores)} values" if isinstance(scores, list) else type(scores).__name__
             raise PleError(
                 f'reward model at {self._shown}: "scores" must be a list of {expected} numbers, got {got}: '
-                f"{excerpt(response)}"
+                f"{excerpt(response, key)}"
             )
         return [float(score) for score in scores]
