@@ -21,12 +21,14 @@ from pathlib import Path
 
 import polars as pl
 
-from benchmarks.paper.methods import LEARNING_RATES, METHODS, QUERIES_PER_ROUND, ROUNDS, Run
+from benchmarks.paper.methods import LEARNING_RATES, METHODS, QUERIES_PER_ROUND, ROUNDS, START, Run
 from benchmarks.paper.tables import write_results
 from benchmarks.paper.tasks import ROOT, TASKS, Task
 
 PLE = [sys.executable, "-m", "cli"]
-SCRATCH = ["--warmup-steps", "50", "--schedule", "cosine", "--batch-size", "32", "--microbatch-tokens", "4096"]
+SCRATCH = ["--warmup-steps", 50, "--schedule", "cosine", "--batch-size", 32, "--microbatch-tokens", 4096]
+TOLD_SECONDS = 20
+"""A run that took less was done before."""
 
 
 def main() -> None:
@@ -37,52 +39,51 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="everything that is trained and sampled")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="where the tables go")
     parser.add_argument("--seeds", default="0,1,2", help="of sampling and training; the first one tunes")
-    parser.add_argument("--workers", type=int, default=2, help="runs at once, each on one thread")
+    parser.add_argument("--workers", type=int, default=2, help="runs at once, each on its share of two threads")
     arguments = parser.parse_args()
-    task, output = TASKS[arguments.task], arguments.output.absolute()
+    task, results = TASKS[arguments.task], arguments.results.absolute()
     inputs = {name: getattr(arguments, name) for name in task.inputs}
     if missing := [f"--{name}" for name, path in inputs.items() if path is None or not path.is_file()]:
         parser.error(f"{task.name} needs {' and '.join(missing)}: a Parquet file (docs/results/README.md says which)")
+    inputs = {name: path.absolute() for name, path in inputs.items()}
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    os.environ |= {"IMDB_JUDGE": str(output / "judge.json"), "OMP_NUM_THREADS": str(2 // arguments.workers or 1)}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    os.chdir(arguments.output)  # every name below is relative, so that the whole directory may move
+    os.environ |= {"IMDB_JUDGE": "judge.json", "OMP_NUM_THREADS": str(2 // arguments.workers or 1)}
 
-    if not (output / "init" / "config.json").exists():
-        task.prepare(inputs, output)
-    make_models(task, output)
-    write_references(output, seeds)
-    tuning = [Run(method, rate, seeds[0], output) for method in METHODS for rate in LEARNING_RATES]
+    if not Path("init/config.json").exists():
+        task.prepare(inputs, Path())
+    make_models()
+    write_references(seeds)
+    tuning = [Run(method, rate, seeds[0]) for method in METHODS for rate in LEARNING_RATES]
     train_all(task, tuning, arguments.workers)
-    rates = tuned_rates(task, tuning, output)
-    chosen = [Run(method, rates[method.name], seed, output) for seed in seeds for method in METHODS]
+    rates = tuned_rates(task, tuning)
+    chosen = [Run(method, rates[method.name], seed) for seed in seeds for method in METHODS]
     train_all(task, chosen, arguments.workers)
     for seed in seeds:
-        evaluate(
-            task,
-            [run for run in chosen if run.seed == seed],
-            output / "unseen.parquet",
-            output / "eval" / f"seed={seed}",
-        )
-    write_results(task, output, arguments.results, chosen, rates)
+        evaluate(task, [run for run in chosen if run.seed == seed], "unseen.parquet", Path("eval", f"seed={seed}"))
+    write_results(task, results, chosen, rates)
 
 
-def make_models(task: Task, output: Path) -> None:
-    """Base model, start policy and reward models."""
-    rate = ["--learning-rate", "3e-3"]
-    ple("sft", "--full", "--model", output / "init", "--data", output / "pretrain.parquet", "--output", output / "base",
-        "--max-length", 512, "--weight-decay", 0.1, *rate, *SCRATCH, log=output / "base.log")  # fmt: skip
-    ple("sft", "--full", "--model", output / "base", "--data", output / "sft.parquet", "--output", output / "start",
-        "--max-length", 512, "--learning-rate", "1e-3", *SCRATCH, log=output / "start.log")  # fmt: skip
+def make_models() -> None:
+    """Base model, start policy and reward models; each finished one is left alone."""
+    full = ["sft", "--full", "--max-length", 512, *SCRATCH]
+    base = ["--model", "init", "--data", "pretrain.parquet", "--output", "base"]
+    ple(*full, *base, "--weight-decay", 0.1, "--learning-rate", 3e-3, log=Path("base.log"))
+    start = ["--model", "base", "--data", "sft.parquet", "--output", START]
+    ple(*full, *start, "--learning-rate", 1e-3, log=Path("start.log"))
     for name, seed in (("reward", 0), ("second", 1)):
-        if (output / f"{name}.parquet").exists():
-            ple("reward", "--model", output / "base", "--data", output / f"{name}.parquet", "--output", output / name,
-                "--learning-rate", "1e-3", "--max-length", 256, "--seed", seed, *SCRATCH, log=output / f"{name}.log")  # fmt: skip
+        if Path(f"{name}.parquet").exists():
+            words = ["--model", "base", "--data", f"{name}.parquet", "--output", name, "--seed", seed]
+            words += ["--learning-rate", 1e-3, "--max-length", 256, *SCRATCH]
+            ple("reward", *words, log=Path(f"{name}.log"))
 
 
-def write_references(output: Path, seeds: list[int]) -> None:
+def write_references(seeds: list[int]) -> None:
     """The (x, reference) rows of SFT: as many queries as the other methods see, drawn by the seed."""
-    queries = pl.read_parquet(output / "queries.parquet")
+    queries = pl.read_parquet("queries.parquet")
     for seed in seeds:
-        path = output / "references" / f"seed={seed}.parquet"
+        path = Path("references", f"seed={seed}.parquet")
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             rows = queries.sample(min(ROUNDS * QUERIES_PER_ROUND, queries.height), seed=seed)
@@ -93,51 +94,35 @@ def train_all(task: Task, runs: list[Run], workers: int) -> None:
     """Every run to its end, several at once. A run that fails is named and ends the program."""
 
     def train(run: Run) -> None:
-        run.directory.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         ple(*run.command(task), log=Path(f"{run.directory}.log"))
-        if (seconds := time.monotonic() - began) > 20:
-            print(f"{run.directory.relative_to(run.root)}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        if (seconds := time.monotonic() - began) > TOLD_SECONDS:
+            print(f"{run.directory}: {seconds:.0f} s", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(train, runs))
 
 
-def tuned_rates(task: Task, runs: list[Run], output: Path) -> dict[str, float]:
+def tuned_rates(task: Task, runs: list[Run]) -> dict[str, float]:
     """By method, the learning rate with the highest training reward on the validation queries."""
-    report = evaluate(task, runs, output / "validation.parquet", output / "eval" / "validation", second=False)
+    report = evaluate(task, runs, "validation.parquet", Path("eval", "validation"), second=False)
     best: dict[str, tuple[float, float]] = {}
     for run in runs:
-        found = next(p for p in report["policies"] if p["label"] == label(run))["metrics"]
+        found = next(p for p in report["policies"] if p["label"] == run.label)["metrics"]
         reward = next(value["mean"] for name, value in found.items() if name.startswith("reward:"))
         best[run.method.name] = max(best.get(run.method.name, (float("-inf"), 0.0)), (reward, run.learning_rate))
     return {name: rate for name, (_, rate) in best.items()}
 
 
-def label(run: Run) -> str:
-    return f"{run.method.name}-{run.learning_rate:g}"
-
-
-def evaluate(task: Task, runs: list[Run], queries: Path, output: Path, *, second: bool = True) -> dict:
+def evaluate(task: Task, runs: list[Run], queries: str, output: Path, *, second: bool = True) -> dict:
     """`ple eval` of the start policy and the runs' policies."""
-    policies = [f"base={runs[0].start}", *(f"{label(run)}={run.start},{run.adapter}" for run in runs)]
-    reward, judge = output_root(output) / "reward", second_judge(task, output_root(output))
+    policies = [f"base={START}", *(f"{run.label}={START},{run.adapter}" for run in runs)]
     words = [word for policy in policies for word in ("--policy", policy)]
-    words += ["--queries", queries, "--reward-model", reward, "--trained-with", reward]
-    words += ["--reward-model", judge] if second else []
-    words += [] if task.reward_index is None else ["--output-index", task.reward_index]
-    words += ["--engine", "hf", "--max-new-tokens", task.max_new_tokens, "--output", output]
+    words += ["--queries", queries, "--reward-model", task.reward, "--trained-with", task.reward]
+    words += ["--reward-model", task.second_judge] if second else []
+    words += ["--engine", "hf", "--max-new-tokens", str(task.max_new_tokens), "--output", str(output)]
     ple("eval", *words, log=Path(f"{output}.log"))
     return json.loads((output / "eval.json").read_text())
-
-
-def output_root(evaluation: Path) -> Path:
-    return evaluation.parents[1]
-
-
-def second_judge(task: Task, output: Path) -> str:
-    """The judge that no training saw."""
-    return str(output / "second") if task.name != "imdb" else f"{ROOT / 'recipes' / 'imdb' / 'judge.py'}:score"
 
 
 def ple(*words: object, log: Path) -> None:
@@ -147,9 +132,9 @@ def ple(*words: object, log: Path) -> None:
     with log.open("a") as messages:
         messages.write(f"$ ple {' '.join(map(str, words))}\n")
         messages.flush()
-        code = subprocess.run(command, stdout=messages, stderr=subprocess.STDOUT, cwd=ROOT).returncode
+        code = subprocess.run(command, stdout=messages, stderr=subprocess.STDOUT).returncode
     if code:
-        raise SystemExit(f"ple {words[0]} failed with exit code {code}; its messages are in {log}")
+        raise SystemExit(f"ple {words[0]} failed with exit code {code}; its messages are in {log.absolute()}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The methods of the paper's tables as commands on one start policy: same queries, model, LoRA and sampled tokens.
 
 Each run is a recipe of `ple run` (PLE, its ablations, context distillation, RAFT-4, DPO) or one `ple baseline` command
-(SFT, PPO). Nothing is started here.
+(SFT, PPO). Nothing is started here. Names are relative to the task's directory.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.tasks import Task
+from schemas.files import write_atomic
 
+START = "start"
+"""The start policy of every run."""
 ROUNDS, QUERIES_PER_ROUND = 4, 256
 """PLE samples two responses to each: 2,048 in all. Every method that samples gets as many."""
 LEARNING_RATES = (3e-4, 1e-3)
 """The tuning budget of every method: these, with the first seed, chosen by the reward on the validation queries."""
-TRAINED_RESPONSES = 2 * QUERIES_PER_ROUND * sum(range(1, ROUNDS + 1))
-"""What PLE trains on, round by round on all rows so far; SFT gets as many by its epochs."""
+BATCH_SIZE = 16
+SFT_EPOCHS = 2 * sum(range(1, ROUNDS + 1)) // ROUNDS
+"""PLE trains on all rows so far, twice a query: this many epochs over one reference a query are as many responses."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,14 @@ class Run:
     method: Method
     learning_rate: float
     seed: int
-    root: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.method.name}-{self.learning_rate:g}"
 
     @property
     def directory(self) -> Path:
-        return self.root / "runs" / self.method.name / f"lr={self.learning_rate:g}" / f"seed={self.seed}"
+        return Path("runs", self.method.name, f"lr={self.learning_rate:g}", f"seed={self.seed}")
 
     @property
     def adapter(self) -> Path:
@@ -66,50 +73,37 @@ class Run:
             return self.directory / "policy"
         return self.directory / "policy" / f"round={ROUNDS - 1:03d}"
 
-    @property
-    def start(self) -> Path:
-        """The start policy of every run."""
-        return self.root / "start"
-
     def command(self, task: Task) -> list[str]:
         """The `ple` words that do it; the same words again do nothing twice."""
-        common = ["--model", str(self.start), "--output", str(self.adapter), "--seed", str(self.seed)]
-        common += ["--learning-rate", str(self.learning_rate)]
+        common = ["--model", START, "--output", str(self.adapter), "--seed", str(self.seed)]
+        common += ["--learning-rate", str(self.learning_rate), "--batch-size", str(BATCH_SIZE)]
         if self.method.name == "sft":
-            rows = ROUNDS * QUERIES_PER_ROUND
-            epochs = TRAINED_RESPONSES // rows
-            data = self.root / "references" / f"seed={self.seed}.parquet"
-            return ["baseline", "sft", *common, "--data", str(data), "--epochs", str(epochs)]
+            data = f"references/seed={self.seed}.parquet"
+            return ["baseline", "sft", *common, "--data", data, "--epochs", str(SFT_EPOCHS)]
         if self.method.name == "ppo":
             tokens = 2 * QUERIES_PER_ROUND * ROUNDS * task.max_new_tokens
-            words = ["baseline", "ppo", *common, "--queries", str(self.root / "queries.parquet"), "--reward-model"]
-            words += [str(self.root / "reward"), "--sampled-tokens", str(tokens)]
-            words += ["--max-new-tokens", str(task.max_new_tokens)]
-            return words + ([] if task.reward_index is None else ["--output-index", str(task.reward_index)])
+            words = ["--queries", "queries.parquet", "--reward-model", task.reward, "--sampled-tokens", str(tokens)]
+            return ["baseline", "ppo", *common, *words, "--max-new-tokens", str(task.max_new_tokens)]
         return ["run", str(self.write_recipe(task))]
 
     def write_recipe(self, task: Task) -> Path:
         """The recipe of a method that alternates; RAFT-4 samples four responses to half as many queries."""
-        from schemas.files import write_atomic
-
-        stage = {"learning_rate": self.learning_rate, "batch_size": 16}
         recipe: dict[str, Any] = {
-            "model": str(self.start),
-            "queries": str(self.root / "queries.parquet"),
+            "model": START,
+            "queries": "queries.parquet",
             "principles": task.principle if self.method.guided else "none",
-            "reward_model": str(self.root / "reward"),
+            "reward_model": task.reward,
             "run_dir": str(self.directory),
             "rounds": ROUNDS,
             "queries_per_round": QUERIES_PER_ROUND // self.method.samples,
             "seed": self.seed,
             "gen": {"engine": "hf", "max_new_tokens": task.max_new_tokens, "samples": self.method.samples},
-            "score": {} if task.reward_index is None else {"output_index": task.reward_index},
         }
+        stage = {"learning_rate": self.learning_rate, "batch_size": BATCH_SIZE}
         if self.method.baseline:
             recipe["baseline"] = {"method": self.method.baseline, **stage}
         else:
             recipe["train"] = stage | self.method.train
-        path = self.directory.with_suffix(".yaml") if self.directory.suffix else Path(f"{self.directory}.yaml")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(recipe, indent=1))  # JSON is YAML
+        path = Path(f"{self.directory}.yaml")
+        write_atomic(path, json.dumps(recipe, indent=1) + "\n")  # JSON is YAML
         return path

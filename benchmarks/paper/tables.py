@@ -1,7 +1,7 @@
-"""Evaluations of every method and seed → the paper's tables and Figure 3 for one task, as Markdown, JSON and a picture.
+"""Evaluations of every method and seed → the paper's tables and Figure 3 of one task: Markdown, JSON and a picture.
 
-A value is over all seeds: a query's responses are those of every seed, and its 95 % interval is a bootstrap over queries
-(`ple_data.metrics`, as in `ple eval`). Trains, samples and scores nothing.
+A value is over all seeds: a query's responses are those of every seed, and its 95 % interval is a bootstrap over
+queries (`ple_data.metrics`, as in `ple eval`). Trains, samples and scores nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -31,56 +32,56 @@ COLUMNS = {
     "bleu": "BLEU",
     "length": "tokens",
 }
+HEADER = ["method", "lr", *COLUMNS.values(), "second judge by seed", "PLE (trust region) less it"]
 PACKAGES = ("torch", "transformers", "peft", "trl", "polars", "sacrebleu")
 
 
-def write_results(task: Task, output: Path, results: Path, runs: list[Run], rates: dict[str, float]) -> None:
-    """docs/results/TASK.md, TASK.json and TASK-figure3.png from the evaluations in `output`."""
+def write_results(task: Task, results: Path, runs: list[Run], rates: dict[str, float]) -> None:
+    """TASK.md, TASK.json and TASK-figure3.png in `results`, from the evaluations below the current directory."""
     seeds = sorted({run.seed for run in runs})
-    frame = pl.concat([read_evaluation(output / "eval" / f"seed={seed}" / "eval.parquet", seed) for seed in seeds])
-    found = {
-        name: metrics(frame.filter(pl.col("label") == name)) for name in frame["label"].unique(maintain_order=True)
-    }
-    label_of = {"base": "base", **{run.method.name: f"{run.method.name}-{run.learning_rate:g}" for run in runs}}
-    titles = {"base": "base", **{method.name: method.title for method in METHODS}}
-    rows, record = [], []
-    ple = found[label_of["ple-trust-region"]]
-    for name, label in label_of.items():
-        values = {column: metric.estimate(0) for column, metric in found[label].items()}
-        behind = {column: ple[column].less(found[label][column], 0) for column in ("reward", "trained")}
-        by_seed = frame.filter(pl.col("label") == label).group_by("seed").agg(pl.col("reward").mean()).sort("seed")
-        record.append(
-            {
-                "method": name,
-                "learning_rate": rates.get(name),
-                **{column: value.model_dump() for column, value in values.items()},
-                "ple_trust_region_less_this": {column: value.model_dump() for column, value in behind.items()},
-                "second_judge_by_seed": dict(zip(map(str, by_seed["seed"]), by_seed["reward"], strict=True)),
-            }
-        )
-        spread = ", ".join(f"{value:.2f}" for value in by_seed["reward"])
-        rate = f"{rates[name]:g}" if name in rates else ""
-        cells = [shown(values[column], column) for column in COLUMNS]
-        rows.append(f"| {titles[name]} | {rate} | {' | '.join(cells)} | {spread} | {behind['reward']} |")
-    header = ["method", "lr", *COLUMNS.values(), "second judge by seed", "PLE (trust region) less it"]
+    rows = pl.concat([read_evaluation(Path("eval", f"seed={seed}", "eval.parquet"), seed) for seed in seeds])
+    label_of = {"base": "base", **{run.method.name: run.label for run in runs}}
+    by_method = {name: rows.filter(pl.col("label") == label) for name, label in label_of.items()}
+    found = {name: metrics(own) for name, own in by_method.items()}
+    ple = found["ple-trust-region"]
+    records = [
+        {
+            "method": name,
+            "learning_rate": rates.get(name),
+            **{column: found[name][column].estimate(0).model_dump() for column in COLUMNS},
+            "second_judge_by_seed": own.group_by("seed").agg(pl.col("reward").mean()).sort("seed").to_dicts(),
+            "ple_trust_region_less_this": ple["reward"].less(found[name]["reward"], 0).model_dump(),
+        }
+        for name, own in by_method.items()
+    ]
+    tried = " and ".join(f"{rate:g}" for rate in LEARNING_RATES)
     lines = [
-        f"# {task.title}: Table{'s' if len(set(task.tables)) > 1 else ''} {' and '.join(sorted(set(task.tables)))}, small",
+        f"# {task.title}: {task.tables} of the paper, small",
         "",
-        f"Seeds {', '.join(map(str, seeds))}; {ROUNDS} rounds of {QUERIES_PER_ROUND} queries; tau_0 = {TAU0}, alpha = {ALPHA}; "
-        f"learning rates {' and '.join(f'{rate:g}' for rate in LEARNING_RATES)} tried for every method with seed {seeds[0]} on the "
-        f"validation queries. {platform.machine()}, " + ", ".join(f"{name} {version(name)}" for name in PACKAGES) + ".",
+        f"Seeds {', '.join(map(str, seeds))}; {ROUNDS} rounds of {QUERIES_PER_ROUND} queries; tau_0 = {TAU0}, "
+        f"alpha = {ALPHA}; learning rates {tried} tried for every method with seed {seeds[0]} on the validation "
+        f"queries. {platform.machine()}, {', '.join(f'{name} {version(name)}' for name in PACKAGES)}.",
         "",
-        f"| {' | '.join(header)} |",
-        f"| {' | '.join('---' for _ in header)} |",
-        *rows,
+        f"| {' | '.join(HEADER)} |",
+        f"| {' | '.join('---' for _ in HEADER)} |",
+        *map(table_row, records),
         "",
-        *figure_3(output, results / f"{task.name}-figure3.png", runs),
+        *figure_3(results / f"{task.name}-figure3.png", runs),
     ]
     results.mkdir(parents=True, exist_ok=True)
     write_atomic(results / f"{task.name}.md", "\n".join(lines) + "\n")
-    write_atomic(
-        results / f"{task.name}.json", json.dumps({"version": 1, "seeds": seeds, "methods": record}, indent=1) + "\n"
-    )
+    record = {"version": 1, "seeds": seeds, "methods": records}
+    write_atomic(results / f"{task.name}.json", json.dumps(record, indent=1) + "\n")
+
+
+def table_row(record: dict[str, Any]) -> str:
+    """One method's line of the table."""
+    titles = {"base": "base", **{method.name: method.title for method in METHODS}}
+    rate = f"{record['learning_rate']:g}" if record["learning_rate"] else ""
+    cells = [shown(Estimate(**record[column]), column) for column in COLUMNS]
+    by_seed = ", ".join(f"{row['reward']:.2f}" for row in record["second_judge_by_seed"])
+    behind = Estimate(**record["ple_trust_region_less_this"])
+    return f"| {titles[record['method']]} | {rate} | {' | '.join(cells)} | {by_seed} | {behind} |"
 
 
 def read_evaluation(path: Path, seed: int) -> pl.DataFrame:
@@ -118,7 +119,7 @@ def shown(value: Estimate, column: str) -> str:
     return f"{value.mean:.0f}" if column == "length" else str(value)
 
 
-def figure_3(output: Path, path: Path, runs: list[Run]) -> list[str]:
+def figure_3(path: Path, runs: list[Run]) -> list[str]:
     """Mean s and s_prompt by round of both PLE runs, first seed: a picture, and the same as a table."""
     import matplotlib
 

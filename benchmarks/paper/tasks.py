@@ -1,8 +1,8 @@
 """The three tasks of the paper at a size for two CPU cores: real data in, every file that the methods need out.
 
-No pretrained weights: `prepare` writes an untrained Llama, and the files from which `ple sft` and `ple reward` make a base
-model, a start policy and reward models. Sizes and stand-ins are the constants below and are stated in docs/results.
-Never trains and never samples.
+No pretrained weights: `prepare` writes an untrained Llama, and the files from which `ple sft` and `ple reward` make a
+base model, a start policy and reward models. Sizes and stand-ins are the constants below and are stated in
+docs/results. Never trains and never samples.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from schemas.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "recipes" / "imdb"))
-import judge
+import judge  # noqa: E402
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, POSITIONS = 4096, 128, 4, 2, 512
 """1.4 million parameters."""
@@ -39,11 +39,11 @@ class Task:
     prepare: Callable[[dict[str, Path], Path], None]
     inputs: tuple[str, ...]
     max_new_tokens: int
-    reward_index: int | None
-    """Which output of the reward model is the reward; None where it has one."""
+    reward: str
+    """Spec of the reward model that trains, relative to the task's directory."""
     second_judge: str
-    """Spec of the judge that no training sees, relative to the task's directory, or `file.py:function`."""
-    tables: tuple[str, str]
+    """Spec of the reward model that no training sees."""
+    tables: str
 
 
 def write_world(output: Path, rows: dict[str, pl.DataFrame], corpus: list[str]) -> None:
@@ -213,8 +213,12 @@ def _halves(train: pl.DataFrame, test: pl.DataFrame) -> dict[str, pl.DataFrame]:
     }
 
 
+WORD_JUDGE = f"{ROOT / 'recipes' / 'imdb' / 'judge.py'}:score"
 TASKS = {
-    "imdb": Task("imdb", "IMDb", "imdb", prepare_imdb, ("data",), 48, 1, "judge.py:score", ("2", "4")),
-    "tldr": Task("tldr", "Reddit TL;DR", "tldr", prepare_tldr, ("data", "preferences"), 40, None, "second", ("3", "5")),
-    "hh": Task("hh", "Anthropic HH", "hh", prepare_hh, ("data",), 48, None, "second", ("1", "1")),
+    task.name: task
+    for task in (
+        Task("imdb", "IMDb", "imdb", prepare_imdb, ("data",), 48, "reward[1]", WORD_JUDGE, "Tables 2 and 4"),
+        Task("tldr", "TL;DR", "tldr", prepare_tldr, ("data", "preferences"), 40, "reward", "second", "Tables 3 and 5"),
+        Task("hh", "HH", "hh", prepare_hh, ("data",), 48, "reward", "second", "Table 1"),
+    )
 }
