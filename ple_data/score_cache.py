@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.digests import text_digest
-from ple_data.lock import locked
 from ple_data.parquet import save_rows
 from schemas.errors import DamagedError
+from schemas.files import locked
 from schemas.tables import read_metadata, read_table
 
 ROWS_AT_ONCE = 256

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ple_data.parquet import parquet_bytes
 from schemas import files, tables
 from schemas.errors import DamagedError, NewerError, PleError
 from schemas.records import Commit, RoundManifest, read_record
@@ -321,20 +321,11 @@ def _check_size(shard: Shard) -> None:
 
 
 def _encode(kind: str, round: int, unit: str, table: pa.Table, provenance: Mapping[str, Any], path: Path) -> bytes:
-    """The Parquet file of a unit, in memory: small, and a full disk then meets one plain write."""
+    """The Parquet file of a unit."""
     try:
         table = tables.conform(table, tables.SCHEMAS[kind])
     except (pa.ArrowException, ValueError) as error:
         raise PleError(f"{path}: the rows do not fit the {kind} table: {error}") from error
     if faults := tables.row_faults(kind, table, round):
         raise PleError(f"{path}: refused rows: " + "; ".join(faults))
-    metadata = tables.metadata_bytes(kind, {**provenance, "round": round, "unit": unit})
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table.replace_schema_metadata(metadata),
-        sink,
-        row_group_size=ROW_GROUP,
-        compression="zstd",
-        write_page_checksum=True,
-    )
-    return sink.getvalue().to_pybytes()
+    return parquet_bytes(kind, table, {**provenance, "round": round, "unit": unit}, ROW_GROUP)

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from ple_data.digests import json_digest, policy_name
 from ple_data.models import check_adapter, check_model
+from ple_data.parquet import parquet_bytes
 from ple_data.progress import Progress
 from ple_data.purity import Scored, bin_edges, binned, count, theorem_bound
 from ple_data.purity_text import format_purity
@@ -89,7 +89,7 @@ def purity(
         measured.append(pa.concat_tables(pieces))
     report = _report(sources, measured, vocabulary, normalized, stores)
     whole = pa.concat_tables(measured)
-    write_atomic(output / "purity.parquet", _parquet(whole))
+    write_atomic(output / "purity.parquet", parquet_bytes(KIND, whole, {}))
     write_atomic(output / "purity.json", report.to_json())
     print_to_log(f"written: {output / 'purity.json'}, {output / 'purity.parquet'} ({whole.num_rows} rows)")
     return format_purity(report)
@@ -172,7 +172,7 @@ def _measure(source: Source, shards: list[tuple[Store, Shard]], output: Path) ->
                 progress.restart_clock()
             store, shard = shards[index]
             rows = store.read(shard, columns=COLUMNS)
-            write_atomic(paths[index], _parquet(_score(policy, name, rows, shard.path)))
+            write_atomic(paths[index], parquet_bytes(KIND, _score(policy, name, rows, shard.path), {}))
             progress.advance(shard.rows)
     return [_read_piece(path, shard) for path, (_, shard) in zip(paths, shards, strict=True)], _vocabulary(source)
 
@@ -274,10 +274,3 @@ def _report(
 def _floats(column: pa.ChunkedArray) -> np.ndarray:
     """float64, NaN for null."""
     return column.to_numpy(zero_copy_only=False).astype(np.float64)
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    table = table.replace_schema_metadata(tables.metadata_bytes(KIND, {}))
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue().to_pybytes()

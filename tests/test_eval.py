@@ -19,12 +19,12 @@ from ple_data.digests import policy_name
 from ple_data.engines import Sampling
 from ple_data.eval_table import WIDTH, format_report
 from ple_data.intervals import bootstrap_mean
-from ple_data.lock import locked
 from ple_data.metrics import bleu, distinct
 from ple_data.rewards import load_reward_model
 from ple_data.store import Store
 from ple_train.evaluate import evaluate
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
+from schemas.files import locked
 from schemas.records import read_record
 from schemas.reports import EvalReport
 from schemas.tables import read_metadata, read_table

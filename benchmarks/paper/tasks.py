@@ -22,6 +22,7 @@ from schemas.files import write_atomic
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "recipes" / "imdb"))
 import judge  # noqa: E402
+import prepare  # noqa: E402
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, POSITIONS = 4096, 128, 4, 2, 512
 """1.4 million parameters."""
@@ -76,28 +77,25 @@ def queries(rows: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
 
 # IMDb
 
-EXCERPT_WORDS, PREFIX_WORDS, PRETRAINING_WORDS, STRONG_STARS = 56, 8, 100, 9
-"""An excerpt is the last 56 words of a review, where most of its verdict stands; x is the excerpt's first 8."""
+PRETRAINING_WORDS = 100
+"""Excerpts (the last 56 words of a review) and prefixes x (the first 8 of those) are the IMDb recipe's."""
 
 
 def prepare_imdb(inputs: dict[str, Path], output: Path) -> None:
     """Queries: prefixes of excerpts. Labels train the reward model; word log-odds are the second judge."""
-    reviews = pl.read_parquet(inputs["data"]).with_columns(
-        stars=pl.col("id").str.extract(r"_(\d+)$").cast(pl.Int32),
-        text=pl.col("text").str.replace_all(r"\s+", " ").str.strip_chars(),
-    )
-    train = reviews.filter(split="train")
-    test = reviews.filter(split="test").join(train.select("text").unique(), on="text", how="anti")
-    excerpts, unseen = _excerpts(train), _excerpts(test).sample(fraction=1.0, shuffle=True, seed=1)
+    reviews = prepare.read_reviews(inputs["data"])
+    train, test = reviews.filter(split="train"), reviews.filter(split="test")
+    excerpts, held_out = prepare.excerpts(train), prepare.excerpts(test)
+    unseen = held_out.sample(fraction=1.0, shuffle=True, seed=1)
     tail = pl.col("text").str.split(" ").list.tail(PRETRAINING_WORDS).list.join(" ")
-    labelled = excerpts.select((pl.col("x") + pl.col("y")).alias("text"), pl.col("label").cast(pl.Int64))
+    labelled = (pl.col("x") + pl.col("y")).alias("text"), pl.col("label").cast(pl.Int64)
     write_world(
         output,
         {
             "pretrain": train.select(pl.lit("").alias("x"), tail.alias("y")),
-            "sft": mixed(excerpts, excerpts.filter(pl.col("stars") >= STRONG_STARS), "imdb"),
-            "reward": labelled.sample(fraction=1.0, shuffle=True, seed=0),
-            "reward-test": _excerpts(test).select((pl.col("x") + pl.col("y")).alias("text"), "label"),
+            "sft": mixed(excerpts, excerpts.filter(pl.col("stars") >= prepare.STRONG_STARS), "imdb"),
+            "reward": excerpts.select(*labelled).sample(fraction=1.0, shuffle=True, seed=0),
+            "reward-test": held_out.select(*labelled),
             "queries": queries(excerpts, 4096, seed=3),
             "unseen": queries(unseen[:UNSEEN], UNSEEN, seed=0),
             "validation": queries(unseen[UNSEEN : UNSEEN + VALIDATION], VALIDATION, seed=0),
@@ -105,19 +103,6 @@ def prepare_imdb(inputs: dict[str, Path], output: Path) -> None:
         train["text"].to_list(),
     )
     write_atomic(output / "judge.json", json.dumps(judge.train(train["text"].to_list(), train["label"].to_list())))
-
-
-def _excerpts(reviews: pl.DataFrame) -> pl.DataFrame:
-    words = pl.col("text").str.split(" ").list.tail(EXCERPT_WORDS)
-    return (
-        reviews.with_columns(words=words)
-        .filter(pl.col("words").list.len() == EXCERPT_WORDS)
-        .with_columns(
-            x=pl.col("words").list.head(PREFIX_WORDS).list.join(" "),
-            y=" " + pl.col("words").list.slice(PREFIX_WORDS).list.join(" "),
-        )
-        .drop("words")
-    )
 
 
 # TL;DR

@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ple_data.inspect import table
 from ple_data.judge.sources import Pair, Pairs
+from ple_data.parquet import save_rows
 from ple_data.textwidth import printable, shorten
 from schemas.errors import UsageError
 from schemas.files import write_atomic
 from schemas.records import read_record
 from schemas.reports import Estimate, JudgePart, JudgeReport
-from schemas.tables import VERDICTS, metadata_bytes
 
 Outcome = Literal["win", "tie", "lose", "unparsed"]
 VALUES: dict[Outcome, float] = {"win": 1.0, "tie": 0.5, "lose": 0.0}
@@ -121,7 +119,6 @@ def refuse_other(output: Path, a: str, b: str, judge: str, template: str | None)
 
 def save(output: Path, verdicts: Sequence[Verdict], found: JudgeReport) -> None:
     """Writes the table of verdicts, then the report. Raises PleError."""
-    columns = VERDICTS.names
     rows = [
         {
             **verdict.details,
@@ -135,11 +132,7 @@ def save(output: Path, verdicts: Sequence[Verdict], found: JudgeReport) -> None:
         }
         for verdict in verdicts
     ]
-    filled = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows], schema=VERDICTS)
-    metadata = metadata_bytes("verdicts", {"a": found.a, "b": found.b, "judge": found.judge})
-    sink = pa.BufferOutputStream()
-    pq.write_table(filled.replace_schema_metadata(metadata), sink, compression="zstd", write_page_checksum=True)
-    write_atomic(output / TABLE, sink.getvalue().to_pybytes())
+    save_rows(output / TABLE, "verdicts", rows, {"a": found.a, "b": found.b, "judge": found.judge})
     write_atomic(output / REPORT, found.to_json())
 
 
