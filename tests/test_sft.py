@@ -94,7 +94,7 @@ def test_lora_is_merged_into_a_start_policy_that_has_learned(policy, rows, tmp_p
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"x": "a"}', r"no column y or response or completion; it has x"),
+        ('{"x": "a"}', r"no column y or response or completion or reference; it has x"),
         ('{"x": "a", "y": null}\n{"x": "a", "y": "b"}', r"line 1: y is missing"),
         ('{"x": "a", "y": "b"}\n{"x": ', r"line 2 is no valid JSON"),
         ("", r"is empty"),
