@@ -1003,7 +1003,7 @@ def report(**options: Any) -> None:
 
 @_command("demo")
 @_option("--output", type=_PATH, default=Path("demo"), help="Folder of everything that the demo makes.")
-@_option("--rounds", type=_POSITIVE, default=4, help="Rounds of PLE.")
+@_option("--rounds", type=_POSITIVE, default=3, help="Rounds of PLE.")
 def demo(output: Path, rounds: int) -> None:
     """See PLE work on a toy world of film reviews: nothing to download, a few minutes on two cores.
 

@@ -124,7 +124,7 @@ def test_queries_that_cannot_be_used(policy: Path, tmp_path: Path, name: str, co
 
 @pytest.mark.parametrize(
     ("content", "facts"),
-    [(None, ["neither built in (hh, imdb, tldr) nor a file"]), ("", ["is empty"]), (b"\xff\xfe", ["not UTF-8"])],
+    [(None, ["neither built in (hh, imdb, tldr, none) nor a file"]), ("", ["is empty"]), (b"\xff\xfe", ["not UTF-8"])],
 )
 def test_principles_that_cannot_be_used(
     policy: Path, queries: Path, tmp_path: Path, content: str | bytes | None, facts: list[str]

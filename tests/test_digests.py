@@ -38,10 +38,10 @@ def test_a_model_is_what_its_files_are(policy: Path, adapter: Path, tmp_path: Pa
 def test_a_hub_model_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def from_pretrained(name: str, revision: str | None) -> Any:
-        asked.append((name, revision))
+    def from_pretrained(name: str, revision: str | None, *, trust_remote_code: bool) -> Any:
+        asked.append((name, revision, trust_remote_code))
         return SimpleNamespace(_commit_hash="0123456789abcdef")
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
     assert policy_name("owner/model", revision="main") == "owner/model@0123456789ab"
-    assert asked == [("owner/model", "main")]
+    assert asked == [("owner/model", "main", False)]

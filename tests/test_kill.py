@@ -165,16 +165,18 @@ def store_contents(place: Path, kind: str) -> dict[str, Any]:
 
 
 def adapter_contents(place: Path) -> dict[str, Any]:
-    """Digest of every file of the adapter's directory, and the metrics without their timings."""
+    """Digest of every file of the adapter's directory, and record and metrics without their timings."""
     output = place / "adapter"
     files = {
         str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(output.rglob("*"))
-        if file.is_file() and file.name not in ("metrics.parquet", "lock")
+        if file.is_file() and file.name not in ("metrics.parquet", "ple.json", "lock")
     }
+    record = json.loads((output / "ple.json").read_text())
+    del record["cost"]["seconds"]
     metrics = pq.read_table(output / "metrics.parquet")
     steps = metrics.select([name for name in metrics.column_names if name not in TIMINGS]).to_pylist()
-    return {**files, "metrics": steps}
+    return {**files, "record": record, "metrics": steps}
 
 
 def committed(place: Path) -> dict[Path, tuple[int, int]]:
