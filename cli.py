@@ -53,7 +53,7 @@ class _Command(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and not isinstance(parameter, click.Argument):
                 sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
         for section in sorted(sections, key=lambda name: name == "Other"):
             with formatter.section(section):
