@@ -18,11 +18,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sequence:
-    """ids [n] int32: prompt then response; the first `prompt` ids are context only. `tag` is the objective's own."""
+    """ids [n] int32: prompt then response; the first `prompt` ids are context only. `tag` is the objective's own.
+
+    `beside`: a second sequence that goes through the model with this one (the rejected text of a preference).
+    """
 
     ids: np.ndarray
     prompt: int
     tag: Any = None
+    beside: Sequence | None = None
+
+    @property
+    def positions(self) -> int:
+        """Positions that it takes in a micro-batch, itself and what is beside it padded to the longer."""
+        return len(self.ids) if self.beside is None else 2 * max(len(self.ids), len(self.beside.ids))
 
     @property
     def response(self) -> int:
@@ -110,8 +119,8 @@ def micro_batches(
     """This process's micro-batches of one global batch."""
     if not sequences:
         return []
-    mine = deal([len(s.ids) for s in sequences], budget, processes, packed=packed)[process]
-    shortest = min(sequences, key=lambda s: len(s.ids))
+    mine = deal([s.positions for s in sequences], budget, processes, packed=packed)[process]
+    shortest = min(sequences, key=lambda s: s.positions)
     return [
         MicroBatch([sequences[i] for i in indices], total) if indices else MicroBatch([shortest], total, weight=0.0)
         for indices in mine

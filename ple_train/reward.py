@@ -70,14 +70,14 @@ class LabelObjective:
 
 
 class PreferenceObjective:
-    """Bradley-Terry over pairs; a sequence is a chosen text whose `tag` is the rejected one."""
+    """Bradley-Terry over pairs; a sequence is a chosen text, beside it the rejected one."""
 
     sums: tuple[str, ...] = ("right", "rows", "margin")
     packed = False
     remedy = "Lower --learning-rate."
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]:
-        rewards = model([*batch.sequences, *(s.tag for s in batch.sequences)])[:, 0]
+        rewards = model([*batch.sequences, *(s.beside for s in batch.sequences)])[:, 0]
         chosen, rejected = rewards.chunk(2)
         loss = preference_loss(chosen, rejected, batch.total) * batch.weight
         margins = (chosen - rejected).detach()
@@ -153,14 +153,14 @@ def train_reward(
 
 
 def read_examples(data: Path, tokenizer: Any, max_length: int) -> tuple[list[Sequence], int]:
-    """Sequences and the number of labels (0 for preferences, where a sequence's tag is the rejected one)."""
+    """Sequences and the number of labels (0 for preferences: chosen texts, beside each the rejected one)."""
     rows = read_rows(data)
     if {"prompt", "chosen", "rejected"} <= set(rows.columns):
         prompts = column(rows, "prompt")
         chosen, rejected = (
             _encode(tokenizer, prompts, column(rows, side), max_length, join="auto") for side in ("chosen", "rejected")
         )
-        return [Sequence(good, 0, Sequence(bad, 0)) for good, bad in zip(chosen, rejected, strict=True)], 0
+        return [Sequence(good, 0, beside=Sequence(bad, 0)) for good, bad in zip(chosen, rejected, strict=True)], 0
     if "label" not in rows.columns:
         raise UsageError(
             f"{data} needs columns text, label or prompt, chosen, rejected; it has {', '.join(rows.columns)}"

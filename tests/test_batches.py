@@ -28,6 +28,14 @@ def test_a_process_without_sequences_gets_a_filler_of_weight_0():
     assert [[b.weight for b in mine] for mine in batches] == [[1.0], [0.0]]
 
 
+@given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=40))
+def test_both_texts_of_a_preference_count_towards_the_budget(pairs):
+    sequences = [Sequence(np.zeros(a, np.int32), 0, beside=Sequence(np.zeros(b, np.int32), 0)) for a, b in pairs]
+    for batch in micro_batches(sequences, 1, 400, 1, 0, packed=False):
+        longest = max(max(len(s.ids), len(s.beside.ids)) for s in batch.sequences)
+        assert 2 * longest * len(batch.sequences) <= 400
+
+
 @pytest.mark.parametrize("collate", [collate_packed, collate_padded])
 def test_collating_finds_the_response_tokens_and_the_positions_that_predict_them(collate):
     """x = 7 8, y = 1 2 3; x empty, y = 4 5 (its first token has no context, so it has no log-probability)."""
