@@ -98,10 +98,17 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; what was committed before is safe, run the same command again", 1
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(error):
         return f"out of memory; {_LESS_MEMORY}; what was committed before is safe, run the same command again", 1
     first_line = (str(error).splitlines() or [""])[0]
     return f"unexpected {type(error).__name__}: {first_line} (--debug shows where; please report it)", 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Torch has an exception of its own for a GPU, and a plain RuntimeError for a CPU."""
+    if type(error) is RuntimeError:
+        return "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 @contextlib.contextmanager

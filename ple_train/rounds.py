@@ -290,13 +290,13 @@ def _frozen(path: Path) -> Recipe:
 
 
 def _done_otherwise(stages: list[Stage], records: list[dict[str, Any]]) -> str | None:
-    """The first stage that ended well with words that the plan no longer has."""
+    """The first stage that is done with words that the plan no longer has."""
     for record in records:
+        done = Stage(record["stage"], record["round"], tuple(record["command"]))
         planned = next((stage for stage in stages if _is_of(record, stage)), None)
-        then = _telling_words(record["command"])
-        if record["exit_code"] == 0 and (planned is None or _telling_words(planned.command) != then):
-            title = record["stage"] if record["round"] is None else f"round {record['round']} {record['stage']}"
-            return str(title)
+        same = planned is not None and _telling_words(planned.command) == _telling_words(done.command)
+        if not same and _is_done(record, done):
+            return done.title
     return None
 
 

@@ -10,6 +10,13 @@ import pytest
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
+LONG_FILES = ("test_generate", "test_rounds", "test_kill", "test_judge_vllm", "test_engines", "test_baselines")
+"""Minutes each; they go first, so that no worker is left with one at the end (with --no-loadscope-reorder)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = [f"{name}.py" for name in LONG_FILES]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
 
 
 @pytest.fixture(scope="session")

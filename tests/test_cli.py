@@ -3,6 +3,7 @@
 import enum
 import inspect
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
@@ -154,6 +156,15 @@ def test_recipe_stages_have_the_commands_options_and_defaults(stage: str) -> Non
 # Errors
 
 
+def test_torch_words_a_full_cpu_memory_as_we_know_it() -> None:
+    with pytest.raises(RuntimeError, match=re.escape(CPU_FULL[:44])) as full:
+        torch.empty(10**15)
+    assert cli._is_out_of_memory(full.value)
+
+
+CPU_FULL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes."
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -163,6 +174,14 @@ def test_recipe_stages_have_the_commands_options_and_defaults(stage: str) -> Non
         (LockedError("locked by pid 1 on host"), 4, "error: locked by pid 1 on host\n"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to go on\n"),
         (OSError(28, "No space left on device", "/data/x"), 1, "error: /data/x: No space left on device; what"),
+        (
+            MemoryError(),
+            1,
+            "error: out of memory; ple-train, sft and reward need less with a lower --microbatch-tokens",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "error: out of memory; "),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] " + CPU_FULL), 1, "error: out of memory; "),
+        (RuntimeError("odd"), 1, "error: unexpected RuntimeError: odd"),
         (ValueError("odd\nmore"), 1, "error: unexpected ValueError: odd (--debug shows where"),
     ],
     ids=lambda value: type(value).__name__,

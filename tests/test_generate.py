@@ -495,19 +495,20 @@ def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
         str(tmp_path / "data"), "--round", "0", "--engine", "vllm", "--max-new-tokens", "128", "--dtype", "float32",
         "--engine-arg", "max_num_seqs=64",
     ]  # fmt: skip
+    eager = [*arguments, "--engine-arg", "enforce_eager=true"]  # starts sooner; the last one is as a user runs it
     store = Store(tmp_path / "data")
 
     def committed() -> list[str]:
         return [shard.unit for shard in store.shards("responses")]
 
-    starting = Vllm(vllm_python, arguments, tmp_path / "log0")
+    starting = Vllm(vllm_python, eager, tmp_path / "log0")
     starting.wait_until(lambda: any("EngineCore" in name or "spawn_main" in name for name in starting.alive().values()))
     starting.process.kill()
     starting.process.wait()
     starting.assert_gone()
     for number, how in enumerate((signal.SIGKILL, signal.SIGINT), start=1):
         before = committed()
-        middle = Vllm(vllm_python, arguments, tmp_path / f"log{number}")
+        middle = Vllm(vllm_python, eager, tmp_path / f"log{number}")
         middle.wait_until(lambda seen=before: len(committed()) > len(seen))
         middle.process.send_signal(how)
         assert middle.process.wait(timeout=60) == (130 if how == signal.SIGINT else -signal.SIGKILL)

@@ -248,6 +248,16 @@ def test_stage_whose_output_is_gone_is_done_again(bench: Bench) -> None:
     assert [call[0] for call in bench.calls()] == [*["gen", "score", "train"] * 2, "train"]
 
 
+def test_recipe_may_change_for_a_stage_whose_output_is_gone(bench: Bench) -> None:
+    bench.values["rounds"] = 1
+    rounds.run(bench.recipe)
+    shutil.rmtree(bench.run_dir / "policy" / "round=000")
+    bench.values["train"] |= {"learning_rate": 0.5}
+    rounds.run(bench.recipe)
+    assert [call[0] for call in bench.calls()] == ["gen", "score", "train", "train"]
+    assert "0.5" in bench.calls()[-1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_nothing_survives_a_stopped_run_and_it_resumes(bench: Bench, number: signal.Signals) -> None:
     process, pids = bench.start_and_hang("score")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ple_data.principles import render
 from ple_data.rewards import load_reward_model
 from ple_train.reward import train_reward
 from ple_train.sft import read_sequences, sft
@@ -35,6 +36,16 @@ def test_rows_become_prompt_response_and_an_end_unless_cut(policy, tmp_path):
     assert ended.ids.tolist() == [*x, *y, tokenizer.eos_token_id]
     assert cut.ids.tolist() == [*x, *y]
     assert (ended.prompt, free.prompt) == (len(x), 0)
+
+
+def test_prompts_are_rendered_as_the_rounds_render_them(chat_policy, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(chat_policy)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"x": "the film", "y": " great."}')
+    for prompt_format in ("auto", "chat", "plain"):
+        [row] = read_sequences(path, tokenizer, None, prompt_format)
+        assert row.ids[: row.prompt].tolist() == render(tokenizer, "the film", prompt_format=prompt_format)
+    assert row.prompt < read_sequences(path, tokenizer, None, "chat")[0].prompt
 
 
 def test_rows_that_changed_are_not_taken_for_the_ones_that_were_trained_on(policy, rows, tmp_path):

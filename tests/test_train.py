@@ -209,6 +209,9 @@ def test_pairs_over_max_length_are_left_out_and_counted(run, pairs, capsys):
     assert stream(pairs, max_length=20).pairs == rows.height - over
     run("short", max_length=20)
     assert f"{over} pairs left out" in capsys.readouterr().err
+    assert training.statistics([pairs], 1, 0.2, 0.9, 20)["rows"].sum() == rows.height - over
+    shown, whole = (training.dry_run([pairs], 1, 0.2, 0.9, length) for length in (20, None))
+    assert shown != whole
 
 
 # --- interruption --------------------------------------------------------------------------------------------------

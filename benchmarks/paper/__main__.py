@@ -53,7 +53,7 @@ def main() -> None:
 
     if not Path("init/config.json").exists():
         task.prepare(inputs, Path())
-    make_models()
+    make_models(arguments.workers)
     write_references(seeds)
     tuning = [Run(method, rate, seeds[0]) for method in METHODS for rate in LEARNING_RATES]
     train_all(task, tuning, arguments.workers)
@@ -65,18 +65,19 @@ def main() -> None:
     write_results(task, results, chosen, rates)
 
 
-def make_models() -> None:
-    """Base model, start policy and reward models; each finished one is left alone."""
+def make_models(workers: int) -> None:
+    """Base model, then start policy and reward models, which need it; each finished one is left alone."""
     full = ["sft", "--full", "--max-length", 512, *SCRATCH]
     base = ["--model", "init", "--data", "pretrain.parquet", "--output", "base"]
     ple(*full, *base, "--weight-decay", 0.1, "--learning-rate", 3e-3, log=Path("base.log"))
     start = ["--model", "base", "--data", "sft.parquet", "--output", START]
-    ple(*full, *start, "--learning-rate", 1e-3, log=Path("start.log"))
+    jobs = {"start": [*full, *start, "--learning-rate", 1e-3]}
     for name, seed in (("reward", 0), ("second", 1)):
         if Path(f"{name}.parquet").exists():
             words = ["--model", "base", "--data", f"{name}.parquet", "--output", name, "--seed", seed]
-            words += ["--learning-rate", 1e-3, "--max-length", 256, *SCRATCH]
-            ple("reward", *words, log=Path(f"{name}.log"))
+            jobs[name] = ["reward", *words, "--learning-rate", 1e-3, "--max-length", 256, *SCRATCH]
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda name: ple(*jobs[name], log=Path(f"{name}.log")), jobs))
 
 
 def write_references(seeds: list[int]) -> None:
