@@ -1,64 +1,166 @@
-"""Runs one command so that neither it nor its workers outlive the caller, even one that was killed with -9.
+"""Runs commands so that neither they nor their workers outlive the caller, even one that was killed with -9.
 
 The caller starts this file as a small launcher in a session of its own and holds the writing end of its stdin. When
-that end closes, because the caller is done, interrupted or dead, the launcher ends the whole process group. It uses
-the standard library only and never looks at what the command does.
+that end closes, because the caller is done, interrupted or dead, the launcher ends the command that is running.
+
+A `ple` command of this very environment is not started anew, which is mostly the imports of torch and transformers
+(seconds): the launcher imports them once and forks. It never computes, and what it imports starts no threads but those
+of OpenBLAS, which knows forks. Where an import has opened a GPU, which no fork may inherit, it starts anew after all.
 """
 
 import contextlib
+import json
 import os
+import select
+import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self
 
 GRACE_SECONDS = 45.0  # torchrun gives its workers 30 s
+PROGRAMS = {"ple": "ple", "ple-gen": "gen", "ple-score": "score", "ple-train": "train"}
+"""Console scripts and their functions in `cli`."""
+_GPU_DEVICES = ("/dev/nvidia", "/dev/kfd")
 
 
-def run_child(command: Sequence[str], keep_open: Sequence[int] = ()) -> int:
-    """The command's exit code (128 + N when signal N ended it), its stdout sent to our stderr.
+class Launcher:
+    """Runs one command after another. A context manager: at its end nothing that it started is left.
 
-    `keep_open` are file descriptors, such as a held lock, that stay open until the last of the command's processes is
+    `keep_open` are file descriptors, such as a held lock, that stay open until the last of the commands' processes is
     gone, whatever happens to the caller.
     """
-    launcher = subprocess.Popen(
-        [sys.executable, "-I", __file__, *command],
-        stdin=subprocess.PIPE,
-        stdout=2,
-        start_new_session=True,
-        pass_fds=tuple(keep_open),
-    )
-    assert launcher.stdin is not None
-    try:
-        return launcher.wait()
-    finally:
-        launcher.stdin.close()
-        launcher.wait()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(launcher.pid, signal.SIGKILL)  # a worker that its command left behind
+
+    def __init__(self, keep_open: Sequence[int] = ()) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            pass_fds=tuple(keep_open),
+        )
+
+    def run(self, command: Sequence[str]) -> int:
+        """The command's exit code (128 + N when signal N ended it), its stdout sent to our stderr."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(list(command)) + "\n")
+            self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        return int(answer) if answer else 128 + signal.SIGKILL  # the launcher itself was killed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
 
 
-def _launch(command: Sequence[str]) -> int:
+def run_child(command: Sequence[str]) -> int:
+    """`Launcher.run` of one command."""
+    with Launcher() as launcher:
+        return launcher.run(command)
+
+
+# The launcher
+
+
+def _serve() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)  # the group's signals are for the command; a handler is not inherited
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    abandoned = threading.Event()
+        signal.signal(number, lambda *_: None)  # signals are for the command; a handler is not inherited
+    while line := sys.stdin.readline():
+        command = json.loads(line)
+        pid = _fork(command) if _is_ours(command[0]) and _warm_up() else _spawn(command)
+        code = _wait(pid)
+        with contextlib.suppress(BrokenPipeError):  # the caller is dead
+            os.write(1, b"%d\n" % (code if code >= 0 else 128 - code))
 
-    def end_group_when_abandoned() -> None:
-        os.read(0, 1)  # returns when the caller closes its end, or dies
-        abandoned.set()
-        os.killpg(0, signal.SIGTERM)
-        time.sleep(GRACE_SECONDS)
-        os.killpg(0, signal.SIGKILL)
 
-    threading.Thread(target=end_group_when_abandoned, daemon=True).start()
-    code = child.wait()
-    if abandoned.is_set():
-        os.killpg(0, signal.SIGKILL)
-    return code if code >= 0 else 128 - code
+def _is_ours(program: str) -> bool:
+    found = Path(shutil.which(program) or "")
+    return found.name in PROGRAMS and found.parent == Path(sys.executable).parent
+
+
+def _warm_up() -> bool:
+    """Import what takes long; whether a fork may go on from here."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else looking for a GPU would open it
+    import peft  # noqa: F401
+    import torch  # noqa: F401
+    import transformers
+
+    for name in ("AutoTokenizer", "LlamaForCausalLM", "LlamaForSequenceClassification"):
+        getattr(transformers, name)  # transformers imports late
+    return not any(path.startswith(_GPU_DEVICES) for path in _open_files())
+
+
+def _open_files() -> list[str]:
+    paths = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            paths.append(os.readlink(entry))
+    return paths
+
+
+def _spawn(command: Sequence[str]) -> int:
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, process_group=0).pid
+
+
+def _fork(command: Sequence[str]) -> int:
+    """The pid of a child that is the command. The child never returns: it leaves by way of SystemExit."""
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        _become(command)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.setpgid(pid, pid)  # whichever of the two comes first
+    return pid
+
+
+def _become(command: Sequence[str]) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    import cli
+
+    sys.argv = list(command)
+    getattr(cli, PROGRAMS[Path(command[0]).name])()
+    sys.exit()
+
+
+def _wait(pid: int) -> int:
+    """The exit code of the command; ends it, and the launcher, when the caller lets go."""
+    ended = os.pidfd_open(pid)
+    waiting = select.poll()
+    waiting.register(ended, select.POLLIN)
+    waiting.register(0, select.POLLIN)
+    ready = [descriptor for descriptor, _ in waiting.poll()]
+    if ended not in ready:
+        waiting.unregister(0)
+        _end_group(pid, signal.SIGTERM)
+        waiting.poll(1000 * GRACE_SECONDS)
+        _end_group(pid, signal.SIGKILL)
+    os.close(ended)
+    _, status = os.waitpid(pid, 0)
+    _end_group(pid, signal.SIGKILL)  # a worker that its command left behind
+    return os.waitstatus_to_exitcode(status)
+
+
+def _end_group(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
 
 
 if __name__ == "__main__":
-    sys.exit(_launch(sys.argv[1:]))
+    _serve()

@@ -207,7 +207,7 @@ class RewardScorer(nn.Module):
             {start + n for n in self.lengths if tuple(ids[start : start + n]) in self.texts}
             for ids, start in zip(rows, starts, strict=True)
         ]
-        return min(set.intersection(*found))
+        return max(set.intersection(*found))  # a query may begin with another one
 
 
 def value_model(model: str, revision: str | None, lora_rank: int, lora_alpha: int, seed: int) -> Any:
@@ -257,7 +257,7 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Run TRL's trainer until the budget is spent, in place → metrics of every step."""
     from datasets import Dataset
-    from transformers import GenerationConfig, TrainerCallback
+    from transformers import GenerationConfig, TrainerCallback, set_seed
     from transformers.trainer_callback import PrinterCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -272,6 +272,7 @@ def _train(
         ids = [[padded.pad_token_id] * (width - len(row["input_ids"])) + row["input_ids"] for row in batch]
         return {"input_ids": torch.tensor(ids)}
 
+    set_seed(arguments["seed"])  # TRL's loop draws from numpy and seeds it nowhere
     make_trainer: Any = PPOTrainer  # its signature asks for classes where it uses what they do
     trainer = make_trainer(
         args=one_device(PPOConfig(**arguments)),
@@ -291,6 +292,11 @@ def _train(
             if scorer.tokens >= budget:
                 raise _BudgetSpent
 
+    optimizer = trainer.optimizer.optimizer
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(weights, trainer.args.max_grad_norm) and None)
+    # else the last batch of a pass over the queries would take a step after every micro-batch
+    trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
     trainer.remove_callback(PrinterCallback)
     trainer.accelerator.print = lambda *_: None  # a banner
     with Progress("sampling and training", budget, "tokens") as progress:

@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ple_train.child import GRACE_SECONDS, run_child
+from ple_train.child import GRACE_SECONDS, Launcher
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from schemas.files import write_atomic
 from schemas.recipe import BaselineStage, Recipe, differences, dump_recipe, parse_recipe
@@ -90,7 +90,7 @@ def run(recipe: Recipe) -> None:
     stages = plan(recipe)
     _refuse_missing_programs(stages)
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory) as lock:
+    with _locked(directory) as lock, Launcher(keep_open=[lock]) as launcher:
         _freeze(recipe, stages, directory)
         for number, stage in enumerate(stages, start=1):
             records = _load_records(directory)
@@ -99,11 +99,11 @@ def run(recipe: Recipe) -> None:
                 _log(f"{place}: done before")
             else:
                 _log(f"{place}: {stage.shell_line}")
-                seconds = _run_stage(stage, directory, records, lock)
+                seconds = _run_stage(stage, directory, records, launcher)
                 _log(f"{place}: done in {seconds:.1f} s")
 
 
-def _run_stage(stage: Stage, directory: Path, records: list[dict[str, Any]], lock: int) -> float:
+def _run_stage(stage: Stage, directory: Path, records: list[dict[str, Any]], launcher: Launcher) -> float:
     record: dict[str, Any] = {
         "stage": stage.name,
         "round": stage.round,
@@ -118,7 +118,7 @@ def _run_stage(stage: Stage, directory: Path, records: list[dict[str, Any]], loc
     start = time.monotonic()
     code: int | None = None
     try:
-        code = run_child(stage.command, keep_open=[lock])
+        code = launcher.run(stage.command)
     except KeyboardInterrupt:
         code = 130
         raise

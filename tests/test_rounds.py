@@ -1,5 +1,6 @@
 """The alternating run: what it starts, what it records, and that it stops, resumes and refuses as it says."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 import yaml
 
 from ple_train import rounds
-from ple_train.child import run_child
+from ple_train.child import GRACE_SECONDS, Launcher, run_child
 from schemas.errors import LockedError, PleError, UsageError
 from schemas.recipe import differences, load_recipe, parse_recipe
 from tests.conftest import ROOT
@@ -113,6 +115,16 @@ def is_running(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
+
+
+def processes_with(mark: str) -> list[int]:
+    """Every living process whose environment holds the mark."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (entry / "environ").read_bytes() and is_running(int(entry.name)):
+                found.append(int(entry.name))
+    return found
 
 
 def words_of(stage: rounds.Stage) -> list[str]:
@@ -299,6 +311,16 @@ def test_run_child_reports_a_signal_as_the_shell_does() -> None:
     assert run_child([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == 137
 
 
+def test_a_launcher_forks_our_commands_and_starts_others() -> None:
+    ours, other = rounds.find_program("ple"), [sys.executable, "-c", "raise SystemExit(5)"]
+    with Launcher() as launcher:
+        assert launcher.run(other) == 5
+        assert launcher.run([ours, "--version"]) == 0
+        codes = [launcher.run([ours, *words]) for words in (["--help"], ["inspect", "/none"], ["no-such-command"])]
+        assert codes == [0, 2, 2]
+        assert launcher.run(other) == 5
+
+
 def test_damaged_record_of_stages_is_named(bench: Bench) -> None:
     bench.run_dir.mkdir()
     (bench.run_dir / "stages.json").write_text('{"stages": [')
@@ -387,7 +409,7 @@ def test_shipped_recipes_parse(path: Path) -> None:
 
 
 def test_shell_loop_does_the_same_as_run(policy: Path, reward: Path, tmp_path: Path) -> None:
-    """examples/loop.sh and `ple run`: the same pairs, the same adapters, and nothing more to do a second time."""
+    """examples/loop.sh and `ple run`, which forks its stages and is killed on the way: the same pairs and adapters."""
     queries = tmp_path / "queries.jsonl"
     queries.write_text("".join(json.dumps({"x": f"the story of scene {n} was"}) + "\n" for n in range(6)))
     values = {
@@ -400,6 +422,15 @@ def test_shell_loop_does_the_same_as_run(policy: Path, reward: Path, tmp_path: P
         "gen": {"engine": "hf", "max_new_tokens": 8},
         "train": {"learning_rate": 0.01, "batch_size": 3},
     }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    marked = {**os.environ, "PYTHONPATH": str(ROOT), "PLE_TEST_MARK": uuid.uuid4().hex}
+    killed = subprocess.Popen([sys.executable, "-m", "cli", "run", str(recipe)], cwd=ROOT, env=marked)
+    eventually(lambda: (tmp_path / "run" / "data" / "pairs" / "round=000").exists(), "round 0 was never scored", 120)
+    killed.kill()
+    killed.wait()
+    eventually(lambda: not processes_with(marked["PLE_TEST_MARK"]), "a stage outlived the run", GRACE_SECONDS)
+    assert not (tmp_path / "run" / "policy" / "round=001").exists()
     rounds.run(parse_recipe(values, "test"))
     environment = {
         **os.environ,

@@ -13,20 +13,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from benchmarks.paper.methods import LEARNING_RATES, METHODS, QUERIES_PER_ROUND, ROUNDS, START, Run
 from benchmarks.paper.tables import write_results
 from benchmarks.paper.tasks import ROOT, TASKS, Task
+from schemas.files import write_atomic
 
 PLE = [sys.executable, "-m", "cli"]
 SCRATCH = ["--warmup-steps", 50, "--schedule", "cosine", "--batch-size", 32, "--microbatch-tokens", 4096]
+PREPARED = Path("prepared")
+"""There once every input file is whole."""
+DIVERGED = re.compile(r"(loss|gradient).* (nan|inf)\b|inf.*nan")
+"""In the messages of a run whose loss, or whose policy's probabilities, left the numbers."""
 TOLD_SECONDS = 20
 """A run that took less was done before."""
 
@@ -51,21 +58,23 @@ def main() -> None:
     os.chdir(arguments.output)  # every name below is relative, so that the whole directory may move
     os.environ |= {"IMDB_JUDGE": "judge.json", "OMP_NUM_THREADS": str(2 // arguments.workers or 1)}
 
-    if not Path("init/config.json").exists():
+    if not PREPARED.exists():
         task.prepare(inputs, Path())
-    make_models(arguments.workers)
+        PREPARED.touch()
+    make_models(task, arguments.workers)
     write_references(seeds)
     tuning = [Run(method, rate, seeds[0]) for method in METHODS for rate in LEARNING_RATES]
-    train_all(task, tuning, arguments.workers)
-    rates = tuned_rates(task, tuning)
+    rates = tuned_rates(task, train_all(task, tuning, arguments.workers))
     chosen = [Run(method, rates[method.name], seed) for seed in seeds for method in METHODS]
-    train_all(task, chosen, arguments.workers)
+    if diverged := set(chosen) - set(train_all(task, chosen, arguments.workers)):
+        raise SystemExit(f"diverged at the learning rate that another seed chose: {sorted(map(str, diverged))}")
     for seed in seeds:
-        evaluate(task, [run for run in chosen if run.seed == seed], "unseen.parquet", Path("eval", f"seed={seed}"))
+        runs = [run for run in chosen if run.seed == seed]
+        evaluate(task, runs, "unseen.parquet", Path("eval", f"seed={seed}"), seed=seed)
     write_results(task, results, chosen, rates)
 
 
-def make_models(workers: int) -> None:
+def make_models(task: Task, workers: int) -> None:
     """Base model, then start policy and reward models, which need it; each finished one is left alone."""
     full = ["sft", "--full", "--max-length", 512, *SCRATCH]
     base = ["--model", "init", "--data", "pretrain.parquet", "--output", "base"]
@@ -75,33 +84,44 @@ def make_models(workers: int) -> None:
     for name, seed in (("reward", 0), ("second", 1)):
         if Path(f"{name}.parquet").exists():
             words = ["--model", "base", "--data", f"{name}.parquet", "--output", name, "--seed", seed]
-            jobs[name] = ["reward", *words, "--learning-rate", 1e-3, "--max-length", 256, *SCRATCH]
+            words += ["--learning-rate", 1e-3, "--max-length", 256, "--epochs", task.reward_epochs]
+            jobs[name] = ["reward", *words, *SCRATCH]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda name: ple(*jobs[name], log=Path(f"{name}.log")), jobs))
 
 
 def write_references(seeds: list[int]) -> None:
     """The (x, reference) rows of SFT: as many queries as the other methods see, drawn by the seed."""
-    queries = pl.read_parquet("queries.parquet")
+    references = pl.read_parquet("references.parquet")
     for seed in seeds:
-        path = Path("references", f"seed={seed}.parquet")
+        path = Path("references", f"seed={seed}.jsonl")
         if not path.exists():
+            rows = references.sample(min(ROUNDS * QUERIES_PER_ROUND, references.height), seed=seed)
             path.parent.mkdir(exist_ok=True)
-            rows = queries.sample(min(ROUNDS * QUERIES_PER_ROUND, queries.height), seed=seed)
-            rows.select("x", pl.col("reference").alias("y")).write_parquet(path)
+            write_atomic(path, rows.select("x", pl.col("reference").alias("y")).write_ndjson())
 
 
-def train_all(task: Task, runs: list[Run], workers: int) -> None:
-    """Every run to its end, several at once. A run that fails is named and ends the program."""
+def train_all(task: Task, runs: list[Run], workers: int) -> list[Run]:
+    """Every run to its end, several at once → those that did not diverge. Any other failure ends the program."""
 
-    def train(run: Run) -> None:
-        began = time.monotonic()
-        ple(*run.command(task), log=Path(f"{run.directory}.log"))
+    def train(run: Run) -> bool:
+        began, log = time.monotonic(), Path(f"{run.directory}.log")
+        try:
+            ple(*run.command(task), log=log)
+        except SystemExit:
+            if not DIVERGED.search(log.read_text()):
+                raise
+            print(f"{run.directory}: diverged", file=sys.stderr, flush=True)
+            return False
         if (seconds := time.monotonic() - began) > TOLD_SECONDS:
             print(f"{run.directory}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        return True
 
+    last = [run for run in runs if run.method.name == "ppo"]  # its budget is what PLE's run sampled
+    first = [run for run in runs if run not in last]
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(train, runs))
+        ended = [*pool.map(train, first), *pool.map(train, last)]
+    return [run for run, well in zip([*first, *last], ended, strict=True) if well]
 
 
 def tuned_rates(task: Task, runs: list[Run]) -> dict[str, float]:
@@ -112,18 +132,23 @@ def tuned_rates(task: Task, runs: list[Run]) -> dict[str, float]:
         found = next(p for p in report["policies"] if p["label"] == run.label)["metrics"]
         reward = next(value["mean"] for name, value in found.items() if name.startswith("reward:"))
         best[run.method.name] = max(best.get(run.method.name, (float("-inf"), 0.0)), (reward, run.learning_rate))
+    if lost := {method.name for method in METHODS} - best.keys():
+        raise SystemExit(f"every learning rate diverged: {', '.join(sorted(lost))}")
     return {name: rate for name, (_, rate) in best.items()}
 
 
-def evaluate(task: Task, runs: list[Run], queries: str, output: Path, *, second: bool = True) -> dict:
+def evaluate(
+    task: Task, runs: list[Run], queries: str, output: Path, *, second: bool = True, seed: int = 0
+) -> dict[str, Any]:
     """`ple eval` of the start policy and the runs' policies."""
     policies = [f"base={START}", *(f"{run.label}={START},{run.adapter}" for run in runs)]
     words = [word for policy in policies for word in ("--policy", policy)]
     words += ["--queries", queries, "--reward-model", task.reward, "--trained-with", task.reward]
     words += ["--reward-model", task.second_judge] if second else []
     words += ["--engine", "hf", "--max-new-tokens", str(task.max_new_tokens), "--output", str(output)]
-    ple("eval", *words, log=Path(f"{output}.log"))
-    return json.loads((output / "eval.json").read_text())
+    ple("eval", *words, "--seed", seed, log=Path(f"{output}.log"))
+    report: dict[str, Any] = json.loads((output / "eval.json").read_text())
+    return report
 
 
 def ple(*words: object, log: Path) -> None:

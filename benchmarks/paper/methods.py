@@ -7,22 +7,23 @@ Each run is a recipe of `ple run` (PLE, its ablations, context distillation, RAF
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.tasks import Task
 from schemas.files import write_atomic
+from schemas.records import TRAINED
 
 START = "start"
 """The start policy of every run."""
 ROUNDS, QUERIES_PER_ROUND = 4, 256
 """PLE samples two responses to each: 2,048 in all. Every method that samples gets as many."""
-LEARNING_RATES = (3e-4, 1e-3)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 """The tuning budget of every method: these, with the first seed, chosen by the reward on the validation queries."""
 BATCH_SIZE = 16
-SFT_EPOCHS = 2 * sum(range(1, ROUNDS + 1)) // ROUNDS
-"""PLE trains on all rows so far, twice a query: this many epochs over one reference a query are as many responses."""
+PASSES = sum(range(1, ROUNDS + 1))
+"""PLE trains on all rows so far: as many passes over the pairs of one round. SFT and RAFT make as many updates."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,15 @@ METHODS = (
     Method("context-distillation", "context distillation", baseline="context-distillation"),
     Method("dpo", "DPO", baseline="dpo"),
     Method("ppo", "PPO", baseline="ppo"),
-    Method("raft", "RAFT-4", guided=False, samples=2, baseline="raft"),
+    Method("raft", "RAFT-4", guided=False, samples=2, baseline="raft", train={"epochs": 2 * PASSES // ROUNDS}),
     Method("ple", "PLE (printed loss)"),
     Method("ple-trust-region", "PLE, trust region 0.3", train={"trust_region": 0.3}),
     Method("without-rank", "w/o rank and principle", guided=False, train={"without": "rank"}),
     Method("without-wsft", "w/o weighted SFT", train={"without": "wsft"}),
 )
+
+
+PLE = next(method for method in METHODS if method.name == "ple")
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,20 @@ class Run:
             return self.directory / "policy"
         return self.directory / "policy" / f"round={ROUNDS - 1:03d}"
 
+    def cost(self, what: str) -> int:
+        """`tokens_sampled` or `tokens_trained` in all, as the finished trainings say it."""
+        found = self.adapter.parent.glob("round=*") if self.adapter.name.startswith("round=") else [self.adapter]
+        return sum(json.loads((output / TRAINED).read_text())["cost"][what] for output in found)
+
     def command(self, task: Task) -> list[str]:
         """The `ple` words that do it; the same words again do nothing twice."""
         common = ["--model", START, "--output", str(self.adapter), "--seed", str(self.seed)]
         common += ["--learning-rate", str(self.learning_rate), "--batch-size", str(BATCH_SIZE)]
         if self.method.name == "sft":
-            data = f"references/seed={self.seed}.parquet"
-            return ["baseline", "sft", *common, "--data", data, "--epochs", str(SFT_EPOCHS)]
+            data = f"references/seed={self.seed}.jsonl"
+            return ["baseline", "sft", *common, "--data", data, "--epochs", str(2 * PASSES // ROUNDS)]
         if self.method.name == "ppo":
-            tokens = 2 * QUERIES_PER_ROUND * ROUNDS * task.max_new_tokens
+            tokens = replace(self, method=PLE).cost("tokens_sampled")
             words = ["--queries", "queries.parquet", "--reward-model", task.reward, "--sampled-tokens", str(tokens)]
             return ["baseline", "ppo", *common, *words, "--max-new-tokens", str(task.max_new_tokens)]
         return ["run", str(self.write_recipe(task))]
@@ -101,7 +110,7 @@ class Run:
         }
         stage = {"learning_rate": self.learning_rate, "batch_size": BATCH_SIZE}
         if self.method.baseline:
-            recipe["baseline"] = {"method": self.method.baseline, **stage}
+            recipe["baseline"] = {"method": self.method.baseline, **stage, **self.method.train}
         else:
             recipe["train"] = stage | self.method.train
         path = Path(f"{self.directory}.yaml")

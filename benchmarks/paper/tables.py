@@ -19,6 +19,7 @@ from benchmarks.paper.methods import LEARNING_RATES, METHODS, QUERIES_PER_ROUND,
 from benchmarks.paper.tasks import Task
 from ple_data.metrics import Mean, Perplexity, SumMetric, bleu
 from ple_data.partition import round_statistics
+from ple_data.rewards import load_reward_model
 from ple_data.store import Store
 from schemas.files import write_atomic
 from schemas.reports import Estimate
@@ -32,7 +33,16 @@ COLUMNS = {
     "bleu": "BLEU",
     "length": "tokens",
 }
-HEADER = ["method", "lr", *COLUMNS.values(), "second judge by seed", "PLE (trust region) less it"]
+HEADER = [
+    "method",
+    "lr",
+    *COLUMNS.values(),
+    "second judge by seed",
+    "PLE (printed) less it",
+    "PLE (trust region) less it",
+]
+JUDGED = 2000
+"""Texts or pairs of reward-test on which the reward models' accuracy is measured."""
 PACKAGES = ("torch", "transformers", "peft", "trl", "polars", "sacrebleu")
 
 
@@ -43,14 +53,19 @@ def write_results(task: Task, results: Path, runs: list[Run], rates: dict[str, f
     label_of = {"base": "base", **{run.method.name: run.label for run in runs}}
     by_method = {name: rows.filter(pl.col("label") == label) for name, label in label_of.items()}
     found = {name: metrics(own) for name, own in by_method.items()}
-    ple = found["ple-trust-region"]
+    costs = {run.method.name: run for run in runs if run.seed == seeds[0]}
     records = [
         {
             "method": name,
             "learning_rate": rates.get(name),
             **{column: found[name][column].estimate(0).model_dump() for column in COLUMNS},
             "second_judge_by_seed": own.group_by("seed").agg(pl.col("reward").mean()).sort("seed").to_dicts(),
-            "ple_trust_region_less_this": ple["reward"].less(found[name]["reward"], 0).model_dump(),
+            "ple_less_this": found["ple"]["reward"].less(found[name]["reward"], 0).model_dump(),
+            "ple_trust_region_less_this": found["ple-trust-region"]["reward"]
+            .less(found[name]["reward"], 0)
+            .model_dump(),
+            "tokens_sampled": costs[name].cost("tokens_sampled") if name in costs else None,
+            "tokens_trained": costs[name].cost("tokens_trained") if name in costs else None,
         }
         for name, own in by_method.items()
     ]
@@ -66,22 +81,57 @@ def write_results(task: Task, results: Path, runs: list[Run], rates: dict[str, f
         f"| {' | '.join('---' for _ in HEADER)} |",
         *map(table_row, records),
         "",
+        "Intervals are over queries, for these seeds. Training saw the training reward alone.",
+        "",
+        *accuracies(task),
+        "",
+        "## What each method cost (first seed)",
+        "",
+        "| method | response tokens sampled | response tokens trained on, every pass counted |",
+        "| --- | --- | --- |",
+        *map(cost_row, records[1:]),
+        "",
         *figure_3(results / f"{task.name}-figure3.png", runs),
     ]
     results.mkdir(parents=True, exist_ok=True)
     write_atomic(results / f"{task.name}.md", "\n".join(lines) + "\n")
-    record = {"version": 1, "seeds": seeds, "methods": records}
+    record = {"version": 2, "seeds": seeds, "methods": records}
     write_atomic(results / f"{task.name}.json", json.dumps(record, indent=1) + "\n")
+
+
+TITLES = {"base": "base", **{method.name: method.title for method in METHODS}}
+
+
+def accuracies(task: Task) -> list[str]:
+    """How often each reward model prefers the better of two held-out texts (0.5 is chance)."""
+    rows = pl.read_parquet("reward-test.parquet").sample(fraction=1.0, shuffle=True, seed=0)[:JUDGED]
+    lines = ["| reward model | prefers the better of two held-out texts |", "| --- | --- |"]
+    for name, spec in (("training reward", task.reward), ("second judge", task.second_judge)):
+        score = load_reward_model(spec).score
+        if "label" in rows.columns:
+            rewards = np.array(score([("", text) for text in rows["text"]]))
+            good, bad = (rewards[rows["label"].to_numpy() == label] for label in (1, 0))
+            wins = np.sign(good[:, None] - bad[None, :])
+            which = f"{good.size} positive against {bad.size} negative, all pairs"
+        else:
+            chosen, rejected = (np.array(score(rows.select("prompt", c).rows())) for c in ("chosen", "rejected"))
+            wins, which = np.sign(chosen - rejected), f"{len(rows)} pairs"
+        lines.append(f"| {name} | {wins.mean() / 2 + 0.5:.3f} ({which}) |")
+    return lines
+
+
+def cost_row(record: dict[str, Any]) -> str:
+    """One method's line of the table of costs."""
+    return f"| {TITLES[record['method']]} | {record['tokens_sampled']:,} | {record['tokens_trained']:,} |"
 
 
 def table_row(record: dict[str, Any]) -> str:
     """One method's line of the table."""
-    titles = {"base": "base", **{method.name: method.title for method in METHODS}}
     rate = f"{record['learning_rate']:g}" if record["learning_rate"] else ""
     cells = [shown(Estimate(**record[column]), column) for column in COLUMNS]
     by_seed = ", ".join(f"{row['reward']:.2f}" for row in record["second_judge_by_seed"])
-    behind = Estimate(**record["ple_trust_region_less_this"])
-    return f"| {titles[record['method']]} | {rate} | {' | '.join(cells)} | {by_seed} | {behind} |"
+    cells += [by_seed, *(str(Estimate(**record[f"{ple}_less_this"])) for ple in ("ple", "ple_trust_region"))]
+    return f"| {TITLES[record['method']]} | {rate} | {' | '.join(cells)} |"
 
 
 def read_evaluation(path: Path, seed: int) -> pl.DataFrame:

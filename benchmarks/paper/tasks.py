@@ -45,6 +45,7 @@ class Task:
     second_judge: str
     """Spec of the reward model that no training sees."""
     tables: str
+    reward_epochs: int = 1
 
 
 def write_world(output: Path, rows: dict[str, pl.DataFrame], corpus: list[str]) -> None:
@@ -52,9 +53,8 @@ def write_world(output: Path, rows: dict[str, pl.DataFrame], corpus: list[str]) 
     output.mkdir(parents=True, exist_ok=True)
     for name, frame in rows.items():
         frame.write_parquet(output / f"{name}.parquet")
-    if not (output / "init" / "config.json").exists():
-        tokenizer = train_tokenizer(corpus, VOCABULARY, longest=POSITIONS)
-        write_llama(output / "init", tokenizer, hidden=HIDDEN, layers=LAYERS, heads=HEADS, positions=POSITIONS)
+    tokenizer = train_tokenizer(corpus, VOCABULARY, longest=POSITIONS)
+    write_llama(output / "init", tokenizer, hidden=HIDDEN, layers=LAYERS, heads=HEADS, positions=POSITIONS)
 
 
 def guided(rows: pl.DataFrame, principle: str) -> pl.DataFrame:
@@ -82,7 +82,7 @@ PRETRAINING_WORDS = 100
 
 
 def prepare_imdb(inputs: dict[str, Path], output: Path) -> None:
-    """Queries: prefixes of excerpts. Labels train the reward model; word log-odds are the second judge."""
+    """Queries: prefixes of excerpts; SFT's references: positive ones. The second judge is log-odds of words."""
     reviews = prepare.read_reviews(inputs["data"])
     train, test = reviews.filter(split="train"), reviews.filter(split="test")
     excerpts, held_out = prepare.excerpts(train), prepare.excerpts(test)
@@ -97,6 +97,7 @@ def prepare_imdb(inputs: dict[str, Path], output: Path) -> None:
             "reward": excerpts.select(*labelled).sample(fraction=1.0, shuffle=True, seed=0),
             "reward-test": held_out.select(*labelled),
             "queries": queries(excerpts, 4096, seed=3),
+            "references": queries(excerpts.filter(label=1), 4096, seed=3),
             "unseen": queries(unseen[:UNSEEN], UNSEEN, seed=0),
             "validation": queries(unseen[UNSEEN : UNSEEN + VALIDATION], VALIDATION, seed=0),
         },
@@ -128,6 +129,7 @@ def prepare_tldr(inputs: dict[str, Path], output: Path) -> None:
             "sft": mixed(short, good, "tldr"),
             **_halves(wanted, preferences.filter(split="test")),
             "queries": queries(short, 4096, seed=3),
+            "references": queries(short, 4096, seed=3),
             "unseen": queries(test[:UNSEEN], UNSEEN, seed=0),
             "validation": queries(test[UNSEEN : UNSEEN + VALIDATION], VALIDATION, seed=0),
         },
@@ -177,6 +179,7 @@ def prepare_hh(inputs: dict[str, Path], output: Path) -> None:
             "sft": mixed(both, train, "hh"),
             **_halves(wanted, test),
             "queries": queries(train, 4096, seed=3),
+            "references": queries(train, 4096, seed=3),
             "unseen": queries(test[:UNSEEN], UNSEEN, seed=0),
             "validation": queries(test[UNSEEN : UNSEEN + VALIDATION], VALIDATION, seed=0),
         },
@@ -199,11 +202,12 @@ def _halves(train: pl.DataFrame, test: pl.DataFrame) -> dict[str, pl.DataFrame]:
 
 
 WORD_JUDGE = f"{ROOT / 'recipes' / 'imdb' / 'judge.py'}:score"
+_TWO_INPUTS = ("data", "preferences")
 TASKS = {
     task.name: task
     for task in (
         Task("imdb", "IMDb", "imdb", prepare_imdb, ("data",), 48, "reward[1]", WORD_JUDGE, "Tables 2 and 4"),
-        Task("tldr", "TL;DR", "tldr", prepare_tldr, ("data", "preferences"), 40, "reward", "second", "Tables 3 and 5"),
-        Task("hh", "HH", "hh", prepare_hh, ("data",), 48, "reward", "second", "Table 1"),
+        Task("tldr", "TL;DR", "tldr", prepare_tldr, _TWO_INPUTS, 40, "reward", "second", "Tables 3 and 5", 4),
+        Task("hh", "HH", "hh", prepare_hh, ("data",), 48, "reward", "second", "Table 1", 2),
     )
 }
