@@ -5,10 +5,12 @@ that end closes, because the caller is done, interrupted or dead, the launcher e
 
 A `ple` command of this very environment is not started anew, which is mostly the imports of torch and transformers
 (seconds): the launcher imports them once and forks. It never computes, and what it imports starts no threads but those
-of OpenBLAS, which knows forks. Where an import has opened a GPU, which no fork may inherit, it starts anew after all.
+of OpenBLAS, which knows forks. Where an import has opened a GPU, which no fork may inherit, the command starts anew
+after all; so does `ple-gen` where vLLM is installed, which wants to set up its process by itself.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import select
@@ -78,15 +80,18 @@ def _serve() -> None:
         signal.signal(number, lambda *_: None)  # signals are for the command; a handler is not inherited
     while line := sys.stdin.readline():
         command = json.loads(line)
-        pid = _fork(command) if _is_ours(command[0]) and _warm_up() else _spawn(command)
+        pid = _fork(command) if _may_fork(command) and _warm_up() else _spawn(command)
         code = _wait(pid)
         with contextlib.suppress(BrokenPipeError):  # the caller is dead
             os.write(1, b"%d\n" % (code if code >= 0 else 128 - code))
 
 
-def _is_ours(program: str) -> bool:
-    found = Path(shutil.which(program) or "")
-    return found.name in PROGRAMS and found.parent == Path(sys.executable).parent
+def _may_fork(command: Sequence[str]) -> bool:
+    program = Path(shutil.which(command[0]) or "").absolute()
+    if program.name not in PROGRAMS or program.parent != Path(sys.executable).parent:
+        return False
+    samples = program.name == "ple-gen" or command[1:2] == ["gen"]
+    return not (samples and importlib.util.find_spec("vllm"))
 
 
 def _warm_up() -> bool:

@@ -1,0 +1,115 @@
+"""The examples of README and docs, run as they stand there, on a small world whose files have the names they use."""
+
+import contextlib
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import cli
+from ple_train import rounds
+from schemas.recipe import parse_recipe
+from tests.conftest import ROOT
+
+ELSEWHERE = (
+    "Qwen/",
+    "weqweasdas/",
+    "openai:",
+    "http://",
+    "recipes/",
+    "--read",
+    "last-week",
+    "OLD",
+    "OTHER",
+    "…",
+    "ple.yaml",
+)
+"""Words of examples that need a hub model, a paid endpoint, a server, people, or files the reader has."""
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = ["README.md", "docs/baselines.md", "docs/evaluation.md", "docs/judging.md", "docs/report.md", "docs/rewards.md"]
+
+
+def examples(page: str) -> list[list[str]]:
+    """The words of every `ple` command of a page that can run here."""
+    blocks = [text for language, text in FENCED.findall((ROOT / page).read_text()) if language in ("", "bash")]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [line for line in lines if re.match(r"ple(-\w+)? ", line)]
+    return [shlex.split(line, comments=True) for line in commands if not any(word in line for word in ELSEWHERE)]
+
+
+@pytest.fixture(scope="module")
+def world(policy: Path, adapter: Path, reward: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, queries, responses, a run of one round and its store."""
+    root = tmp_path_factory.mktemp("world")
+    for name, source in {"M": policy, "sft": policy, "run/sft": policy, "R": reward, "reward": reward}.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).symlink_to(source)
+    (root / "run" / "reward").symlink_to(reward)
+    (root / "run" / "dpo").symlink_to(adapter)
+    queries = [{"id": f"q{n}", "x": f"the story of scene {n} was", "reference": f" very good. {n}"} for n in range(70)]
+    for name, count in {"q.jsonl": 70, "unseen.jsonl": 6, "cases.jsonl": 3}.items():
+        write_rows(root / name, queries[:count])
+    for name in ("tuned", "base", "A", "B", "chosen", "rejected", "a", "b"):
+        write_rows(
+            root / f"{name}.jsonl", [{"id": q["id"], "x": q["x"], "y": f" {name} {q['id']}"} for q in queries[:6]]
+        )
+    for name in ("judge", "second_judge", "length_reward", "len"):
+        (root / f"{name}.py").write_text("def score(xs, ys):\n    return [float(len(y)) for y in ys]\n")
+    run = {
+        "model": str(policy),
+        "queries": str(root / "unseen.jsonl"),
+        "principles": "hh",
+        "reward_model": str(reward),
+        "run_dir": str(root / "runs" / "hh-qwen"),
+        "rounds": 1,
+        "gen": {"engine": "hf", "max_new_tokens": 8},
+        "train": {"learning_rate": 0.01, "batch_size": 3},
+    }
+    rounds.run(parse_recipe(run, "test"))
+    for place in (root / "data", root / "run" / "data"):
+        shutil.copytree(root / "runs" / "hh-qwen" / "data", place)
+    for place in (root / "policy", root / "run" / "policy"):
+        for t in ("round=000", "round=001", "round=004"):
+            shutil.copytree(root / "runs" / "hh-qwen" / "policy" / "round=000", place / t)
+    for words in (
+        ["judge", "A.jsonl", "B.jsonl", "--judge", "reward:judge.py:score", "--output", "judged"],
+        ["eval", "--policy", "a=M", "--queries", "unseen.jsonl", "--max-new-tokens", 8, "--output", "eval"],
+        ["cases", "--policy", "a=M", "--queries", "cases.jsonl", "--max-new-tokens", 8, "--output", "cases"],
+    ):
+        with contextlib.chdir(root):
+            run_here(words)
+    shutil.copytree(root / "judged", root / "judge")
+    return root
+
+
+def run_here(words: Sequence[object]) -> None:
+    found = CliRunner().invoke(cli.ple, list(map(str, words)))
+    assert found.exit_code == 0, f"ple {shlex.join(map(str, words))}\n{found.output}"
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_run_as_they_stand(page: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path(shutil.copytree(world, tmp_path / "here", symlinks=True))
+    if page == "docs/baselines.md":  # it makes its own
+        shutil.rmtree(here / "data")
+        shutil.rmtree(here / "policy")
+    elif page == "docs/evaluation.md":
+        shutil.rmtree(here / "eval")
+        shutil.rmtree(here / "cases")
+    elif page == "README.md":
+        shutil.rmtree(here / "eval")
+    monkeypatch.chdir(here)
+    commands = examples(page)
+    assert commands
+    for words in commands:
+        program, *rest = [word.replace("98304", "3000") for word in words]  # PPO's budget, for a shorter test
+        run_here(rest if program == "ple" else [program.removeprefix("ple-"), *rest])
