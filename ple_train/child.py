@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -120,7 +121,9 @@ def _spawn(command: Sequence[str]) -> int:
 
 def _fork(command: Sequence[str]) -> int:
     """The pid of a child that is the command. The child never returns: it leaves by way of SystemExit."""
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of OpenBLAS's threads
+        pid = os.fork()
     if pid == 0:
         os.setpgid(0, 0)
         _become(command)
