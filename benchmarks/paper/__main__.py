@@ -25,11 +25,13 @@ import polars as pl
 
 from benchmarks.paper.methods import LEARNING_RATES, METHODS, QUERIES_PER_ROUND, ROUNDS, START, Run
 from benchmarks.paper.tables import write_results
-from benchmarks.paper.tasks import ROOT, TASKS, Task
+from benchmarks.paper.tasks import ROOT, TASKS, Task, start_rows
+from ple_data.rewards import load_reward_model
 from schemas.files import write_atomic
 
 PLE = [sys.executable, "-m", "cli"]
 SCRATCH = ["--warmup-steps", 50, "--schedule", "cosine", "--batch-size", 32, "--microbatch-tokens", 4096]
+THREADS = 2
 PREPARED = Path("prepared")
 """There once every input file is whole."""
 DIVERGED = re.compile(r"(loss|gradient).* (nan|inf)\b|inf.*nan")
@@ -56,7 +58,7 @@ def main() -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     arguments.output.mkdir(parents=True, exist_ok=True)
     os.chdir(arguments.output)  # every name below is relative, so that the whole directory may move
-    os.environ |= {"IMDB_JUDGE": "judge.json", "OMP_NUM_THREADS": str(2 // arguments.workers or 1)}
+    os.environ |= {"IMDB_JUDGE": "judge.json", "OMP_NUM_THREADS": str(THREADS // arguments.workers or 1)}
 
     if not PREPARED.exists():
         task.prepare(inputs, Path())
@@ -75,19 +77,24 @@ def main() -> None:
 
 
 def make_models(task: Task, workers: int) -> None:
-    """Base model, then start policy and reward models, which need it; each finished one is left alone."""
+    """Base model, reward models, start policy; each finished one is left alone."""
     full = ["sft", "--full", "--max-length", 512, *SCRATCH]
     base = ["--model", "init", "--data", "pretrain.parquet", "--output", "base"]
-    ple(*full, *base, "--weight-decay", 0.1, "--learning-rate", 3e-3, log=Path("base.log"))
-    start = ["--model", "base", "--data", "sft.parquet", "--output", START]
-    jobs = {"start": [*full, *start, "--learning-rate", 1e-3]}
+    ple(*full, *base, "--weight-decay", 0.1, "--learning-rate", 3e-3, log=Path("base.log"), threads=THREADS)
+    rewards = {}
     for name, seed in (("reward", 0), ("second", 1)):
         if Path(f"{name}.parquet").exists():
             words = ["--model", "base", "--data", f"{name}.parquet", "--output", name, "--seed", seed]
             words += ["--learning-rate", 1e-3, "--max-length", 256, "--epochs", task.reward_epochs]
-            jobs[name] = ["reward", *words, *SCRATCH]
+            rewards[name] = ["reward", *words, *SCRATCH]
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda name: ple(*jobs[name], log=Path(f"{name}.log")), jobs))
+        list(pool.map(lambda name: ple(*rewards[name], log=Path(f"{name}.log")), rewards))
+    if not Path("sft.jsonl").exists():
+        candidates = pl.read_parquet("candidates.parquet")
+        found = load_reward_model(task.reward).score(candidates.select("x", "y").rows())
+        write_atomic(Path("sft.jsonl"), start_rows(candidates, found, task.principle).write_ndjson())
+    start = ["--model", "base", "--data", "sft.jsonl", "--output", START, "--epochs", 2]
+    ple(*full, *start, "--learning-rate", 1e-3, log=Path("start.log"), threads=THREADS)
 
 
 def write_references(seeds: list[int]) -> None:
@@ -145,20 +152,32 @@ def evaluate(
     words = [word for policy in policies for word in ("--policy", policy)]
     words += ["--queries", queries, "--reward-model", task.reward, "--trained-with", task.reward]
     words += ["--reward-model", task.second_judge] if second else []
-    words += ["--engine", "hf", "--max-new-tokens", str(task.max_new_tokens), "--output", str(output)]
+    words += [
+        "--engine",
+        "hf",
+        "--engine-arg",
+        "batch_size=256",
+        "--unit-size",
+        "256",
+        "--max-new-tokens",
+        str(task.max_new_tokens),
+        "--output",
+        str(output),
+    ]
     ple("eval", *words, "--seed", seed, log=Path(f"{output}.log"))
     report: dict[str, Any] = json.loads((output / "eval.json").read_text())
     return report
 
 
-def ple(*words: object, log: Path) -> None:
+def ple(*words: object, log: Path, threads: int | None = None) -> None:
     """One `ple` command to its end, its messages in `log`."""
     command = [*PLE, *map(str, words)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as messages:
         messages.write(f"$ ple {' '.join(map(str, words))}\n")
         messages.flush()
-        code = subprocess.run(command, stdout=messages, stderr=subprocess.STDOUT).returncode
+        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        code = subprocess.run(command, stdout=messages, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
         raise SystemExit(f"ple {words[0]} failed with exit code {code}; its messages are in {log.absolute()}")
 

@@ -19,7 +19,7 @@ START = "start"
 """The start policy of every run."""
 ROUNDS, QUERIES_PER_ROUND = 4, 256
 """PLE samples two responses to each: 2,048 in all. Every method that samples gets as many."""
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 """The tuning budget of every method: these, with the first seed, chosen by the reward on the validation queries."""
 BATCH_SIZE = 16
 PASSES = sum(range(1, ROUNDS + 1))
@@ -106,7 +106,13 @@ class Run:
             "rounds": ROUNDS,
             "queries_per_round": QUERIES_PER_ROUND // self.method.samples,
             "seed": self.seed,
-            "gen": {"engine": "hf", "max_new_tokens": task.max_new_tokens, "samples": self.method.samples},
+            "gen": {
+                "engine": "hf",
+                "engine_arg": {"batch_size": QUERIES_PER_ROUND},
+                "unit_size": QUERIES_PER_ROUND // self.method.samples,
+                "max_new_tokens": task.max_new_tokens,
+                "samples": self.method.samples,
+            },
         }
         stage = {"learning_rate": self.learning_rate, "batch_size": BATCH_SIZE}
         if self.method.baseline:

@@ -26,6 +26,8 @@ import prepare  # noqa: E402
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, POSITIONS = 4096, 128, 4, 2, 512
 """1.4 million parameters."""
+BEST = 0.25
+"""Share of the candidates, those with the highest training reward, that the start policy learns to give under p."""
 UNSEEN, VALIDATION = 512, 256
 """Queries that the tables report on, and those on which settings are chosen; neither is in training."""
 
@@ -63,10 +65,11 @@ def guided(rows: pl.DataFrame, principle: str) -> pl.DataFrame:
     return rows.with_columns(x=pl.lit(text + "\n") + pl.col("x"))
 
 
-def mixed(plain: pl.DataFrame, good: pl.DataFrame, principle: str) -> pl.DataFrame:
-    """Half x → any response, half [p, x] → a good one: the stand-in for a base that follows instructions."""
-    plain = plain.sample(min(plain.height, good.height), seed=0)
-    rows = pl.concat([plain.select("x", "y"), guided(good, principle).select("x", "y")])
+def start_rows(candidates: pl.DataFrame, rewards: list[float], principle: str) -> pl.DataFrame:
+    """Half x → any response, half [p, x] → one of the best: the stand-in for a base that follows instructions."""
+    best = candidates.filter(pl.Series(rewards) >= pl.Series(rewards).quantile(1 - BEST))
+    plain = candidates.sample(best.height, seed=0)
+    rows = pl.concat([plain.select("x", "y"), guided(best, principle).select("x", "y")])
     return rows.sample(fraction=1.0, shuffle=True, seed=0)
 
 
@@ -93,7 +96,7 @@ def prepare_imdb(inputs: dict[str, Path], output: Path) -> None:
         output,
         {
             "pretrain": train.select(pl.lit("").alias("x"), tail.alias("y")),
-            "sft": mixed(excerpts, excerpts.filter(pl.col("stars") >= prepare.STRONG_STARS), "imdb"),
+            "candidates": excerpts.select("x", "y"),
             "reward": excerpts.select(*labelled).sample(fraction=1.0, shuffle=True, seed=0),
             "reward-test": held_out.select(*labelled),
             "queries": queries(excerpts, 4096, seed=3),
@@ -121,12 +124,11 @@ def prepare_tldr(inputs: dict[str, Path], output: Path) -> None:
     )
     wanted = preferences.filter(split="train").sample(fraction=1.0, shuffle=True, seed=0)
     short = train.filter(pl.col("y").str.split(" ").list.len().is_between(12, 40))
-    good = short.filter(_overlap() >= short.select(_overlap().median()).item())
     write_world(
         output,
         {
             "pretrain": train.select("x", "y"),
-            "sft": mixed(short, good, "tldr"),
+            "candidates": short.select("x", "y"),
             **_halves(wanted, preferences.filter(split="test")),
             "queries": queries(short, 4096, seed=3),
             "references": queries(short, 4096, seed=3),
@@ -143,13 +145,6 @@ def _short_post() -> pl.Expr:
     )
     post = parts.struct.field("post").str.replace_all(r"\s+", " ").str.split(" ").list.head(POST_WORDS).list.join(" ")
     return pl.format("TITLE: {}\nPOST: {}\nTL;DR:", parts.struct.field("title"), post)
-
-
-def _overlap() -> pl.Expr:
-    """Share of a summary's words that its post has: the stand-in for 'highlights the key points'."""
-    words = pl.col("y").str.to_lowercase().str.extract_all(r"[a-z']+").list.unique()
-    post = pl.col("x").str.to_lowercase().str.extract_all(r"[a-z']+").list.unique()
-    return words.list.set_intersection(post).list.len() / words.list.len()
 
 
 # HH
@@ -176,7 +171,7 @@ def prepare_hh(inputs: dict[str, Path], output: Path) -> None:
         output,
         {
             "pretrain": both.sample(fraction=1.0, shuffle=True, seed=0),
-            "sft": mixed(both, train, "hh"),
+            "candidates": both,
             **_halves(wanted, test),
             "queries": queries(train, 4096, seed=3),
             "references": queries(train, 4096, seed=3),
