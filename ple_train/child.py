@@ -20,13 +20,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
 GRACE_SECONDS = 45.0  # torchrun gives its workers 30 s
-PROGRAMS = {"ple": "ple", "ple-gen": "gen", "ple-score": "score", "ple-train": "train"}
-"""Console scripts and their functions in `cli`."""
+PROGRAMS = ("ple", "ple-gen", "ple-score", "ple-train")
 _GPU_DEVICES = ("/dev/nvidia", "/dev/kfd")
 
 
@@ -140,11 +140,9 @@ def _become(command: Sequence[str]) -> NoReturn:
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)
-    import cli
-
     sys.argv = list(command)
-    getattr(cli, PROGRAMS[Path(command[0]).name])()
-    sys.exit()
+    [script] = entry_points(group="console_scripts", name=Path(command[0]).name)
+    sys.exit(script.load()())
 
 
 def _wait(pid: int) -> int:
