@@ -23,7 +23,8 @@ from ple_train.purity import purity
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
 from schemas.records import read_record
-from schemas.reports import PureSet, PurityReport
+from schemas.reports import PureSet, PurityBound, PurityReport
+from tests.run_dir import purity_report
 from tests.tables import table
 from tests.tiny import tiny_adapter
 
@@ -139,6 +140,28 @@ def test_bound_by_hand():
     assert bound.rounds == pytest.approx(6 * bound.l / 0.2 * math.log((1 - 0.2) / (1 / 2 - 0.4)))
     assert bound.median_reward == pytest.approx(0.7)
     assert bound.rounds_by_proof == pytest.approx(6 * bound.l / 0.2 * math.log((0.7 - 0.2) / (0.7 - 0.4)))
+
+
+def test_condition_1_holds_for_every_alpha_at_the_highest_e_0():
+    """e_0 >= (alpha + epsilon/6) / (1 + alpha): 1 >= (alpha + 0.08) / (1 + alpha) always, 0.05 >= ... + 0.5/6 never."""
+    s, s_prompt = uniform_rewards()
+    for e_0, limit, words in ((10.0, 1.0, "every alpha"), (0.5, None, "no alpha")):
+        bound = theorem_bound(s, s_prompt, pure(e_0), pure(5.0), vocabulary=2)
+        assert bound.alpha_limit == limit
+        assert f"condition (1) holds for {words} of Eq. 8" in bound_text(bound)
+
+
+def test_the_bounds_text_says_what_the_numbers_are():
+    """Eq. 17 has the factor alpha, so the number is the one for alpha = 1; l is an estimate that errs both ways."""
+    bound = theorem_bound(*uniform_rewards(), pure(4.0), pure(2.0), vocabulary=2)
+    text = bound_text(bound)
+    assert f"at most {bound.rounds_by_proof:.4g} rounds from e_0 to e_end for alpha = 1; that number times alpha" in text
+    assert f"l = {bound.l:.3g}, an estimate: noise in the histogram raises it" in text
+    assert "at least" not in text
+
+
+def bound_text(bound: PurityBound) -> str:
+    return " ".join(format_purity(purity_report("p").model_copy(update={"bound": bound})).split())
 
 
 def test_bound_says_why_it_says_nothing():

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from ple_data.partition import round_statistics, warnings
-from ple_data.purity_text import percentage, shrinking
+from ple_data.purity_text import L_BIAS, percentage, shrinking
 from ple_data.report import figures, statistics, svg
 from ple_data.report.pairs import visible
 from ple_data.report.section import Section, Table, label
@@ -182,18 +182,18 @@ def _purity(report: PurityReport | None) -> Section:
     values = [
         ("density of the margin, lowest", bound.density_low),
         ("density of the margin, highest", bound.density_high),
-        ("l, at least", bound.l),
+        ("l, estimated", bound.l),
         ("e_0", bound.e_0),
         ("e_end = ε", bound.epsilon),
         ("(3) as printed: rounds I", bound.rounds),
-        ("the proof's own step: rounds I", bound.rounds_by_proof),
+        ("Eq. 17, the proof's own step: rounds, at most", bound.rounds_by_proof),
     ]
     rows = [[name, "–" if value is None else f"{value:.4g}"] for name, value in values]
-    section.tables.append(
-        Table(
-            "Theorem 5.3, on rewards mapped to [0, 1]", ["quantity", "value"], rows, note=_sentence(visible(bound.says))
-        )
+    note = (
+        f"{_sentence(visible(bound.says))} l is {L_BIAS}. The number of Eq. 17 is for α = 1; in general it is that "
+        "number times α, and α < 1."
     )
+    section.tables.append(Table("Theorem 5.3, on rewards mapped to [0, 1]", ["quantity", "value"], rows, note=note))
     return section
 
 
