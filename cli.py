@@ -991,7 +991,9 @@ def purity(**options: Any) -> None:
 @_option("--judge", "judges", type=_PATH, multiple=True, help="Folder of ple judge; may be repeated.")
 @_option("--purity", type=_PATH, help="Folder of ple purity. Default: RUN/purity where it is there.")
 @_option("--cases", type=_PATH, help="Folder of ple cases.")
-@_option("--output", type=_PATH, help="The page; figures/ beside it takes the PNG files. Default: RUN/report.html.")
+@_option(
+    "--output", type=_PATH, help="The page; NAME-figures/ beside it takes the PNG files. Default: RUN/report.html."
+)
 @_method("--tau0", type=click.FloatRange(min=0), help="Threshold of round 0. Default: the recipe's, else 0.2.")
 @_method("--alpha", type=_ALPHA, help="Decay of the threshold. Default: the recipe's, else 0.9.")
 def report(**options: Any) -> None:

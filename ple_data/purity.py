@@ -131,8 +131,8 @@ def theorem_bound(
     """Theorem 5.3 with what can be measured in it: e_0 of the first policy and e_end = epsilon of the last, both at the
     strictest purity that both reach, rewards mapped to [0, 1], l from the margins' density.
 
-    `s`, `s_prompt`: rewards of all pairs; `vocabulary`: |V|. alpha < 1 of Eq. 8 cannot be measured (it needs the optimal
-    policy): (1) is turned into a limit on it, (3) as printed does not contain it, and Eq. 17 is taken at alpha = 1.
+    `s`, `s_prompt`: rewards of all pairs; `vocabulary`: |V|. alpha < 1 of Eq. 8 cannot be measured (it needs the
+    optimal policy): (1) is turned into a limit on it, (3) as printed does not contain it, Eq. 17 is taken at alpha = 1.
     """
     values: dict[str, float | int | None] = dict.fromkeys(PurityBound.model_fields)
     values["vocabulary"] = vocabulary
@@ -176,7 +176,7 @@ def theorem_bound(
 
 
 def _alpha_limit(e_0: float, epsilon: float) -> float | None:
-    """The largest alpha <= 1 for which condition (1) holds, e_0 >= (alpha + epsilon/6) / (1 + alpha); None: for none."""
+    """The largest alpha <= 1 with e_0 >= (alpha + epsilon/6) / (1 + alpha), condition (1); None where there is none."""
     if e_0 <= epsilon / 6:
         return None
     return 1.0 if e_0 >= 1 else min(1.0, (e_0 - epsilon / 6) / (1 - e_0))

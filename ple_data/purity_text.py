@@ -132,8 +132,9 @@ def _bound_lines(bound: PurityBound) -> list[str]:
         lines.append(f"condition (3) as printed: I >= {bound.rounds:.4g} rounds")
     if bound.rounds_by_proof is not None:
         lines.append(
-            f"Eq. 17, the proof's own step, at the median R(x, y_prompt) = {bound.median_reward:.3g} of L(e_0): at most "
-            f"{bound.rounds_by_proof:.4g} rounds from e_0 to e_end for alpha = 1; that number times alpha in general"
+            f"Eq. 17, the proof's own step, at the median R(x, y_prompt) = {bound.median_reward:.3g} of L(e_0): at "
+            f"most {bound.rounds_by_proof:.4g} rounds from e_0 to e_end for alpha = 1; "
+            "that number times alpha in general"
         )
     return [line for text in [*lines, bound.says] for line in wrap(text, WIDTH)]
 

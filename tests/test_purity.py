@@ -155,7 +155,9 @@ def test_the_bounds_text_says_what_the_numbers_are():
     """Eq. 17 has the factor alpha, so the number is the one for alpha = 1; l is an estimate that errs both ways."""
     bound = theorem_bound(*uniform_rewards(), pure(4.0), pure(2.0), vocabulary=2)
     text = bound_text(bound)
-    assert f"at most {bound.rounds_by_proof:.4g} rounds from e_0 to e_end for alpha = 1; that number times alpha" in text
+    assert (
+        f"at most {bound.rounds_by_proof:.4g} rounds from e_0 to e_end for alpha = 1; that number times alpha" in text
+    )
     assert f"l = {bound.l:.3g}, an estimate: noise in the histogram raises it" in text
     assert "at least" not in text
 
