@@ -595,6 +595,7 @@ _baseline_data = _all(
 @_option("--round", type=_COUNT, help="Round T of a folder: its pairs of rounds up to T.")
 @_option("--output", type=_PATH, required=True, help="Folder of the new adapter.")
 @_seed
+@_prompt_format
 @_training(1e-4, 16, "Responses")
 @_gradient_clipping
 @_lora
@@ -841,7 +842,9 @@ def judge(a: str, b: str, spec: str | None, human: bool, **options: Any) -> None
 @_option("--round", type=_COUNT, help="This round only; alpacaeval: the newest if not given.")
 @_option("--output", required=True, help="File: .jsonl or .parquet (alpacaeval: .json), or - for stdout.")
 def export(**options: Any) -> None:
-    """Write the pairs of DATA for other tools. Pairs with equal rewards prefer nothing: they are counted, not written.
+    """Write the pairs of DATA for other tools.
+
+    Pairs with equal rewards prefer nothing: trl-preference counts them and leaves them out.
 
     \b
     Example:
