@@ -595,6 +595,7 @@ _baseline_data = _all(
 @_option("--round", type=_COUNT, help="Round T of a folder: its pairs of rounds up to T.")
 @_option("--output", type=_PATH, required=True, help="Folder of the new adapter.")
 @_seed
+@_prompt_format
 @_training(1e-4, 16, "Responses")
 @_gradient_clipping
 @_lora
@@ -841,7 +842,9 @@ def judge(a: str, b: str, spec: str | None, human: bool, **options: Any) -> None
 @_option("--round", type=_COUNT, help="This round only; alpacaeval: the newest if not given.")
 @_option("--output", required=True, help="File: .jsonl or .parquet (alpacaeval: .json), or - for stdout.")
 def export(**options: Any) -> None:
-    """Write the pairs of DATA for other tools. Pairs with equal rewards prefer nothing: they are counted, not written.
+    """Write the pairs of DATA for other tools.
+
+    Pairs with equal rewards prefer nothing: trl-preference counts them and leaves them out.
 
     \b
     Example:
@@ -991,7 +994,9 @@ def purity(**options: Any) -> None:
 @_option("--judge", "judges", type=_PATH, multiple=True, help="Folder of ple judge; may be repeated.")
 @_option("--purity", type=_PATH, help="Folder of ple purity. Default: RUN/purity where it is there.")
 @_option("--cases", type=_PATH, help="Folder of ple cases.")
-@_option("--output", type=_PATH, help="The page; figures/ beside it takes the PNG files. Default: RUN/report.html.")
+@_option(
+    "--output", type=_PATH, help="The page; NAME-figures/ beside it takes the PNG files. Default: RUN/report.html."
+)
 @_method("--tau0", type=click.FloatRange(min=0), help="Threshold of round 0. Default: the recipe's, else 0.2.")
 @_method("--alpha", type=_ALPHA, help="Decay of the threshold. Default: the recipe's, else 0.9.")
 def report(**options: Any) -> None:

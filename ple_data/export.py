@@ -26,10 +26,7 @@ from schemas.errors import UsageError
 from schemas.files import writing_atomic
 
 STDOUT = "-"
-COLUMNS = [
-    *("query_id", "round", "sample", "x", "x_ids", "y", "y_ids", "y_finish", "s"),
-    *("y_prompt", "y_prompt_ids", "y_prompt_finish", "s_prompt"),
-]
+COLUMNS = ["query_id", "round", "sample", "x", "y", "s", "y_prompt", "s_prompt"]
 ANSWER_COLUMNS = ["sample", "x", "y", "policy"]
 
 Rows = list[dict[str, Any]]
@@ -51,14 +48,14 @@ def export(data: Path, *, format: str, output: str, round: int | None = None) ->
     store = Store(data)
     shards = _shards(store, format, round)
     converted = (FORMATS[format](_read(store, shard, format)) for shard in shards)
+    read = sum(shard.rows for shard in shards)
     count = 0
     with _writer(kind, output) as writer:
         for rows in converted:
             writer.write(rows)
             count += len(rows)
         if not count:
-            raise UsageError(f"{data}: no row to write, as all pairs have equal rewards")
-    read = sum(shard.rows for shard in shards)
+            raise UsageError(f"{data}: no row to write, as {_why_nothing(format, read)}")
     _say(_summary(format, output, count, read, shards))
 
 
@@ -73,16 +70,29 @@ def _output_kind(format: str, output: str) -> str:
 
 
 def _shards(store: Store, format: str, round: int | None) -> list[Shard]:
-    tables = ("answers", "pairs", "responses") if format == "alpacaeval" else ("pairs",)
-    for table in tables:
-        shards = store.shards(table, round=round)
-        if shards and format == "alpacaeval":
-            return [shard for shard in shards if shard.round == shards[-1].round]
-        if shards:
-            return shards
+    shards = _newest_plain(store, round) if format == "alpacaeval" else store.shards("pairs", round=round)
+    if shards:
+        return shards
     of_round = "" if round is None else f" of round {round}"
-    advice = "sample some with ple-gen" if format == "alpacaeval" else "score its responses with ple-score"
-    raise UsageError(f"{store.root} has no {' or '.join(tables)}{of_round}: {advice}")
+    if format == "alpacaeval":
+        raise UsageError(f"{store.root} has no answers or pairs or responses{of_round}: sample some with ple-gen")
+    raise UsageError(f"{store.root} has no pairs{of_round}: score its responses with ple-score")
+
+
+def _newest_plain(store: Store, round: int | None) -> list[Shard]:
+    """The shards of the newest round with plain responses: answers where there are some, else scored or not."""
+    shards = store.shards("answers", round=round)
+    if not shards:
+        tables = [store.shards(table, round=round) for table in ("responses", "pairs")]
+        shards = list({(shard.round, shard.unit): shard for table in tables for shard in table}.values())
+    newest = max((shard.round for shard in shards), default=None)
+    return sorted((shard for shard in shards if shard.round == newest), key=lambda shard: shard.unit)
+
+
+def _why_nothing(format: str, read: int) -> str:
+    if not read:
+        return "its shards hold none"
+    return "all pairs have equal rewards" if format == "trl-preference" else "there is no first sample of a query"
 
 
 def _read(store: Store, shard: Shard, format: str) -> pl.DataFrame:

@@ -106,7 +106,8 @@ def density_bounds(margin: Floats) -> tuple[float, float] | None:
     """c_* and c^*: the lowest and highest density of the margin between its 5 % and 95 % quantiles, from a histogram
     with Freedman-Diaconis bins. None where all these margins are equal.
 
-    The whole density has lower tails, so the true c_* is smaller and the true l = c^*/c_* larger.
+    An estimate of l = c^*/c_* with two biases: the least and the greatest of noisy counts lie too far apart, which
+    raises it, and the tails, where the density is lower, are left out, which lowers it.
     """
     low, high = np.quantile(margin, TAILS)
     inside = margin[(margin >= low) & (margin <= high)]
@@ -130,8 +131,8 @@ def theorem_bound(
     """Theorem 5.3 with what can be measured in it: e_0 of the first policy and e_end = epsilon of the last, both at the
     strictest purity that both reach, rewards mapped to [0, 1], l from the margins' density.
 
-    `s`, `s_prompt`: rewards of all pairs; `vocabulary`: |V|. alpha of Eq. 8 cannot be measured (it needs the optimal
-    policy); the theorem's (3) does not contain it, and (1) is turned into a limit on it.
+    `s`, `s_prompt`: rewards of all pairs; `vocabulary`: |V|. alpha < 1 of Eq. 8 cannot be measured (it needs the
+    optimal policy): (1) is turned into a limit on it, (3) as printed does not contain it, Eq. 17 is taken at alpha = 1.
     """
     values: dict[str, float | int | None] = dict.fromkeys(PurityBound.model_fields)
     values["vocabulary"] = vocabulary
@@ -157,7 +158,7 @@ def theorem_bound(
     assert pure_end.e is not None
     e_0, epsilon = pure_0.e / (high - low), pure_end.e / (high - low)
     values |= {"percent": pure_0.percent, "e_0": e_0, "e_end": epsilon, "epsilon": epsilon}
-    values["alpha_limit"] = (e_0 - epsilon / 6) / (1 - e_0) if epsilon / 6 < e_0 < 1 else None
+    values["alpha_limit"] = _alpha_limit(e_0, epsilon)
     if values["l"] is None:
         return _bound(
             values, "the margins' density is 0 somewhere between its 5 % and 95 % quantiles, so l has no bound"
@@ -172,6 +173,13 @@ def theorem_bound(
         if r > e_0:
             values["rounds_by_proof"] = 6 * l / epsilon * math.log((r - epsilon) / (r - e_0))
     return _bound(values, "; ".join(remains))
+
+
+def _alpha_limit(e_0: float, epsilon: float) -> float | None:
+    """The largest alpha <= 1 with e_0 >= (alpha + epsilon/6) / (1 + alpha), condition (1); None where there is none."""
+    if e_0 <= epsilon / 6:
+        return None
+    return 1.0 if e_0 >= 1 else min(1.0, (e_0 - epsilon / 6) / (1 - e_0))
 
 
 def _printed_bound(values: dict[str, float | int | None], l: float, e_0: float, epsilon: float, vocabulary: int) -> str:  # noqa: E741

@@ -9,6 +9,8 @@ from ple_data.textwidth import printable, shorten, wrap
 from schemas.reports import PureSet, PurityBound, PurityPolicy, PurityReport
 
 _LABEL = 24
+L_BIAS = "an estimate: noise in the histogram raises it, the tails that are left out lower it"
+"""What a person must know of the measured l."""
 
 
 def format_purity(report: PurityReport) -> str:
@@ -118,7 +120,7 @@ def percentage(part: int, whole: int) -> str:
 def _bound_lines(bound: PurityBound) -> list[str]:
     lines = ["Theorem 5.3, on rewards mapped to [0, 1]"]
     if bound.density_low is not None and bound.density_high is not None:
-        l = "unbounded" if bound.l is None else f"{bound.l:.3g} (at least: the tails are left out)"  # noqa: E741
+        l = "unbounded" if bound.l is None else f"{bound.l:.3g}, {L_BIAS}"  # noqa: E741
         lines.append(f"density of the margin from {bound.density_low:.3g} to {bound.density_high:.3g}: l = {l}")
     if bound.e_0 is not None:
         lines.append(
@@ -130,8 +132,9 @@ def _bound_lines(bound: PurityBound) -> list[str]:
         lines.append(f"condition (3) as printed: I >= {bound.rounds:.4g} rounds")
     if bound.rounds_by_proof is not None:
         lines.append(
-            f"the proof's own step, at the median R(x, y_prompt) = {bound.median_reward:.3g} of L(e_0): "
-            f"I >= {bound.rounds_by_proof:.4g} rounds from e_0 to e_end"
+            f"Eq. 17, the proof's own step, at the median R(x, y_prompt) = {bound.median_reward:.3g} of L(e_0): at "
+            f"most {bound.rounds_by_proof:.4g} rounds from e_0 to e_end for alpha = 1; "
+            "that number times alpha in general"
         )
     return [line for text in [*lines, bound.says] for line in wrap(text, WIDTH)]
 

@@ -1,7 +1,9 @@
 """Which responses of a store a method learns from: plain tables of rows, in polars. No torch, no files.
 
 PLE weighs every pair (`ple_data.partition`). Its baselines, and exports for other tools, choose instead: y_prompt given
-x, the best of N responses, or the better of a pair. Each function takes pairs and gives its choice in their columns.
+x, the best of N responses, or the better of a pair. Each function takes pairs with their texts, their token ids or
+both, and carries what there is. A query is known by its id and x: files without ids number their rows, so that ids of
+two stores may be the same.
 """
 
 from __future__ import annotations
@@ -10,25 +12,28 @@ import polars as pl
 
 ARMS = {"y": "s", "y_prompt": "s_prompt"}
 """The arms of a pair, each with its reward."""
-_KEPT = ["query_id", "round", "x", "x_ids"]
+_PARTS = {"": "y", "_ids": "ids"}
+"""What there is of a response: the end of its column in pairs, and its name where each response is a row."""
 
 
 def responses(rows: pl.DataFrame) -> pl.DataFrame:
-    """Every response of every pair as a row of its own: the kept columns, sample, arm, y, ids, finish and reward."""
+    """Every response of every pair as a row of its own: query_id, round, x, x_ids, sample, arm, y, ids and reward."""
     return pl.concat(
         [
             rows.select(
-                *_KEPT,
+                *_query(rows),
                 "sample",
                 pl.lit(arm).alias("arm"),
-                pl.col(arm).alias("y"),
-                pl.col(f"{arm}_ids").alias("ids"),
-                pl.col(f"{arm}_finish").alias("finish"),
+                *[pl.col(arm + part).alias(name) for part, name in _PARTS.items() if arm + part in rows.columns],
                 pl.col(reward).alias("reward"),
             )
             for arm, reward in ARMS.items()
         ]
     )
+
+
+def _query(rows: pl.DataFrame) -> list[str]:
+    return [name for name in ("query_id", "round", "x", "x_ids") if name in rows.columns]
 
 
 def guided(rows: pl.DataFrame) -> pl.DataFrame:
@@ -37,32 +42,37 @@ def guided(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def best_of_n(rows: pl.DataFrame) -> pl.DataFrame:
-    """RAFT (Dong et al. 2023): the response with the highest reward of each (query, round), and of how many (n).
+    """RAFT (Dong et al. 2023): the response with the highest reward of each query and round, and of how many (n).
 
-    All samples and both arms compete; of equal rewards the first sample wins, in it y. `rows` must hold all
-    samples of a query: a shard of a store does.
+    All samples and both arms compete; of equal rewards the first sample wins, in it y. Where the samples of a query
+    stand in several tables, the choices from each are candidates for `best`.
     """
+    return best(responses(rows).with_columns(pl.lit(1, dtype=pl.UInt32).alias("n")))
+
+
+def best(candidates: pl.DataFrame) -> pl.DataFrame:
+    """The best of the responses to each query and round, each of them the best of n; n adds up."""
+    query = _query(candidates)
     order = ["query_id", "round", "reward", "sample", "arm"]
-    ranked = responses(rows).sort(order, descending=[False, False, True, False, False])
-    return ranked.group_by("query_id", "round", maintain_order=True).agg(
-        pl.exclude("query_id", "round").first(), pl.len().alias("n")
-    )
+    ranked = candidates.sort(order, descending=[name == "reward" for name in order], maintain_order=True)
+    return ranked.group_by(query, maintain_order=True).agg(pl.exclude(*query, "n").first(), pl.col("n").sum())
 
 
 def preferences(rows: pl.DataFrame) -> pl.DataFrame:
     """Pairs by reward: chosen is the response with the higher one; pairs with equal rewards (ties) are not in it.
 
-    Columns: the kept ones, sample, then chosen, chosen_ids, chosen_finish, chosen_reward and the same of rejected.
+    Columns: those of the query, sample, then chosen, chosen_ids, chosen_reward and the same of rejected.
     """
     prompted = pl.col("s_prompt") > pl.col("s")
     sides = {"chosen": prompted, "rejected": ~prompted}
     return rows.filter(pl.col("s") != pl.col("s_prompt")).select(
-        *_KEPT,
+        *_query(rows),
         "sample",
         *[
-            pl.when(takes_prompt).then(pl.col(f"y_prompt{column}")).otherwise(pl.col(f"y{column}")).alias(side + column)
+            pl.when(takes_prompt).then(pl.col(f"y_prompt{part}")).otherwise(pl.col(f"y{part}")).alias(side + part)
             for side, takes_prompt in sides.items()
-            for column in ("", "_ids", "_finish")
+            for part in _PARTS
+            if f"y{part}" in rows.columns
         ],
         *[
             pl.when(takes_prompt).then(pl.col("s_prompt")).otherwise(pl.col("s")).alias(f"{side}_reward")
@@ -74,4 +84,10 @@ def preferences(rows: pl.DataFrame) -> pl.DataFrame:
 def references(rows: pl.DataFrame) -> pl.DataFrame:
     """SFT: the reference that came with each query (y), once a query; queries without one are not in it."""
     known = rows.filter(pl.col("reference").is_not_null())
-    return known.unique("query_id", keep="first", maintain_order=True).select(*_KEPT, pl.col("reference").alias("y"))
+    return first_of_each_query(known.select(*_query(rows), pl.col("reference").alias("y")))
+
+
+def first_of_each_query(rows: pl.DataFrame) -> pl.DataFrame:
+    """One row a query, whatever the rounds."""
+    query = [name for name in _query(rows) if name != "round"]
+    return rows.unique(query, keep="first", maintain_order=True)

@@ -6,7 +6,6 @@ Eq. 1 on chosen responses (`ple_data.selection` chooses), by the token ids that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ import polars as pl
 from ple_data import selection
 from ple_data.digests import policy_name
 from ple_data.models import check_adapter, check_model, load_tokenizer
+from ple_data.principles import PromptFormat
 from ple_data.store import Store
 from ple_train.batches import Sequence
-from ple_train.cost import sampled_by_round, training_cost
+from ple_train.cost import training_cost
 from ple_train.log import print_to_log
 from ple_train.loop import LoopSettings, make_accelerator, train_loop
 from ple_train.output import Output
-from ple_train.pairs import Limits, SnapshotShard, read_rows, refuse_foreign_ids
+from ple_train.pairs import Limits, SnapshotShard, read_rows, refuse_foreign_ids, sampled_by_round
 from ple_train.policy import load_policy, resolve_precision
 from ple_train.sft import SftObjective, read_sequences
 from ple_train.tabular import ShuffledSequences, file_digest, refuse_too_long
@@ -30,13 +30,12 @@ from ple_train.train import frozen_snapshot, note_principle, refuse_doubled_stor
 from schemas.errors import UsageError
 
 LEARNING_RATE = 1e-4
-CHOOSERS = {"context-distillation": selection.guided, "raft": selection.best_of_n, "sft": selection.references}
+CHOOSERS = {"context-distillation": selection.guided, "raft": selection.best_of_n}
 SAMPLED_FOR = {"context-distillation": ("y_prompt_ids",), "raft": ("y_ids", "y_prompt_ids"), "sft": ()}
 """The ids whose sampling a method needs, whether it trains on them or not."""
-COLUMNS = [
-    *("query_id", "round", "sample", "x", "x_ids", "y", "y_ids", "y_finish", "s"),
-    *("y_prompt", "y_prompt_ids", "y_prompt_finish", "s_prompt", "reference"),
-]
+COLUMNS = ["query_id", "round", "sample", "s", "s_prompt", "x_ids", "y_ids", "y_prompt_ids"]
+REFERENCE_COLUMNS = ["query_id", "round", "x_ids", "reference"]
+_TOKENIZED_AT_ONCE = 1024
 
 
 def baseline(
@@ -55,6 +54,7 @@ def baseline(
     epochs: int = 1,
     batch_size: int = 16,
     max_length: int | None = None,
+    prompt_format: PromptFormat = "auto",
     max_grad_norm: float = 1.0,
     seed: int = 0,
     resume: bool = True,
@@ -70,8 +70,9 @@ def baseline(
 
     method: `context-distillation` (y_prompt given x) and `sft` (the queries' references) take all rounds ≤ `round`, as
     ple-train does; `raft` (the best response of each query) takes `round` alone, as RAFT trains on the samples of the
-    current policy. `sft` also takes files of (x, y) rows instead of stores, and then needs no `round`.
-    `batch_size` is in responses. Pairs longer than `max_length` ids with x are left out, as in ple-train.
+    current policy. `sft` also takes files of (x, y) rows instead of stores, and then needs no `round`; `prompt_format`
+    is how their x becomes a prompt. `batch_size` is in responses. Pairs (in `sft` references) longer than `max_length`
+    ids with x are left out, and counted on stderr.
     Raises UsageError, DamagedError (a shard), LockedError (another process writes `output`), PleError (NaN).
     """
     settings: dict[str, Any] = dict(locals())
@@ -81,11 +82,15 @@ def baseline(
     if adapter:
         refuse_other_lora(check_adapter(adapter, model), lora_rank, lora_alpha)
     refuse_doubled_stores(data)
-    files = [path for path in data if method == "sft" and path.is_file()]
+    files = _files(data) if method == "sft" else []
     if not files and round is None:
         raise UsageError("--round is missing: it says up to which round the pairs of --data are taken")
-    if files and len(files) < len(data):
-        raise UsageError("--data holds files and stores; give files of (x, y) rows or stores, not both")
+    if not files and prompt_format != "auto":
+        raise UsageError(
+            "--prompt-format goes with files of (x, y) rows; the pairs of a folder have their prompts: leave it out"
+        )
+    if not files:
+        del settings["prompt_format"]
     settings["data"] = [str(path) for path in data]
     settings["weights"] = policy_name(model, adapter, revision)
     settings["data_digests"] = [file_digest(path) for path in files]
@@ -109,13 +114,14 @@ def baseline(
         )
         sampled: dict[int, int] = {}
         if files:
-            sequences = [s for path in files for s in read_sequences(path, tokenizer, max_length)]
+            sequences = [s for path in files for s in read_sequences(path, tokenizer, max_length, prompt_format)]
             refuse_too_long(sequences, policy.positions, model)
         else:
             assert round is not None
-            snapshot = chosen_rounds(method, frozen_snapshot(out, data, round, max_length), round)
+            longest_pair = None if method == "sft" else max_length  # the pair of a reference is not trained on
+            snapshot = frozen_snapshot(out, data, round, longest_pair, first=round if method == "raft" else 0)
             sequences = choose(method, snapshot, max_length, tokenizer, policy)
-            sampled = sampled_by_round(rows_of(snapshot, max_length), SAMPLED_FOR[method])
+            sampled = sampled_by_round(snapshot, SAMPLED_FOR[method])
             if method == "raft":
                 note_principle(Store(path).scan("pairs", round=round) for path in data)
         stream = ShuffledSequences(sequences, batch_size, seed, divisor=lambda batch: sum(s.response for s in batch))
@@ -141,26 +147,28 @@ def title(model: str, method: str, round: int | None) -> str:
     return f"{Path(model).name}, {method}" + ("" if round is None else f", round {round}")
 
 
-def chosen_rounds(method: str, snapshot: list[SnapshotShard], round: int) -> list[SnapshotShard]:
-    """The shards that a method trains on: raft those of `round`, the others all."""
-    return [part for part in snapshot if part.shard.round == round or method != "raft"]
-
-
-def rows_of(snapshot: list[SnapshotShard], max_length: int | None) -> Iterator[pl.DataFrame]:
-    """The pairs of a snapshot that fit `max_length`, one shard after another."""
-    return (read_rows(part, COLUMNS, max_length) for part in snapshot)
+def _files(data: list[Path]) -> list[Path]:
+    """The files among `data`: all or none. Raises UsageError where one is missing, and for files beside folders."""
+    for path in data:
+        if not path.exists():
+            raise UsageError(f"--data {path}: no such file or folder; correct the path")
+    files = [path for path in data if path.is_file()]
+    if files and len(files) < len(data):
+        raise UsageError("--data holds files and stores; give files of (x, y) rows or stores, not both")
+    return files
 
 
 def choose(
     method: str, snapshot: list[SnapshotShard], max_length: int | None, tokenizer: Any, limits: Limits
 ) -> list[Sequence]:
     """The responses that a method learns from, as sequences. Raises UsageError where there is none."""
-    chosen = [CHOOSERS[method](frame) for frame in rows_of(snapshot, max_length)]
-    rows = pl.concat(chosen)
     if method == "sft":
-        rows = rows.unique("query_id", keep="first", maintain_order=True)
-        ids = reference_ids(rows["y"].to_list(), tokenizer)
-        rows = rows.with_columns(pl.Series("ids", ids, dtype=pl.List(pl.Int32)))
+        frames = [selection.references(read_rows(part, REFERENCE_COLUMNS, None)) for part in snapshot]
+        rows = selection.first_of_each_query(pl.concat(frames))
+        rows = rows.with_columns(reference_ids(rows["y"], tokenizer).alias("ids")).drop("y")
+    else:
+        frames = [CHOOSERS[method](read_rows(part, COLUMNS, max_length)) for part in snapshot]
+        rows = selection.best(pl.concat(frames)) if method == "raft" else pl.concat(frames)
     sequences = []
     for query, round, x_ids, ids in rows.select("query_id", "round", "x_ids", "ids").iter_rows():
         sequence = Sequence(np.array([*x_ids, *ids], dtype=np.int32), len(x_ids))
@@ -170,14 +178,20 @@ def choose(
     if not sequences:
         raise UsageError(f"{method}: no response to train on in --data{_hint(method)}")
     print_to_log(f"{method}: {len(sequences)} responses{_best_of(rows)}")
+    if left_out := rows.height - len(sequences):
+        too_long = "" if max_length is None else f", or longer than --max-length {max_length}"
+        print_to_log(f"{left_out} responses left out: empty{too_long}")
     return sequences
 
 
-def reference_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+def reference_ids(texts: pl.Series, tokenizer: Any) -> pl.Series:
     """Token ids of reference texts, each with an end-of-sequence id."""
-    if not texts:
-        return []
-    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    ids = pl.Series([], dtype=pl.List(pl.Int32))
+    for first in range(0, len(texts), _TOKENIZED_AT_ONCE):
+        part = texts[first : first + _TOKENIZED_AT_ONCE].to_list()
+        found = tokenizer(part, add_special_tokens=False)["input_ids"]
+        ids.append(pl.Series([[*row, tokenizer.eos_token_id] for row in found], dtype=ids.dtype))
+    return ids
 
 
 def _hint(method: str) -> str:

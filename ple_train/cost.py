@@ -1,25 +1,11 @@
 """What a training cost: tokens sampled for it, tokens trained on, seconds. So that methods are compared at equal cost.
 
-It never reads data; the metrics of the steps and the rows of a snapshot are handed in.
+It never reads data; the metrics of the steps and what was sampled are handed in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
-
-import polars as pl
-
-
-def sampled_by_round(frames: Iterable[pl.DataFrame], columns: Iterable[str]) -> dict[int, int]:
-    """Ids in the list columns `columns` by round, over frames with a column `round`."""
-    counts: dict[int, int] = {}
-    zero = pl.lit(0, dtype=pl.Int64)
-    lengths = pl.sum_horizontal(zero, *(pl.col(name).list.len().cast(pl.Int64) for name in columns))
-    for frame in frames:
-        for round, tokens in frame.group_by("round").agg(lengths.sum()).iter_rows():
-            counts[round] = counts.get(round, 0) + tokens
-    return counts
 
 
 def training_cost(

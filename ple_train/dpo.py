@@ -17,12 +17,12 @@ from ple_data import selection
 from ple_data.digests import policy_name
 from ple_data.models import check_adapter, check_model, load_tokenizer
 from ple_data.progress import Progress
-from ple_train.baseline import LEARNING_RATE, rows_of, title
-from ple_train.cost import sampled_by_round, training_cost
+from ple_train.baseline import COLUMNS, LEARNING_RATE, title
+from ple_train.cost import training_cost
 from ple_train.log import print_to_log
 from ple_train.loop import make_accelerator
 from ple_train.output import Output
-from ple_train.pairs import refuse_foreign_ids
+from ple_train.pairs import read_rows, refuse_foreign_ids, sampled_by_round
 from ple_train.policy import load_trainable
 from ple_train.train import frozen_snapshot, refuse_doubled_stores, refuse_other_lora
 from ple_train.trl_tools import (
@@ -87,7 +87,8 @@ def dpo(
         if out.finished:
             return
         snapshot = frozen_snapshot(out, data, round, max_length)
-        pairs = preference_pairs([selection.preferences(rows) for rows in rows_of(snapshot, max_length)], snapshot)
+        frames = [selection.preferences(read_rows(part, COLUMNS, max_length)) for part in snapshot]
+        pairs = preference_pairs(frames, snapshot)
         tokenizer = load_tokenizer(model, revision, note=print_to_log)
         policy = load_trainable(
             model,
@@ -112,7 +113,7 @@ def dpo(
                 | micro_batching(pairs, batch_size, microbatch_tokens),
             )
         shutil.rmtree(scratch, ignore_errors=True)
-        sampled = sampled_by_round(rows_of(snapshot, max_length), ("y_ids", "y_prompt_ids"))
+        sampled = sampled_by_round(snapshot, ("y_ids", "y_prompt_ids"))
         trained = epochs * pairs.select(pl.sum_horizontal(pl.col(name).list.len() for name in IDS[1:]).sum()).item()
         cost = training_cost(history, sampled=sampled.pop(round, 0), reused=sum(sampled.values()), trained=trained)
         out.finish(policy, tokenizer, history, title=title(model, "dpo", round), cost=cost)
@@ -174,12 +175,11 @@ def _train(
             return dataset
 
     names = {"x_ids": "prompt_ids", "chosen_ids": "chosen_ids", "rejected_ids": "rejected_ids"}
-    columns = {new: pairs[old].to_list() for old, new in names.items()}
     config = DPOConfig(**arguments | {"gradient_checkpointing": gradient_checkpointing}, beta=beta, max_length=None)
     trainer = IdsTrainer(
         model=with_float32_logits(policy),
         args=one_device(config),
-        train_dataset=Dataset.from_dict(columns),
+        train_dataset=Dataset.from_polars(pairs.select(names.keys()).rename(names)),
         processing_class=tokenizer,
     )
     if "ref" in policy.peft_config:

@@ -164,28 +164,40 @@ def read_rows(part: SnapshotShard, columns: list[str], max_length: int | None) -
     return frame if max_length is None else frame.filter(fits(max_length))
 
 
+def sampled_by_round(snapshot: list[SnapshotShard], columns: tuple[str, ...]) -> dict[int, int]:
+    """Ids in the list columns `columns` by round: of every row of the shards, whether it fits `max_length` or not."""
+    counts: dict[int, int] = {}
+    for part in snapshot:
+        rows = read_rows(part, ["round", *columns], None)
+        tokens = sum(int(rows[name].list.len().sum()) for name in columns)
+        counts[part.shard.round] = counts.get(part.shard.round, 0) + tokens
+    return counts
+
+
 def fits(max_length: int) -> pl.Expr:
     """Whether x with either response is at most `max_length` ids long."""
     longest = pl.max_horizontal(pl.col("y_ids").list.len(), pl.col("y_prompt_ids").list.len())
     return pl.col("x_ids").list.len() + longest <= max_length
 
 
-def freeze(data: list[Path], round: int, max_length: int | None) -> list[SnapshotShard]:
-    """The snapshot to train on: every committed pairs shard of rounds ≤ `round` of all stores.
+def freeze(data: list[Path], round: int, max_length: int | None, first: int = 0) -> list[SnapshotShard]:
+    """The snapshot to train on: every committed pairs shard of rounds `first` to `round` of all stores.
 
-    Raises UsageError where a store, or a round up to `round` in all of them, has no pairs.
+    Raises UsageError where one of these rounds has no pairs in any of them.
     """
     parts = []
     for root in data:
         store = Store(root)
         for shard in store.shards("pairs", max_round=round):
+            if shard.round < first:
+                continue
             rows = shard.rows
             if max_length is not None:
                 lengths = pl.DataFrame(pl.from_arrow(store.read(shard, columns=ID_COLUMNS)))
                 rows = lengths.filter(fits(max_length)).height
             parts.append(SnapshotShard(Path(root), shard, rows))
     present = {part.shard.round for part in parts}
-    missing = [t for t in range(round + 1) if t not in present]
+    missing = [t for t in range(first, round + 1) if t not in present]
     if missing:
         names = ", ".join(str(path) for path in data)
         raise UsageError(
@@ -197,8 +209,9 @@ def freeze(data: list[Path], round: int, max_length: int | None) -> list[Snapsho
     return parts
 
 
-def refuse_doubled_pairs(data: list[Path], round: int) -> None:
-    """Raise UsageError where all pairs of a store stand in another, and warn where some do: they count twice.
+def refuse_doubled_pairs(data: list[Path], round: int, first: int = 0) -> None:
+    """Raise UsageError where all pairs of rounds `first` to `round` of a store stand in another, and warn where some
+    do: they count twice.
 
     A pair is the same where policy, query and all token ids are: a copy of a store, the store of another reward model,
     rows that were reused. Keeps eight bytes a pair.
@@ -206,7 +219,8 @@ def refuse_doubled_pairs(data: list[Path], round: int) -> None:
     if len(data) < 2:
         return
     key = pl.struct("policy", "query_id", "sample", "y_ids", "y_prompt_ids").hash().unique().alias("key")
-    keys = [collect(Store(root).scan("pairs", max_round=round).select(key))["key"] for root in data]
+    rows = [Store(root).scan("pairs", max_round=round).filter(pl.col("round") >= first) for root in data]
+    keys = [collect(frame.select(key))["key"] for frame in rows]
     for first, second in itertools.combinations(range(len(data)), 2):
         shared = int(keys[first].is_in(keys[second].implode()).sum())
         what = f"{shared} pairs of --data {data[first]} stand in --data {data[second]} too, and would count twice"

@@ -18,20 +18,19 @@ from ple_data.partition import Without, round_statistics, tau
 from ple_data.partition import warnings as partition_warnings
 from ple_data.store import Store, collect
 from ple_train.checkpoint import refuse_other_settings
-from ple_train.cost import sampled_by_round, training_cost
+from ple_train.cost import training_cost
 from ple_train.log import print_to_log
 from ple_train.loop import LoopSettings, make_accelerator, train_loop
 from ple_train.objective import PairObjective
 from ple_train.output import Output
 from ple_train.pairs import (
-    ID_COLUMNS,
     PairStream,
     Partition,
     SnapshotShard,
     fits,
     freeze,
-    read_rows,
     refuse_doubled_pairs,
+    sampled_by_round,
     snapshot_record,
     thaw,
 )
@@ -140,9 +139,7 @@ def train(
         history = train_loop(
             accelerator, policy, policy.trainable(), stream, objective, loop, out.checkpoints, out.report
         )
-        sampled = sampled_by_round(
-            (read_rows(part, ["round", *ID_COLUMNS], max_length) for part in snapshot), ("y_ids", "y_prompt_ids")
-        )
+        sampled = sampled_by_round(snapshot, ("y_ids", "y_prompt_ids"))
         cost = training_cost(history, sampled=sampled.pop(round, 0), reused=sum(sampled.values()))
         title = f"{Path(model).name}, PLE round {round}" + (f" without {without}" if without else "")
         out.finish(policy.model, tokenizer, history, title=title, cost=cost)
@@ -210,15 +207,19 @@ def note_principle(stores: Iterable[pl.LazyFrame]) -> None:
         )
 
 
-def frozen_snapshot(out: Output, data: list[Path], round: int, max_length: int | None) -> list[SnapshotShard]:
-    """The shards this training sees: frozen when it first started, the same after every restart."""
+def frozen_snapshot(
+    out: Output, data: list[Path], round: int, max_length: int | None, first: int = 0
+) -> list[SnapshotShard]:
+    """The shards of rounds `first` to `round` that this training sees: frozen when it first started, the same after
+    every restart.
+    """
     path = out.private / "snapshot.json"
     frozen = read_snapshot(path) if out.resume else None
     if frozen is not None:
         refuse_other_settings(out.settings, frozen["settings"], out.directory)
     elif out.accelerator.is_main_process:
-        snapshot = freeze(data, round, max_length)
-        refuse_doubled_pairs(data, round)
+        snapshot = freeze(data, round, max_length, first)
+        refuse_doubled_pairs(data, round, first)
         left_out = sum(part.shard.rows - part.rows for part in snapshot)
         if left_out:
             print_to_log(f"{left_out} pairs left out: longer than --max-length {max_length}")

@@ -158,10 +158,11 @@ class PurityBound(_Part):
     (the proof's assumption): reward r stands at (r - reward_low) / (reward_high - reward_low). Fields are None where
     they could not be measured; `says` tells why.
 
-    percent: the purity at which e_0 (first policy) and e_end (last) were taken; l = density_high / density_low;
-    epsilon = e_end; alpha_limit: condition (1) holds for an alpha of Eq. 8 up to here; rounds: condition (3) as
-    printed; rounds_by_proof: 6 l / epsilon * log((r - epsilon) / (r - e_0)), the proof's own step before it puts 1 and
-    1/|V| for r = R(x, y_prompt), at `median_reward`, the median r in L(e_0).
+    percent: the purity at which e_0 (first policy) and e_end (last) were taken; l = density_high / density_low, an
+    estimate; epsilon = e_end; alpha_limit: condition (1) holds for an alpha of Eq. 8 up to here (alpha < 1 there, so 1
+    is every alpha); rounds: condition (3) as printed; rounds_by_proof: Eq. 17, the proof's own step before it puts 1
+    and 1/|V| for r = R(x, y_prompt), 6 l alpha / epsilon * log((r - epsilon) / (r - e_0)) for alpha = 1, at
+    `median_reward`, the median r in L(e_0).
     """
 
     percent: int | None

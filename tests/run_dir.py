@@ -14,6 +14,7 @@ from schemas.reports import (
     Comparison,
     Estimate,
     EvalReport,
+    JudgePart,
     JudgeReport,
     PolicyResult,
     PureSet,
@@ -53,12 +54,12 @@ def plain_rows(count: int, t: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def make_run(root: Path, rounds: list[list[dict[str, Any]]], label: str = "policy") -> Path:
-    """RUN with recipe, data, stages, metrics and purity; `label` names models and policies."""
+def make_run(root: Path, rounds: list[list[dict[str, Any]]], label: str = "policy", **keys: Any) -> Path:
+    """RUN with recipe, data, stages, metrics and purity; `label` names models and policies, `keys` go to the recipe."""
     (root / "data").mkdir(parents=True)
     add_pairs(root / "data", rounds)
     recipe = {"model": label, "queries": "q.jsonl", "principles": "hh", "reward_model": "r", "run_dir": str(root)}
-    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"tau0": TAU0, "alpha": ALPHA}))
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"tau0": TAU0, "alpha": ALPHA} | keys))
     stages = [{"stage": "sft", "round": None, "command": [], "start": "", "end": None, "seconds": 61.5, "exit_code": 0}]
     for t in range(len(rounds)):
         for stage, code in (("gen", 1), ("gen", 0), ("score", 0), ("train", None)):
@@ -111,9 +112,10 @@ def make_results(folder: Path, label: str = "policy") -> dict[str, tuple[Path, .
         ],
         comparisons=[Comparison(label=label, baseline="base", metric=f"reward:{label}", difference=value)],
     )
+    part = JudgePart(by="kind", name="harmful", wins=3, ties=1, losses=0, unparsed=0, win_rate=None)
     verdicts = JudgeReport(
         a=label, b="base", judge=label, wins=7, ties=2, losses=1, unparsed=1, win_rate=value, prompt_tokens=90,
-        completion_tokens=9, annotators=3, kappa=0.5
+        completion_tokens=9, annotators=3, kappa=0.5, parts=[part]
     )  # fmt: skip
     rows = [
         {"label": name, "policy": name, "query_id": "1", "sample": 0, "x": f"case {label}", "y": f"{name} says no",

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cli
@@ -38,10 +39,10 @@ def frame(rows: list[dict], round: int = 0) -> pl.DataFrame:
 # --- what is chosen ------------------------------------------------------------------------------------------------
 
 FOUR = [
-    {"query_id": "a", "sample": 0, "y": "a0", "y_prompt": "A0", "s": 1.0, "s_prompt": 2.0},
-    {"query_id": "a", "sample": 1, "y": "a1", "y_prompt": "A1", "s": 3.0, "s_prompt": -1.0},
-    {"query_id": "b", "sample": 0, "y": "b0", "y_prompt": "B0", "s": 0.5, "s_prompt": 0.5},
-    {"query_id": "b", "sample": 1, "y": "b1", "y_prompt": "B1", "s": 0.5, "s_prompt": 0.25},
+    {"query_id": "a", "x": "A?", "sample": 0, "y": "a0", "y_prompt": "A0", "s": 1.0, "s_prompt": 2.0},
+    {"query_id": "a", "x": "A?", "sample": 1, "y": "a1", "y_prompt": "A1", "s": 3.0, "s_prompt": -1.0},
+    {"query_id": "b", "x": "B?", "sample": 0, "y": "b0", "y_prompt": "B0", "s": 0.5, "s_prompt": 0.5},
+    {"query_id": "b", "x": "B?", "sample": 1, "y": "b1", "y_prompt": "B1", "s": 0.5, "s_prompt": 0.25},
 ]
 
 
@@ -180,6 +181,112 @@ def test_sft_takes_files_and_goes_on_from_an_adapter(run, adapter, plain, policy
         run("sft", "both", data=[rows, tmp_path])
     with pytest.raises(UsageError, match="--round is missing"):
         run("raft", "none", round=None)
+
+
+def test_a_data_file_that_is_not_there_is_named(run, tmp_path):
+    with pytest.raises(UsageError, match=r"typo\.jsonl: no such file or folder"):
+        run("sft", data=[tmp_path / "typo.jsonl"], round=None)
+
+
+def test_rows_of_a_file_are_rendered_as_asked(chat_policy, tmp_path):
+    """Prompts do not train: the response's tokens are the same, what stands before them is not."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"x": "the film", "y": " great."}\n')
+    losses = {}
+    for prompt_format in ("auto", "chat", "plain"):
+        baselines.baseline(
+            "sft",
+            model=str(chat_policy),
+            data=[rows],
+            output=tmp_path / prompt_format,
+            prompt_format=prompt_format,
+        )
+        losses[prompt_format] = first_loss(tmp_path / prompt_format)
+    assert losses["auto"] == losses["chat"] != losses["plain"]
+
+
+def test_a_stores_prompts_are_not_rendered_anew(run):
+    with pytest.raises(UsageError, match="--prompt-format goes with files"):
+        run("sft", prompt_format="plain")
+
+
+def test_references_that_are_too_long_are_counted_whatever_the_pairs_length(run, policy, capsys):
+    """x has 3 ids, the references have 3 and 4 with their end; the pairs' own responses do not count."""
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    short, long = sorted(3 + len(tokenizer(text).input_ids) + 1 for text in (" great.", " very bad."))
+    assert short < long
+    trained = record(run("sft", max_length=short))["cost"]["tokens_trained"]
+    assert trained == 3 * (short - 3)
+    assert f"3 responses left out: empty, or longer than --max-length {short}" in capsys.readouterr().err
+
+
+def two_stores(tmp_path: Path, rows: list[dict], others: list[dict], round: int = 0) -> list[Path]:
+    for name, content in (("one", rows), ("two", others)):
+        Store(tmp_path / name).commit("pairs", round, "00000-0", table("pairs", content, round), {})
+    return [tmp_path / "one", tmp_path / "two"]
+
+
+def trained_on(monkeypatch) -> list[list[list[int]]]:
+    """The token ids of every training that follows, sorted."""
+    found = []
+
+    class Watched(baselines.ShuffledSequences):
+        def __init__(self, sequences, *words, **options) -> None:
+            found.append(sorted(sequence.ids.tolist() for sequence in sequences))
+            super().__init__(sequences, *words, **options)
+
+    monkeypatch.setattr(baselines, "ShuffledSequences", Watched)
+    return found
+
+
+def test_raft_takes_the_best_over_all_stores_of_its_round_alone(run, tmp_path, capsys, monkeypatch):
+    """Samples of one query in two stores are one best of 4; another query with the same number is another one."""
+    first = row(1, 0.0, 1.0)
+    better = row(1, 3.0, 2.0, sample=1, y_ids=[25, 26])
+    other = row(2, 5.0, 4.0, query_id="q1")
+    found = trained_on(monkeypatch)
+    run("raft", data=two_stores(tmp_path, [first], [better, other], round=1))
+    assert found == [sorted([[*better["x_ids"], 25, 26], [*other["x_ids"], *other["y_ids"]]])]
+    assert "raft: 2 responses, each the best of 2 or 4" in capsys.readouterr().err
+
+
+def test_references_of_two_stores_with_the_same_ids_are_both_kept(run, policy, tmp_path, monkeypatch):
+    one, two = row(1, 0.0, 1.0), row(2, 0.0, 1.0, query_id="q1")
+    found = trained_on(monkeypatch)
+    run("sft", data=two_stores(tmp_path, [one, one | {"sample": 1}], [two]), round=0)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    assert found == [
+        sorted([*r["x_ids"], *tokenizer(r["reference"]).input_ids, tokenizer.eos_token_id] for r in (one, two))
+    ]
+
+
+@pytest.mark.parametrize("method", ["context-distillation", "raft", "dpo", "ple"])
+def test_tokens_sampled_are_those_of_all_rows_also_of_those_left_out(run, policy, pairs, tmp_path, method):
+    """max_length 5 leaves out every pair with a response of more than 2 ids."""
+    if method == "ple":
+        output = tmp_path / "out"
+        training.train(model=str(policy), data=[pairs], round=1, output=output, tau0=0.2, max_length=5)
+    else:
+        output = run(method, max_length=5)
+    arms = ("y_prompt_ids",) if method == "context-distillation" else ("y_ids", "y_prompt_ids")
+    new, reused = (sum(len(r[arm]) for r in ROUNDS[t] for arm in arms) for t in (1, 0))
+    cost = record(output)["cost"]
+    assert (cost["tokens_sampled"], cost["tokens_reused"]) == (new, 0 if method == "raft" else reused)
+    assert cost["tokens_trained"] < new + reused
+
+
+def test_texts_are_not_read_where_ids_are_enough(run, monkeypatch):
+    read, found = Store.read, set()
+
+    def watched(self, shard, columns=None):
+        found.update(columns or ["all"])
+        return read(self, shard, columns)
+
+    monkeypatch.setattr(Store, "read", watched)
+    for method in ("sft", "context-distillation", "raft", "dpo"):
+        run(method, method)
+    assert not {"x", "y", "y_prompt", "all"} & found
+    assert {"x_ids", "y_ids", "reference"} <= found
 
 
 def test_a_store_without_references_is_refused(run, tmp_path):
@@ -357,6 +464,8 @@ def test_options_are_the_functions_parameters_and_the_recipes(method):
     function = dpo_room.dpo if method == "dpo" else baselines.baseline
     parameters = dict(inspect.signature(function).parameters)
     parameters.pop("method", None)
+    if method != "sft":
+        parameters.pop("prompt_format", None)
     assert set(options) == set(parameters)
     for name, parameter in parameters.items():
         if options[name].required:
@@ -448,6 +557,81 @@ def test_ppo_samples_to_its_budget_and_writes_an_adapter(policy, queries, letter
     assert "is complete already" in capsys.readouterr().err
 
 
+@pytest.fixture
+def run_ppo(policy, queries, letters, tmp_path):
+    """Train by PPO into tmp_path/NAME, in micro-batches of 3 of 6 responses → the directory."""
+
+    def run(name: str, **more) -> Path:
+        options = {"sampled_tokens": 40, "max_new_tokens": 6, "batch_size": 6, "microbatch_tokens": 64, **more}
+        ppo_room.ppo(
+            model=str(policy),
+            queries=str(queries),
+            reward_model=letters,
+            output=tmp_path / name,
+            learning_rate=1e-3,
+            **options,
+        )
+        return tmp_path / name
+
+    return run
+
+
+def lora_weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter_model.safetensors")
+
+
+def test_equal_seeds_give_equal_adapters_in_one_step_a_pass_over_the_batch(run_ppo):
+    """Also in the last batch of a pass over the queries, after which accelerate would step with every micro-batch."""
+    steps = []
+    hook = register_optimizer_step_pre_hook(lambda *_: steps.append(1) and None)
+    try:
+        first = run_ppo("first")
+    finally:
+        hook.remove()
+    updates = record(first)["steps"]
+    assert updates >= 2
+    assert len(steps) == ppo_room.PPO_EPOCHS * updates
+    second = lora_weights(run_ppo("second"))
+    for name, weight in lora_weights(first).items():
+        assert torch.equal(second[name], weight), name
+
+
+@pytest.mark.parametrize(("norm", "moves"), [(1e-12, False), (1.0, True)])
+def test_ppo_clips_gradients(run_ppo, norm, moves):
+    """AdamW adds 1e-8 to the root of the second moment: gradients of a norm of 1e-12 move a weight by 1e-4 of the
+    learning rate at most, other gradients by about the learning rate.
+    """
+    weights = lora_weights(run_ppo("out", max_grad_norm=norm, sampled_tokens=1))
+    moved = max(weight.abs().max().item() for name, weight in weights.items() if "lora_B" in name)
+    assert (moved > 1e-4) == moves
+    assert moves or moved < 1e-6
+
+
+def test_ppo_measures_against_the_start_policy_when_it_goes_on_from_an_adapter(
+    run_ppo, adapter, plain, policy, monkeypatch
+):
+    """The first step's KL by hand: the mean over responses of log pi_adapter(y|x) - log pi_0(y|x)."""
+    from peft import PeftModel
+
+    seen, backbone = [], ppo_room.RewardScorer.backbone
+
+    def watched(self, input_ids, attention_mask, **more):
+        rows = [(ids.tolist(), mask.tolist()) for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
+        starts = [mask.index(True) for _, mask in rows]
+        width = self._query_width([ids for ids, _ in rows], starts)
+        for (ids, mask), start in zip(rows, starts, strict=True):
+            seen.append((ids[start:width], [i for i, kept in zip(ids[width:], mask[width:], strict=True) if kept]))
+        return backbone(self, input_ids, attention_mask, **more)
+
+    monkeypatch.setattr(ppo_room.RewardScorer, "backbone", watched)
+    output = run_ppo("out", adapter=str(adapter), sampled_tokens=1)
+    begun = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy), adapter).double().eval()
+    assert len(seen) == 6
+    kl = sum(sum(logps(begun, x, y)) - sum(logps(plain, x, y)) for x, y in seen) / len(seen)
+    assert abs(kl) > 0.1
+    assert pl.read_parquet(output / "metrics.parquet")["objective_kl"][0] == pytest.approx(kl, rel=1e-4)
+
+
 def test_ppo_refuses_what_cannot_work(policy, queries, letters, tmp_path):
     options = {"model": str(policy), "queries": str(queries), "output": tmp_path / "ppo", "sampled_tokens": 40}
     with pytest.raises(UsageError, match="12 different queries of at most 256 tokens, fewer than one batch"):
@@ -487,6 +671,16 @@ def test_the_scorer_reads_query_and_response_out_of_padded_ids(policy):
     assert rewards.rows == [("X short", f"{tail} great."), ("X long", " very bad.")]
     assert scores.tolist() == [len(y) for _, y in rewards.rows]
     assert scorer.tokens == len(long) - len(short) + len(good) + 1 + len(bad)
+
+
+def test_a_row_alone_is_read_as_the_longest_query_that_it_begins_with(policy):
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    short, long = (tuple(tokenizer(text).input_ids) for text in ("the film", "the film was great"))
+    row = torch.tensor([[*long, *tokenizer(" and funny.").input_ids]])
+    rewards = Recorder()
+    scorer = ppo_room.RewardScorer(rewards, tokenizer, {short: "X short", long: "X long"})
+    scorer.backbone(row, torch.ones_like(row))
+    assert rewards.rows == [("X long", " and funny.")]
 
 
 def test_a_tokenizer_that_pads_with_its_end_gets_another_pad(tmp_path):

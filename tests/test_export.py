@@ -97,6 +97,34 @@ def test_alpacaeval_takes_plain_responses_of_the_newest_round_answers_first(data
     assert json.loads((tmp_path / "out.json").read_text()) == expected
 
 
+def test_alpacaeval_takes_the_newest_round_scored_or_not(data, tmp_path):
+    """Round 2 is scored in its first unit only; the rows of the second one are responses still."""
+    rows = [{"x": f"Why {n}?", "y": f"reason {n}"} for n in (0, 1)]
+    for unit, row in enumerate(rows):
+        Store(data).commit("responses", 2, f"{unit:05d}-2", table("responses", [row], 2), {})
+    Store(data).commit("pairs", 2, "00000-2", table("pairs", rows[:1], 2), {})
+    export(data, format="alpacaeval", output=str(tmp_path / "out.json"))
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["instruction"], row["output"]) for row in found] == [("Why 0?", "reason 0"), ("Why 1?", "reason 1")]
+
+
+@pytest.mark.parametrize(
+    ("format", "rows", "why"),
+    [
+        ("trl-preference", ROWS[2:], "all pairs have equal rewards"),
+        ("alpacaeval", [ROWS[0] | {"sample": 1}], "there is no first sample of a query"),
+        ("trl-preference", [], "its shards hold none"),
+        ("sft", [], "its shards hold none"),
+    ],
+)
+def test_nothing_to_write_says_why(tmp_path, format, rows, why):
+    Store(tmp_path / "data").commit("pairs", 0, "00000-0", table("pairs", rows), {})
+    output = tmp_path / ("out.json" if format == "alpacaeval" else "out.jsonl")
+    with pytest.raises(UsageError, match=f"no row to write, as {why}"):
+        export(tmp_path / "data", format=format, output=str(output))
+    assert not output.exists()
+
+
 def test_stdout_carries_the_rows_and_nothing_else(data, run_ple):
     found = run_ple("export", data, "--format", "sft", "--round", "1", "--output", "-")
     assert found.returncode == 0, found.stderr
@@ -124,10 +152,6 @@ def test_what_cannot_be_written_is_refused(data, tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             export(data, format=format, output=str(tmp_path / name))
-    Store(tmp_path / "ties").commit("pairs", 0, "00000-0", table("pairs", ROWS[2:]), {})
-    with pytest.raises(UsageError, match="all pairs have equal rewards"):
-        export(tmp_path / "ties", format="trl-preference", output=str(tmp_path / "out.jsonl"))
-    assert not (tmp_path / "out.jsonl").exists()
     with pytest.raises(UsageError, match="has no pairs of round 9"):
         export(data, format="sft", output=str(tmp_path / "out.jsonl"), round=9)
     with pytest.raises(UsageError, match="has no answers or pairs or responses"):

@@ -3,6 +3,7 @@ of transformers, Theorem 5.3 by hand, and that nothing is computed twice.
 """
 
 import math
+import signal
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from ple_train.purity import purity
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
 from schemas.records import read_record
-from schemas.reports import PureSet, PurityReport
+from schemas.reports import PureSet, PurityBound, PurityReport
+from tests.run_dir import purity_report
 from tests.tables import table
+from tests.test_kill import ForkServer
 from tests.tiny import tiny_adapter
 
 # Level sets
@@ -139,6 +142,30 @@ def test_bound_by_hand():
     assert bound.rounds == pytest.approx(6 * bound.l / 0.2 * math.log((1 - 0.2) / (1 / 2 - 0.4)))
     assert bound.median_reward == pytest.approx(0.7)
     assert bound.rounds_by_proof == pytest.approx(6 * bound.l / 0.2 * math.log((0.7 - 0.2) / (0.7 - 0.4)))
+
+
+def test_condition_1_holds_for_every_alpha_at_the_highest_e_0():
+    """e_0 >= (alpha + epsilon/6) / (1 + alpha): 1 >= (alpha + 0.08) / (1 + alpha) always, 0.05 >= ... + 0.5/6 never."""
+    s, s_prompt = uniform_rewards()
+    for e_0, limit, words in ((10.0, 1.0, "every alpha"), (0.5, None, "no alpha")):
+        bound = theorem_bound(s, s_prompt, pure(e_0), pure(5.0), vocabulary=2)
+        assert bound.alpha_limit == limit
+        assert f"condition (1) holds for {words} of Eq. 8" in bound_text(bound)
+
+
+def test_the_bounds_text_says_what_the_numbers_are():
+    """Eq. 17 has the factor alpha, so the number is the one for alpha = 1; l is an estimate that errs both ways."""
+    bound = theorem_bound(*uniform_rewards(), pure(4.0), pure(2.0), vocabulary=2)
+    text = bound_text(bound)
+    assert (
+        f"at most {bound.rounds_by_proof:.4g} rounds from e_0 to e_end for alpha = 1; that number times alpha" in text
+    )
+    assert f"l = {bound.l:.3g}, an estimate: noise in the histogram raises it" in text
+    assert "at least" not in text
+
+
+def bound_text(bound: PurityBound) -> str:
+    return " ".join(format_purity(purity_report("p").model_copy(update={"bound": bound})).split())
 
 
 def test_bound_says_why_it_says_nothing():
@@ -326,6 +353,47 @@ def test_an_interrupted_measurement_goes_on_where_it_was(policy, data, tmp_path,
     monkeypatch.setattr(room, "_score", lambda *words: scored.append(words[3].parent.name) or score(*words))
     purity(**options)
     assert scored == ["round=001"]
+
+
+def test_killed_with_sigkill_and_run_again_is_the_uninterrupted_measurement(policy, adapters, data, tmp_path):
+    """Killed just before a change of the file system, in the middle and then early again; what was kept stays."""
+
+    def contents(place: Path) -> dict[str, bytes]:
+        found = [place / "purity.json", place / "purity.parquet", *(place / "logps").rglob("[!.]*.parquet")]
+        return {str(path.relative_to(place)): path.read_bytes() for path in found}
+
+    def kept(place: Path) -> dict[Path, int]:
+        return {path: path.stat().st_ino for path in (place / "logps").rglob("[!.]*.parquet")}
+
+    def run(place: Path, **kill: int) -> int:
+        words = [
+            "purity",
+            "--model",
+            str(policy),
+            "--adapter",
+            adapters[0],
+            "--data",
+            str(data),
+            "--output",
+            str(place),
+        ]
+        return forks.run(words, log=str(log), watch=str(place), **kill)[0]
+
+    log, whole, killed = tmp_path / "log", tmp_path / "whole", tmp_path / "killed"
+    forks = ForkServer()
+    try:
+        assert run(whole) == 0, log.read_text()
+        changes = int(log.read_text().rsplit("changes ", 1)[1])
+        assert run(killed, kill_at=changes // 2) == -signal.SIGKILL
+        before = kept(killed)
+        assert 0 < len(before) < len(kept(whole))
+        assert run(killed, kill_at=3) == -signal.SIGKILL
+        assert not (killed / "purity.json").exists()
+        assert run(killed) == 0, log.read_text()
+    finally:
+        forks.close()
+    assert before.items() <= kept(killed).items()
+    assert contents(killed) == contents(whole)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import math
 import re
 import statistics as plain
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +96,26 @@ def test_rewards_by_length_are_the_means_of_each_bin(rows):
             assert group["mean"] == pytest.approx(plain.fmean(row[reward] for row in part))
             assert group["length"] == pytest.approx(plain.fmean(len(row[f"{arm}_ids"]) for row in part))
             if len(part) > 1:
-                half = 1.959964 * plain.stdev(row[reward] for row in part) / math.sqrt(len(part))
-                assert group["half"] == pytest.approx(half)
+                assert group["half"] == pytest.approx(clustered_half([(row["query_id"], row[reward]) for row in part]))
+
+
+def clustered_half(rewards: list[tuple[str, float]]) -> float:
+    """1.96 standard errors of a mean whose residuals are summed by query before they are squared."""
+    mean, sums = plain.fmean(value for _, value in rewards), {}
+    for query, value in rewards:
+        sums[query] = sums.get(query, 0.0) + value - mean
+    if len(sums) == 1:
+        return 0.0
+    square = sum(value**2 for value in sums.values()) * len(sums) / (len(sums) - 1)
+    return 1.959964 * math.sqrt(square) / len(rewards)
+
+
+def test_the_same_response_twice_does_not_narrow_rewards_against_length():
+    once = [{"query_id": f"q{n}", "y_ids": [7] * 3, "s": float(n % 4)} for n in range(12)]
+    twice = [row | {"sample": sample} for row in once for sample in (0, 1)]
+    (single,), (double,) = (statistics.rewards_by_length(frame(rows), 0)["y"] for rows in (once, twice))
+    assert double["half"] == pytest.approx(single["half"])
+    assert single["half"] == pytest.approx(1.959964 * plain.stdev(n % 4 for n in range(12)) / math.sqrt(12))
 
 
 @given(st.integers(1, 500).flatmap(lambda whole: st.tuples(st.integers(0, whole), st.just(whole))))
@@ -163,6 +183,48 @@ def test_word_difference_by_hand():
     assert right == [(False, "The film was "), (True, "very good.")]
 
 
+def lines_run(function: Callable[[], object], limit: int) -> int:
+    """Lines of Python that `function` runs; an AssertionError once they are more than `limit`."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        assert count <= limit
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("very " * 790, "very " * 700 + "good."),
+        ("a b " * 990, "b c " * 990),
+        (" ".join(f"a x{n}" for n in range(600)), " ".join(f"a y{n}" for n in range(600))),
+        (" ".join(f"a x{n}" for n in range(39)), " ".join(f"a y{n}" for n in range(39))),
+        (" ".join(map(chr, range(0x4E00, 0x4E00 + 1900))), " ".join(map(chr, range(0x4E00, 0x4E00 + 3800, 2)))),
+    ],
+    ids=["collapsed", "two words", "one word in two", "the most that is compared", "many blocks"],
+)
+def test_comparing_repetitive_texts_takes_few_steps(a, b):
+    lines_run(lambda: word_difference(a, b), limit=1_000_000)
+    for text, pieces in zip((a, b), word_difference(a, b), strict=True):
+        assert "".join(piece for _, piece in pieces) == text
+
+
+def test_a_collapsed_text_is_marked_between_its_common_ends():
+    left, right = word_difference("So " + "very " * 600 + "good.", "So " + "very " * 500 + "bad but very good.")
+    assert left == [(False, "So " + "very " * 500), (True, "very " * 98 + "very"), (False, " "), (False, "very good.")]
+    assert right == [(False, "So " + "very " * 500), (True, "bad but"), (False, " "), (False, "very good.")]
+
+
 @given(st.text())
 def test_what_is_visible_holds_no_control_or_bidi_character(text):
     shown = visible(text)
@@ -173,6 +235,9 @@ def test_what_is_visible_holds_no_control_or_bidi_character(text):
 def test_visible_by_hand():
     assert visible("a\u202eb\u2028\x1b[0m") == "a⟨U+202E⟩b⟨U+2028⟩⟨U+001B⟩[0m"
     assert visible("line\n\tnext 👩\u200d💻 \u3000") == "line\n\tnext 👩\u200d💻 \u3000"
+    hidden = "\U000e0041\U000e0000\U000e0100\u00ad\u3164\u115f\uffa0\u2065\ue000\u180e"
+    assert visible(hidden) == "".join(f"⟨U+{ord(character):04X}⟩" for character in hidden)
+    assert visible("é世🩷️") == "é世🩷️"
     assert clipped("x" * (LONGEST_TEXT + 7)).endswith("x … (7 more characters)")
 
 
@@ -189,11 +254,11 @@ def test_the_whole_page_is_there_and_the_same_the_second_time(run, tmp_path):
     options = make_results(tmp_path)
     assert report(run, **options) == str(run / "report.html")
     page = (run / "report.html").read_text()
-    images = sorted(path.name for path in (run / "figures").iterdir())
-    before = [(run / "figures" / name).read_bytes() for name in images]
+    images = sorted(path.name for path in (run / "report-figures").iterdir())
+    before = [(run / "report-figures" / name).read_bytes() for name in images]
     report(run, **options)
     assert (run / "report.html").read_text() == page
-    assert [(run / "figures" / name).read_bytes() for name in images] == before
+    assert [(run / "report-figures" / name).read_bytes() for name in images] == before
     assert all(image.startswith(b"\x89PNG") for image in before)
     assert images == sorted(
         f"{name}.png"
@@ -202,7 +267,14 @@ def test_the_whole_page_is_there_and_the_same_the_second_time(run, tmp_path):
             *("purity-by-margin", "smallest-pure", "win-rates", "stages"),
         )
     )
-    for text in ("1.250 [1.000, 1.500]", "60 in 2 rounds", "τ_t = 0.4 · 0.5^t", "Nothing of policy.", "base says no"):
+    for text in (
+        "kind harmful",
+        "1.250 [1.000, 1.500]",
+        "60 in 2 rounds",
+        "τ_t = 0.4 · 0.5^t",
+        "Nothing of policy.",
+        "base says no",
+    ):
         assert text in page
     assert "No evaluation" not in page
     ids = re.findall(r'\bid="([^"]*)"', page)
@@ -232,6 +304,41 @@ def test_a_bare_data_directory_shows_what_is_there(tmp_path):
         assert text in page
     assert "τ_t = 0.1 · 0.5^t" in page
     assert "guided answer 4" in page.replace("<mark>", "").replace("</mark>", "")
+
+
+def test_a_baselines_page_knows_no_threshold_and_no_sets(tmp_path):
+    """Unless they are asked for; a baseline's metrics are its loss alone."""
+    run = make_run(tmp_path / "run", [plain_rows(30)], baseline={"method": "raft"})
+    pl.DataFrame({"step": [1, 2], "loss": [2.0, 1.0]}).write_parquet(run / "metrics" / "round=000.parquet")
+    page = Path(report(run)).read_text()
+    for text in ("τ_t =", "threshold", "Eq. 6", "rank set", "weighted SFT", "tag rank", "by-set", "is not trained"):
+        assert text not in page.split("<style>")[0] + page.split("</style>")[1].split("<script>")[0], text
+    assert "Trained by raft: it knows no τ_t and no sets." in page
+    assert "The loss of the method that trained" in page
+    assert "No drift: ple-train alone measures it, and only where it trains an adapter." in page
+    assert (run / "report-figures" / "lowered-share.png").exists()
+    assert 'data-set="rank"' in Path(report(run, tau0=0.1)).read_text()
+
+
+@pytest.mark.parametrize(("without", "sets"), [("rank", False), ("wsft", True)])
+def test_an_ablations_page_says_what_is_left_out(tmp_path, without, sets):
+    run = make_run(tmp_path / "run", [plain_rows(30)], train={"without": without})
+    page = Path(report(run)).read_text()
+    assert f"Trained by PLE without {without}: " in page
+    assert ('data-set="rank"' in page) == ("τ_t =" in page) == ("rank set:" in page) == sets
+
+
+def test_pages_in_one_folder_keep_their_figures_and_drop_old_ones(run, tmp_path):
+    report(run, output=tmp_path / "a.html")
+    first = (tmp_path / "a-figures" / "rewards.png").read_bytes()
+    add_pairs(tmp_path / "data", [plain_rows(5)])
+    report(tmp_path / "data", output=tmp_path / "b.html")
+    assert (tmp_path / "a-figures" / "rewards.png").read_bytes() == first
+    assert "loss.png" in {path.name for path in (tmp_path / "a-figures").iterdir()}
+    report(tmp_path / "data", output=tmp_path / "a.html")
+    assert {path.name for path in (tmp_path / "a-figures").iterdir()} == {
+        path.name for path in (tmp_path / "b-figures").iterdir()
+    }
 
 
 def test_a_run_that_has_just_begun(tmp_path):

@@ -61,12 +61,13 @@ def rewards(rows: Rows) -> Figure:
     return figure
 
 
-def gap(rows: Rows) -> Figure:
-    """Mean margin with its interval, and tau_t."""
+def gap(rows: Rows, sets: bool = True) -> Figure:
+    """Mean margin with its interval, and (with `sets`) tau_t."""
     figure, axes = _axes()
     rounds = [row["round"] for row in rows]
     _curve(axes, rows, "mean_margin", "half_margin", "purple", "gap: mean of s_prompt − s")
-    axes.plot(rounds, [row["tau"] for row in rows], "D--", color=PALETTE["muted"], label="threshold τ_t")
+    if sets:
+        axes.plot(rounds, [row["tau"] for row in rows], "D--", color=PALETTE["muted"], label="threshold τ_t")
     axes.axhline(0, color=PALETTE["muted"], linewidth=0.8)
     _rounds(axes, rounds)
     axes.set_ylabel("reward")
@@ -74,15 +75,12 @@ def gap(rows: Rows) -> Figure:
     return figure
 
 
-def rank_share(rows: Rows) -> Figure:
-    """Share of the pairs in the rank set, and of those whose reward the principle lowered."""
+def shares(rows: Rows, sets: bool = True) -> Figure:
+    """Share of the pairs (with `sets`) in the rank set, and of those whose reward the principle lowered."""
     figure, axes = _axes()
     rounds = [row["round"] for row in rows]
-    shares = (
-        ("rank_share", "orange", "s-", "rank set: margin > τ_t"),
-        ("lowered_share", "blue", "o-", "reward lowered: margin < 0"),
-    )
-    for name, colour, style, label in shares:
+    rank = [("rank_share", "orange", "s-", "rank set: margin > τ_t")] if sets else []
+    for name, colour, style, label in (*rank, ("lowered_share", "blue", "o-", "reward lowered: margin < 0")):
         ends = [wilson(round(row[name] * row["rows"]), row["rows"]) for row in rows]
         values = [row[name] for row in rows]
         errors = [
@@ -105,17 +103,21 @@ def shown_rounds(rounds: Sequence[int]) -> list[int]:
     return [rounds[round(place * (len(rounds) - 1) / (MOST_ROWS - 1))] for place in range(MOST_ROWS)]
 
 
-def margins(histogram: Histogram, taus: dict[int, float]) -> Figure:
-    """A row a round: how many pairs have which margin, coloured by set, with tau_t drawn in."""
+def margins(histogram: Histogram, taus: dict[int, float] | None) -> Figure:
+    """A row a round: how many pairs have which margin, coloured by set with tau_t drawn in, or without `taus` alike."""
     rounds = shown_rounds(sorted(histogram.counts))
     figure = Figure(figsize=(SIZE[0], max(SIZE[1], 0.8 + 0.62 * len(rounds))), layout="constrained")
     rows = figure.subplots(len(rounds), 1, sharex=True, squeeze=False)[:, 0]
     left, width = histogram.edges[:-1], histogram.edges[1] - histogram.edges[0]
     for axes, t in zip(rows, rounds, strict=True):
         wsft, rank = histogram.counts[t]["wsft"], histogram.counts[t]["rank"]
-        axes.bar(left, wsft, width, align="edge", color=PALETTE["blue"], label="weighted SFT")
-        axes.bar(left, rank, width, bottom=wsft, align="edge", color=PALETTE["orange"], label="rank set")
-        axes.axvline(taus[t], color=PALETTE["ink"], linewidth=1.2, linestyle="--", label="τ_t")
+        if taus is None:
+            both = [a + b for a, b in zip(wsft, rank, strict=True)]
+            axes.bar(left, both, width, align="edge", color=PALETTE["purple"], label="pairs")
+        else:
+            axes.bar(left, wsft, width, align="edge", color=PALETTE["blue"], label="weighted SFT")
+            axes.bar(left, rank, width, bottom=wsft, align="edge", color=PALETTE["orange"], label="rank set")
+            axes.axvline(taus[t], color=PALETTE["ink"], linewidth=1.2, linestyle="--", label="τ_t")
         axes.set_yticks([])
         axes.grid(False)
         axes.spines["left"].set_visible(False)

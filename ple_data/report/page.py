@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.report.pairs import SHOWN_PAIRS, sample_pairs, visible
-from ple_data.report.section import Section
+from ple_data.report.section import Chart, Section
 from ple_data.report.sections import sections
 from ple_data.report.sources import Sources, read_sources
 from schemas.files import write_atomic
@@ -34,23 +34,32 @@ def report(
 ) -> str:
     """Write the report of a run (or of a bare DATA directory) and give its path.
 
-    `purity`: RUN/purity where it is there. `output`: RUN/report.html; the PNG files go to `figures/` beside it. `tau0`
-    and `alpha`: those of the recipe, else the paper's. The same files give the same bytes.
+    `purity`: RUN/purity where it is there. `output`: RUN/report.html; the PNG files go to `report-figures/` beside it,
+    and older ones that this page does not draw are removed from there. `tau0` and `alpha`: those of the recipe, else
+    the paper's; where they are given, pairs are shown in sets although a baseline has none. The same files give the
+    same bytes.
     Raises UsageError (no such run or file), DamagedError (one that does not read), PleError (not writable).
     """
     sources = read_sources(Path(run), evals, judges, purity, cases)
+    sets = sources.has_sets or tau0 is not None or alpha is not None
     tau0 = tau0 if tau0 is not None else sources.recipe.tau0 if sources.recipe else PAPER_TAU0
     alpha = alpha if alpha is not None else sources.recipe.alpha if sources.recipe else PAPER_ALPHA
-    parts = sections(sources, tau0, alpha)
-    page = _render(sources, parts, tau0, alpha)
+    parts = sections(sources, tau0, alpha, sets)
+    page = _render(sources, parts, tau0, alpha, sets)
     path = Path(output) if output else Path(run) / "report.html"
-    for chart in (chart for part in parts for chart in part.charts):
-        write_atomic(path.parent / "figures" / f"{chart.name}.png", chart.png)
+    _write_images(path.parent / f"{path.stem}-figures", [chart for part in parts for chart in part.charts])
     write_atomic(path, page)
     return str(path)
 
 
-def _render(sources: Sources, parts: list[Section], tau0: float, alpha: float) -> str:
+def _write_images(folder: Path, charts: list[Chart]) -> None:
+    for chart in charts:
+        write_atomic(folder / f"{chart.name}.png", chart.png)
+    for old in set(folder.glob("*.png")) - {folder / f"{chart.name}.png" for chart in charts}:
+        old.unlink()
+
+
+def _render(sources: Sources, parts: list[Section], tau0: float, alpha: float, sets: bool) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -69,9 +78,10 @@ def _render(sources: Sources, parts: list[Section], tau0: float, alpha: float) -
             chart.svg = Markup(chart.svg)  # matplotlib escaped its labels
     return environment.get_template("report.html").render(
         title=visible("/".join(sources.root.resolve().parts[-2:]).strip("/")),
-        facts=_facts(sources, tau0, alpha),
+        facts=_facts(sources, tau0, alpha, sets),
         parts=parts,
         pairs=pairs,
+        sets=sets,
         all_pairs=sum(shard.rows for shard in sources.store.shards("pairs")),
         rounds=sorted({pair["round"] for pair in pairs}),
         limit=SHOWN_PAIRS,
@@ -82,7 +92,7 @@ def _render(sources: Sources, parts: list[Section], tau0: float, alpha: float) -
     )
 
 
-def _facts(sources: Sources, tau0: float, alpha: float) -> list[tuple[str, str]]:
+def _facts(sources: Sources, tau0: float, alpha: float, sets: bool) -> list[tuple[str, str]]:
     """What was run, in a few words each."""
     rows: dict[str, Any] = {}
     shards = sources.store.shards("pairs")
@@ -93,5 +103,7 @@ def _facts(sources: Sources, tau0: float, alpha: float) -> list[tuple[str, str]]
         rows["queries"] = recipe.queries
         rows["principle"] = recipe.principles
         rows["reward model"] = recipe.reward_model or (f"{recipe.reward.model}, trained" if recipe.reward else "")
-    rows["threshold"] = f"τ_t = {tau0:g} · {alpha:g}^t"
+        rows["method"] = sources.method
+    if sets:
+        rows["threshold"] = f"τ_t = {tau0:g} · {alpha:g}^t"
     return [(name, visible(value)) for name, value in rows.items()]

@@ -6,8 +6,11 @@ Every text is made visible (control and bidi characters as ⟨U+202E⟩); escapi
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +27,14 @@ LONGEST_TEXT = 4000
 Segments = list[tuple[bool, str]]
 """Pieces of a text in order: (it differs from the other response, text)."""
 
+MOST_STEPS = 1_000_000
+"""Bound on the steps of a word by word comparison; with more (long or repetitive texts) it compares the ends alone."""
+
 _WORDS = re.compile(r"\S+\s*|\s+")
-_INVISIBLE = re.compile(r"[^\S \n\t]|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+_UNUSUAL = re.compile(r"[^ -~\n\t]")
+_HIDDEN_CATEGORIES = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
+_BLANKS = "\u115f\u1160\u2065\u3164\uffa0"  # letters without a shape, and an unassigned character that is ignored
+_IGNORED_PLANE = range(0xE0000, 0xE1000)  # tags and variation selectors: text that no one sees
 _JOINERS = "\u200c\u200d"  # they shape letters and emoji
 
 
@@ -68,27 +77,54 @@ def clipped(text: str) -> str:
 
 def visible(text: str) -> str:
     """The text with every character that is invisible or turns the text's direction written out."""
-    return _INVISIBLE.sub(lambda found: found[0] if _is_kept(found[0]) else f"⟨U+{ord(found[0]):04X}⟩", text)
+    return _UNUSUAL.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩" if _is_hidden(found[0]) else found[0], text)
 
 
-def _is_kept(character: str) -> bool:
-    return character in _JOINERS or unicodedata.category(character) == "Zs"
+def _is_hidden(character: str) -> bool:
+    if character in _JOINERS:
+        return False
+    unseen = character in _BLANKS or ord(character) in _IGNORED_PLANE
+    return unseen or unicodedata.category(character) in _HIDDEN_CATEGORIES
 
 
 def word_difference(a: str, b: str) -> tuple[Segments, Segments]:
     """Both texts in pieces that they share and pieces in which they differ, word by word, spaces with the word before.
 
-    The pieces of each, joined, are the text.
+    The pieces of each, joined, are the text. Beyond `MOST_STEPS` all between the common beginning and end differs.
     """
     words_a, words_b = _WORDS.findall(a), _WORDS.findall(b)
-    matcher = difflib.SequenceMatcher(
-        None, [word.strip() for word in words_a], [word.strip() for word in words_b], autojunk=False
-    )
     left: Segments = []
     right: Segments = []
-    for kind, a1, a2, b1, b2 in matcher.get_opcodes():
+    for kind, a1, a2, b1, b2 in _blocks([word.strip() for word in words_a], [word.strip() for word in words_b]):
         for segments, words in ((left, words_a[a1:a2]), (right, words_b[b1:b2])):
             text = "".join(words)
             bare = text if kind == "equal" else text.rstrip()
             segments += [piece for piece in ((kind != "equal", bare), (False, text[len(bare) :])) if piece[1]]
     return left, right
+
+
+def _blocks(a: list[str], b: list[str]) -> Sequence[tuple[str, int, int, int, int]]:
+    """Equal and differing blocks as (kind, start and end in a, start and end in b)."""
+    if _most_steps(a, b) <= MOST_STEPS:
+        return difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    start = _common(a, b)
+    end = _common(a[start:][::-1], b[start:][::-1])
+    a_end, b_end = len(a) - end, len(b) - end
+    return [
+        ("equal", 0, start, 0, start),
+        ("replace", start, a_end, start, b_end),
+        ("equal", a_end, len(a), b_end, len(b)),
+    ]
+
+
+def _most_steps(a: list[str], b: list[str]) -> int:
+    """A bound on what SequenceMatcher does: a block takes a pass over a and all equal words of b, which many blocks of
+    repetitive texts make cubic.
+    """
+    often = Counter(b)
+    return min(len(a), len(b)) * (len(a) + sum(often[word] for word in a))
+
+
+def _common(a: list[str], b: list[str]) -> int:
+    """How many words are the same from the beginning on."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

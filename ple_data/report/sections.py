@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from ple_data.partition import round_statistics, warnings
-from ple_data.purity_text import percentage, shrinking
+from ple_data.purity_text import L_BIAS, percentage, shrinking
 from ple_data.report import figures, statistics, svg
 from ple_data.report.pairs import visible
 from ple_data.report.section import Section, Table, label
@@ -18,11 +18,11 @@ from ple_data.report.training import training
 from schemas.reports import Estimate, EvalReport, JudgeReport, PurityReport
 
 
-def sections(sources: Sources, tau0: float, alpha: float) -> list[Section]:
-    """All sections but the pairs and the cases, in the order of the page."""
+def sections(sources: Sources, tau0: float, alpha: float, sets: bool) -> list[Section]:
+    """All sections but the pairs and the cases, in the order of the page. `sets`: whether to show tau and the sets."""
     with svg.style():
         return [
-            *_pair_sections(sources.store.scan("pairs"), tau0, alpha),
+            *_pair_sections(sources.store.scan("pairs"), tau0, alpha, sets, sources.method),
             training(sources.metrics),
             _purity(sources.purity),
             _evaluations(sources.evals),
@@ -34,11 +34,11 @@ def sections(sources: Sources, tau0: float, alpha: float) -> list[Section]:
 # The pairs
 
 
-def _pair_sections(pairs: pl.LazyFrame, tau0: float, alpha: float) -> Iterator[Section]:
+def _pair_sections(pairs: pl.LazyFrame, tau0: float, alpha: float, sets: bool, method: str) -> Iterator[Section]:
     rows = statistics.rounds(pairs, tau0, alpha)
     rewards, margins, lengths = (
         Section("rewards", "Rewards by round"),
-        Section("margins", "Margins and the rank set"),
+        Section("margins", "Margins and the rank set" if sets else "Margins"),
         Section("length", "Rewards against length"),
     )
     if not rows:
@@ -53,29 +53,31 @@ def _pair_sections(pairs: pl.LazyFrame, tau0: float, alpha: float) -> Iterator[S
     )
     rewards.draw(
         "gap",
-        "Gap and threshold by round",
-        "Mean of s_prompt − s with its 95 % interval. A pair above τ_t is in the rank set.",
-        figures.gap(rows),
+        "Gap and threshold by round" if sets else "Gap by round",
+        "Mean of s_prompt − s with its 95 % interval." + (" A pair above τ_t is in the rank set." if sets else ""),
+        figures.gap(rows, sets),
     )
-    rewards.tables.append(_round_table(rows))
+    rewards.tables.append(_round_table(rows, sets))
     yield rewards
 
-    found = round_statistics(pairs, tau0, alpha)
-    margins.words += [f"Warning: {message}" for message in warnings(found)]
+    if sets:
+        margins.words += [f"Warning: {message}" for message in warnings(round_statistics(pairs, tau0, alpha))]
+    if method != "PLE":
+        margins.words.append(f"Trained by {method}: {_use_of_sets(method)}.")
     histogram = statistics.margins(pairs, tau0, alpha)
     some = "" if len(rows) <= figures.MOST_ROWS else f" {figures.MOST_ROWS} of {len(rows)} rounds."
     margins.draw(
         "margins",
         "Margins by round",
-        "How many pairs have which margin; the dashed line is the round's τ_t. The outer bars hold what lies beyond "
-        f"the 0.5 % and 99.5 % quantiles.{some}",
-        figures.margins(histogram, {row["round"]: row["tau"] for row in rows}),
+        f"How many pairs have which margin{'; the dashed line is the round’s τ_t' if sets else ''}. The outer bars "
+        f"hold what lies beyond the 0.5 % and 99.5 % quantiles.{some}",
+        figures.margins(histogram, {row["round"]: row["tau"] for row in rows} if sets else None),
     )
     margins.draw(
-        "rank-share",
-        "Share in the rank set",
-        "With 95 % intervals (Wilson). Each round at its own τ_t.",
-        figures.rank_share(rows),
+        "rank-share" if sets else "lowered-share",
+        "Share in the rank set" if sets else "Share whose reward the principle lowered",
+        "With 95 % intervals (Wilson)." + (" Each round at its own τ_t." if sets else ""),
+        figures.shares(rows, sets),
     )
     yield margins
 
@@ -92,7 +94,15 @@ def _pair_sections(pairs: pl.LazyFrame, tau0: float, alpha: float) -> Iterator[S
     yield lengths
 
 
-def _round_table(rows: list[dict[str, Any]]) -> Table:
+def _use_of_sets(method: str) -> str:
+    if method == "PLE without rank":
+        return "every pair is weighted SFT, so there is no τ_t"
+    if method == "PLE without wsft":
+        return "pairs in the weighted-SFT set teach nothing"
+    return "it knows no τ_t and no sets"
+
+
+def _round_table(rows: list[dict[str, Any]], sets: bool) -> Table:
     cells = [
         [
             str(row["round"]),
@@ -101,13 +111,12 @@ def _round_table(rows: list[dict[str, Any]]) -> Table:
                 _interval(row[f"mean_{name}"], row[f"half_{name}"])
                 for name in ("s", "s_prompt", "margin")
             ],
-            f"{row['tau']:.3f}",
-            _share(row["rank_share"]),
+            *([f"{row['tau']:.3f}", _share(row["rank_share"])] if sets else []),
             _share(row["lowered_share"]),
         ]
         for row in rows
     ]  # fmt: skip
-    head = ["round", "pairs", "s", "s_prompt", "gap", "τ_t", "rank set", "lowered"]
+    head = ["round", "pairs", "s", "s_prompt", "gap", *(["τ_t", "rank set"] if sets else []), "lowered"]
     return Table("Means with 95 % intervals (1.96 standard errors over queries)", head, cells)
 
 
@@ -182,18 +191,18 @@ def _purity(report: PurityReport | None) -> Section:
     values = [
         ("density of the margin, lowest", bound.density_low),
         ("density of the margin, highest", bound.density_high),
-        ("l, at least", bound.l),
+        ("l, estimated", bound.l),
         ("e_0", bound.e_0),
         ("e_end = ε", bound.epsilon),
         ("(3) as printed: rounds I", bound.rounds),
-        ("the proof's own step: rounds I", bound.rounds_by_proof),
+        ("Eq. 17, the proof's own step: rounds, at most", bound.rounds_by_proof),
     ]
     rows = [[name, "–" if value is None else f"{value:.4g}"] for name, value in values]
-    section.tables.append(
-        Table(
-            "Theorem 5.3, on rewards mapped to [0, 1]", ["quantity", "value"], rows, note=_sentence(visible(bound.says))
-        )
+    note = (
+        f"{_sentence(visible(bound.says))} l is {L_BIAS}. The number of Eq. 17 is for α = 1; in general it is that "
+        "number times α, and α < 1."
     )
+    section.tables.append(Table("Theorem 5.3, on rewards mapped to [0, 1]", ["quantity", "value"], rows, note=note))
     return section
 
 
@@ -271,7 +280,21 @@ def _judged(reports: Sequence[tuple[str, JudgeReport]]) -> Section:
         for _, r in reports
     ]
     section.tables.append(Table("Verdicts; the win rate with its 95 % interval", head, rows))
+    section.tables += [_judge_parts(report) for _, report in reports if report.parts]
     return section
+
+
+def _judge_parts(report: JudgeReport) -> Table:
+    rows = [
+        [
+            f"{part.by} {label(part.name)}",
+            *[str(count) for count in (part.wins, part.ties, part.losses, part.unparsed)],
+            _estimate(part.win_rate),
+        ]
+        for part in report.parts
+    ]
+    caption = f"{label(report.a)} against {label(report.b)}: verdicts by kind of query and by annotator"
+    return Table(caption, ["part", "won", "tied", "lost", "unparsed", "win rate"], rows)
 
 
 # Stages

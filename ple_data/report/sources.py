@@ -39,6 +39,19 @@ class Sources:
     purity: PurityReport | None
     cases: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def method(self) -> str:
+        """How the run trains: PLE, PLE without a term of Eq. 6, or a baseline by its name."""
+        if self.recipe and self.recipe.baseline:
+            return self.recipe.baseline.method
+        without = self.recipe and self.recipe.train.without
+        return f"PLE without {without}" if without else "PLE"
+
+    @property
+    def has_sets(self) -> bool:
+        """Whether tau_t puts pairs into two sets: not in a baseline, and not without the rank term."""
+        return not self.recipe or (self.recipe.baseline is None and self.recipe.train.without != "rank")
+
 
 def read_sources(
     root: Path, evals: tuple[Path, ...], judges: tuple[Path, ...], purity: Path | None, cases: Path | None

@@ -62,21 +62,28 @@ def margins(pairs: pl.LazyFrame, tau0: float, alpha: float) -> Histogram:
 
 def rewards_by_length(pairs: pl.LazyFrame, round: int) -> dict[str, list[dict[str, float]]]:
     """By arm, the mean reward of a round's responses in bins of about equal count of their length in tokens: length
-    (mean), mean, half (of a 95 % interval; 0 of one response), rows. The round has pairs.
+    (mean), mean, half (of a 95 % interval; 0 of one query), rows. The round has pairs.
+
+    Responses to one query are not independent: the standard error sums their residuals by query first.
     """
     result = {}
     for arm, reward in (("y", "s"), ("y_prompt", "s_prompt")):
         frame = pairs.filter(pl.col("round") == round).select(
-            pl.col(f"{arm}_ids").list.len().cast(pl.Float64).alias("length"), pl.col(reward).cast(pl.Float64).alias("r")
+            "query_id",
+            pl.col(f"{arm}_ids").list.len().cast(pl.Float64).alias("length"),
+            pl.col(reward).cast(pl.Float64).alias("mean"),
         )
         cuts = [pl.col("length").quantile(q / LENGTH_BINS).alias(str(q)) for q in range(1, LENGTH_BINS)]
         edges = sorted(set(collect(frame.select(cuts)).row(0)))
         place = pl.sum_horizontal([(pl.col("length") > edge).cast(pl.Int32) for edge in edges])
-        found = frame.group_by(place.alias("bin")).agg(
-            pl.col("length").mean(),
-            pl.col("r").mean().alias("mean"),
-            (Z * pl.col("r").std() / pl.len().sqrt()).fill_null(0.0).alias("half"),
-            pl.len().alias("rows"),
+        by_query = frame.group_by(place.alias("bin"), "query_id").agg(
+            pl.col("length", "mean").sum(), pl.len().cast(pl.Int64).alias("rows")
+        )
+        rows, queries = pl.col("rows").sum(), pl.len()
+        residual = pl.col("mean") - pl.col("rows") * pl.col("mean").sum() / rows
+        variance = pl.when(queries > 1).then(residual.pow(2).sum() * queries / (queries - 1)).otherwise(0.0)
+        found = by_query.group_by("bin").agg(
+            pl.col("length", "mean").sum() / rows, (Z * variance.sqrt() / rows).alias("half"), rows
         )
         result[arm] = collect(found).sort("bin").drop("bin").to_dicts()
     return result

@@ -20,15 +20,14 @@ def training(metrics: dict[int, pl.DataFrame]) -> Section:
     steps, borders = numbered(metrics)
     every = -(-steps.height // CURVE_POINTS)
     means = "a point a step" if every == 1 else f"means of {every} steps"
-    losses = curves_of(steps, {"rank": "loss_rank", "weighted SFT": "loss_wsft"}, every) or curves_of(
-        steps, {"loss": "loss"}, every
-    )
+    terms = curves_of(steps, {"rank": "loss_rank", "weighted SFT": "loss_wsft"}, every)
     section.draw(
         "loss",
         "Loss by step",
-        f"The two terms of Eq. 6, per pair of the batch; {means}. They are linear in log-probabilities: below 0 is no "
-        "fault.",
-        figures.training(losses, borders, "loss"),
+        f"Terms of Eq. 6, per pair of the batch; {means}. They are linear in log-probabilities: below 0 is no fault."
+        if terms
+        else f"The loss of the method that trained; {means}.",
+        figures.training(terms or curves_of(steps, {"loss": "loss"}, every), borders, "loss"),
     )
     logps = {
         "rank, y_prompt": "mean_logps_rank_y_prompt",
@@ -52,7 +51,7 @@ def training(metrics: dict[int, pl.DataFrame]) -> Section:
             figures.training(curves, borders, "nats a token"),
         )
     else:
-        section.missing.append("Drift was not measured: the start policy is at hand only where an adapter is trained.")
+        section.missing.append("No drift: ple-train alone measures it, and only where it trains an adapter.")
     return section
 
 

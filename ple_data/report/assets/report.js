@@ -22,7 +22,7 @@
 
   const matches = (card) => {
     const round = field("by-round").value;
-    const set = field("by-set").value;
+    const set = field("by-set")?.value ?? "";
     const from = field("from").valueAsNumber;
     const to = field("to").valueAsNumber;
     const words = field("search").value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -48,7 +48,7 @@
     shown = PAGE;
     show();
   };
-  for (const id of ["by-round", "by-set", "from", "to", "search", "order"]) field(id).addEventListener("input", restart);
+  for (const id of ["by-round", "by-set", "from", "to", "search", "order"]) field(id)?.addEventListener("input", restart);
   field("more").addEventListener("click", () => {
     shown += PAGE;
     show();
