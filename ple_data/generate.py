@@ -75,8 +75,8 @@ def generate(
     and returns what the prompts look like. Raises UsageError for anything wrong with the input, before an engine is
     started, or where the round was begun with other settings.
 
-    Without `principles` the plain responses alone are sampled, and committed as `answers`: for evaluation. Their settings
-    name the bytes of the policy and the texts of the queries: the policy may move, the file change otherwise.
+    Without `principles` the plain responses alone are sampled, and committed as `answers`: for evaluation. Their
+    settings name the bytes of the policy and the texts of the queries: both may move, and the file gain columns.
     """
     check_numbers(samples=samples, max_query_tokens=max_query_tokens, unit_size=unit_size, limit=limit)
     if not -(2**63) <= seed < 2**63:

@@ -1,6 +1,5 @@
 """Rewards of answers under one or more reward models, each scored once and kept. Never samples."""
 
-import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +17,6 @@ def check_reward_models(specs: Sequence[str], options: Mapping[str, Any]) -> Non
         check_reward_model(spec, options.get("output_index"))
         if spec in specs[:at]:
             raise UsageError(f"--reward-model {shown_spec(spec)} is given twice; give each once")
-
-
-def resolved_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `load_reward_model`, with the defaults of what is not given."""
-    parameters = inspect.signature(load_reward_model).parameters.values()
-    return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY} | dict(options)
 
 
 def score_answers(

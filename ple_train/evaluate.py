@@ -19,8 +19,8 @@ from ple_data.metrics import Mean, Metric, Perplexity, bleu, distinct
 from ple_data.parquet import save_rows
 from ple_data.policies import parse_policies
 from ple_data.references import References, load_references, references_beside, refuse_strangers
-from ple_data.rewards import shown_spec
-from ple_data.scored import check_reward_models, resolved_options, score_answers
+from ple_data.rewards import resolved_options, shown_spec
+from ple_data.scored import check_reward_models, score_answers
 from ple_train.log import print_to_log
 from ple_train.perplexity import BATCH_TOKENS, score_references
 from ple_train.policy import resolve_precision

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from scipy import stats
@@ -396,7 +395,7 @@ def test_a_value_that_is_no_number_is_named_and_not_kept(value: float, tmp_path:
 
 
 def test_only_what_changes_the_answers_asks_anew(inputs: dict, tmp_path: Path, monkeypatch) -> None:
-    """A moved model, another reference, a further column or a smaller batch: the same answers. Another dtype: others."""
+    """A moved model, another reference, a new column, a smaller batch: the same answers; another dtype: others."""
     model = Path(shutil.copytree(inputs["policy"][0].removeprefix("base="), tmp_path / "one"))
     queries, rows = tmp_path / "q.jsonl", [{"id": "a", "x": "the film", "reference": " was bad."}]
     write_rows(queries, rows)
@@ -469,22 +468,19 @@ def test_a_row_in_two_stores_counts_once_and_another_answer_counts(policy: Path,
     assert metrics(found, "a")["length"].mean == 3
 
 
-def test_different_queries_under_one_id_are_refused(policy: Path, adapter: Path, tmp_path: Path) -> None:
-    names = [policy_name(policy), policy_name(policy, adapter)]
-    for x, message in (
-        ("\n\nHuman: Hi\n\nAssistant:", None),
-        ("other", "different queries x under the same id, in query"),
-    ):
-        store = Store(tmp_path / f"data{message is None}")
-        rows = [{"policy": names[0], "query_id": "a", "x": '[{"role": "user", "content": "Hi"}]'}]
-        rows += [{"policy": names[1], "query_id": "a", "x": x}]
-        store.commit("answers", 0, "00000-aa", pa.concat_tables(table("answers", [row]) for row in rows), {})
-        given = {"policy": [f"a={policy}", f"b={policy},{adapter}"], "data": [store.root], "output": tmp_path / "out"}
-        if message is None:
+@pytest.mark.parametrize(("x", "same"), [("\n\nHuman: Hi\n\nAssistant:", True), ("other", False)])
+def test_different_queries_under_one_id_are_refused(x: str, same: bool, policy: Path, adapter: Path, tmp_path: Path):
+    store = Store(tmp_path / "data")
+    chat = '[{"role": "user", "content": "Hi"}]'
+    for round, (name, own) in enumerate([(policy_name(policy), chat), (policy_name(policy, adapter), x)]):
+        rows = [{"policy": name, "query_id": "a", "x": own}]
+        store.commit("answers", round, f"0000{round}-aa", table("answers", rows, round), {})
+    given = {"policy": [f"a={policy}", f"b={policy},{adapter}"], "data": [store.root], "output": tmp_path / "out"}
+    if same:
+        assert evaluate(**given).policies[0].metrics["length"].count == 1
+    else:
+        with pytest.raises(UsageError, match="different queries x under the same id, in query 'a'"):
             evaluate(**given)
-        else:
-            with pytest.raises(UsageError, match=message):
-                evaluate(**given)
 
 
 def test_options_of_sampling_are_refused_with_a_store(policy: Path, tmp_path: Path) -> None:
