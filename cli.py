@@ -8,12 +8,13 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 EXIT_CODES = """\b
 Exit codes:
@@ -31,7 +32,8 @@ Shell completion (bash; also zsh and fish): eval "$(_PLE_COMPLETE=bash_source pl
 
 _LESS_MEMORY = (
     "ple-train, sft and reward need less with a lower --microbatch-tokens or with --gradient-checkpointing, ple-score "
-    "with a lower --batch-tokens, ple-gen with a lower --engine-arg batch_size=N (hf) or max_num_seqs=N (vllm)"
+    "with a lower --batch-tokens, ple-gen with a lower --engine-arg batch_size=N (hf) or max_num_seqs=N (vllm), ple "
+    "eval with any of these but --gradient-checkpointing"
 )
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -186,6 +188,8 @@ _judging = partial(_option, section="Reward model")
 _llm = partial(_option, section="Language model")
 _people = partial(_option, section="People")
 _learning = partial(_option, section="Training")
+_SAMPLED = ("Queries", "Sampling", "Engine")
+"""Headings of the options that matter where something is sampled."""
 _size = partial(_option, section="Model")
 _machine = partial(_option, section="Machine")
 
@@ -799,7 +803,8 @@ def inspect(**options: Any) -> None:
     "--label-studio", type=_PATH, help="Also write the tasks for Label Studio here (JSON), and its labelling config."
 )
 @_reward_options
-def judge(a: str, b: str, spec: str | None, human: bool, **options: Any) -> None:
+@click.pass_context
+def judge(ctx: click.Context, a: str, b: str, spec: str | None, human: bool, **options: Any) -> None:
     """Compare the responses of A and B to the same queries: win, tie or lose, each asked in both orders.
 
     A and B are files with query_id, x and y, or data directories (DATA#round=N and DATA#arm=y_prompt choose). Killed
@@ -820,11 +825,19 @@ def judge(a: str, b: str, spec: str | None, human: bool, **options: Any) -> None
     if human == (spec is not None):
         raise UsageError("give either --judge SPEC or --human")
     if spec is not None:
-        if exports or label_studio:
-            raise UsageError("--read and --label-studio go with --human")
+        _refuse_given(ctx, ["People"], "without --human")
+        if spec.startswith("reward:"):
+            _refuse_given(ctx, ["Language model"], "by a reward model")
+        else:
+            _refuse_given(ctx, ["Reward model"], "by a language model")
         options["request_args"] = llm.parse_request_args(options["request_args"])
         click.echo(run_judge(a, b, spec, **options, reward_options=rewards))
-    elif exports:
+        return
+    _refuse_given(ctx, ["Language model", "Reward model"], "with --human")
+    if exports:
+        _refuse_given(
+            ctx, [], "with --read, which goes by what the page was made with", "limit", "seed", "label_studio"
+        )
         click.echo(people.read_exports(a, b, exports, options["output"]))
     else:
         selected = {name: options[name] for name in ("output", "limit", "seed")}
@@ -877,6 +890,20 @@ def verify(data: Path) -> None:
     _say(f"{data}: whole")
 
 
+def _refuse_given(ctx: click.Context, sections: Sequence[str], why: str, *names: str) -> None:
+    """Refuse options on the command line that would not be heeded: those under some headings, and others by name."""
+    from schemas.errors import UsageError
+
+    given = [
+        parameter.opts[0]
+        for parameter in ctx.command.params
+        if (getattr(parameter, "section", None) in sections or parameter.name in names)
+        and ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise UsageError(f"{', '.join(given)}: not heeded {why}; leave {'it' if len(given) == 1 else 'them'} out")
+
+
 _policies = _option(
     "--policy",
     multiple=True,
@@ -921,7 +948,14 @@ _reward_models = _judging(
     default="auto",
     help="Number type of the perplexity; auto: bf16 on a GPU, float32 elsewhere.",
 )
-def evaluate(as_json: bool, **options: Any) -> None:
+@_machine(
+    "--microbatch-tokens",
+    type=_POSITIVE,
+    default=8192,
+    help="Tokens of the perplexity in memory at once; its value does not depend on it.",
+)
+@click.pass_context
+def evaluate(ctx: click.Context, as_json: bool, **options: Any) -> None:
     """Compare policies on the same queries: rewards, perplexity, BLEU, length, distinct words, with 95 % intervals.
 
     The first policy is what the others are compared with. Nothing is sampled or scored twice: run the same command
@@ -935,7 +969,13 @@ def evaluate(as_json: bool, **options: Any) -> None:
     from ple_data.eval_table import format_report
     from ple_train.evaluate import evaluate as measure
 
-    report = measure(reward_options=_reward_keywords(options), **_parsed(options))
+    if options["data"]:
+        _refuse_given(ctx, _SAMPLED, "with --data, which takes responses as they are")
+        sampled = {parameter.name for parameter in ctx.command.params if getattr(parameter, "section", "") in _SAMPLED}
+        options = {name: value for name, value in options.items() if name not in sampled}
+    else:
+        options = _parsed(options)
+    report = measure(reward_options=_reward_keywords(options), **options)
     click.echo(report.to_json().rstrip() if as_json else format_report(report))
 
 

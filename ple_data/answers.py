@@ -4,6 +4,7 @@ Each policy's answers lie in a store of their own, OUTPUT/answers/DIGEST, whose 
 the same question is never sampled twice, and another one never meets them.
 """
 
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,16 +13,25 @@ from typing import Any
 
 import polars as pl
 
-from ple_data.digests import json_digest
+from ple_data.digests import digests_of, json_digest
 from ple_data.generate import generate
+from ple_data.models import load_tokenizer
 from ple_data.policies import NamedPolicy
-from ple_data.readers import read_rows
+from ple_data.principles import uses_chat
+from ple_data.queries import QuerySet, load_queries
 from ple_data.store import Store, collect
 from schemas.errors import UsageError
 
 _COLUMNS = ["query_id", "round", "sample", "x", "y", "x_ids", "reference", "policy"]
-_NOT_ASKED = ("engine", "engine_args", "dtype")
-"""How something is sampled and not what: the store's manifest does not freeze these either."""
+_NOT_ASKED = ("engine", "engine_args", "queries")
+_NOT_FOR_EVALUATION = ("adapter", "revision", "reuse", "dry_run")
+_READING = ("reader", "query_column", "prefix_words", "split")
+_ONLY_FASTER = {
+    *("batch_size", "device", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "enforce_eager"),
+    *("kv_cache_memory_bytes", "swap_space", "cpu_offload_gb", "max_model_len"),
+    *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+}
+"""Engine arguments that say how much runs at once and where, not what is sampled: answers survive a change of them."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +53,17 @@ def sample_answers(policies: Sequence[NamedPolicy], output: Path, generation: Ma
     """Each policy's answers to the same queries with the same seeds; only what is not there yet is sampled.
 
     generation: what `ple_data.generate.generate` takes, but for the policy, `data`, `principles` and `round`.
+    References are those that stand beside the queries now.
     """
-    asked = {name: value for name, value in generation.items() if name not in _NOT_ASKED}
-    source = read_rows(generation["queries"], generation.get("split"))
-    asked |= {"queries": source.digest, "sampling": asdict(generation["sampling"])}
+    settings = resolved_settings(generation)
+    asked = {name: value for name, value in settings.items() if name not in _NOT_ASKED}
+    asked["engine_args"] = {k: v for k, v in settings["engine_args"].items() if k not in _ONLY_FASTER}
     found = []
     for policy in policies:
-        data = output / "answers" / json_digest([policy.name, asked])
+        tokenizer = load_tokenizer(policy.model, policy.revision, note=lambda _: None)
+        queries = read_queries(generation, chat=uses_chat(tokenizer, settings["prompt_format"]))
+        key = json_digest([digests_of(policy.name), asked | {"queries": queries.asked_digest}])
+        data = output / "answers" / key
         print(f"{policy.label}: answers of {policy.name} in {data}", file=sys.stderr, flush=True)
         generate(
             model=policy.model,
@@ -60,26 +74,46 @@ def sample_answers(policies: Sequence[NamedPolicy], output: Path, generation: Ma
             round=0,
             **generation,
         )
-        found.append(Answers(policy, collect(_answers(Store(data), "answers")).to_dicts()))
+        rows = collect(_answers(Store(data), "answers")).to_dicts()
+        references = {query.id: query.reference for query in queries.queries}
+        found.append(Answers(policy, [row | {"reference": references[row["query_id"]]} for row in rows]))
     return found
+
+
+def resolved_settings(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """What sampling is asked, as JSON values, with the defaults of what is not given."""
+    parameters = inspect.signature(generate).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+    settings = {name: value for name, value in {**defaults, **generation}.items() if name not in _NOT_FOR_EVALUATION}
+    sampling = settings.pop("sampling")
+    return settings | asdict(sampling) | {"stop": list(sampling.stop), "engine_args": settings["engine_args"] or {}}
+
+
+def read_queries(generation: Mapping[str, Any], *, chat: bool) -> QuerySet:
+    """The queries that sampling is asked, as a model with or without a chat template takes them."""
+    options = {name: generation[name] for name in _READING if generation.get(name) is not None}
+    return load_queries(generation["queries"], chat=chat, **options)
 
 
 def stored_answers(policies: Sequence[NamedPolicy], stores: Sequence[Path], round: int | None) -> list[Answers]:
     """The plain responses y of each policy in data directories, found by the policy's digests; nothing is sampled.
 
-    Of a row that is there as response and as pair, one is taken. Raises UsageError where a policy has none.
+    A row that is there several times (as response and as pair, in two stores) counts once. Raises UsageError where a
+    policy has none.
     """
-    frames = []
-    for directory in stores:
-        kinds = [_answers(Store(directory), kind, round) for kind in ("answers", "responses", "pairs")]
-        frames.append(pl.concat(kinds).unique(["policy", "query_id", "round", "sample"], keep="first"))
-    rows = collect(pl.concat(frames)).sort("round", "query_id", "sample")
+    kinds = ("answers", "responses", "pairs")
+    frames = [_answers(Store(directory), kind, round) for directory in stores for kind in kinds]
+    key = ["round", "query_id", "sample", "y", "tokens", "policy"]
+    rows = collect(pl.concat(frames)).unique(key, keep="first", maintain_order=True).sort(key)
+    held = rows["policy"].unique().sort().to_list()
     places = ", ".join(map(str, stores)) + ("" if round is None else f" (round {round})")
     found = []
     for policy in policies:
-        own = rows.filter(pl.col("policy") == policy.name)
+        own = rows.filter(
+            pl.col("policy").is_in([name for name in held if digests_of(name) == digests_of(policy.name)])
+        )
         if own.is_empty():
-            there = ", ".join(rows["policy"].unique().sort().to_list()) or "nothing"
+            there = ", ".join(held) or "nothing"
             raise UsageError(
                 f"--policy {policy.label}: {places} holds no responses of {policy.name}; it holds those of {there}"
             )

@@ -5,12 +5,14 @@ A digest is the first 12 hex digits of a SHA-256: enough to tell models and text
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 DIGEST_DIGITS = 12
+_DIGEST = re.compile(rf"(?:^|(?<=\+))[^@]*@([0-9a-f]{{{DIGEST_DIGITS}}})(?=\+|$)")
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 """What makes a model or an adapter the one it is: weights, configuration, tokenizer, chat template."""
 
@@ -47,6 +49,14 @@ def policy_name(model: str | Path, adapter: str | Path | None = None, revision: 
     if adapter is not None:
         parts.append(_named(adapter, None))
     return "+".join(parts)
+
+
+def digests_of(policy: str) -> str:
+    """The digests in a policy's name: the same for the same files, wherever their directories lie or move.
+
+    A hub id whose commit is not known stays whole.
+    """
+    return _DIGEST.sub(r"\1", policy)
 
 
 def _named(model: str | Path, revision: str | None) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.collector import Collector, GenerateSummary
-from ple_data.digests import policy_name
+from ple_data.digests import digests_of, policy_name
 from ple_data.engines import (
     Completion,
     Engine,
@@ -75,7 +75,8 @@ def generate(
     and returns what the prompts look like. Raises UsageError for anything wrong with the input, before an engine is
     started, or where the round was begun with other settings.
 
-    Without `principles` the plain responses alone are sampled, and committed as `answers`: for evaluation.
+    Without `principles` the plain responses alone are sampled, and committed as `answers`: for evaluation. Their
+    settings name the bytes of the policy and the texts of the queries: both may move, and the file gain columns.
     """
     check_numbers(samples=samples, max_query_tokens=max_query_tokens, unit_size=unit_size, limit=limit)
     if not -(2**63) <= seed < 2**63:
@@ -112,9 +113,10 @@ def generate(
     )
     if not prompts:
         raise UsageError(f"no query of {query_set.source} is left; raise --max-query-tokens ({max_query_tokens})")
+    policy = policy_name(model, adapter, revision)
     identity = {
         "round": round,
-        "policy": policy_name(model, adapter, revision),
+        "policy": policy if principle else digests_of(policy),
         "principle": principle.digest if principle else None,
         "samples": samples,
         "seed": seed,
@@ -125,13 +127,13 @@ def generate(
         seed=seed,
         samples=samples,
         sampling=sampling,
-        policy=identity["policy"],
+        policy=policy,
         principle=principle,
         units=make_units(prompts, unit_size, identity),
         settings={
             **identity,
             "stop": list(sampling.stop),
-            "queries": query_set.digest,
+            "queries": query_set.digest if principle else query_set.asked_digest,
             "reader": reader,
             "query_column": query_column,
             "prefix_words": prefix_words,

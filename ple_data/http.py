@@ -34,12 +34,19 @@ class RefusedError(PleError):
         self.status = status
 
 
+class UnansweredError(PleError):
+    """The server was reached and gave no answer to this request in all tries; it may answer others."""
+
+
 def checked_url(url: str, what: str, key_variable: str) -> httpx.URL:
-    """The parsed URL. Raises UsageError for one without a host, or with a user or password in it."""
+    """The parsed URL. Raises UsageError for one without a host, or with a user or password in it: never shown."""
     try:
         parts = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise UsageError(f"{what} at {url!r}: not an address: {error}") from error
+    except httpx.InvalidURL:
+        raise UsageError(
+            f"{what}: its address is not of the form http://host:port/path (not shown, as it may hold a password): "
+            "correct it"
+        ) from None
     if parts.userinfo or not parts.host or parts.scheme not in ("http", "https"):
         raise UsageError(
             f"{what} at {parts.scheme}://{parts.host or '?'}: the URL needs http(s) and a host and may hold "
@@ -80,25 +87,31 @@ def post_json(
 
     what: the server as messages name it; failed: how the message after the last try ends; key: what no message may
     show; first_wait: seconds, doubled every try, Retry-After heeded up to LONGEST_WAIT; stop: set, it ends the waiting.
-    Raises RefusedError for any other status, PleError after the last try.
+    Raises RefusedError for any other status; after the last try UnansweredError where the server failed on the
+    request (5xx, a broken or timed-out connection), PleError where it could not be reached or told us to wait.
     """
     for attempt in range(tries):
+        raised: type[PleError] = UnansweredError
         pause = first_wait * 2**attempt * random.uniform(0.5, 1.0)
         try:
             response = client.post(url, json=body)
         except httpx.TransportError as error:
             fault = f"{type(error).__name__}: {error}"
+            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+                raised = PleError
         else:
             if response.status_code == 200:
                 return response
             fault = f"status {response.status_code} {excerpt(response, key)}"
             if response.status_code < 500 and response.status_code not in RETRIED_STATUS:
                 raise RefusedError(f"{what} refused the request: {fault}", response.status_code)
+            if response.status_code < 500:
+                raised = PleError
             pause = max(pause, _retry_after(response))
         last = attempt == tries - 1
         if last or stop.wait(min(pause, LONGEST_WAIT)):
             break
-    raise PleError(f"{what} failed {attempt + 1} times, the last with {fault}: {failed}")
+    raise raised(f"{what} failed {attempt + 1} times, the last with {fault}: {failed}")
 
 
 def excerpt(response: httpx.Response, key: str | None = None) -> str:
@@ -112,7 +125,8 @@ def each(
 ) -> Iterator[tuple[int, Result]]:
     """(index, work(item, stop)) as each is done, at most `in_flight` at once.
 
-    The first exception sets `stop`, drops what has not begun, lets what has begun come to its end, and is raised.
+    The first exception sets `stop`, drops what has not begun, lets what has begun come to its end, and is raised
+    after the results of that.
     """
     stop, failures = threading.Event(), SimpleQueue[BaseException]()
 
@@ -130,9 +144,10 @@ def each(
     try:
         futures = {pool.submit(guarded, item): index for index, item in enumerate(items)}
         for future in as_completed(futures):
-            if stop.is_set():
-                raise failures.get()
-            yield futures[future], future.result()
+            if future.exception() is None:
+                yield futures[future], future.result()
+        if not failures.empty():
+            raise failures.get()
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)

@@ -10,15 +10,17 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
-from ple_data.digests import text_digest
+from ple_data.digests import json_digest, text_digest
 from ple_data.principles import Message
 from ple_data.readers import Rows, read_rows
 from schemas.errors import UsageError
 
 Reader = Literal["auto", "hh", "imdb", "tldr"]
 TEXT_COLUMNS = ("x", "prompt")
+CHAT_START = '[{"role": '
+"""How the text of chat messages begins in an `x` column."""
 DEFAULT_PREFIX_WORDS = 8
 NAMED_ROWS = 10
 """How many faulty rows an error names."""
@@ -43,6 +45,11 @@ class QuerySet:
     queries: list[Query]
     source: str
     digest: str
+
+    @property
+    def asked_digest(self) -> str:
+        """Digest of the ids and texts alone: a changed reference or column is the same question."""
+        return json_digest([[query.id, to_text(query.x)] for query in self.queries])
 
 
 def load_queries(
@@ -77,12 +84,22 @@ def to_text(x: str | list[Message]) -> str:
 
 def to_messages(text: str) -> list[Message]:
     """Chat messages of an `x` column: those that `to_text` wrote, or the text as one user turn."""
-    if text.startswith('[{"role": '):
+    if text.startswith(CHAT_START):
         try:
-            return json.loads(text)
+            messages = json.loads(text)
         except ValueError:
-            pass
+            messages = None
+        if is_turns(messages):
+            return messages
     return [{"role": "user", "content": text}]
+
+
+def is_turns(value: Any) -> TypeGuard[list[Message]]:
+    """Whether a value is a list of turns, each with role and content as text."""
+    return isinstance(value, list) and all(
+        isinstance(turn, dict) and all(isinstance(turn.get(field), str) for field in ("role", "content"))
+        for turn in value
+    )
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,7 @@ def _messages(source: _Source) -> _Found:
     found: _Found = []
     for place, row in zip(source.rows.places, source.rows.rows, strict=True):
         messages = row.get("messages")
-        if not isinstance(messages, list) or not _is_messages(messages):
+        if not is_turns(messages) or not any(turn["role"] == "user" for turn in messages):
             raise UsageError(
                 f"{source.rows.source} {place}: messages must be a list of role and content, with a user turn, "
                 f"but is {_shown(messages)}"
@@ -147,16 +164,10 @@ def _messages(source: _Source) -> _Found:
     return found
 
 
-def _is_messages(value: list[Any]) -> bool:
-    return (
-        all(isinstance(turn, dict) for turn in value)
-        and all(isinstance(turn.get(field), str) for turn in value for field in ("role", "content"))
-        and any(turn["role"] == "user" for turn in value)
-    )
-
-
 def _hh(source: _Source) -> _Found:
-    """x = the dialogue up to and including the last `Assistant:`; what follows it in `chosen` is the reference."""
+    """x = the dialogue up to and including the last `Assistant:`; what follows it in `chosen` is the reference: as it
+    stands, or without the white space around it where the model takes messages.
+    """
     column = source.column("prompt", "chosen")
     answers = source.references("chosen") if column != "chosen" else [None] * len(source.rows)
     found: _Found = []
@@ -169,8 +180,11 @@ def _hh(source: _Source) -> _Found:
                 f"turns, but is {_shown(text)}"
             )
         x = text[: last.end()]
-        reference = text[last.end() :].strip() or answer
-        found.append((_hh_messages(x) if source.chat else x, reference))
+        reference = text[last.end() :] if text[last.end() :].strip() else answer
+        if source.chat:
+            found.append((_hh_messages(x), reference and reference.strip()))
+        else:
+            found.append((x, reference))
     return found
 
 

@@ -4,27 +4,52 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ple_data.answers import Answers
-from ple_data.queries import load_queries
+from ple_data.answers import Answers, read_queries
 from ple_data.readers import FORMATS, Rows, read_rows
 from schemas.errors import UsageError
 
+References = dict[str, str]
+"""Reference by query id; queries without one, or with white space alone, are not in it."""
 
-def find_references(where: str | None, generation: Mapping[str, Any], answers: Sequence[Answers]) -> dict[str, str]:
-    """Reference by query id; queries without one, or with white space alone, are left out.
 
-    where: a file with `id` and `reference`, or a column of the queries; None takes what the answers' rows hold.
-    Raises UsageError for a file or column that is not there or holds no text.
+def load_references(where: str, generation: Mapping[str, Any]) -> References:
+    """The references in a file with `id` and `reference`, or in a column of the queries.
+
+    Raises UsageError for a file or column that is not there or holds no text, or whose ids are those of no query.
     """
-    if where is None:
-        found = {row["query_id"]: row["reference"] for each in reversed(answers) for row in each.rows}
-    elif Path(where).suffix in FORMATS or Path(where).exists():
+    if Path(where).suffix in FORMATS or Path(where).exists():
         found = _from_file(where)
-    elif "queries" in generation:
+        if generation:
+            refuse_strangers(where, found, by_query_id(None, generation))
+    elif generation:
         found = _from_column(where, generation)
     else:
         raise UsageError(f"--references {where}: there is no such file, and a column needs --queries")
-    return {id: text for id, text in found.items() if text and text.strip()}
+    return _told(found)
+
+
+def refuse_strangers(where: str, references: Mapping[str, Any], ids: Mapping[str, Any]) -> None:
+    """Raise UsageError where no id of the references is that of a query."""
+    if not references.keys() & ids.keys():
+        raise UsageError(
+            f"--references {where}: none of its ids is that of a query (ids there: {_some(references)}; queries: "
+            f"{_some(ids)})"
+        )
+
+
+def references_beside(answers: Sequence[Answers]) -> list[References]:
+    """By policy: the references that came with its queries, where it has none those of the others."""
+    found = [_told({row["query_id"]: row["reference"] for row in each.rows}) for each in answers]
+    others = {id: text for own in reversed(found) for id, text in own.items()}
+    return [others | own for own in found]
+
+
+def _told(references: Mapping[str, str | None]) -> References:
+    return {id: text for id, text in references.items() if text and text.strip()}
+
+
+def _some(ids: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, list(ids)[:3]))
 
 
 def _from_file(where: str) -> dict[str, str | None]:
@@ -51,14 +76,12 @@ def _from_column(name: str, generation: Mapping[str, Any]) -> dict[str, str | No
     return by_query_id(_texts(rows, name), generation)
 
 
-def by_query_id(values: Sequence[str | None], generation: Mapping[str, Any]) -> dict[str, str | None]:
-    """Values of the rows of a query source, by the ids that its queries have."""
-    given = ("reader", "query_column", "prefix_words", "split")
-    options = {option: generation[option] for option in given if generation.get(option) is not None}
+def by_query_id(values: Sequence[str | None] | None, generation: Mapping[str, Any]) -> dict[str, str | None]:
+    """Values of the rows of a query source (None: nothing), by the ids that its queries have."""
     found: dict[str, str | None] = {}
     for chat in (False, True):  # without an id column, the id of a dialogue depends on how the model takes it
-        queries = load_queries(generation["queries"], chat=chat, **options).queries
-        found |= {query.id: value for query, value in zip(queries, values, strict=True)}
+        queries = read_queries(generation, chat=chat).queries
+        found |= {query.id: value for query, value in zip(queries, values or [None] * len(queries), strict=True)}
     return found
 
 

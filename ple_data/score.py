@@ -11,17 +11,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from ple_data.finite import refuse_non_finite
 from ple_data.progress import Progress
 from ple_data.rewards import RewardModel
 from ple_data.store import Shard, Store
-from schemas.errors import PleError, UsageError
+from schemas.errors import UsageError
 from schemas.files import write_new
 from schemas.tables import PAIRS, read_metadata
 
 POLL_SECONDS = 0.5
 """How often a unit that another process holds is looked at again."""
-NAMED_ROWS = 10
-"""How many refused rows an error lists."""
 
 
 @dataclass
@@ -103,27 +102,17 @@ def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel) -> tuple[
     with np.errstate(over="ignore"):  # a reward beyond float32 becomes infinite, and is refused as such
         s = np.array([reward_of[pair] for pair in plain], dtype=np.float32)
         s_prompt = np.array([reward_of[pair] for pair in guided], dtype=np.float32)
-    _refuse_non_finite(table, shard, reward_model, s, s_prompt)
+    keys = zip(table["query_id"].to_pylist(), table["sample"].to_pylist(), strict=True)
+    refuse_non_finite(
+        f"reward model {reward_model.name} gave rewards that are not finite float32 numbers for {shard.path}",
+        (
+            (f"query {query_id!r} sample {sample} {arm}", values[row])
+            for row, (query_id, sample) in enumerate(keys)
+            for arm, values in (("s", s), ("s_prompt", s_prompt))
+        ),
+        "this unit was not committed; correct the reward model and run the same command again",
+    )
     return s, s_prompt
-
-
-def _refuse_non_finite(
-    table: pa.Table, shard: Shard, reward_model: RewardModel, s: np.ndarray, s_prompt: np.ndarray
-) -> None:
-    keys = list(zip(table["query_id"].to_pylist(), table["sample"].to_pylist(), strict=True))
-    bad = [
-        f"query {query_id!r} sample {sample} {arm} = {values[row]}"
-        for row, (query_id, sample) in enumerate(keys)
-        for arm, values in (("s", s), ("s_prompt", s_prompt))
-        if not np.isfinite(values[row])
-    ]
-    if bad:
-        more = f" and {len(bad) - NAMED_ROWS} more" if len(bad) > NAMED_ROWS else ""
-        raise PleError(
-            f"reward model {reward_model.name} gave rewards that are not finite float32 numbers for "
-            f"{shard.path}: {'; '.join(bad[:NAMED_ROWS])}{more}. This unit was not committed; correct the "
-            "reward model and run the same command again"
-        )
 
 
 def _pairs(table: pa.Table, s: np.ndarray, s_prompt: np.ndarray, name: str) -> pa.Table:

@@ -1,24 +1,26 @@
 """Numbers that cost a model or an endpoint to compute, kept by a digest of what they are of. Computes none itself.
 
-One Parquet file (kind `scores`) for one thing that scores, replaced whole after every few rows: killed anywhere, the
-next run goes on from there, and what is there is never computed again.
+One Parquet file (kind `scores`) for one thing that scores, replaced whole after every few rows and when something
+fails: the next run goes on from there, and what is there is never computed again.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ple_data.digests import text_digest
+from ple_data.finite import refuse_non_finite
 from ple_data.parquet import save_rows
-from schemas.errors import DamagedError
+from ple_data.progress import Progress
+from schemas.errors import DamagedError, NewerError
 from schemas.files import locked
 from schemas.tables import read_metadata, read_table
 
-ROWS_AT_ONCE = 256
-"""Rows that are scored between two writes: what a kill can cost."""
+ROWS_AT_ONCE = 128
+"""Rows that are scored between two writes: what kill -9 can cost."""
 
 Score = tuple[float, int | None]
 """A value, and the tokens it is a sum over (None for a reward)."""
@@ -30,26 +32,47 @@ def key_of(*parts: Any) -> str:
 
 
 def cached_scores(
-    directory: Path, made_by: str, keys: Sequence[str], compute: Callable[[list[int]], Iterator[Score] | list[Score]]
+    directory: Path,
+    made_by: str,
+    keys: Sequence[str],
+    compute: Callable[[list[int]], Iterable[list[tuple[int, Score]]]],
+    *,
+    label: str,
+    unit: str,
+    names: Sequence[str],
 ) -> list[Score]:
-    """One score for each key. `compute` is called with the places of those that are not there yet, a few at a time;
-    equal keys are computed once.
+    """One score for each key; equal keys are computed once.
 
-    `made_by` names the reward model, or the policy with its number type. Raises LockedError while another process
-    computes the same, DamagedError for a file that cannot be read.
+    `compute` is called with the places of a few keys that are not there yet, and gives (index among them, score), some
+    at a time; what it gave before it failed is kept. `made_by` names the reward model, or the policy with its number
+    type; label, unit: of the progress; names: what messages call each key. Raises LockedError while another process
+    computes the same, DamagedError for a file that cannot be read, PleError for a score that is not finite.
     """
     path = directory / f"{text_digest(made_by)}.parquet"
     with locked(path.with_suffix(".lock")):
         known = _read(path, made_by) if path.exists() else {}
         first_place = {key: place for place, key in reversed(list(enumerate(keys)))}
         missing = [place for place, key in enumerate(keys) if key not in known and first_place[key] == place]
-        for start in range(0, len(missing), ROWS_AT_ONCE):
-            places = missing[start : start + ROWS_AT_ONCE]
-            for place, score in zip(places, compute(places), strict=True):
-                known[keys[place]] = score
-            rows = [{"key": key, "value": value, "tokens": tokens} for key, (value, tokens) in known.items()]
-            save_rows(path, "scores", rows, {"made_by": made_by})
+        with Progress(label, len(first_place), unit, done=len(first_place) - len(missing)) as progress:
+            for start in range(0, len(missing), ROWS_AT_ONCE):
+                places = missing[start : start + ROWS_AT_ONCE]
+                try:
+                    for batch in compute(places):
+                        refuse_non_finite(
+                            f"{made_by} gave values that are not finite",
+                            [(names[places[at]], value) for at, (value, _) in batch],
+                            "correct it and run the same command again",
+                        )
+                        known |= {keys[places[at]]: score for at, score in batch}
+                        progress.advance(len(batch))
+                finally:
+                    _save(path, made_by, known)
     return [known[key] for key in keys]
+
+
+def _save(path: Path, made_by: str, known: dict[str, Score]) -> None:
+    rows = [{"key": key, "value": value, "tokens": tokens} for key, (value, tokens) in known.items()]
+    save_rows(path, "scores", rows, {"made_by": made_by})
 
 
 def _read(path: Path, made_by: str) -> dict[str, Score]:
@@ -64,6 +87,8 @@ def _read(path: Path, made_by: str) -> dict[str, Score]:
 def _advised(path: Path) -> Iterator[None]:
     try:
         yield
+    except NewerError:
+        raise
     except DamagedError as error:
         what = str(error).split(": restore it", 1)[0]
         raise DamagedError(f"{what}: remove {path}, and its numbers are computed anew") from error

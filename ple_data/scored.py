@@ -1,24 +1,22 @@
 """Rewards of answers under one or more reward models, each scored once and kept. Never samples."""
 
-import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ple_data.answers import Answers
-from ple_data.progress import Progress
-from ple_data.rewards import RewardModel, check_reward_model, load_reward_model
+from ple_data.rewards import RewardModel, check_reward_model, load_reward_model, shown_spec
 from ple_data.score_cache import Score, cached_scores, key_of
-from schemas.errors import PleError, UsageError
-
-NAMED_ROWS = 10
-"""How many refused rows an error lists."""
+from schemas.errors import UsageError
 
 
 def check_reward_models(specs: Sequence[str], options: Mapping[str, Any]) -> None:
     """Refuse reward models that cannot be used, before anything is sampled for them. Raises UsageError."""
-    for spec in specs:
+    for at, spec in enumerate(specs):
         check_reward_model(spec, options.get("output_index"))
+        if spec in specs[:at]:
+            raise UsageError(f"--reward-model {shown_spec(spec)} is given twice; give each once")
 
 
 def score_answers(
@@ -36,7 +34,7 @@ def score_answers(
     for spec in specs:
         model = load_reward_model(spec, **options)
         if model.name in names:
-            raise UsageError(f"--reward-model {spec} is given twice ({model.name}); give each once")
+            raise UsageError(f"--reward-model {model.name} is given twice, in two spellings; give each once")
         names.append(model.name)
         for row, reward in zip(rows, _rewards(model, rows, output / "rewards"), strict=True):
             row["rewards"].append(reward)
@@ -45,30 +43,21 @@ def score_answers(
 
 
 def _rewards(model: RewardModel, rows: Sequence[Mapping[str, Any]], directory: Path) -> list[float]:
-    keys = [key_of(row["x"], row["y"]) for row in rows]
-    with Progress(f"score with {model.name}", len(set(keys)), "responses") as progress:
+    def compute(places: list[int]) -> Iterator[list[tuple[int, Score]]]:
+        for batch in model.stream([(rows[place]["x"], rows[place]["y"]) for place in places]):
+            yield [(at, (reward, None)) for at, reward in batch]
 
-        def compute(places: list[int]) -> list[Score]:
-            rewards = model.score([(rows[place]["x"], rows[place]["y"]) for place in places])
-            _refuse_non_finite(model, [rows[place] for place in places], rewards)
-            progress.advance(len(places))
-            return [(reward, None) for reward in rewards]
-
-        scores = cached_scores(directory, model.name, keys, compute)
-        if model.truncated:
-            progress.note(f"{model.truncated} texts are longer than it takes: the beginning of x was cut")
-    return [value for value, _ in scores]
-
-
-def _refuse_non_finite(model: RewardModel, rows: Sequence[Mapping[str, Any]], rewards: Sequence[float]) -> None:
-    bad = [
-        f"query {row['query_id']!r} sample {row['sample']} = {reward}"
-        for row, reward in zip(rows, rewards, strict=True)
-        if not math.isfinite(reward)
-    ]
-    if bad:
-        more = f" and {len(bad) - NAMED_ROWS} more" if len(bad) > NAMED_ROWS else ""
-        raise PleError(
-            f"reward model {model.name} gave rewards that are not finite: {'; '.join(bad[:NAMED_ROWS])}{more}; "
-            "correct the reward model and run the same command again"
+    scores = cached_scores(
+        directory,
+        model.name,
+        [key_of(row["x"], row["y"]) for row in rows],
+        compute,
+        label=f"score with {model.name}",
+        unit="responses",
+        names=[f"query {row['query_id']!r} sample {row['sample']}" for row in rows],
+    )
+    if model.truncated:
+        print(
+            f"{model.truncated} texts are longer than {model.name} takes: the beginning of x was cut", file=sys.stderr
         )
+    return [value for value, _ in scores]

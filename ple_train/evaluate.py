@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from ple_data.answers import Answers, sample_answers, stored_answers
+from ple_data.answers import Answers, resolved_settings, sample_answers, stored_answers
+from ple_data.judge.sources import named, same_query
 from ple_data.metrics import Mean, Metric, Perplexity, bleu, distinct
 from ple_data.parquet import save_rows
 from ple_data.policies import parse_policies
-from ple_data.references import find_references
+from ple_data.references import References, load_references, references_beside, refuse_strangers
+from ple_data.rewards import resolved_options, shown_spec
 from ple_data.scored import check_reward_models, score_answers
 from ple_train.log import print_to_log
-from ple_train.perplexity import score_references
+from ple_train.perplexity import BATCH_TOKENS, score_references
+from ple_train.policy import resolve_precision
 from schemas.errors import UsageError
 from schemas.files import write_atomic
 from schemas.reports import Comparison, EvalReport, PolicyResult, RewardModelUse
@@ -31,10 +34,11 @@ RESULT, TABLE = "eval.json", "eval.parquet"
 
 @dataclass(frozen=True)
 class _Measured:
-    """One policy's answers to the queries that all policies answered, and its likelihoods of their references."""
+    """One policy's answers to the queries that all policies answered, their references and its likelihoods of them."""
 
     answers: Answers
     rows: list[list[dict[str, Any]]]  # [queries][samples]
+    references: References
     likelihoods: dict[str, tuple[float, int]]
 
 
@@ -50,6 +54,7 @@ def evaluate(
     references: str | None = None,
     seed: int = 0,
     precision: str = "auto",
+    microbatch_tokens: int = BATCH_TOKENS,
     reward_options: Mapping[str, Any] | None = None,
     **generation: Any,
 ) -> EvalReport:
@@ -57,31 +62,39 @@ def evaluate(
 
     Answers are sampled to `queries` (`generation`: what `ple_data.generate.generate` takes beside the policy, `data`,
     `principles` and `round`), or are the rows of each policy in the stores `data`. `trained_with`: those of
-    `reward_model` that trained a policy. Raises UsageError for anything wrong with the input.
+    `reward_model` that trained a policy. microbatch_tokens: of the perplexity, in memory at once. Raises UsageError for
+    anything wrong with the input, before anything is sampled.
     """
     if (queries is None) == (not data):
         raise UsageError("give either --queries, to sample responses, or --data, to take those of a store")
     if round is not None and not data:
         raise UsageError("--round is for --data; responses to --queries have no round")
+    if data and generation:
+        raise UsageError(f"{', '.join(generation)}: not with --data, which takes responses as they are; leave it out")
     for spec in trained_with:
         if spec not in reward_model:
-            raise UsageError(f"--trained-with {spec} must be one of the --reward-model options, word for word")
+            raise UsageError(
+                f"--trained-with {shown_spec(spec)} must be one of the --reward-model options, word for word"
+            )
     policies = parse_policies(policy)
     check_reward_models(reward_model, reward_options or {})
     asked = {**generation, "queries": queries, "seed": seed} if queries is not None else {}
+    given = load_references(references, asked) if references is not None else None
     answers = sample_answers(policies, output, asked) if asked else stored_answers(policies, data, round)
     rows = _common_rows(answers)
-    known = find_references(references, asked, answers)
+    if references is not None and given is not None:
+        refuse_strangers(references, given, {query[0]["query_id"]: None for query in rows[0]})
+    beside = references_beside(answers) if given is None else [given] * len(answers)
     measured = [
-        _Measured(each, own, score_references(each, _of(own, known), output, precision))
-        for each, own in zip(answers, rows, strict=True)
+        _measure(each, own, known, output, precision, microbatch_tokens)
+        for each, own, known in zip(answers, rows, beside, strict=True)
     ]
     shown = [
         Answers(each.policy, [row for query in own for row in query]) for each, own in zip(answers, rows, strict=True)
     ]
     names = score_answers(shown, reward_model, output, reward_options or {})
     uses = [RewardModelUse(name=n, trained=s in trained_with) for n, s in zip(names, reward_model, strict=True)]
-    metrics, signature = _metrics(measured, known, uses)
+    metrics, signature = _metrics(measured, uses)
     _note_unequal_tokens(measured)
     report = EvalReport(
         queries=queries or ", ".join(map(str, data)),
@@ -97,8 +110,16 @@ def evaluate(
             for each, own in zip(answers, metrics, strict=True)
         ],
         comparisons=_comparisons([p.label for p in policies], metrics, seed),
+        settings={
+            "data": [str(path) for path in data],
+            "round": round,
+            "references": references,
+            "precision": resolve_precision(precision),
+            "reward_options": resolved_options(reward_options or {}),
+            **(resolved_settings(asked) if asked else {}),
+        },
     )
-    _save(output, report, measured, known)
+    _save(output, report, measured)
     return report
 
 
@@ -111,37 +132,55 @@ def _common_rows(answers: Sequence[Answers]) -> list[list[list[dict[str, Any]]]]
             "the policies have no query in common, so they cannot be compared: give the queries an id column, or "
             "evaluate the policies one by one"
         )
+    rows = [[own[query] for query in common] for own in found]
+    differ = [
+        query
+        for at, query in enumerate(common)
+        if not all(same_query(rows[0][at][0]["x"], row["x"]) for own in rows for row in own[at])
+    ]
+    if differ:
+        raise UsageError(
+            f"there are different queries x under the same id, in {named(differ)}: compare answers to the same queries"
+        )
     left_out = len(set().union(*found)) - len(common)
     if left_out:
         print_to_log(f"{left_out} queries left out, which not every policy answered; {len(common)} are compared")
-    return [[own[query] for query in common] for own in found]
+    return rows
 
 
-def _of(rows: list[list[dict[str, Any]]], known: Mapping[str, str]) -> dict[str, str]:
-    """The references of the queries that are compared."""
+def _measure(
+    answers: Answers,
+    rows: list[list[dict[str, Any]]],
+    known: References,
+    output: Path,
+    precision: str,
+    microbatch_tokens: int,
+) -> _Measured:
+    """The references of the queries that are compared, and how likely the policy finds them."""
     ids = (query[0]["query_id"] for query in rows)
-    return {id: known[id] for id in ids if id in known}
+    references = {id: known[id] for id in ids if id in known}
+    likelihoods = score_references(answers, references, output, precision, microbatch_tokens)
+    return _Measured(answers, rows, references, likelihoods)
 
 
 def _metrics(
-    measured: Sequence[_Measured], known: Mapping[str, str], uses: Sequence[RewardModelUse]
+    measured: Sequence[_Measured], uses: Sequence[RewardModelUse]
 ) -> tuple[list[dict[str, Metric]], str | None]:
-    """By policy: its metrics by name, the rewards of models that trained none first. And BLEU's signature."""
+    """By policy: its metrics by name, rewards in the order of the reward models. And BLEU's signature."""
     found: list[dict[str, Metric]] = []
     signature = None
     scored = [id for id in measured[0].likelihoods if all(id in each.likelihoods for each in measured)]
-    order = sorted(range(len(uses)), key=lambda at: uses[at].trained)
     for each in measured:
         own: dict[str, Metric] = {
-            f"reward:{uses[at].name}": _mean(each.rows, lambda r, at=at: r["rewards"][at]) for at in order
+            f"reward:{use.name}": _mean(each.rows, lambda r, at=at: r["rewards"][at]) for at, use in enumerate(uses)
         }
         if scored:
             own["perplexity"] = Perplexity(np.array([each.likelihoods[id] for id in scored], dtype=np.float64))
         texts = [[row["y"] for row in query] for query in each.rows]
         answered = [
-            (ys, known[query[0]["query_id"]])
+            (ys, each.references[query[0]["query_id"]])
             for ys, query in zip(texts, each.rows, strict=True)
-            if query[0]["query_id"] in known
+            if query[0]["query_id"] in each.references
         ]
         if answered:
             own["bleu"], signature = bleu([ys for ys, _ in answered], [reference for _, reference in answered])
@@ -180,12 +219,12 @@ def _note_unequal_tokens(measured: Sequence[_Measured]) -> None:
             )
 
 
-def _save(output: Path, report: EvalReport, measured: Sequence[_Measured], known: Mapping[str, str]) -> None:
+def _save(output: Path, report: EvalReport, measured: Sequence[_Measured]) -> None:
     nothing = (None, None)
     rows = [
         {name: row[name] for name in EVALUATION.names if name in row}
         | {"label": each.answers.policy.label, "policy": each.answers.policy.name}
-        | {"reference": known.get(row["query_id"])}
+        | {"reference": each.references.get(row["query_id"])}
         | dict(zip(("reference_nll", "reference_tokens"), each.likelihoods.get(row["query_id"], nothing), strict=True))
         for each in measured
         for query in each.rows

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from ple_data.answers import Answers
+from ple_data.digests import digests_of
 from ple_data.models import load_tokenizer, max_positions
 from ple_data.policies import NamedPolicy
-from ple_data.progress import Progress
 from ple_data.score_cache import Score, cached_scores, key_of
 from ple_train.batches import Sequence, micro_batches
 from ple_train.log import print_to_log
@@ -53,12 +53,13 @@ def perplexity(
 
 
 def score_references(
-    answers: Answers, references: dict[str, str], output: Path, precision: str
+    answers: Answers, references: dict[str, str], output: Path, precision: str, batch_tokens: int = BATCH_TOKENS
 ) -> dict[str, tuple[float, int]]:
     """By query id: - log pi(reference|x) in nats and the tokens of the reference, its end-of-sequence id counted.
 
-    x is what the policy was asked, token by token. References that with x exceed the policy's positions are left out,
-    and counted on stderr. What was computed before is taken from `output`; the policy is loaded for the rest alone.
+    x is what the policy was asked, token by token; batch_tokens: tokens in memory at once. References that with x
+    exceed the policy's positions are left out, and counted on stderr. What was computed before is taken from `output`;
+    the policy is loaded for the rest alone.
     """
     policy = answers.policy
     asked = {id: rows[0]["x_ids"] for id, rows in answers.by_query().items() if id in references}
@@ -75,17 +76,22 @@ def score_references(
     precision = resolve_precision(precision)
     loaded: list[Policy] = []
 
-    with Progress(f"perplexity of {policy.label}", len(set(keys)), "references") as progress:
+    def compute(places: list[int]) -> Iterator[list[tuple[int, Score]]]:
+        if not loaded:
+            loaded.append(_load(policy, precision))
+        wanted = [listed[place] for place in places]
+        for at, nats in negative_log_likelihoods(loaded[0], wanted, batch_tokens):
+            yield [(at, (nats, wanted[at].response))]
 
-        def compute(places: list[int]) -> list[Score]:
-            if not loaded:
-                loaded.append(_load(policy, precision))
-            wanted = [listed[place] for place in places]
-            values = dict(negative_log_likelihoods(loaded[0], wanted))
-            progress.advance(len(places))
-            return [(values[at], sequence.response) for at, sequence in enumerate(wanted)]
-
-        scores = cached_scores(output / "perplexity", f"{policy.name} in {precision}", keys, compute)
+    scores = cached_scores(
+        output / "perplexity",
+        f"{digests_of(policy.name)} in {precision}",
+        keys,
+        compute,
+        label=f"perplexity of {policy.label}",
+        unit="references",
+        names=[f"query {id!r}" for id in kept],
+    )
     return {id: (nats, tokens or 0) for id, (nats, tokens) in zip(kept, scores, strict=True)}
 
 

@@ -20,8 +20,8 @@ class Paid(Record):
 class Answer(Paid):
     """One line of `answers.jsonl`: what an endpoint answered to one request, as it came.
 
-    request: digest of the endpoint's address and the whole request body, so that an answer is used again for the very
-    same request only. Tokens are None where the endpoint did not say.
+    request: digest of the API's kind and the whole request body, so that an answer is used again for the very same
+    request only, at whatever address. Tokens are None where the endpoint did not say.
     """
 
     query_id: str

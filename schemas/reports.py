@@ -5,7 +5,7 @@ Written by `ple eval`, `ple judge` and `ple purity`; every number is in the unit
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from schemas.records import Record
 
@@ -15,7 +15,7 @@ class _Part(BaseModel):
 
 
 class Estimate(_Part):
-    """A mean (or a corpus statistic) with its 95 % bootstrap interval over `count` queries."""
+    """A mean (or a corpus statistic) with its 95 % interval over `count` queries: of a bootstrap or jackknife."""
 
     mean: float
     low: float
@@ -42,7 +42,7 @@ class PolicyResult(_Part):
 
 
 class Comparison(_Part):
-    """Mean of (label's value - baseline's value) on the same queries."""
+    """Label's value less baseline's on the same queries."""
 
     label: str
     baseline: str
@@ -51,7 +51,10 @@ class Comparison(_Part):
 
 
 class EvalReport(Record):
-    """`eval.json` of `ple eval`. Metrics: perplexity, bleu, length, truncated, distinct_1, distinct_2, reward:NAME."""
+    """`eval.json` of `ple eval`. Metrics: perplexity, bleu, length, truncated, distinct_1, distinct_2, reward:NAME.
+
+    settings: the options with which it was made, as they came to count; empty in files of older programs.
+    """
 
     version: Literal[1] = 1
     kind: Literal["eval"] = "eval"
@@ -61,6 +64,7 @@ class EvalReport(Record):
     bleu_signature: str | None
     policies: list[PolicyResult]
     comparisons: list[Comparison]
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class JudgePart(_Part):
@@ -81,7 +85,8 @@ class JudgeReport(Record):
     win_rate: (wins + ties / 2) / (wins + ties + losses), None without any of them. unparsed: queries of which a
     language model's answer held no verdict; they count nowhere else. template: digest of the prompt template.
     only_a, only_b: queries that only one side has, left out. kappa: Fleiss' kappa over the `kappa_queries` queries that
-    every annotator judged.
+    every annotator judged. settings: the options with which it was made, for a language model the address and
+    the fields of its requests; empty in files of older programs.
     """
 
     version: Literal[1] = 1
@@ -103,6 +108,7 @@ class JudgeReport(Record):
     annotators: int = Field(default=0, ge=0)
     kappa: float | None = None
     kappa_queries: int = Field(default=0, ge=0)
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class PurityBin(_Part):

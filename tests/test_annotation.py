@@ -15,6 +15,7 @@ import cli
 from ple_data.judge.agreement import fleiss_kappa, majority
 from ple_data.judge.page import arrange, page_digest, render_page
 from ple_data.judge.people import read_exports, write_page
+from ple_data.judge.results import refuse_other
 from ple_data.judge.sources import Pair
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
@@ -96,6 +97,20 @@ def test_the_order_and_the_sides_follow_from_the_seed():
     assert render_page(arrange(pairs, 5)) == render_page(arrange(pairs, 5))
     swapped = [Pair(pair.query_id, pair.x, pair.b, pair.a) for pair in pairs]
     assert page_digest(arrange(swapped, 5)) != page_digest(arrange(pairs, 5))
+
+
+def test_a_page_and_another_judges_verdicts_do_not_share_a_folder(page, tmp_path):
+    """Each in the other's folder is refused before it writes; another spelling of A and B is the same comparison."""
+    a, b, folder = page
+    with pytest.raises(UsageError, match="holds an annotation page"):
+        refuse_other(folder, a, b, "openai:m", None)
+    counts = dict.fromkeys(("wins", "ties", "losses", "unparsed", "prompt_tokens", "completion_tokens"), 0)
+    judged = JudgeReport(a=f"{Path(a).parent}/./{Path(a).name}", b=b, judge="openai:m", win_rate=None, **counts)
+    (tmp_path / "judged").mkdir()
+    (tmp_path / "judged" / "judge.json").write_text(judged.to_json())
+    with pytest.raises(UsageError, match=r"the verdicts of judge openai:m, not people: give another --output, or move"):
+        write_page(a, b, tmp_path / "judged")
+    assert not (tmp_path / "judged" / "page.json").exists()
 
 
 def test_a_page_is_not_replaced_by_another(page):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ple_data.digests import ids_digest, json_digest, model_digest, policy_name, text_digest
+from ple_data.digests import digests_of, ids_digest, json_digest, model_digest, policy_name, text_digest
 
 
 def test_text_and_json() -> None:
@@ -33,6 +33,18 @@ def test_a_model_is_what_its_files_are(policy: Path, adapter: Path, tmp_path: Pa
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no model files"):
         model_digest(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("tiny@0123456789ab", "0123456789ab"),
+        ("a+b@0123456789ab+round=004@ba9876543210", "0123456789ab+ba9876543210"),
+        ("owner/model@main+round=004@ba9876543210", "owner/model@main+ba9876543210"),
+    ],
+)
+def test_the_digests_in_a_name(name: str, expected: str) -> None:
+    assert digests_of(name) == expected
 
 
 def test_a_hub_model_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:

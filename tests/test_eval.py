@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from ple_data.metrics import bleu, distinct
 from ple_data.rewards import load_reward_model
 from ple_data.store import Store
 from ple_train.evaluate import evaluate
+from schemas import tables
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from schemas.files import locked
 from schemas.records import read_record
@@ -336,23 +338,158 @@ def test_other_settings_are_other_answers(report, inputs: dict) -> None:
     assert evaluate(**inputs) == report
 
 
+def cached(place: Path, keys: list[str], compute) -> list:
+    return score_cache.cached_scores(place, "judge", keys, compute, label="score", unit="responses", names=keys)
+
+
+def one_each(places: list[int]):
+    return [[(at, (1.0, None)) for at in range(len(places))]]
+
+
 def test_one_process_scores_at_a_time(tmp_path: Path) -> None:
-    score_cache.cached_scores(tmp_path, "judge", ["a"], lambda places: [(1.0, None)])
+    cached(tmp_path, ["a"], one_each)
     [path] = tmp_path.glob("*.lock")
     with locked(path), pytest.raises(LockedError, match=r"locked by pid \d+ on"):
-        score_cache.cached_scores(tmp_path, "judge", ["a"], refuse)
-    assert score_cache.cached_scores(tmp_path, "judge", ["a"], refuse) == [(1.0, None)]
+        cached(tmp_path, ["a"], refuse)
+    assert cached(tmp_path, ["a"], refuse) == [(1.0, None)]
 
 
 def test_a_damaged_file_of_scores_says_what_to_do(tmp_path: Path) -> None:
-    score_cache.cached_scores(tmp_path, "judge", ["a"], lambda places: [(1.0, None)])
+    cached(tmp_path, ["a"], one_each)
     [path] = tmp_path.glob("*.parquet")
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DamagedError, match=f"remove {path}, and its numbers are computed anew"):
-        score_cache.cached_scores(tmp_path, "judge", ["a"], refuse)
+        cached(tmp_path, ["a"], refuse)
+
+
+def test_scores_of_a_newer_program_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as newer:
+        newer.setitem(tables.VERSIONS, "scores", tables.VERSIONS["scores"] + 1)
+        cached(tmp_path, ["a"], one_each)
+    with pytest.raises(DamagedError, match="newer") as caught:
+        cached(tmp_path, ["a"], refuse)
+    assert "remove" not in str(caught.value)
+
+
+def test_what_came_before_a_failure_is_kept_and_counted_as_done(tmp_path: Path, capsys) -> None:
+    def fails(places: list[int]):
+        yield [(1, (2.0, None))]
+        raise PleError("the server is gone")
+
+    def rest(places: list[int]):
+        assert places == [0, 2]
+        return [[(0, (1.0, None)), (1, (3.0, None))]]
+
+    with pytest.raises(PleError, match="the server is gone"):
+        cached(tmp_path, ["a", "b", "c"], fails)
+    capsys.readouterr()
+    assert [value for value, _ in cached(tmp_path, ["a", "b", "c"], rest)] == [1, 2, 3]
+    assert "score: 1 of 3 responses were done before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_is_no_number_is_named_and_not_kept(value: float, tmp_path: Path) -> None:
+    with pytest.raises(PleError, match=f"judge gave values that are not finite: b = {value}; correct"):
+        cached(tmp_path, ["a", "b"], lambda places: [[(0, (1.0, None))], [(1, (value, None))]])
+    assert cached(tmp_path, ["a", "b"], lambda places: [[(0, (5.0, None))]]) == [(1.0, None), (5.0, None)]
+
+
+def test_only_what_changes_the_answers_asks_anew(inputs: dict, tmp_path: Path, monkeypatch) -> None:
+    """A moved model, another reference, a new column, a smaller batch: the same answers; another dtype: others."""
+    model = Path(shutil.copytree(inputs["policy"][0].removeprefix("base="), tmp_path / "one"))
+    queries, rows = tmp_path / "q.jsonl", [{"id": "a", "x": "the film", "reference": " was bad."}]
+    write_rows(queries, rows)
+    given = {"queries": str(queries), "output": tmp_path / "out", **GENERATION}
+    first = evaluate(policy=[f"a={model}"], **given)
+    model = model.rename(tmp_path / "two")
+    write_rows(queries, [rows[0] | {"reference": " was great.", "more": 1}])
+    with monkeypatch.context() as patched:
+        patched.setattr(generate, "make_engine", refuse)
+        again = evaluate(policy=[f"a={model}"], **given, engine_args={"batch_size": 1})
+        assert again.policies[0].metrics["length"] == first.policies[0].metrics["length"]
+        assert read_table(tmp_path / "out" / "eval.parquet", "evaluation")["reference"].to_pylist() == [" was great."]
+        write_rows(queries, rows)
+        patched.setattr(ple_train.perplexity, "load_policy", refuse)
+        assert evaluate(policy=[f"a={model}"], **given).policies[0].metrics == first.policies[0].metrics
+    for change in ({"dtype": "bfloat16"}, {"engine_args": {"attn_implementation": "eager"}}):
+        evaluate(policy=[f"a={model}"], **given, **change)
+    assert len(list((tmp_path / "out" / "answers").iterdir())) == 3
+
+
+def test_the_report_says_what_it_was_made_with(report, inputs: dict, policy: Path, tmp_path: Path) -> None:
+    expected = {
+        "max_new_tokens": 12,
+        "temperature": 1.0,
+        "samples": 1,
+        "limit": None,
+        "precision": "float32",
+        "seed": 3,
+    }
+    assert expected.items() <= report.settings.items()
+    assert report.settings["reward_options"]["dtype"] == "float32"
+    old = {name: value for name, value in json.loads(report.to_json()).items() if name != "settings"}
+    assert EvalReport.model_validate_json(json.dumps(old)).settings == {}
+
+
+def test_the_perplexity_does_not_depend_on_the_tokens_in_memory(policy: Path, tmp_path: Path, monkeypatch) -> None:
+    rows = [{"policy": policy_name(policy), "reference": " so" * n} for n in (1, 5, 9)]
+    Store(tmp_path / "data").commit("answers", 0, "00000-aa", table("answers", rows), {})
+    asked = []
+    batches = ple_train.perplexity.micro_batches
+    monkeypatch.setattr(ple_train.perplexity, "micro_batches", lambda *a, **k: asked.append(a[2]) or batches(*a, **k))
+    values = [
+        evaluate(policy=[f"a={policy}"], data=[tmp_path / "data"], output=tmp_path / str(n), microbatch_tokens=n)
+        .policies[0]
+        .metrics["perplexity"]
+        .mean
+        for n in (16, 4096)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert asked == [16, 4096]
+
+
+def test_rewards_in_bfloat16_are_other_rewards(reward: Path) -> None:
+    assert load_reward_model(str(reward)).name == policy_name(reward)
+    assert load_reward_model(str(reward), dtype="bfloat16").name == f"{policy_name(reward)}+bfloat16"
 
 
 # From a store
+
+
+def test_a_row_in_two_stores_counts_once_and_another_answer_counts(policy: Path, tmp_path: Path) -> None:
+    """A copied store adds nothing; another draw of the same key is another answer. Found after the model moved."""
+    name = f"elsewhere@{policy_name(policy).partition('@')[2]}"
+    for folder, y in (("one", "so"), ("copy", "so"), ("other", "good")):
+        rows = [{"policy": name, "y": y, "y_ids": [9] * len(y)}]
+        Store(tmp_path / folder).commit("answers", 0, "00000-aa", table("answers", rows), {})
+    stores = [tmp_path / folder for folder in ("one", "copy", "other")]
+    found = evaluate(policy=[f"a={policy}"], data=stores, output=tmp_path / "out")
+    assert sorted(read_table(tmp_path / "out" / "eval.parquet", "evaluation")["y"].to_pylist()) == ["good", "so"]
+    assert metrics(found, "a")["length"].mean == 3
+
+
+@pytest.mark.parametrize(("x", "same"), [("\n\nHuman: Hi\n\nAssistant:", True), ("other", False)])
+def test_different_queries_under_one_id_are_refused(x: str, same: bool, policy: Path, adapter: Path, tmp_path: Path):
+    store = Store(tmp_path / "data")
+    chat = '[{"role": "user", "content": "Hi"}]'
+    for round, (name, own) in enumerate([(policy_name(policy), chat), (policy_name(policy, adapter), x)]):
+        rows = [{"policy": name, "query_id": "a", "x": own}]
+        store.commit("answers", round, f"0000{round}-aa", table("answers", rows, round), {})
+    given = {"policy": [f"a={policy}", f"b={policy},{adapter}"], "data": [store.root], "output": tmp_path / "out"}
+    if same:
+        assert evaluate(**given).policies[0].metrics["length"].count == 1
+    else:
+        with pytest.raises(UsageError, match="different queries x under the same id, in query 'a'"):
+            evaluate(**given)
+
+
+def test_options_of_sampling_are_refused_with_a_store(policy: Path, tmp_path: Path) -> None:
+    words = ["eval", "--policy", f"a={policy}", "--data", str(tmp_path), "--output", str(tmp_path / "out")]
+    found = CliRunner().invoke(cli.ple, [*words, "--limit", "3", "--samples", "2"])
+    assert found.exit_code == 2
+    assert "--limit, --samples: not heeded with --data" in found.stderr
+    found = CliRunner().invoke(cli.ple, words)
+    assert "holds no responses of" in found.stderr
 
 
 @pytest.mark.parametrize("kind", ["answers", "responses", "pairs"])
@@ -379,7 +516,7 @@ def test_responses_of_a_store(kind: str, policy: Path, adapter: Path, tmp_path: 
 def test_policies_are_compared_on_the_queries_that_both_answered(policy: Path, adapter: Path, tmp_path: Path, capsys):
     store = Store(tmp_path / "data")
     for label, ids in ((policy_name(policy), "abc"), (policy_name(policy, adapter), "bcd")):
-        rows = [{"policy": label, "query_id": id, "y_ids": [ord(id)] * ord(id)} for id in ids]
+        rows = [{"policy": label, "query_id": id, "x": id, "y_ids": [ord(id)] * ord(id)} for id in ids]
         store.commit("answers", 0, label.replace("+", "-"), table("answers", rows), {})
     given = {"policy": [f"a={policy}", f"b={policy},{adapter}"], "data": [store.root], "output": tmp_path / "out"}
     found = evaluate(**given)
@@ -390,7 +527,7 @@ def test_policies_are_compared_on_the_queries_that_both_answered(policy: Path, a
 def test_several_samples_of_a_query_are_drawn_together(policy: Path, tmp_path: Path) -> None:
     """Lengths 1, 3 | 5, 7: a mean of 4, and draws of two queries have the means 2, 4 or 6."""
     rows = [
-        {"policy": policy_name(policy), "query_id": id, "sample": sample, "y_ids": [9] * n}
+        {"policy": policy_name(policy), "query_id": id, "x": id, "sample": sample, "y_ids": [9] * n}
         for id, sample, n in (("a", 0, 1), ("a", 1, 3), ("b", 0, 5), ("b", 1, 7))
     ]
     Store(tmp_path / "data").commit("answers", 0, "00000-aa", table("answers", rows), {})
@@ -443,6 +580,10 @@ def test_references_longer_than_the_model_are_left_out(policy: Path, tmp_path: P
         ({"reward_model": ["POLICY[2]"]}, r"has no output 2: --output-index is one of 0 = LABEL_0, 1 = LABEL_1"),
         ({"references": "colum"}, r"--references colum is neither a file nor a column of .*, which has id, x, ref"),
         ({"references": "no.jsonl"}, "no.jsonl does not exist"),
+        ({"references": "STRANGERS"}, r"none of its ids is that of a query \(ids there: 'z'; queries: 'a'\)"),
+        ({"trained_with": ["https://h/r?token=sesame"]}, "--trained-with https://h/r must be one of"),
+        ({"reward_model": ["https://h/r?token=sesame"] * 2}, "--reward-model https://h/r is given twice"),
+        ({"reward_model": ["https://me:sesame@h:port/r"]}, "its address is not of the form http://host:port/path"),
         ({"references": "QUERIES"}, "line 4: its id stands there twice"),
         ({"references": "number"}, "number is 1, which is no text"),
     ],
@@ -453,7 +594,13 @@ def test_bad_input_is_one_sentence(change: dict, message: str, policy: Path, tmp
     doubled = [{"id": "a", "reference": "1"}, {"id": "b", "reference": "2"}, {"id": "c"}, {"id": "a"}]
     write_rows(tmp_path / "doubled.jsonl", doubled)
     queries = write_rows(tmp_path / "q.jsonl", [{"id": "a", "x": "the film", "reference": "was", "number": 1}])
-    words = {"POLICY": policy, "JUDGE": f"{tmp_path / 'judge.py'}:score", "QUERIES": tmp_path / "doubled.jsonl"}
+    write_rows(tmp_path / "strangers.jsonl", [{"id": "z", "reference": "1"}])
+    words = {
+        "STRANGERS": tmp_path / "strangers.jsonl",
+        "POLICY": policy,
+        "JUDGE": f"{tmp_path / 'judge.py'}:score",
+        "QUERIES": tmp_path / "doubled.jsonl",
+    }
 
     def filled(value):
         if isinstance(value, list):
@@ -467,6 +614,8 @@ def test_bad_input_is_one_sentence(change: dict, message: str, policy: Path, tmp
     with pytest.raises(UsageError, match=message) as caught:
         evaluate(**given | {name: filled(value) for name, value in change.items()})
     assert "\n" not in str(caught.value)
+    assert "sesame" not in str(caught.value)
+    assert not (tmp_path / "out").exists(), "refused only after something was sampled"
 
 
 def test_rewards_that_are_no_numbers_are_named(policy: Path, tmp_path: Path) -> None:
@@ -474,7 +623,7 @@ def test_rewards_that_are_no_numbers_are_named(policy: Path, tmp_path: Path) -> 
     Store(tmp_path / "data").commit("answers", 0, "00000-aa", table("answers", [{"policy": policy_name(policy)}]), {})
     given = {"policy": [f"a={policy}"], "data": [tmp_path / "data"], "output": tmp_path / "out"}
     with pytest.raises(
-        PleError, match=r"judge\.py:score@\w+ gave rewards that are not finite: query 'q0' sample 0 = nan"
+        PleError, match=r"judge\.py:score@\w+ gave values that are not finite: query 'q0' sample 0 = nan"
     ):
         evaluate(**given, reward_model=[f"{tmp_path / 'judge.py'}:score"])
 
@@ -512,8 +661,8 @@ def test_the_command_prints_a_table_or_json(report, inputs: dict) -> None:
     assert CliRunner().invoke(cli.ple, words).stdout == text + "\n"
     assert max(map(len, text.splitlines()[1:])) <= WIDTH  # the first line names the file of queries
     assert "14 queries of" in text
-    assert "R2 (trained)" in text
-    assert f"R2          mean reward by {report.reward_models[0].name}, which trained one" in text
+    assert "R1 (trained)" in text
+    assert f"R1          mean reward by {report.reward_models[0].name}, which trained one" in text
     assert report.bleu_signature in text
     assert "perplexity is over the 12 queries that have a reference for it." in text
     assert "Difference from base on the same queries" in text

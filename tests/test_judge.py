@@ -110,6 +110,8 @@ def test_a_choice_that_is_none_is_refused(tmp_path, spec):
         ([{"id": "1", "x": "x", "y": "y"}, {"id": "1", "x": "x", "y": "z"}], "two rows for query '1'"),
         ([{"id": "1", "x": "x", "y": "y"}, {"id": "2", "x": "x", "y": None}], "line 2: y is None"),
         ([{"id": "1", "x": "x", "y": "\ud800"}], "line 1: y holds half a character"),
+        ([{"id": "1", "x": '[{"role": "user"}]', "y": "y"}], "line 1: x begins like a stored chat but is no list"),
+        ([{"id": "1", "x": '[{"role": "user", "content": 3}]', "y": "y"}], "line 1: x begins like a stored chat"),
     ],
 )
 def test_a_bad_file_is_one_sentence(tmp_path, rows, message):
@@ -144,6 +146,7 @@ def test_a_chat_and_a_dialogue_of_the_same_turns_are_the_same_query(tmp_path):
     ]
     assert readable(json.dumps(turns)) == "User: Hi\n\nAssistant: Yes?\n\nUser: Bye"
     assert readable("The film was") == "The film was"
+    assert readable("\n\nHuman: \n\nAssistant:") == "\n\nHuman: \n\nAssistant:"
 
 
 def test_a_larger_limit_keeps_the_queries_of_a_smaller_one():
@@ -248,7 +251,7 @@ def test_a_query_without_an_answer_is_unparsed():
 # --- numbers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("counts", [(20, 10, 20), (45, 3, 2), (1, 1, 1), (0, 0, 7)])
+@pytest.mark.parametrize("counts", [(20, 10, 20), (45, 3, 2), (1, 1, 1), (3, 2, 1), (0, 0, 7)])
 def test_win_rate_and_interval_agree_with_scipy(counts):
     values = np.repeat([1.0, 0.5, 0.0], counts)
     found = win_rate(np.repeat(["win", "tie", "lose"], counts).tolist() + ["unparsed"] * 5, seed=1)
@@ -257,11 +260,16 @@ def test_win_rate_and_interval_agree_with_scipy(counts):
     if len(set(values)) == 1:
         assert (found.low, found.high) == (values[0], values[0])
         return
+    if len(values) < 10:
+        rates = [np.mean(drawn) for drawn in itertools.product(values, repeat=len(values))]
+        exact = np.quantile(rates, [0.025, 0.975], method="inverted_cdf")
+        assert [found.low, found.high] == pytest.approx(exact)
+        return
     oracle = scipy.stats.bootstrap(
         (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    assert found.low == pytest.approx(oracle.low, abs=0.011 + 0.5 * (len(values) < 10))
-    assert found.high == pytest.approx(oracle.high, abs=0.011 + 0.5 * (len(values) < 10))
+    assert found.low == pytest.approx(oracle.low, abs=0.011)
+    assert found.high == pytest.approx(oracle.high, abs=0.011)
 
 
 def test_no_verdict_no_rate():
@@ -312,14 +320,20 @@ def test_judging_from_end_to_end(kind, serve, tmp_path, monkeypatch, capsys):
         ("kind", "x", 1, 0, 1, 2),
         ("kind", "y", 1, 2, 0, 0),
     ]
-    assert report.judge == f"{kind}:some-model at {server.url}"
+    assert report.judge == f"{kind}:some-model"
+    length = {"openai": "max_completion_tokens", "anthropic": "max_tokens"}[kind]
+    assert report.settings == {
+        "limit": None,
+        "seed": 0,
+        "endpoint": server.url,
+        "request": {length: 1024, "temperature": 0},
+    }
     rows = tables.read_table(tmp_path / "out" / "verdicts.parquet", "verdicts").to_pylist()
     assert [row["verdict"] for row in rows] == ["win", "lose", "win", "tie", "tie", "unparsed", "unparsed"]
     assert (rows[3]["a_first"], rows[3]["b_first"], rows[5]["a_first"]) == ("a", "b", None)
     assert rows[5]["a_first_answer"] == "Hard to say."
     assert len(server.requests) == 14
     assert set(server.paths) == {{"openai": "/v1/chat/completions", "anthropic": "/v1/messages"}[kind]}
-    length = {"openai": "max_completion_tokens", "anthropic": "max_tokens"}[kind]
     assert {k: v for k, v in server.requests[0].items() if k != "messages"} == {
         "model": "some-model",
         length: 1024,
@@ -359,7 +373,7 @@ def test_another_judge_or_template_needs_another_folder(serve, tmp_path):
     server = serve()
     a, b = sources(tmp_path, MIXED[:1])
     judge(a, b, "openai:m", tmp_path / "out", endpoint=server.url)
-    with pytest.raises(UsageError, match=r"holds the verdicts of judge openai:m at .*, not openai:n.*another --output"):
+    with pytest.raises(UsageError, match=r"holds the verdicts of judge openai:m, not openai:n.*another --output"):
         judge(a, b, "openai:n", tmp_path / "out", endpoint=server.url)
     own = tmp_path / "own.txt"
     own.write_text("----- begin of query -----\n{query}\n----- end of {response_1}{response_2} [[1]] [[2]]")
@@ -381,14 +395,71 @@ def test_requests_are_in_flight_together_and_tried_again(serve, tmp_path):
 def test_an_endpoint_that_stays_away_keeps_what_was_answered(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(llm, "TRIES", 2)
     server = serve()
-    a, b = sources(tmp_path, MIXED[:3])
+    a, b = sources(tmp_path, [(f"plain {n}", "long one", "short") for n in range(9)])
     judge(a, b, "openai:m", tmp_path / "out", endpoint=server.url, limit=1)
-    server.plan = [500] * 20
+    server.plan = [500] * 99
     with pytest.raises(PleError, match=r"failed 2 times, the last with status 500 .*run the same command again"):
         judge(a, b, "openai:m", tmp_path / "out", endpoint=server.url, concurrency=1)
     server.plan = []
     judge(a, b, "openai:m", tmp_path / "out", endpoint=server.url)
-    assert len(server.requests) == 2 + 2 + 4
+    assert 0 <= len(server.requests) - (2 + 2 * llm.MOST_FAULTS + 16) <= 2, "one more had begun, at most"
+    judge(a, b, "openai:m", tmp_path / "out", endpoint="http://127.0.0.1:9/v1")  # nobody there, and nothing to ask
+
+
+@pytest.mark.parametrize(("fault", "message"), [(429, "status 429"), (None, "ConnectError")])
+def test_a_server_that_is_not_there_or_says_later_is_no_matter_of_a_query(fault, message, serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(llm, "TRIES", 2)
+    server = serve()
+    a, b = sources(tmp_path, MIXED[:2])
+    judge(a, b, "openai:m", tmp_path / "out", endpoint=server.url, limit=1)
+    server.plan = [fault] * 9
+    url = server.url if fault else "http://127.0.0.1:9/v1"
+    with pytest.raises(PleError, match=f"failed 2 times, the last with .*{message}"):
+        judge(a, b, "openai:m", tmp_path / "out", endpoint=url)
+
+
+@pytest.mark.parametrize("fault", [500, "nothing readable"])
+def test_a_query_on_which_the_endpoint_always_fails_is_unparsed_and_asked_again(
+    fault, serve, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(llm, "TRIES", 1)
+    server = serve([None] * 2 + [fault] * 2)
+    a, b = sources(tmp_path, MIXED[:3])
+    judge(a, b, "openai:m", tmp_path / "out", endpoint=server.url, concurrency=1)
+    report = read_record(JudgeReport, tmp_path / "out" / "judge.json")
+    assert (report.wins, report.unparsed) == (2, 1)
+    assert "no verdict: query 'q1': judge openai:m" in capsys.readouterr().err
+    judge(a, b, "openai:m", tmp_path / "out", endpoint=server.url)
+    assert read_record(JudgeReport, tmp_path / "out" / "judge.json").unparsed == 0
+    assert len(server.requests) == 8
+
+
+def test_equal_requests_are_paid_once(serve, tmp_path):
+    """a == b is one request in both orders, and so is a query that stands there twice."""
+    server = serve()
+    a, b = sources(tmp_path, [("plain", "same", "same"), ("plain", "longer", "b"), ("plain", "longer", "b")])
+    judge(a, b, "openai:m", tmp_path / "out", endpoint=server.url)
+    assert len(server.requests) == 3
+    report = read_record(JudgeReport, tmp_path / "out" / "judge.json")
+    assert (report.wins, report.ties, report.prompt_tokens, report.completion_tokens) == (2, 1, 300, 30)
+
+
+def test_a_server_on_another_port_is_the_same_judge(serve, tmp_path):
+    a, b = sources(tmp_path, MIXED[:2])
+    judge(a, b, "openai:m", tmp_path / "out", endpoint=serve().url)
+    moved = serve()
+    judge(a, b, "openai:m", tmp_path / "out", endpoint=moved.url)
+    assert moved.requests == []
+    assert read_record(JudgeReport, tmp_path / "out" / "judge.json").settings["endpoint"] == moved.url
+
+
+def test_as_many_connections_as_requests_in_flight(serve, tmp_path, monkeypatch):
+    given = {}
+    client = llm.httpx.Client
+    monkeypatch.setattr(llm.httpx, "Client", lambda **options: given.update(options) or client(**options))
+    a, b = sources(tmp_path, MIXED[:1])
+    judge(a, b, "openai:m", tmp_path / "out", endpoint=serve().url, concurrency=200)
+    assert (given["limits"].max_connections, given["limits"].max_keepalive_connections) == (200, 200)
 
 
 def test_a_wrong_key_is_said_at_once_and_the_key_never(serve, tmp_path, monkeypatch):
@@ -410,12 +481,15 @@ def test_a_query_that_the_endpoint_refuses_is_counted(serve, tmp_path, capsys):
     report = read_record(JudgeReport, tmp_path / "out" / "judge.json")
     assert (report.wins, report.unparsed) == (2, 1)
     assert "no verdict: query 'q1': judge openai:m" in capsys.readouterr().err
+    judge(a, b, "openai:m", tmp_path / "out", endpoint=server.url)  # the refused ones alone wait: asked again, no error
+    assert read_record(JudgeReport, tmp_path / "out" / "judge.json").unparsed == 1
+    assert len(server.requests) == 8
 
 
 def test_settings_that_are_always_refused_are_an_error(serve, tmp_path):
     server = serve([400] * 99)
     a, b = sources(tmp_path, [(f"plain {n}", "long one", "short") for n in range(30)])
-    with pytest.raises(UsageError, match=r"all 8 requests so far.*--request-arg temperature=null"):
+    with pytest.raises(UsageError, match=r"none of 8 requests was answered.*--request-arg temperature=null"):
         judge(a, b, "openai:m", tmp_path / "out", endpoint=server.url, concurrency=2)
     assert len(server.requests) < 15
 
@@ -447,6 +521,7 @@ def test_half_characters_and_missing_usage_are_taken(serve, tmp_path, capsys):
         ("openai:m", {}, "set the environment variable OPENAI_API_KEY"),
         ("anthropic:m", {}, "set the environment variable ANTHROPIC_API_KEY"),
         ("openai:m", {"endpoint": "http://me:sesame@example.org/v1"}, "OPENAI_API_KEY"),
+        ("openai:m", {"endpoint": "http://me:sesame@host:port/v1"}, "not of the form http://host:port/path"),
         ("openai:m", {"endpoint": "localhost:8000"}, "needs http"),
         ("reward:r", {"endpoint": "http://x"}, "are for a language model"),
     ],
@@ -625,8 +700,32 @@ def test_a_reward_that_is_no_number_is_refused(tmp_path):
     scorer = tmp_path / "scorer.py"
     scorer.write_text("def score(xs, ys):\n    return [float('nan') for y in ys]\n")
     a, b = sources(tmp_path, MIXED[:1])
-    with pytest.raises(PleError, match="the reward nan for query 'q0' is not finite"):
+    with pytest.raises(PleError, match="gave rewards that are not finite: query 'q0' = nan"):
         judge(a, b, f"reward:{scorer}:score", tmp_path / "out")
+
+
+def test_each_finished_batch_of_an_http_reward_model_is_kept(tmp_path, monkeypatch):
+    """4 batches in flight, the third is refused: the rewards of the others are kept and asked for no more."""
+    asked, down = [], [True]
+
+    def post(client, url, body, **_):
+        ys = [row["y"] for row in body["inputs"]]
+        asked.append(ys)
+        if "bad" in ys and down[0]:
+            raise PleError("the server is gone")
+        return llm.httpx.Response(200, json={"scores": [float(len(y)) for y in ys]})
+
+    monkeypatch.setattr("ple_data.rewards.http.post_json", post)
+    queries = [(f"x{n}", f"a{n}", "bad" if n == 40 else f"b{n}") for n in range(60)]
+    a, b = sources(tmp_path, queries)
+    with pytest.raises(PleError, match="the server is gone"):
+        judge(a, b, "reward:http://localhost/r", tmp_path / "out")
+    kept_ys = {y for ys in asked for y in ys if "bad" not in ys}
+    asked.clear()
+    down[0] = False
+    judge(a, b, "reward:http://localhost/r", tmp_path / "out")
+    assert not kept_ys & {y for ys in asked for y in ys}
+    assert len(kept_ys) >= 64
 
 
 # --- the command -----------------------------------------------------------------------------------
@@ -649,7 +748,11 @@ def test_the_command(tmp_path, serve):
     [
         ([], "either --judge SPEC or --human"),
         (["--judge", "openai:m", "--human"], "either --judge SPEC or --human"),
-        (["--judge", "openai:m", "--read", "x.json"], "go with --human"),
+        (["--judge", "openai:m", "--read", "x.json"], "--read: not heeded without --human"),
+        (["--human", "--concurrency", "2", "--join", "pair"], "--concurrency, --join: not heeded with --human"),
+        (["--human", "--read", "x.json", "--seed", "1"], "--seed: not heeded with --read"),
+        (["--judge", "reward:r", "--concurrency", "2"], "--concurrency: not heeded by a reward model"),
+        (["--judge", "openai:m", "--batch-tokens", "2"], "--batch-tokens: not heeded by a language model"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, words, message):

@@ -86,6 +86,8 @@ def test_messages_end_with_the_last_user_turn_and_the_answer_is_the_reference(tm
     assert (second.x, second.reference) == (turns[:2], "Hey")
     assert to_messages(to_text(first.x)) == turns[:4]
     assert to_messages("plain") == [{"role": "user", "content": "plain"}]
+    for half in ('[{"role": "user"}]', '[{"role": 1, "content": "x"}]', '[{"role": "user", "content": "x"}, 3]'):
+        assert to_messages(half) == [{"role": "user", "content": half}]
     assert to_messages('[{"role": broken') == [{"role": "user", "content": '[{"role": broken'}]
 
 
@@ -95,8 +97,10 @@ def test_hh_from_prompt_and_from_chosen(tmp_path: Path) -> None:
     by_chosen = write(tmp_path / "c.jsonl", [{"id": "1", "chosen": f"{HH} Oil it.", "rejected": f"{HH} Eh."}])
     expected = [Query("1", HH, "Oil it.")]
     assert load_queries(by_prompt, reader="hh").queries == expected
-    assert load_queries(by_chosen, reader="hh").queries == expected
-    assert load_queries(by_chosen, reader="hh", chat=True).queries[0].x == [
+    assert load_queries(by_chosen, reader="hh").queries == [Query("1", HH, " Oil it.")], "x and it make the file's text"
+    [chat] = load_queries(by_chosen, reader="hh", chat=True).queries
+    assert chat.reference == "Oil it."
+    assert chat.x == [
         {"role": "user", "content": "What is rust?"},
         {"role": "assistant", "content": "A metal oxide."},
         {"role": "user", "content": "And how do I stop it?"},

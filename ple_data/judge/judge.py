@@ -1,12 +1,12 @@
 """`ple judge A B --judge SPEC`: verdicts of a language model or a reward model on two sources of responses."""
 
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ple_data.digests import json_digest
+from ple_data.finite import refuse_non_finite
 from ple_data.judge import results
 from ple_data.judge.journal import Journal
 from ple_data.judge.llm import APIS, LanguageModelJudge
@@ -14,14 +14,14 @@ from ple_data.judge.prompt import load_template, preference
 from ple_data.judge.results import Outcome, Verdict
 from ple_data.judge.sources import Pair, choose, load_pairs
 from ple_data.progress import Progress
-from ple_data.rewards import RewardModel, load_reward_model
-from schemas.errors import PleError, UsageError
+from ple_data.rewards import RewardModel, load_reward_model, resolved_options
+from schemas.errors import UsageError
 from schemas.files import locked
 from schemas.judging import Answer, Order, Reward
 
 REWARD = "reward"
 CHUNK = 256
-"""Rewards that are scored between two writes."""
+"""Rewards that a function or a classifier is asked for between two writes."""
 _CUT = {"length", "max_tokens"}  # finish reasons of an answer that the token limit ended
 
 
@@ -50,13 +50,15 @@ def judge(
         raise UsageError(f"--judge {judge}: expected openai:MODEL, anthropic:MODEL or reward:SPEC")
     if kind == REWARD and (endpoint or template or request_args):
         raise UsageError(f"--judge {judge}: --endpoint, --template and --request-arg are for a language model")
+    settings: dict[str, Any] = {"limit": limit, "seed": seed}
     pairs = load_pairs(a, b)
     print(pairs.count(), file=sys.stderr)
     chosen = choose(pairs.rows, limit, seed)
     with locked(output / ".lock"):
         if kind == REWARD:
             reward_model = load_reward_model(name, **reward_options or {})
-            name, digest, more = f"{REWARD}:{reward_model.name}", None, {}
+            name, digest = f"{REWARD}:{reward_model.name}", None
+            settings["reward_options"], more = resolved_options(reward_options or {}), {}
             results.refuse_other(output, a, b, name, digest)
             with Journal(output / "rewards.jsonl", Reward) as journal:
                 verdicts = by_reward(reward_model, chosen, journal)
@@ -67,9 +69,13 @@ def judge(
             with Journal(output / "answers.jsonl", Answer) as file:
                 answers = model.ask(chosen, file, concurrency)
             verdicts = [by_answers(pair, answers) for pair in chosen]
-            _warn_cut(list(answers.values()))
-            more = _tokens(list(answers.values()))
-        report = results.report(verdicts, pairs, a=a, b=b, judge=name, seed=seed, template=digest, **more)
+            paid = list({answer.request: answer for answer in answers.values()}.values())
+            _warn_cut(paid)
+            settings |= {"endpoint": model.address, "request": model.request_fields}
+            more = _tokens(paid)
+        report = results.report(
+            verdicts, pairs, a=a, b=b, judge=name, seed=seed, template=digest, settings=settings, **more
+        )
         results.save(output, verdicts, report)
     return results.shown(report)
 
@@ -116,16 +122,14 @@ def _rewards(reward_model: RewardModel, responses: Sequence[tuple[Pair, str]], j
     with Progress("judge", total, "rewards", done=total - len(waiting)) as progress:
         for start in range(0, len(waiting), CHUNK):
             part = waiting[start : start + CHUNK]
-            scores = reward_model.score([(pair.x, y) for _, (pair, y) in part])
-            scored = list(zip(part, scores, strict=True))
-            for (_, (pair, _)), score in scored:
-                if not math.isfinite(score):
-                    raise PleError(
-                        f"reward model {reward_model.name}: the reward {score} for query {pair.query_id!r} is not "
-                        "finite: correct the model and run the same command again"
-                    )
-            journal.add(*[Reward(request=request, reward=score) for (request, _), score in scored])
-            progress.advance(len(part))
+            for batch in reward_model.stream([(pair.x, y) for _, (pair, y) in part]):
+                refuse_non_finite(
+                    f"reward model {reward_model.name} gave rewards that are not finite",
+                    [(f"query {part[at][1][0].query_id!r}", score) for at, score in batch],
+                    "correct the model and run the same command again",
+                )
+                journal.add(*[Reward(request=part[at][0], reward=score) for at, score in batch])
+                progress.advance(len(batch))
     kept = [journal.get(request) for request in requests]
     return [reward.reward for reward in kept if reward is not None]
 

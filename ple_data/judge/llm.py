@@ -14,12 +14,21 @@ from typing import Any, get_args
 import httpx
 
 from ple_data.digests import json_digest
-from ple_data.http import RefusedError, checked_url, each, excerpt, key_from_environment, post_json, shown_url
+from ple_data.http import (
+    RefusedError,
+    UnansweredError,
+    checked_url,
+    each,
+    excerpt,
+    key_from_environment,
+    post_json,
+    shown_url,
+)
 from ple_data.judge.journal import Journal
 from ple_data.judge.prompt import Template
 from ple_data.judge.sources import Pair, readable
 from ple_data.progress import Progress
-from schemas.errors import PleError, UsageError
+from schemas.errors import UsageError
 from schemas.judging import Answer, Order
 
 DEFAULT_MAX_TOKENS = 1024
@@ -28,8 +37,8 @@ TIMEOUT = 300.0
 """Seconds that one try may take."""
 FIRST_WAIT = 1.0
 """Seconds before the second try; doubled every try."""
-MOST_REFUSED = 8
-"""So many refused requests without a single answer mean that the settings are wrong, not a query."""
+MOST_FAULTS = 8
+"""So many requests without a single answer mean that the settings are wrong or the server is down, not a query."""
 _QUERY_REFUSED = {400, 413, 422}
 """Statuses that may be about one query (too long, say); any other refusal is about all."""
 
@@ -99,43 +108,46 @@ class LanguageModelJudge:
         self._url = str(self._base.copy_with(path=f"{self._base.path}/{self._api.path}"))
         if self.endpoint is None and not key_from_environment(self._api.key_variable):
             raise UsageError(f"judge {self.kind}:{self.model}: set the environment variable {self._api.key_variable}")
-        at = f" at {shown_url(self._base)}" if self.endpoint else ""
-        self.name = f"{self.kind}:{self.model}{at}"
+        self.name = f"{self.kind}:{self.model}"
+        self.address = shown_url(self._base)
+        given = {self._api.length: DEFAULT_MAX_TOKENS, "temperature": 0, **self.fields}
+        self.request_fields = {name: value for name, value in given.items() if value is not None}
 
     def ask(self, pairs: Sequence[Pair], answers: Journal[Answer], concurrency: int) -> dict[tuple[str, Order], Answer]:
         """The answer by (query id, order), from the file where it was given before, else from the endpoint.
 
-        A request that the endpoint refuses because of its text is left out and told on stderr. Raises PleError where
-        the endpoint fails, UsageError where it refuses everything; what was answered stays in the file.
+        Equal requests are sent once. One that the endpoint refuses because of its text, or on which it fails in every
+        try, is left out and told on stderr. Raises PleError where the endpoint is down, UsageError where it refuses
+        everything; what was answered stays in the file.
         """
         requests = [self._request(pair, order) for pair in pairs for order in get_args(Order)]
-        waiting = [request for request in requests if answers.get(request.digest) is None]
-        refused: list[str] = []
+        distinct = {request.digest: request for request in requests}
+        waiting = [request for request in distinct.values() if answers.get(request.digest) is None]
         key = key_from_environment(self._api.key_variable)
+        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        faults = _Faults(answered=len(waiting) < len(distinct), enough=min(MOST_FAULTS, len(waiting)))
         with (
-            httpx.Client(headers=self._api.headers(key) if key else {}, timeout=TIMEOUT) as client,
-            Progress("judge", len(requests), "answers", done=len(requests) - len(waiting)) as progress,
+            httpx.Client(headers=self._api.headers(key) if key else {}, timeout=TIMEOUT, limits=limits) as client,
+            Progress("judge", len(distinct), "answers", done=len(distinct) - len(waiting)) as progress,
         ):
 
-            def answer(request: "_Request", stop: threading.Event) -> str | None:
+            def answer(request: "_Request", stop: threading.Event) -> RefusedError | UnansweredError | None:
                 try:
                     answers.add(self._post(client, request, key, stop))
                 except RefusedError as error:
                     if error.status not in _QUERY_REFUSED:
                         raise UsageError(f"{error}: check the key, the model's name and the address") from error
-                    return f"query {request.query_id!r}: {error}"
+                    return error
+                except UnansweredError as error:
+                    if stop.is_set():
+                        raise
+                    return error
                 return None
 
-            for done, (_, refusal) in enumerate(each(answer, waiting, concurrency), start=1):
+            for at, fault in each(answer, waiting, concurrency):
                 progress.advance(1)
-                if refusal is not None:
-                    refused.append(refusal)
-                if len(refused) == done == min(MOST_REFUSED, len(requests)):
-                    raise UsageError(
-                        f"{refusal} (and so all {done} requests so far): check the model's name and the request's "
-                        "fields; --request-arg temperature=null leaves a field out"
-                    )
-        for message in refused:
+                faults.note(waiting[at].query_id, fault)
+        for message in faults.messages:
             print(f"judge: no verdict: {message}", file=sys.stderr)
         found = ((request, answers.get(request.digest)) for request in requests)
         return {(request.query_id, request.order): answer for request, answer in found if answer is not None}
@@ -143,16 +155,11 @@ class LanguageModelJudge:
     def _request(self, pair: Pair, order: Order) -> "_Request":
         first, second = (pair.a, pair.b) if order == "a_first" else (pair.b, pair.a)
         question = self.template.render(readable(pair.x), first, second)
-        fields = {self._api.length: DEFAULT_MAX_TOKENS, "temperature": 0, **self.fields}
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": question}],
-            **{name: value for name, value in fields.items() if value is not None},
-        }
-        return _Request(pair.query_id, order, body, json_digest({"url": self._url, "body": body}))
+        body = {"model": self.model, "messages": [{"role": "user", "content": question}], **self.request_fields}
+        return _Request(pair.query_id, order, body, json_digest({"api": self.kind, "body": body}))
 
     def _post(self, client: httpx.Client, request: "_Request", key: str | None, stop: threading.Event) -> Answer:
-        what = f"judge {self.name}"
+        what = f"judge {self.name} at {self.address}"
         failed = "what was answered is kept; check the server and run the same command again"
         response = post_json(
             client,
@@ -178,7 +185,7 @@ class LanguageModelJudge:
             )
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             got = excerpt(response, key)
-            raise PleError(f"{what}: expected the answer of the {self.kind} API, got {got}") from None
+            raise UnansweredError(f"{what}: expected the answer of the {self.kind} API, got {got}") from None
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,35 @@ class _Request:
     order: Order
     body: dict[str, Any]
     digest: str
+
+
+@dataclass
+class _Faults:
+    """Requests without an answer, and whether they are about single queries or about the settings or the server.
+
+    answered: whether the endpoint has ever answered; enough: faults from the start that mean it never will.
+    """
+
+    answered: bool
+    enough: int
+    messages: list[str] = field(default_factory=list)
+    _failed_in_a_row: int = 0
+
+    def note(self, query_id: str, fault: RefusedError | UnansweredError | None) -> None:
+        """Count what became of one request. Raises UsageError or PleError where going on makes no sense."""
+        self._failed_in_a_row = self._failed_in_a_row + 1 if isinstance(fault, UnansweredError) else 0
+        if fault is None:
+            self.answered = True
+            return
+        self.messages.append(f"query {query_id!r}: {fault}")
+        hopeless = not self.answered and len(self.messages) == self.enough
+        if hopeless and isinstance(fault, RefusedError):
+            raise UsageError(
+                f"{self.messages[-1]} (and none of {self.enough} requests was answered): check the model's name and "
+                "the request's fields; --request-arg temperature=null leaves a field out"
+            )
+        if hopeless or self._failed_in_a_row == MOST_FAULTS:
+            raise fault
 
 
 def parse_request_args(arguments: Sequence[str]) -> dict[str, Any]:

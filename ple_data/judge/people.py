@@ -8,15 +8,14 @@ from ple_data.judge import label_studio as studio
 from ple_data.judge import results
 from ple_data.judge.agreement import fleiss_kappa, majority
 from ple_data.judge.page import Item, arrange, page_digest, render_page
-from ple_data.judge.results import VALUES, Outcome, Verdict
+from ple_data.judge.results import PAGE_RECORD, PEOPLE, VALUES, Outcome, Verdict
 from ple_data.judge.sources import choose, load_pairs
 from schemas.errors import DamagedError, UsageError
 from schemas.files import locked, write_atomic
 from schemas.judging import AnnotationExport, AnnotationPage
 from schemas.records import read_record
 
-PAGE, RECORD = "annotate.html", "page.json"
-JUDGE = "people"
+PAGE = "annotate.html"
 Votes = dict[str, dict[str, Outcome]]
 """By annotator, the outcome by query id."""
 
@@ -26,7 +25,8 @@ def write_page(
 ) -> str:
     """Writes the page for A and B, its record, and tasks for Label Studio; gives back their paths, a line each.
 
-    Raises UsageError where `output` holds another page: its annotators' exports could not be read any more.
+    Raises UsageError where `output` holds another page, whose annotators' exports could not be read any more, or the
+    verdicts of another judge.
     """
     pairs = load_pairs(a, b)
     print(pairs.count(), file=sys.stderr)
@@ -35,7 +35,8 @@ def write_page(
     if label_studio is not None and label_studio.suffix != ".json":
         raise UsageError(f"--label-studio {label_studio}: give a .json file; its configuration is written beside it")
     with locked(output / ".lock"):
-        path = output / RECORD
+        results.refuse_other(output, a, b, PEOPLE, None)
+        path = output / PAGE_RECORD
         if path.exists() and _read_page(output).page != record.page:
             raise UsageError(f"{output} holds another page (other responses, --seed or --limit): give another --output")
         write_atomic(path, record.to_json())
@@ -80,14 +81,15 @@ def read_exports(a: str, b: str, exports: Sequence[Path], output: Path) -> str:
     common = [id for id in (item.pair.query_id for item in items) if all(id in said for said in votes.values())]
     counts = [[[said[id] for said in votes.values()].count(outcome) for outcome in VALUES] for id in common]
     with locked(output / ".lock"):
-        results.refuse_other(output, a, b, JUDGE, None)
+        results.refuse_other(output, a, b, PEOPLE, None)
         report = results.report(
             verdicts,
             pairs,
             a=a,
             b=b,
-            judge=JUDGE,
+            judge=PEOPLE,
             seed=record.seed,
+            settings={"limit": record.limit, "seed": record.seed},
             annotators=len(votes),
             kappa=fleiss_kappa(counts),
             kappa_queries=len(common),
@@ -97,7 +99,7 @@ def read_exports(a: str, b: str, exports: Sequence[Path], output: Path) -> str:
 
 
 def _read_page(output: Path) -> AnnotationPage:
-    path = output / RECORD
+    path = output / PAGE_RECORD
     if not path.exists():
         raise UsageError(f"{output} holds no annotation page: write one first, with --human and without --read")
     return read_record(

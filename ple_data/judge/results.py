@@ -3,6 +3,7 @@
 A verdict is a win where A is better, a tie, a lose, or unparsed. Decides none.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -97,24 +98,36 @@ def _counts(verdicts: Sequence[Verdict], seed: int) -> dict[str, Any]:
     }
 
 
-REPORT, TABLE = "judge.json", "verdicts.parquet"
+REPORT, TABLE, PAGE_RECORD = "judge.json", "verdicts.parquet", "page.json"
+PEOPLE = "people"
 
 
 def refuse_other(output: Path, a: str, b: str, judge: str, template: str | None) -> None:
-    """Raise UsageError where `output` holds the report of another comparison or judge."""
+    """Raise UsageError where `output` holds the report of another comparison or judge, or people's page."""
+    if judge != PEOPLE and (output / PAGE_RECORD).exists():
+        raise UsageError(f"{output} holds an annotation page, whose verdicts will lie there: give another --output")
     path = output / REPORT
     if not path.exists():
         return
     found = read_record(JudgeReport, path, "remove it, or give another --output")
     wanted = {
-        "A": (found.a, a),
-        "B": (found.b, b),
-        "judge": (found.judge, judge),
-        "template": (found.template, template),
+        "A": (found.a, a, _same_source(found.a, a)),
+        "B": (found.b, b, _same_source(found.b, b)),
+        "judge": (found.judge, judge, found.judge == judge),
+        "template": (found.template, template, found.template == template),
     }
-    differ = [f"{name} {there}, not {here}" for name, (there, here) in wanted.items() if there != here]
+    differ = [f"{name} {there}, not {here}" for name, (there, here, same) in wanted.items() if not same]
     if differ:
-        raise UsageError(f"{output} holds the verdicts of {'; of '.join(differ)}: give another --output")
+        raise UsageError(
+            f"{output} holds the verdicts of {'; of '.join(differ)}: give another --output, or move {REPORT} and "
+            f"{TABLE} away"
+        )
+
+
+def _same_source(spec: str, other: str) -> bool:
+    """Whether two spellings (`./a.jsonl`, `a.jsonl`) name one file or one choice of a data directory."""
+    (path, _, choice), (other_path, _, other_choice) = spec.partition("#"), other.partition("#")
+    return spec == other or (os.path.abspath(path), choice) == (os.path.abspath(other_path), other_choice)
 
 
 def save(output: Path, verdicts: Sequence[Verdict], found: JudgeReport) -> None:

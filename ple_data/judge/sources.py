@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ple_data.queries import CHAT_START, to_messages
 from ple_data.readers import Rows, read_rows
 from ple_data.rewards.texts import as_chat
 from ple_data.store import Store, collect
@@ -66,10 +67,10 @@ def load_pairs(a: str, b: str) -> Pairs:
     common = [query_id for query_id in left if query_id in right]
     if not common:
         raise UsageError(f"{a} and {b} have no query in common: both must answer the same query ids")
-    differ = [query_id for query_id in common if not _same_query(left[query_id].x, right[query_id].x)]
+    differ = [query_id for query_id in common if not same_query(left[query_id].x, right[query_id].x)]
     if differ:
         raise UsageError(
-            f"{a} and {b} have different queries x under the same id, in {_named(differ)}: "
+            f"{a} and {b} have different queries x under the same id, in {named(differ)}: "
             "compare responses to the same queries"
         )
     rows = [
@@ -148,10 +149,20 @@ def _from_file(rows: Rows) -> list[Response]:
     ids = [str(id) for id in _values(rows, "query_id", "id", of=(str, int))]
     doubled = [id for id, count in Counter(ids).items() if count > 1]
     if doubled:
-        raise UsageError(f"{rows.source} has two rows for {_named(doubled)}: keep one response a query")
+        raise UsageError(f"{rows.source} has two rows for {named(doubled)}: keep one response a query")
     kinds = [None if row.get("kind") is None else str(row["kind"]) for row in rows.rows]
     texts = [_values(rows, name, other, of=(str,)) for name, other in (("x", "prompt"), ("y", "response"))]
+    _refuse_half_chats(rows, texts[0])
     return [Response(*row) for row in zip(ids, *texts, kinds, strict=True)]
+
+
+def _refuse_half_chats(rows: Rows, xs: Sequence[str]) -> None:
+    for place, x in zip(rows.places, xs, strict=True):
+        if x.startswith(CHAT_START) and to_messages(x) == [{"role": "user", "content": x}]:
+            raise UsageError(
+                f"{rows.source} {place}: x begins like a stored chat but is no list of turns with role and content as "
+                f"text ({x!r:.80}): correct the row"
+            )
 
 
 def _values(rows: Rows, *names: str, of: tuple[type, ...]) -> list[Any]:
@@ -169,11 +180,12 @@ def _values(rows: Rows, *names: str, of: tuple[type, ...]) -> list[Any]:
     return [row[name] for row in rows.rows]
 
 
-def _same_query(x: str, other: str) -> bool:
+def same_query(x: str, other: str) -> bool:
     """Whether two forms of a query (plain text, dialogue, stored chat) say the same."""
     return x == other or as_chat(x) == as_chat(other)
 
 
-def _named(query_ids: list[str]) -> str:
+def named(query_ids: list[str]) -> str:
+    """The first of some query ids, for a message."""
     more = f" and {len(query_ids) - _NAMED} more" if len(query_ids) > _NAMED else ""
     return "query " + ", ".join(map(repr, query_ids[:_NAMED])) + more

@@ -228,7 +228,7 @@ def _evaluations(reports: Sequence[tuple[str, EvalReport]]) -> Section:
         section.words.append(" ".join(words))
         section.tables.append(
             Table(
-                f"{label(name)}: means with 95 % bootstrap intervals",
+                f"{label(name)}: values with 95 % intervals over queries",
                 ["policy", *[visible(metric) for metric in metrics]],
                 [
                     [label(policy.label), *[_estimate(policy.metrics.get(metric)) for metric in metrics]]

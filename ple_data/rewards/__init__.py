@@ -3,10 +3,11 @@
 A reward model sees x and y and never the principle. Nothing here samples, trains or writes a file.
 """
 
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 _ADDRESS = ("http://", "https://")
 _OUTPUT = re.compile(r"\[(\d+)\]$")
@@ -29,6 +30,10 @@ class RewardModel(Protocol):
         """
         ...
 
+    def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
+        """The same rewards as (row, reward), some at a time as they come, so that what was paid for can be kept."""
+        ...
+
 
 def check_reward_model(spec: str, output_index: int | None = None) -> None:
     """Refuse, without loading a model or running a function, a spec that `load_reward_model` would refuse.
@@ -42,10 +47,22 @@ def check_reward_model(spec: str, output_index: int | None = None) -> None:
         model, output = _split_output(spec, output_index)
         check_model(model)
         choose_output(load_config(model), output, model)
-    elif not spec.startswith(_ADDRESS):
+    elif spec.startswith(_ADDRESS):
+        shown_spec(spec)
+    else:
         from ple_data.rewards.function import check_function
 
         check_function(spec)
+
+
+def shown_spec(spec: str) -> str:
+    """The spec as messages show it: of an address nothing that may be secret. Raises UsageError for a wrong address."""
+    if not spec.startswith(_ADDRESS):
+        return spec
+    from ple_data.http import checked_url, shown_url
+    from ple_data.rewards.http import API_KEY_VARIABLE
+
+    return shown_url(checked_url(spec, "reward model", API_KEY_VARIABLE))
 
 
 def load_reward_model(
@@ -86,6 +103,12 @@ def load_reward_model(
     from ple_data.rewards.function import FunctionReward
 
     return FunctionReward(spec)
+
+
+def resolved_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `load_reward_model`, with the defaults of what is not given."""
+    parameters = inspect.signature(load_reward_model).parameters.values()
+    return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY} | dict(options)
 
 
 def _is_classifier(spec: str) -> bool:

@@ -57,6 +57,8 @@ class ClassifierReward:
             self.name += f"[{self._index}]"
         if self._join != resolve_join("auto", self._tokenizer):
             self.name += f"+{self._join}"
+        if dtype != "float32":
+            self.name += f"+{dtype}"
 
     def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
         encoded = [encode(self._tokenizer, x, y, join=self._join, max_length=self._max_length) for x, y in rows]
@@ -69,6 +71,9 @@ class ClassifierReward:
                 rewards[row] = reward
         self.truncated += sum(item.cut for item in encoded)
         return rewards
+
+    def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
+        yield list(enumerate(self.score(rows)))
 
     def _forward(self, batch: list[Encoded]) -> list[float]:
         """Rewards of one batch; the arrays are (rows, longest row)."""

@@ -65,6 +65,9 @@ class FunctionReward:
             )
         return [self._number(value, row) for row, value in enumerate(values)]
 
+    def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
+        yield list(enumerate(self.score(rows)))
+
     def _number(self, value: Any, row: int) -> float:
         try:
             if isinstance(value, str | bytes):

@@ -5,7 +5,7 @@ The key in PLE_REWARD_API_KEY, if set, is sent as `Authorization: Bearer` and is
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import httpx
 
@@ -43,6 +43,10 @@ class HttpReward:
         self._first_wait = first_wait
 
     def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
+        rewards = dict(item for batch in self.stream(rows) for item in batch)
+        return [rewards[row] for row in range(len(rows))]
+
+    def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
         starts = range(0, len(rows), self._batch_size)
         batches = [rows[start : start + self._batch_size] for start in starts]
         key = key_from_environment(API_KEY_VARIABLE)
@@ -55,7 +59,7 @@ class HttpReward:
                     self._url,
                     {"inputs": [{"x": x, "y": y} for x, y in batch]},
                     what=f"reward model at {self._shown}",
-                    failed="nothing of this unit was kept; check the server and run the same command again",
+                    failed="what was finished before is kept; check the server and run the same command again",
                     key=key,
                     tries=self._tries,
                     first_wait=self._first_wait,
@@ -63,8 +67,8 @@ class HttpReward:
                 )
                 return self._scores(response, len(batch), key)
 
-            scores = dict(each(score_batch, batches, self._in_flight))
-        return [score for index in range(len(batches)) for score in scores[index]]
+            for index, scores in each(score_batch, batches, self._in_flight):
+                yield list(enumerate(scores, start=index * self._batch_size))
 
     def _scores(self, response: httpx.Response, expected: int, key: str | None) -> list[float]:
         try:

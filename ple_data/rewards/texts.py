@@ -61,14 +61,16 @@ def encode(tokenizer: Any, x: str, y: str, *, join: str = "auto", max_length: in
 
 
 def as_chat(x: str) -> list[Message]:
-    """The turns of x: a chat stored as JSON text, a Human/Assistant dialogue, or one user turn."""
+    """The turns of x: a chat stored as JSON text, a Human/Assistant dialogue that says something, or one user turn."""
     stored = _stored_chat(x)
     if stored is not None:
         return stored
     parts = _HH_TURN.split(x)
     if len(parts) > 1 and not parts[0].strip() and parts[1] == "Human":
         turns = zip(parts[1::2], parts[2::2], strict=True)
-        return [{"role": _HH_ROLES[who], "content": said.strip()} for who, said in turns if said.strip()]
+        found = [{"role": _HH_ROLES[who], "content": said.strip()} for who, said in turns if said.strip()]
+        if found:
+            return found
     return [{"role": "user", "content": x}]
 
 
