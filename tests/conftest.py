@@ -10,13 +10,13 @@ import pytest
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
-LONG_FILES = ("test_generate", "test_rounds", "test_kill", "test_judge_vllm", "test_engines", "test_baselines")
+LONG_FILES = ["generate", "rounds", "demo", "docs", "kill", "judge_vllm", "engines", "baselines", "train", "bad_input"]
 """Minutes each; they go first, so that no worker is left with one at the end (with --no-loadscope-reorder)."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    names = [f"{name}.py" for name in LONG_FILES]
-    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
+    place = {f"test_{name}.py": at for at, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session")

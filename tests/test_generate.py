@@ -25,10 +25,12 @@ from ple_data.generate import GenerateSummary, generate
 from ple_data.principles import load_principle
 from ple_data.round_plan import request_seed
 from ple_data.store import Store
+from ple_train.train import train
 from schemas import tables
 from schemas.errors import PleError, UsageError
 from tests import tiny
 from tests.conftest import ROOT
+from tests.test_train import write_pairs
 
 SHORT = Sampling(max_new_tokens=6)
 
@@ -484,9 +486,14 @@ class Vllm:
 @pytest.mark.vllm
 @pytest.mark.timeout(900)
 def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
-    vllm_python: str, policy: Path, adapter: Path, tmp_path: Path, rows: Any
+    vllm_python: str, policy: Path, tmp_path: Path, rows: Any
 ) -> None:
-    """kill -9 while vLLM starts, kill -9 and Ctrl-C in the middle, then the same command to its end. With adapter."""
+    """kill -9 while vLLM starts, kill -9 and Ctrl-C in the middle, then the same command to its end.
+
+    With an adapter as ple-train writes it.
+    """
+    adapter, pairs = tmp_path / "adapter", write_pairs(tmp_path / "pairs", rounds=1)
+    train(model=str(policy), data=[pairs], round=0, output=adapter, learning_rate=1e-2)
     queries = tmp_path / "q.jsonl"
     texts = [f"{a} {b}" for a in tiny.corpus()[:20] for b in tiny.corpus()[:16]]
     queries.write_text("".join(json.dumps({"id": f"q{at}", "x": x}) + "\n" for at, x in enumerate(texts)))

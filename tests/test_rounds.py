@@ -466,7 +466,7 @@ def test_run_with_generation_from_another_environment(
         "principles": "imdb",
         "reward_model": str(reward),
         "run_dir": str(tmp_path / "run"),
-        "rounds": 2,
+        "rounds": 1,
         "gen": {
             "command": [vllm_python, "-m", "cli", "gen"],
             "engine": "vllm",
@@ -475,17 +475,16 @@ def test_run_with_generation_from_another_environment(
         },
     }
     rounds.run(parse_recipe(values, "test"))
-    rows = pairs_of(tmp_path / "run")
-    assert {row["round"] for row in rows} == {0, 1}
+    rows = pairs_of(tmp_path / "run", rounds=1)
     assert all(row["y_logps"] and len(row["y_logps"]) == len(row["y_ids"]) for row in rows)
-    assert (tmp_path / "run" / "policy" / "round=001" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "run" / "policy" / "round=000" / "adapter_model.safetensors").exists()
 
 
-def pairs_of(run: Path) -> list[dict]:
+def pairs_of(run: Path, rounds: int = 2) -> list[dict]:
     import polars as pl
 
     rows = pl.read_parquet(run / "data" / "pairs" / "**" / "*.parquet").sort("round", "query_id").to_dicts()
-    assert len(rows) == 12
+    assert len(rows) == 6 * rounds
     for row in rows:
         row["policy"] = row["policy"].split("+")[0]  # an adapter's digest covers the path of its base
     return rows
