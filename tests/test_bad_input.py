@@ -465,8 +465,7 @@ def start(words: list[object], **more) -> subprocess.CompletedProcess:
 # Interruption
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("command", ["gen", "train"])
+@pytest.mark.parametrize(("command", "number"), [("gen", signal.SIGINT), ("train", signal.SIGTERM)])
 def test_interrupted_command_goes_on(
     policy: Path, queries: Path, whole_data: Path, tmp_path: Path, command: str, number: signal.Signals
 ) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+import cli
 from ple_data.intervals import bootstrap_mean
 from ple_train import demo, toyworld
 from ple_train.perplexity import perplexity
@@ -80,6 +82,7 @@ def test_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     sizes = {"PRETRAINING": 64, "LABELLED": 64, "FINE_TUNING": 32, "HELD_OUT": 16, "UNSEEN": 8, "QUERIES_PER_ROUND": 8}
     for name, size in sizes.items():
         monkeypatch.setattr(demo, name, size)
+    monkeypatch.setattr(demo, "run_child", lambda command: CliRunner().invoke(cli.ple, command[1:]).exit_code)
     output = tmp_path / "demo"
     report = demo.demo(output, rounds=1)
     assert (output / "learning-curve.png").read_bytes().startswith(b"\x89PNG")
