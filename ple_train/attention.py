@@ -1,7 +1,8 @@
 """Attention over packed sequences for machines without a flash-attention package: one causal product a sequence.
 
 Registered with transformers under the name `ple_packed`; it takes the same borders (`cu_seq_lens_q`) that the
-flash-attention implementations take, so one packed batch serves both.
+flash-attention implementations take, so one packed batch serves both. It also takes `branches`: several responses
+behind one prompt, each of which sees the prompt and itself.
 """
 
 from __future__ import annotations
@@ -24,18 +25,28 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    branches: list[tuple[int, ...]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [1, heads, tokens, d], key and value [1, kv heads, tokens, d] → [1, tokens, heads, d].
 
     Tokens see earlier tokens of their own sequence alone (at most `sliding_window` of them where a model has one).
-    Without borders each row is one sequence.
+    Without borders each row is one sequence. branches: for each part between borders the length of its prompt and
+    of every response behind it.
     """
     if cu_seq_lens_q is None:
         return _attend(query, key, value, dropout, scaling, sliding_window).transpose(1, 2), None
     lengths = cu_seq_lens_q.diff().tolist()
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [_attend(q, k, v, dropout, scaling, sliding_window) for q, k, v in parts]
+    outputs = []
+    for (q, k, v), (prompt, *responses) in zip(parts, branches or [(0, n) for n in lengths], strict=True):
+        first = prompt + responses[0]
+        outputs.append(_attend(q[:, :, :first], k[:, :, :first], v[:, :, :first], dropout, scaling, sliding_window))
+        for length in responses[1:]:
+            own = slice(first, first + length)
+            k_seen, v_seen = (torch.cat([part[:, :, :prompt], part[:, :, own]], dim=2) for part in (k, v))
+            outputs.append(_attend(q[:, :, own], k_seen, v_seen, dropout, scaling, sliding_window))
+            first += length
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -49,11 +60,14 @@ def register() -> None:
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
-    length = query.shape[2]
+    """The queries are those of the last of the keys' positions."""
+    queries, keys = query.shape[2], key.shape[2]
     mask = None
-    if window is not None and length > window:
-        ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
-        mask = ones.tril() & ones.triu(1 - window)
+    if queries < keys or (window is not None and keys > window):
+        ones = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+        mask = ones.tril(keys - queries)
+        if window is not None:
+            mask &= ones.triu(keys - queries + 1 - window)
     return nn.functional.scaled_dot_product_attention(
         query,
         key,

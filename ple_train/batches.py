@@ -2,30 +2,38 @@
 
 A sequence is a prompt and the response that is trained on. Sequences of one optimizer step are dealt to processes
 and micro-batches by length alone, the same way on every process, so that the gradient does not depend on the deal.
+
+Three layouts: `padded`, one sequence a row; `packed`, all behind one another in one row; `shared`, packed, and where
+neighbours answer the same query its prompt stands there, and is computed, once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Layout = Literal["padded", "packed", "shared"]
 
 
 @dataclass(frozen=True)
 class Sequence:
     """ids [n] int32: prompt then response; the first `prompt` ids are context only. `tag` is the objective's own.
 
+    `query`: sequences that follow one another with the same one (not None) begin with the same prompt.
     `beside`: a second sequence that goes through the model with this one (the rejected text of a preference).
     """
 
     ids: np.ndarray
     prompt: int
     tag: Any = None
+    query: Any = None
     beside: Sequence | None = None
 
     @property
@@ -60,7 +68,8 @@ class Tokens:
     targets: Tensor  # [n] token ids
     responses: Tensor  # [n] index of the sequence
     lengths: Tensor  # [sequences] response tokens each
-    positions: int = field(default=0)  # positions computed, padding counted
+    positions: int  # positions computed, padding counted
+    padding: int  # those of them that are padding
 
 
 class Stream(Protocol):
@@ -114,33 +123,71 @@ def _neighbours(order: list[int], lengths: ListLike[int], budget: int) -> list[l
 
 
 def micro_batches(
-    sequences: list[Sequence], total: int, budget: int, processes: int, process: int, *, packed: bool = True
+    sequences: list[Sequence], total: int, budget: int, processes: int, process: int, *, layout: Layout
 ) -> list[MicroBatch]:
     """This process's micro-batches of one global batch."""
     if not sequences:
         return []
-    mine = deal([s.positions for s in sequences], budget, processes, packed=packed)[process]
-    shortest = min(sequences, key=lambda s: s.positions)
+    units = units_of(sequences) if layout == "shared" else [[s] for s in sequences]
+    lengths = [sum(s.positions for s in unit) - (len(unit) - 1) * unit[0].prompt for unit in units]
+    mine = deal(lengths, budget, processes, packed=layout != "padded")[process]
+    shortest = units[lengths.index(min(lengths))]
     return [
-        MicroBatch([sequences[i] for i in indices], total) if indices else MicroBatch([shortest], total, weight=0.0)
+        MicroBatch([s for i in indices for s in units[i]], total) if indices else MicroBatch(shortest, total, 0.0)
         for indices in mine
     ]
+
+
+def units_of(sequences: list[Sequence]) -> list[list[Sequence]]:
+    """Neighbours that share a prompt, together; the others each for itself."""
+    alone = iter(range(len(sequences)))
+    shares = [(s.query, s.prompt) if s.query is not None and s.prompt else (None, next(alone)) for s in sequences]
+    return [[s for _, s in unit] for _, unit in groupby(zip(shares, sequences, strict=True), key=lambda part: part[0])]
+
+
+def collate_shared(sequences: list[Sequence], device: torch.device) -> Tokens:
+    """As `collate_packed`, with a prompt that neighbours share once, before all their responses."""
+    units = units_of(sequences)
+    ids, positions, rows, lengths = [], [], [], []
+    start = 0
+    for unit in units:
+        prompt, place = unit[0].prompt, start + unit[0].prompt
+        ids.append(unit[0].ids[:prompt])
+        positions.append(np.arange(prompt))
+        for s in unit:
+            response = len(s.ids) - prompt
+            ids.append(s.ids[prompt:])
+            positions.append(np.arange(prompt, len(s.ids)))
+            predicting = [start + prompt - 1, *range(place, place + response - 1)]
+            rows.append(np.array(predicting[-s.response :] if s.response else [], dtype=np.int64))
+            place += response
+        lengths.append(place - start)
+        start = place
+    inputs = _packed_inputs(ids, positions, lengths, device)
+    inputs["branches"] = [(unit[0].prompt, *(len(s.ids) - s.prompt for s in unit)) for unit in units]
+    return _tokens(sequences, inputs, rows, start, 0, device)
 
 
 def collate_packed(sequences: list[Sequence], device: torch.device) -> Tokens:
     """All sequences behind one another in one row, with their borders: not one position is padding."""
     lengths = [len(s.ids) for s in sequences]
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    borders = torch.from_numpy(starts).to(device)
-    inputs = {
-        "input_ids": _row(np.concatenate([s.ids for s in sequences]), device),
-        "position_ids": _row(np.concatenate([np.arange(n) for n in lengths]), device),
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    inputs = _packed_inputs([s.ids for s in sequences], [np.arange(n) for n in lengths], lengths, device)
+    return _tokens(sequences, inputs, _predicting(sequences, starts), int(starts[-1]), 0, device)
+
+
+def _packed_inputs(
+    ids: list[np.ndarray], positions: list[np.ndarray], lengths: list[int], device: torch.device
+) -> dict[str, Any]:
+    borders = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
+    return {
+        "input_ids": _row(np.concatenate(ids), device),
+        "position_ids": _row(np.concatenate(positions), device),
         "cu_seq_lens_q": borders,
         "cu_seq_lens_k": borders,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
-    return _tokens(sequences, inputs, starts[:-1], int(starts[-1]), device)
 
 
 def collate_padded(sequences: list[Sequence], device: torch.device) -> Tokens:
@@ -155,26 +202,34 @@ def collate_padded(sequences: list[Sequence], device: torch.device) -> Tokens:
         "input_ids": torch.from_numpy(ids).to(device),
         "attention_mask": torch.from_numpy(mask).to(device),
     }
-    return _tokens(sequences, inputs, np.arange(len(sequences)) * width, ids.size, device)
+    rows = _predicting(sequences, np.arange(len(sequences)) * width)
+    return _tokens(sequences, inputs, rows, ids.size, ids.size - int(mask.sum()), device)
+
+
+def _predicting(sequences: list[Sequence], starts: np.ndarray) -> list[np.ndarray]:
+    """For each sequence the positions whose hidden states predict its response, when it begins at its start."""
+    return [
+        np.arange(max(s.prompt, 1) - 1, len(s.ids) - 1) + start for s, start in zip(sequences, starts, strict=False)
+    ]
 
 
 def _tokens(
     sequences: list[Sequence],
     inputs: dict[str, Any],
-    starts: np.ndarray,
+    rows: list[np.ndarray],
     positions: int,
+    padding: int,
     device: torch.device,
 ) -> Tokens:
-    first = [max(s.prompt, 1) for s in sequences]
-    rows = [np.arange(f - 1, len(s.ids) - 1) + start for s, f, start in zip(sequences, first, starts, strict=True)]
     lengths = [s.response for s in sequences]
     return Tokens(
         inputs=inputs,
         rows=_long(np.concatenate(rows), device),
-        targets=_long(np.concatenate([s.ids[f:] for s, f in zip(sequences, first, strict=True)]), device),
+        targets=_long(np.concatenate([s.ids[max(s.prompt, 1) :] for s in sequences]), device),
         responses=_long(np.repeat(np.arange(len(sequences)), lengths), device),
         lengths=_long(np.array(lengths), device),
         positions=positions,
+        padding=padding,
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ple_data.progress import Progress
-from ple_train.batches import MicroBatch, Stream, micro_batches
+from ple_train.batches import Layout, MicroBatch, Stream, micro_batches
 from ple_train.checkpoint import Checkpoints
 from schemas.errors import PleError, UsageError
 
@@ -44,7 +44,7 @@ class Objective(Protocol):
     """A loss on micro-batches. `sums` are added up over micro-batches and processes; `summarise` makes metrics."""
 
     sums: tuple[str, ...]
-    packed: bool  # whether sequences of a micro-batch lie behind one another, without padding
+    layout: Layout  # how the sequences of a micro-batch lie
     remedy: str  # what may help when the loss stops being finite
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]: ...
@@ -127,7 +127,7 @@ def train_loop(
                     settings.microbatch_tokens,
                     accelerator.num_processes,
                     accelerator.process_index,
-                    packed=objective.packed,
+                    layout=objective.layout,
                 )
                 rate = learning_rate_at(done, total, settings)
                 for group in optimizer.param_groups:

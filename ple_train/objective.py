@@ -29,9 +29,9 @@ class PairObjective:
     """- sum c * sum_j log pi / pairs over the responses of a micro-batch, and what to log about them."""
 
     sums: tuple[str, ...] = (
-        "tokens",
         "trained_tokens",
         "positions",
+        "padding",
         "gated",
         "pushed_down_drift",
         "pushed_down",
@@ -42,11 +42,11 @@ class PairObjective:
     remedy = "Lower --learning-rate, or bound the loss with --trust-region 0.3 (docs/training.md, Stability)."
 
     def __init__(self, policy: Policy, delta: float | None) -> None:
-        self.policy, self.delta, self.packed = policy, delta, policy.packed
+        self.policy, self.delta, self.layout = policy, delta, policy.layout
         self.warned = False
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]:
-        tokens = self.policy.collate(batch.sequences, self.policy.device)
+        tokens = self.policy.collate(batch.sequences)
         logps = model(tokens)
         sum_logps = sum_by_response(logps, tokens.responses, len(batch.sequences))
         means = sum_logps.detach() / tokens.lengths
@@ -81,9 +81,8 @@ class PairObjective:
         drift: Tensor | None,
     ) -> dict[str, float]:
         sums = dict.fromkeys(self.sums, 0.0)
-        sums["tokens"] = sum(len(s.ids) for s in batch.sequences)
         sums["trained_tokens"] = sum(s.response for s in batch.sequences if s.tag.coefficient != 0)
-        sums["positions"] = tokens.positions
+        sums["positions"], sums["padding"] = tokens.positions, tokens.padding
         sums["gated"] = float(((coefficients != 0) & (kept == 0)).sum())
         drifts = drift.tolist() if drift is not None else [None] * len(batch.sequences)
         for sequence, loss, mean, moved in zip(batch.sequences, losses.tolist(), means.tolist(), drifts, strict=True):
@@ -109,7 +108,7 @@ class PairObjective:
             "loss_wsft": sums["loss_wsft"],
             "rank_share": (sums["count_rank_y"] + sums["count_rank_y_prompt"]) / responses,
             "gated_share": sums["gated"] / responses,
-            "useful_token_share": sums["tokens"] / max(1.0, sums["positions"]),
+            "useful_token_share": 1 - sums["padding"] / max(1.0, sums["positions"]),
             "trained_tokens": sums["trained_tokens"],
         }
         for group in GROUPS:

@@ -124,14 +124,14 @@ class PairStream:
 
     def _sequences(self, rows: pl.DataFrame) -> tuple[list[Sequence], int]:
         sequences = []
-        for row in rows.iter_rows(named=True):
+        for number, row in enumerate(rows.iter_rows(named=True)):
             for arm, coefficient in zip(ARMS, (row["c"], row["c_prompt"]), strict=True):
                 if self.partition.without and coefficient == 0:
                     continue
                 ids = np.array(row["x_ids"] + row[f"{arm}_ids"], dtype=np.int32)
                 refuse_foreign_ids(ids, f"query {row['query_id']!r} of round {row['round']}: x and {arm}", self)
                 tag = Response(arm, row["set"], self.round - row["round"], coefficient)
-                sequence = Sequence(ids, len(row["x_ids"]), tag)
+                sequence = Sequence(ids, len(row["x_ids"]), tag, query=number)
                 if sequence.response > 0:
                     sequences.append(sequence)
         return sequences, rows.height

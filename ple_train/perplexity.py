@@ -29,9 +29,9 @@ def negative_log_likelihoods(
     """(place, - sum of the log-probabilities of its response's tokens, in nats) of each sequence, in any order."""
     places = {id(sequence): place for place, sequence in enumerate(sequences)}
     policy.eval()
-    for batch in micro_batches(sequences, 1, batch_tokens, 1, 0, packed=policy.packed):
+    for batch in micro_batches(sequences, 1, batch_tokens, 1, 0, layout=policy.layout):
         with torch.no_grad():
-            tokens = policy.collate(batch.sequences, policy.device)
+            tokens = policy.collate(batch.sequences)
             logps = policy(tokens).double()
         sums = logps.new_zeros(len(batch.sequences)).index_add_(0, tokens.responses, logps)
         yield from zip([places[id(s)] for s in batch.sequences], (-sums).tolist(), strict=True)

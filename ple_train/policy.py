@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ple_data.models import check_adapter, check_model
 from ple_train import attention as packed
-from ple_train.batches import Sequence, Tokens, collate_packed, collate_padded
+from ple_train.batches import Layout, Sequence, Tokens, collate_packed, collate_padded, collate_shared
 from ple_train.log import print_to_log
 from ple_train.loss import token_logps
 from schemas.errors import UsageError
 
+COLLATE = {"padded": collate_padded, "packed": collate_packed, "shared": collate_shared}
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Mean difference in nats that the probe forgives, by the type in which the weights are held."""
 
@@ -36,16 +38,15 @@ class Policy(nn.Module):
         self.positions: int | None = getattr(config, "max_position_embeddings", None)
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None) or 0.0
-        self.collate = collate_packed
+        self.layout: Layout = "packed"
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    @property
-    def packed(self) -> bool:
-        """Whether sequences are packed into one row (else padded into one each)."""
-        return self.collate is collate_packed
+    def collate(self, sequences: list[Sequence]) -> Tokens:
+        """The sequences as tensors, in the layout that `prepare` found this model's attention to keep."""
+        return COLLATE[self.layout](sequences, self.device)
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Log-probability of each response token, [n] in nats, in the order of `tokens.targets`."""
@@ -80,8 +81,9 @@ class Policy(nn.Module):
     def prepare(self, attention: str) -> None:
         """Choose attention and packing, and check them (and the output layer) against the model's own forward.
 
-        attention: `auto`, or any name that transformers knows. Packed sequences where the model's attention can
-        keep them apart, padded rows where it cannot. Raises UsageError where even padded rows disagree.
+        attention: `auto`, or any name that transformers knows. Packed sequences that share their prompts where the
+        attention is our own, packed ones where it can keep sequences apart, padded rows where it cannot. Raises
+        UsageError where even padded rows disagree.
         """
         packed.register()
         base = self._base[0]
@@ -90,17 +92,20 @@ class Policy(nn.Module):
         self.eval()
         expected = self._probe_plainly()
         chosen = _flash_or_packed(base) if attention == "auto" else attention
-        for implementation, collate in ((chosen, collate_packed), (own, collate_padded)):
+        layouts: list[tuple[str, Layout]] = [(chosen, "packed"), (own, "padded")]
+        if chosen == packed.PACKED_ATTENTION:
+            layouts.insert(0, (chosen, "shared"))
+        for implementation, layout in layouts:
             try:
                 base.set_attn_implementation(implementation)
-                self.collate = collate
+                self.layout = layout
                 found = self._probe()
             except (ValueError, TypeError, ImportError, RuntimeError) as error:
                 if attention != "auto":
                     raise UsageError(f"--attention {attention}: {_first_line(error)}") from error
                 continue
             if (found - expected).abs().mean() <= PROBE_TOLERANCE.get(base.dtype, 1e-3):
-                if not self.packed:
+                if layout == "padded":
                     print_to_log("note: this model's attention cannot keep packed sequences apart; rows are padded")
                 self.train(training)
                 return
@@ -110,12 +115,15 @@ class Policy(nn.Module):
         )
 
     def _probe_sequences(self) -> list[Sequence]:
-        ids = torch.randint(0, self.vocabulary, (19,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-        return [Sequence(ids[:12].numpy(), prompt=3), Sequence(ids[12:].numpy(), prompt=2)]
+        """Two responses to one query, and one to another."""
+        random = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.vocabulary, (24,), generator=random, dtype=torch.int32).numpy()
+        sibling = np.concatenate([ids[:3], ids[19:]])
+        return [Sequence(ids[:12], 3, query=0), Sequence(sibling, 3, query=0), Sequence(ids[12:19], 2, query=1)]
 
     @torch.no_grad()
     def _probe(self) -> Tensor:
-        return self(self.collate(self._probe_sequences(), self.device)).cpu()
+        return self(self.collate(self._probe_sequences())).cpu()
 
     @torch.no_grad()
     def _probe_plainly(self) -> Tensor:

@@ -224,13 +224,13 @@ def _sum_logps(
                     f"{ids.max()}, but the model's vocabulary has {policy.vocabulary}; these pairs were made with "
                     "another tokenizer"
                 )
-            sequence = Sequence(ids, len(record["x_ids"]), (index, arm))
+            sequence = Sequence(ids, len(record["x_ids"]), (index, arm), query=index)
             if sequence.response > 0 and (policy.positions is None or ids.size <= policy.positions):
                 sequences[index, arm] = sequence
     sums: dict[tuple[int, str], float] = {}
     with torch.no_grad():
-        for batch in micro_batches(list(sequences.values()), 1, BATCH_TOKENS, 1, 0, packed=policy.packed):
-            tokens = policy.collate(batch.sequences, policy.device)
+        for batch in micro_batches(list(sequences.values()), 1, BATCH_TOKENS, 1, 0, layout=policy.layout):
+            tokens = policy.collate(batch.sequences)
             found = sum_by_response(policy(tokens).double(), tokens.responses, len(batch.sequences))
             sums |= {sequence.tag: total for sequence, total in zip(batch.sequences, found.tolist(), strict=True)}
     for index, record in enumerate(records):

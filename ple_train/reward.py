@@ -17,7 +17,7 @@ from ple_data.digests import policy_name
 from ple_data.models import check_model, load_tokenizer
 from ple_data.readers import read_rows
 from ple_data.rewards.texts import encode
-from ple_train.batches import MicroBatch, Sequence
+from ple_train.batches import Layout, MicroBatch, Sequence
 from ple_train.log import print_to_log
 from ple_train.loop import LoopSettings, Objective, make_accelerator, train_loop
 from ple_train.loss import preference_loss
@@ -55,7 +55,7 @@ class LabelObjective:
     """Cross-entropy of the labels; `tag` of a sequence is its label."""
 
     sums: tuple[str, ...] = ("right", "rows")
-    packed = False
+    layout: Layout = "padded"
     remedy = "Lower --learning-rate."
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -73,7 +73,7 @@ class PreferenceObjective:
     """Bradley-Terry over pairs; a sequence is a chosen text, beside it the rejected one."""
 
     sums: tuple[str, ...] = ("right", "rows", "margin")
-    packed = False
+    layout: Layout = "padded"
     remedy = "Lower --learning-rate."
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]:

@@ -31,25 +31,25 @@ LEARNING_RATE = 1e-4
 class SftObjective:
     """Eq. 1, divided by the response tokens of the global batch."""
 
-    sums: tuple[str, ...] = ("response_tokens", "positions", "tokens")
+    sums: tuple[str, ...] = ("response_tokens", "positions", "padding")
     remedy = "Lower --learning-rate."
 
     def __init__(self, policy: Policy) -> None:
-        self.policy, self.packed = policy, policy.packed
+        self.policy, self.layout = policy, policy.layout
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]:
-        tokens = self.policy.collate(batch.sequences, self.policy.device)
+        tokens = self.policy.collate(batch.sequences)
         loss = sft_loss(model(tokens), batch.total) * batch.weight
         counts = {
             "response_tokens": len(tokens.targets),
             "positions": tokens.positions,
-            "tokens": sum(len(s.ids) for s in batch.sequences),
+            "padding": tokens.padding,
         }
         return loss, {name: count * batch.weight for name, count in counts.items()}
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
         return {
-            "useful_token_share": sums["tokens"] / sums["positions"],
+            "useful_token_share": 1 - sums["padding"] / sums["positions"],
             "trained_tokens": sums["response_tokens"],
         }
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_train.batches import Sequence, collate_packed, collate_padded, deal, micro_batches
+from ple_train.batches import Sequence, collate_packed, collate_padded, collate_shared, deal, micro_batches
 
 CPU = torch.device("cpu")
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=60)
@@ -24,19 +24,19 @@ def test_every_sequence_is_dealt_once_and_processes_keep_in_step(lengths, budget
 
 def test_a_process_without_sequences_gets_a_filler_of_weight_0():
     only = Sequence(np.arange(5, dtype=np.int32), prompt=2)
-    batches = [micro_batches([only], 1, 100, 2, process) for process in (0, 1)]
+    batches = [micro_batches([only], 1, 100, 2, process, layout="packed") for process in (0, 1)]
     assert [[b.weight for b in mine] for mine in batches] == [[1.0], [0.0]]
 
 
 @given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=40))
 def test_both_texts_of_a_preference_count_towards_the_budget(pairs):
     sequences = [Sequence(np.zeros(a, np.int32), 0, beside=Sequence(np.zeros(b, np.int32), 0)) for a, b in pairs]
-    for batch in micro_batches(sequences, 1, 400, 1, 0, packed=False):
+    for batch in micro_batches(sequences, 1, 400, 1, 0, layout="padded"):
         longest = max(max(len(s.ids), len(s.beside.ids)) for s in batch.sequences)
         assert 2 * longest * len(batch.sequences) <= 400
 
 
-@pytest.mark.parametrize("collate", [collate_packed, collate_padded])
+@pytest.mark.parametrize("collate", [collate_shared, collate_packed, collate_padded])
 def test_collating_finds_the_response_tokens_and_the_positions_that_predict_them(collate):
     """x = 7 8, y = 1 2 3; x empty, y = 4 5 (its first token has no context, so it has no log-probability)."""
     sequences = [Sequence(np.array([7, 8, 1, 2, 3]), prompt=2), Sequence(np.array([4, 5]), prompt=0)]
@@ -54,3 +54,23 @@ def test_packed_batches_have_no_padding_and_positions_that_start_again():
     assert tokens.positions == 5
     assert tokens.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert tokens.inputs["cu_seq_lens_q"].tolist() == [0, 3, 5]
+
+
+def test_a_shared_prompt_stands_once_and_both_responses_begin_behind_it():
+    """x = 7 8 with y = 1 2 and y_prompt = 3; then another query; then one without a prompt, which shares nothing."""
+    sequences = [
+        Sequence(np.array([7, 8, 1, 2]), prompt=2, query=0),
+        Sequence(np.array([7, 8, 3]), prompt=2, query=0),
+        Sequence(np.array([9, 4]), prompt=1, query=1),
+        Sequence(np.array([5, 6]), prompt=0, query=2),
+    ]
+    tokens = collate_shared(sequences, CPU)
+    assert tokens.inputs["input_ids"].tolist() == [[7, 8, 1, 2, 3, 9, 4, 5, 6]]
+    assert tokens.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 0, 1]]
+    assert tokens.inputs["cu_seq_lens_q"].tolist() == [0, 5, 7, 9]
+    assert tokens.inputs["branches"] == [(2, 2, 1), (1, 1), (0, 2)]
+    assert tokens.rows.tolist() == [1, 2, 1, 5, 7]
+    assert tokens.targets.tolist() == [1, 2, 3, 4, 6]
+    assert tokens.responses.tolist() == [0, 0, 1, 2, 3]
+    [batch] = micro_batches(sequences, 1, 9, 1, 0, layout="shared")
+    assert batch.sequences == sequences

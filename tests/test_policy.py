@@ -74,14 +74,14 @@ def test_packed_logps_equal_the_models_own_one_by_one(name):
     policy = Policy(model).eval()
     policy.prepare("auto")
     with torch.no_grad():
-        found = policy(policy.collate(sequences(97), policy.device))
+        found = policy(policy.collate(sequences(97)))
         padded = policy(collate_padded(sequences(97), policy.device))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(padded.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_llama_is_packed(policy):
-    assert load_policy(str(policy)).packed
+    assert load_policy(str(policy)).layout == "shared"
 
 
 def test_an_output_layer_that_hidden_states_do_not_explain_is_refused(policy):
@@ -100,7 +100,7 @@ def test_a_fresh_adapter_changes_nothing_and_trains_all_linear_modules_alone(pol
     expected = torch.cat([own_logps(model, s) for s in sequences(300)])
     fresh = load_policy(str(policy))
     with torch.no_grad():
-        found = fresh(fresh.collate(sequences(300), fresh.device))
+        found = fresh(fresh.collate(sequences(300)))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     trained = {name.split(".")[-4] for name in fresh.trainable() if "lora_A" in name}
     assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -109,7 +109,7 @@ def test_a_fresh_adapter_changes_nothing_and_trains_all_linear_modules_alone(pol
 
 def test_the_start_policy_is_the_model_with_its_adapter_off(policy, adapter):
     plain, adapted = load_policy(str(policy)), load_policy(str(policy), adapter=str(adapter))
-    tokens = plain.collate(sequences(300), plain.device)
+    tokens = plain.collate(sequences(300))
     with torch.no_grad():
         start, moved = plain(tokens), adapted(tokens)
     with adapted.as_start_policy():
@@ -122,7 +122,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(policy, adapter):
     grads = []
     for checkpointing in (False, True):
         loaded = load_policy(str(policy), adapter=str(adapter), gradient_checkpointing=checkpointing).train()
-        (-loaded(loaded.collate(sequences(300), loaded.device)).sum()).backward()
+        (-loaded(loaded.collate(sequences(300))).sum()).backward()
         grads.append({name: p.grad for name, p in loaded.trainable().items()})
     torch.testing.assert_close(grads[0], grads[1])
 
@@ -140,7 +140,7 @@ def test_dropout_is_off_so_that_a_fresh_adapter_has_no_drift(tmp_path):
         GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
     ).save_pretrained(tmp_path / "gpt2")
     loaded = load_policy(str(tmp_path / "gpt2")).train()
-    tokens = loaded.collate(sequences(97), loaded.device)
+    tokens = loaded.collate(sequences(97))
     now = loaded(tokens).detach()
     with loaded.as_start_policy():
         torch.testing.assert_close(loaded(tokens), now, rtol=0, atol=0)

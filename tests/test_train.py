@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ple_data.store import Store
 from ple_train import loop
 from ple_train import train as training
-from ple_train.batches import collate_padded, micro_batches
+from ple_train.batches import micro_batches
 from ple_train.objective import PairObjective
 from ple_train.pairs import PairStream, Partition, freeze
 from ple_train.policy import load_policy
@@ -82,14 +82,13 @@ def run(policy, pairs, tmp_path):
 # --- the gradient, whatever the batching ---------------------------------------------------------------------------
 
 
-def gradient(policy, batch, pairs, budget, collate=None) -> tuple[float, dict[str, torch.Tensor]]:
+def gradient(policy, batch, pairs, budget, layout="shared") -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and LoRA gradient of one global batch."""
-    if collate:
-        policy.collate = collate
+    policy.layout = layout
     objective = PairObjective(policy, None)
     policy.zero_grad()
     total = 0.0
-    for part in micro_batches(batch, pairs, budget, 1, 0, packed=policy.packed):
+    for part in micro_batches(batch, pairs, budget, 1, 0, layout=policy.layout):
         loss, _ = objective(policy, part, 1)
         loss.backward()
         total += loss.item()
@@ -119,11 +118,11 @@ def test_loss_equals_the_oracle_on_the_models_own_log_probabilities(policy, pair
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_packed_padded_and_one_by_one_give_the_same_gradient(policy, adapter, pairs):
+def test_shared_packed_padded_and_one_by_one_give_the_same_gradient(policy, adapter, pairs):
     batch, count = next(stream(pairs).batches(0, 0))
-    expected_loss, expected = gradient(load_policy(str(policy), adapter=str(adapter)), batch, count, budget=1)
-    for budget, collate in ((10_000, None), (100, None), (10_000, collate_padded)):
-        loss, found = gradient(load_policy(str(policy), adapter=str(adapter)), batch, count, budget, collate)
+    expected_loss, expected = gradient(load_policy(str(policy), adapter=str(adapter)), batch, count, 1, "padded")
+    for budget, layout in ((10_000, "shared"), (100, "shared"), (1, "shared"), (10_000, "packed"), (10_000, "padded")):
+        loss, found = gradient(load_policy(str(policy), adapter=str(adapter)), batch, count, budget, layout)
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

@@ -1,0 +1,83 @@
+"""What does a round cost before it does any work? `ple run` with its stages forked, against each started anew.
+
+A random model of the demo's size samples a few tokens to a few queries, so nearly all of the time is process starts,
+imports and model loads.
+
+    python -m benchmarks.rounds --rounds 3
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from benchmarks.side_by_side import ratio_table, seconds_of, timed_in_turns, versions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        write_models(place)
+        python = [sys.executable, "-m", "cli"]
+        anew = {name: {"command": [*python, name]} for name in ("gen", "score", "train")}
+        seconds = timed_in_turns(
+            {
+                "forked": partial(run, place, options.rounds, {}),
+                "started anew": partial(run, place, options.rounds, anew),
+            },
+            options.repeats,
+        )
+    print(versions("torch", "transformers", "peft"))
+    print(ratio_table(seconds, options.rounds, "rounds"))
+
+
+def write_models(place: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    from ple_train.scratch import train_tokenizer, write_llama
+
+    rows = [{"id": f"q{n}", "x": f"the story of scene {n} was"} for n in range(4)]
+    (place / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = train_tokenizer([row["x"] for row in rows] * 50, 512, longest=256)
+    write_llama(place / "model", tokenizer, hidden=128, layers=4, heads=2, positions=256)
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=2, num_labels=1, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(place / "reward")
+    tokenizer.save_pretrained(place / "reward")
+
+
+def run(place: Path, rounds: int, commands: dict[str, dict[str, list[str]]]) -> float:
+    """Seconds of the whole run."""
+    from ple_train.rounds import run as run_recipe
+    from schemas.recipe import parse_recipe
+
+    shutil.rmtree(place / "run", ignore_errors=True)
+    recipe = {
+        "model": str(place / "model"),
+        "queries": str(place / "queries.jsonl"),
+        "principles": "imdb",
+        "reward_model": str(place / "reward"),
+        "run_dir": str(place / "run"),
+        "rounds": rounds,
+        **commands,
+        "gen": {"engine": "hf", "max_new_tokens": 2, **commands.get("gen", {})},
+    }
+    with contextlib.redirect_stderr(None):
+        return seconds_of(partial(run_recipe, parse_recipe(recipe, "benchmark")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Contenders timed in turns, and their ratios with the spread: what every benchmark here prints."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def timed_in_turns(contenders: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each contender (a function that gives its own seconds), once to warm up, then in alternating order."""
+    for run in contenders.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(repeats):
+        for name in contenders if repeat % 2 == 0 else reversed(list(contenders)):
+            seconds[name].append(contenders[name]())
+    return seconds
+
+
+def ratio_table(seconds: Mapping[str, list[float]], amount: float, unit: str) -> str:
+    """A line a contender: its rate, and how many times longer than the first it took (median, least and most)."""
+    first, *_ = names = list(seconds)
+    lines = [f"{'':16} {unit + '/s':>16}   time / time of {first} (median [least, most] of {len(seconds[first])})"]
+    for name in names:
+        ratios = sorted(other / own for own, other in zip(seconds[first], seconds[name], strict=True))
+        rate = amount / statistics.median(seconds[name])
+        lines.append(f"{name:16} {rate:16,.0f}   {statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]")
+    return "\n".join(lines)
+
+
+def versions(*packages: str) -> str:
+    return ", ".join(f"{name} {version(name)}" for name in packages)

@@ -1,0 +1,110 @@
+"""Does opening the training stream stay cheap as rounds pile up? Time to the first batch and peak memory, by rows.
+
+Writes a store of 20 rounds with text of each size, then opens it as `ple-train --round 19` does, each time in a
+process of its own.
+
+    python -m benchmarks.stream --rows 10000 1000000
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.side_by_side import versions
+
+ROUNDS, UNIT, VOCABULARY = 20, 2048, 32_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(open_stream(Path(options.only))))
+        return
+    first: tuple[float, float] | None = None
+    print(f"{ROUNDS} rounds; {versions('polars', 'pyarrow')}")
+    print(f"{'rows':>10} {'first batch, s (median [least, most])':>40} {'peak MiB':>10}   against the first line")
+    for rows in options.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            write_store(Path(folder), rows)
+            command = [sys.executable, "-m", "benchmarks.stream", "--only", folder]
+            found = [
+                json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+                for _ in range(options.repeats)
+            ]
+        seconds = sorted(answer["seconds"] for answer in found)
+        middle, peak = statistics.median(seconds), max(answer["peak"] for answer in found) / 2**20
+        first = first or (middle, peak)
+        shown = f"{middle:.2f} [{seconds[0]:.2f}, {seconds[-1]:.2f}]"
+        print(f"{rows:10,} {shown:>40} {peak:10.0f}   {middle / first[0]:.2f} x time, {peak / first[1]:.2f} x memory")
+
+
+def write_store(root: Path, rows: int) -> None:
+    """Pairs of about 1 KB with text, in units as ple-gen writes them."""
+    from ple_data.store import Store
+    from schemas.tables import SCHEMAS
+
+    schema = SCHEMAS["pairs"]
+    numbers = np.random.default_rng(0)
+    store = Store(root)
+    for t in range(ROUNDS):
+        count = rows // ROUNDS
+        for start in range(0, count, UNIT):
+            size = min(UNIT, count - start)
+            columns = {
+                "query_id": [f"q{start + n}" for n in range(size)],
+                "round": [t] * size,
+                "sample": [0] * size,
+                "x": [f"question {start + n} " + "about the film " * 10 for n in range(size)],
+                "y": [f"answer {n} " + "it was a good film " * 15 for n in range(size)],
+                "y_prompt": [f"answer {n} " + "it was a great film " * 15 for n in range(size)],
+                "s": numbers.normal(size=size).tolist(),
+                "s_prompt": numbers.normal(size=size).tolist(),
+                "principle": ["p"] * size,
+                "policy": ["m@0123456789ab"] * size,
+                "reward_model": ["r@0123456789ab"] * size,
+                "seed": [0] * size,
+            }
+            for name, length in (("x_ids", 33), ("y_ids", 66), ("y_prompt_ids", 66)):
+                columns[name] = numbers.integers(0, VOCABULARY, (size, length)).tolist()
+            for arm in ("y", "y_prompt"):
+                columns |= {f"{arm}_finish": ["stop"] * size, f"{arm}_empty": [False] * size}
+            whole = {name: columns.get(name, [None] * size) for name in schema.names}
+            store.commit("pairs", t, f"{start:05d}-{t:012x}", pa.table(whole, schema=schema), {})
+
+
+def open_stream(root: Path) -> dict[str, float]:
+    """Seconds from nothing imported yet of ours to the first batch, and the peak of this process's memory."""
+    import polars  # noqa: F401
+    import torch  # noqa: F401
+
+    began = time.perf_counter()
+    from ple_data.partition import tau
+    from ple_train.pairs import PairStream, Partition, freeze
+    from ple_train.train import print_partition
+
+    last = ROUNDS - 1
+    snapshot = freeze([root], last, None)
+    print_partition([root], last, 0.2, 0.9, None)
+    stream = PairStream(
+        snapshot, last, Partition(tau(0.2, 0.9, last)), batch_size=16, seed=0, max_length=None, vocabulary=VOCABULARY
+    )
+    next(iter(stream.batches(0, 0)))
+    seconds = time.perf_counter() - began
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return {"seconds": seconds, "peak": peak}
+
+
+if __name__ == "__main__":
+    main()

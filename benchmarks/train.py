@@ -1,0 +1,257 @@
+"""How fast and how large is ple-train? Our loop against TRL on CPU or GPU: same pairs, model, LoRA and threads.
+
+Every contender trains one epoch over the same random pairs (lengths log-normal, as in real data), in turns, after a
+short run that warms it up. Useful tokens are those of x + y and x + y_prompt, whatever a contender computes for them;
+time is from the first step to the last, so that start-up and tokenising do not count. `--memory` measures instead the
+peak of resident memory of one contender a process, less that of a process which has only loaded the model.
+
+    pip install 'trl==1.16.0'                       # the peer; TRL 1.12, which PPO needs, is close
+    python -m benchmarks.train --vocabulary 8192
+    python -m benchmarks.train --vocabulary 151936 --pairs 32 --repeats 5
+    python -m benchmarks.train --vocabulary 151936 --pairs 32 --memory
+    python -m benchmarks.train --prompt 250 --response 40 --contenders ours,ours-unshared
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.side_by_side import ratio_table, timed_in_turns, versions
+
+RESPONSE_SPREAD, PROMPT_SPREAD = 0.7, 0.6
+"""Standard deviations of the logarithm of a length."""
+BATCH = 16
+PACKAGES = ("torch", "transformers", "peft", "trl")
+RANK, ALPHA, RATE = 8, 16, 1e-4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--prompt", type=int, default=33, help="median tokens of x")
+    parser.add_argument("--response", type=int, default=66, help="median tokens of y and of y_prompt")
+    parser.add_argument("--pairs", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--contenders", default="ours,ours-unshared,dpo,sft,sft-packed")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    names = options.contenders.split(",")
+    if options.memory and not options.only:
+        print_memory(names)
+        return
+    import torch
+
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), options)
+        if options.only:
+            before = peak_bytes()
+            bench.run(options.only)
+            print(json.dumps({"loaded": before, "peak": peak_bytes()}))
+            return
+        seconds = timed_in_turns({name: partial(bench.run, name) for name in names}, options.repeats)
+        print(f"{len(bench.pairs)} pairs, {bench.useful} useful tokens; {versions(*PACKAGES)}")
+        print(ratio_table(seconds, bench.useful, "useful tokens"))
+
+
+class Bench:
+    """The pairs, the model, and a training of each contender on them."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.folder = folder
+        self.model = folder / "model"
+        write_model(self.model, options.vocabulary, options.hidden, options.layers)
+        self.pairs = random_pairs(options)
+        self.useful = sum(len(x) * 2 + len(y) + len(y_prompt) for x, y, y_prompt in self.pairs)
+        self.number = 0
+        self.loaded = AutoModelForCausalLM.from_pretrained(self.model)  # what a process holds at the least
+
+    def run(self, name: str) -> float:
+        """Seconds of the steps of one epoch."""
+        self.number += 1
+        output = self.folder / f"{name}-{self.number}"
+        with contextlib.redirect_stdout(sys.stderr):
+            return CONTENDERS[name](self, output)
+
+
+def write_model(directory: Path, vocabulary: int, hidden: int, layers: int) -> None:
+    """A random Llama whose tokenizer has a word for every id, so that text and ids are the same thing."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<end>": 1, **{f"w{at}": at for at in range(2, vocabulary)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(directory)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+
+
+def random_pairs(options: argparse.Namespace) -> list[tuple[list[int], list[int], list[int]]]:
+    """(x, y, y_prompt) as ids."""
+    numbers = np.random.default_rng(0)
+
+    def ids(median: int, spread: float) -> list[int]:
+        length = int(np.clip(numbers.lognormal(np.log(median), spread), 2, 500))
+        return numbers.integers(2, options.vocabulary, length).tolist()
+
+    def response() -> list[int]:
+        return [*ids(options.response, RESPONSE_SPREAD), 1]
+
+    return [(ids(options.prompt, PROMPT_SPREAD), response(), response()) for _ in range(options.pairs)]
+
+
+def ours(bench: Bench, output: Path, *, shared: bool = True) -> float:
+    from ple_train import policy as policies
+    from ple_train.batches import Sequence
+    from ple_train.checkpoint import Checkpoints
+    from ple_train.loop import LoopSettings, make_accelerator, train_loop
+    from ple_train.objective import PairObjective
+    from ple_train.pairs import Response
+
+    policy = policies.load_policy(str(bench.model), lora_rank=RANK, lora_alpha=ALPHA, precision="float32")
+    if not shared:
+        policy.layout = "packed"
+    margins = np.random.default_rng(1).normal(size=len(bench.pairs))
+    steps = -(-len(bench.pairs) // BATCH)
+
+    class Stream:
+        steps_per_epoch = steps
+
+        def batches(self, epoch: int, start: int) -> Any:
+            for first in range(0, len(bench.pairs), BATCH):
+                sequences = []
+                for at, (x, *both) in list(enumerate(bench.pairs))[first : first + BATCH]:
+                    for arm, y in zip(("y", "y_prompt"), both, strict=True):
+                        sign = 1.0 if (arm == "y_prompt") == (margins[at] > 0) else -1.0
+                        tag = Response(arm, "rank" if abs(margins[at]) > 1 else "wsft", 0, sign / len(y))
+                        sequences.append(Sequence(np.array(x + y, dtype=np.int32), len(x), tag, query=at))
+                yield sequences, BATCH
+
+    settings = LoopSettings(
+        learning_rate=RATE, epochs=1, seed=0, precision="float32", microbatch_tokens=8192, max_grad_norm=1.0,
+        checkpoint_every=10**9,
+    )  # fmt: skip
+    objective = PairObjective(policy, None)
+    checkpoints = Checkpoints(output, {})
+    accelerator = make_accelerator(None, output)
+    began = time.perf_counter()
+    train_loop(accelerator, policy, policy.trainable(), Stream(), objective, settings, checkpoints)
+    return time.perf_counter() - began
+
+
+def text(ids: list[int]) -> str:
+    return " ".join("<end>" if at == 1 else f"w{at}" for at in ids)
+
+
+def peer(bench: Bench, trainer_name: str, output: Path, rows: dict[str, list[str]], **arguments: Any) -> float:
+    """A TRL trainer on rows of text; seconds from its first step to its last."""
+    import trl
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    class Clock(TrainerCallback):
+        began = ended = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            self.ended = time.perf_counter()
+
+    clock = Clock()
+    settings = getattr(trl, f"{trainer_name}Config")(
+        output_dir=str(output), num_train_epochs=1, learning_rate=RATE, logging_steps=1000, save_strategy="no",
+        report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False, max_length=1024,
+        lr_scheduler_type="constant", dataloader_pin_memory=False, **arguments,
+    )  # fmt: skip
+    trainer = getattr(trl, f"{trainer_name}Trainer")(
+        model=AutoModelForCausalLM.from_pretrained(bench.model),
+        args=settings,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=AutoTokenizer.from_pretrained(bench.model),
+        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[clock],
+    )
+    trainer.train()
+    return clock.ended - clock.began
+
+
+def dpo(bench: Bench, output: Path) -> float:
+    rows = {
+        "prompt": [text(x) for x, _, _ in bench.pairs],
+        "chosen": [" " + text(y[:-1]) for _, y, _ in bench.pairs],
+        "rejected": [" " + text(y[:-1]) for _, _, y in bench.pairs],
+    }
+    return peer(bench, "DPO", output, rows, per_device_train_batch_size=BATCH)
+
+
+def sft(bench: Bench, output: Path, **arguments: Any) -> float:
+    sequences = [(x, y) for x, *both in bench.pairs for y in both]
+    rows = {"prompt": [text(x) for x, _ in sequences], "completion": [" " + text(y[:-1]) for _, y in sequences]}
+    return peer(bench, "SFT", output, rows, **{"per_device_train_batch_size": 2 * BATCH, **arguments})
+
+
+def sft_packed(bench: Bench, output: Path) -> float:
+    """Rows of at most 1,024 tokens; as many rows a step as a batch of ours fills."""
+    rows = max(1, round(bench.useful / len(bench.pairs) * BATCH / 1024))
+    return sft(bench, output, packing=True, per_device_train_batch_size=rows)
+
+
+CONTENDERS: dict[str, Callable[[Bench, Path], float]] = {
+    "ours": ours,
+    "ours-unshared": lambda bench, output: ours(bench, output, shared=False),
+    "dpo": dpo,
+    "sft": sft,
+    "sft-packed": sft_packed,
+    "nothing": lambda bench, output: 0.0,
+}
+
+
+def print_memory(names: list[str]) -> None:
+    """Peak resident memory of each contender in a process of its own, less what a process with the model holds."""
+    found = {}
+    for name in names:
+        command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--only", name]
+        answer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+        found[name] = answer["peak"] - answer["loaded"]
+    print(f"peak memory over a process that has loaded the model; {versions(*PACKAGES)}")
+    for name, more in found.items():
+        print(f"{name:14} {more / 2**20:8.0f} MiB   {more / found[names[0]]:.2f} x {names[0]}")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()
