@@ -488,7 +488,7 @@ class Vllm:
 def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
     vllm_python: str, policy: Path, tmp_path: Path, rows: Any
 ) -> None:
-    """kill -9 while vLLM starts, Ctrl-C in the middle, then the same command to its end; adapter as of ple-train."""
+    """kill -9 and Ctrl-C in the middle, then the same command to its end; with an adapter of ple-train."""
     adapter, pairs = tmp_path / "adapter", write_pairs(tmp_path / "pairs", rounds=1)
     train(model=str(policy), data=[pairs], round=0, output=adapter, learning_rate=1e-2)
     queries = tmp_path / "q.jsonl"
@@ -505,16 +505,14 @@ def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
     def committed() -> list[str]:
         return [shard.unit for shard in store.shards("responses")]
 
-    starting = Vllm(vllm_python, eager, tmp_path / "log0")
-    starting.wait_until(lambda: any("EngineCore" in name or "spawn_main" in name for name in starting.alive().values()))
-    starting.process.kill()
-    starting.process.wait()
-    starting.assert_gone()
-    middle = Vllm(vllm_python, eager, tmp_path / "log1")
-    middle.wait_until(committed)
-    middle.process.send_signal(signal.SIGINT)
-    assert middle.process.wait(timeout=60) == 130
-    middle.assert_gone()
+    for number, how in enumerate((signal.SIGKILL, signal.SIGINT)):
+        before = committed()
+        middle = Vllm(vllm_python, eager, tmp_path / f"log{number}")
+        middle.wait_until(lambda seen=before: len(committed()) > len(seen))
+        middle.process.send_signal(how)
+        assert middle.process.wait(timeout=60) == (130 if how == signal.SIGINT else -signal.SIGKILL)
+        middle.assert_gone()
+        assert set(before) < set(committed())
     assert len(committed()) < 5, "all was done before it could be interrupted: give it more to do"
     last = Vllm(vllm_python, arguments, tmp_path / "log2")
     stdout, _ = last.process.communicate(timeout=300)
