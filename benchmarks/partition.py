@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from benchmarks.side_by_side import ratio_table, seconds_of, timed_in_turns, versions
+from benchmarks.side_by_side import peak_bytes, ratio_table, seconds_of, timed_in_turns, versions
 
 TAU0, ALPHA, ROUNDS, SHARD = 0.2, 0.9, 4, 250_000
 
@@ -108,11 +108,6 @@ def with_datasets(folder: Path) -> None:
 
 
 CONTENDERS = {"ours": ours, "datasets": with_datasets}
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 if __name__ == "__main__":

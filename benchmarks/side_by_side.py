@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 
@@ -37,3 +38,8 @@ def ratio_table(seconds: Mapping[str, list[float]], amount: float, unit: str) ->
 
 def versions(*packages: str) -> str:
     return ", ".join(f"{name} {version(name)}" for name in packages)
+
+
+def peak_bytes() -> int:
+    """The most resident memory that this process has held (Linux)."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024

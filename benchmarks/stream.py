@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.side_by_side import versions
+from benchmarks.side_by_side import peak_bytes, versions
 
 ROUNDS, UNIT, VOCABULARY = 20, 2048, 32_000
 
@@ -102,8 +102,7 @@ def open_stream(root: Path) -> dict[str, float]:
     )
     next(iter(stream.batches(0, 0)))
     seconds = time.perf_counter() - began
-    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return {"seconds": seconds, "peak": peak}
+    return {"seconds": seconds, "peak": peak_bytes()}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.side_by_side import ratio_table, timed_in_turns, versions
+from benchmarks.side_by_side import peak_bytes, ratio_table, timed_in_turns, versions
 
 RESPONSE_SPREAD, PROMPT_SPREAD = 0.7, 0.6
 """Standard deviations of the logarithm of a length."""
@@ -245,12 +245,6 @@ def print_memory(names: list[str]) -> None:
     print(f"peak memory over a process that has loaded the model; {versions(*PACKAGES)}")
     for name, more in found.items():
         print(f"{name:14} {more / 2**20:8.0f} MiB   {more / found[names[0]]:.2f} x {names[0]}")
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ SCRATCH = ["--warmup-steps", 50, "--schedule", "cosine", "--batch-size", 32, "--
 THREADS = 2
 PREPARED = Path("prepared")
 """There once every input file is whole."""
-DIVERGED = re.compile(r"(loss|gradient).* (nan|inf)\b|inf.*nan")
-"""In the messages of a run whose loss, or whose policy's probabilities, left the numbers."""
+DIVERGED = re.compile(r"the loss is -?(nan|inf)\b|gradient's norm (nan|inf)\b")
+"""In the messages of a run whose loss or gradient left the numbers."""
 TOLD_SECONDS = 20
 """A run that took less was done before."""
 
@@ -68,8 +68,9 @@ def main() -> None:
     tuning = [Run(method, rate, seeds[0]) for method in METHODS for rate in LEARNING_RATES]
     rates = tuned_rates(task, train_all(task, tuning, arguments.workers))
     chosen = [Run(method, rates[method.name], seed) for seed in seeds for method in METHODS]
-    if diverged := set(chosen) - set(train_all(task, chosen, arguments.workers)):
-        raise SystemExit(f"diverged at the learning rate that another seed chose: {sorted(map(str, diverged))}")
+    lasting = train_all(task, chosen, arguments.workers)
+    if diverged := [str(run.directory) for run in chosen if run not in lasting]:
+        raise SystemExit(f"diverged at the learning rate that the first seed chose: {', '.join(diverged)}")
     for seed in seeds:
         runs = [run for run in chosen if run.seed == seed]
         evaluate(task, runs, "unseen.parquet", Path("eval", f"seed={seed}"), seed=seed)
@@ -116,7 +117,7 @@ def train_all(task: Task, runs: list[Run], workers: int) -> list[Run]:
         try:
             ple(*run.command(task), log=log)
         except SystemExit:
-            if not DIVERGED.search(log.read_text()):
+            if not DIVERGED.search(log.read_text().rpartition("\n$ ple ")[2]):  # of this attempt
                 raise
             print(f"{run.directory}: diverged", file=sys.stderr, flush=True)
             return False
@@ -152,18 +153,8 @@ def evaluate(
     words = [word for policy in policies for word in ("--policy", policy)]
     words += ["--queries", queries, "--reward-model", task.reward, "--trained-with", task.reward]
     words += ["--reward-model", task.second_judge] if second else []
-    words += [
-        "--engine",
-        "hf",
-        "--engine-arg",
-        "batch_size=256",
-        "--unit-size",
-        "256",
-        "--max-new-tokens",
-        str(task.max_new_tokens),
-        "--output",
-        str(output),
-    ]
+    words += ["--engine", "hf", "--engine-arg", "batch_size=256", "--unit-size", "256"]
+    words += ["--max-new-tokens", str(task.max_new_tokens), "--output", str(output)]
     ple("eval", *words, "--seed", seed, log=Path(f"{output}.log"))
     report: dict[str, Any] = json.loads((output / "eval.json").read_text())
     return report
