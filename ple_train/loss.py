@@ -17,7 +17,12 @@ LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight.T + bias)[target], chunk by chunk; the logits are computed again in backward."""
+    """log softmax(hidden @ weight.T + bias)[target], chunk by chunk.
+
+    A token's log-probability depends on its own hidden state alone, so its slope there is known as soon as its logits
+    are: forward keeps it [n, d] in place of the hidden states, and backward only scales it. The logits are computed
+    again, in backward, where the output layer itself is trained.
+    """
 
     @staticmethod
     def forward(
@@ -29,42 +34,40 @@ class _TokenLogps(torch.autograd.Function):
         scale: float,
         softcap: float,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.scale, ctx.softcap = scale, softcap
+        needs_hidden, *needs_layer = ctx.needs_input_grad[:3]
         logps = hidden.new_empty(len(targets), dtype=_at_least_float32(hidden))
+        slopes = torch.empty_like(hidden) if needs_hidden else None
         for rows in _chunks(hidden, weight):
             logits = _logits(hidden[rows], weight, bias, scale, softcap)
             logps[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(1)
+            if slopes is not None:
+                slopes[rows] = _d_logits(logits, targets[rows], scale, softcap).to(hidden.dtype) @ weight.to(
+                    hidden.dtype
+                )
+        ctx.save_for_backward(slopes, *((hidden, weight, bias, targets) if any(needs_layer) else ()))
+        ctx.scale, ctx.softcap = scale, softcap
         return logps
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = weight.new_zeros(weight.shape, dtype=_at_least_float32(weight)) if needs_weight else None
-        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        slopes, *layer = ctx.saved_tensors
+        grad_hidden = None if slopes is None else slopes * grad_logps[:, None].to(slopes.dtype)
+        if not layer:
+            return grad_hidden, None, None, None, None, None
+        hidden, weight, bias, targets = layer
+        grad_weight = (
+            weight.new_zeros(weight.shape, dtype=_at_least_float32(weight)) if ctx.needs_input_grad[1] else None
+        )
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         for rows in _chunks(hidden, weight):
             logits = _logits(hidden[rows], weight, bias, ctx.scale, ctx.softcap)
-            grad = logits.softmax(1).mul_(-grad_logps[rows, None])  # d logp / d logits = onehot - softmax
-            grad.scatter_add_(1, targets[rows, None], grad_logps[rows, None])
-            if ctx.softcap:
-                grad.mul_(1 - (logits / ctx.softcap).square())
-            grad = grad.mul_(ctx.scale).to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad @ weight.to(hidden.dtype)
+            grad = _d_logits(logits, targets[rows], ctx.scale, ctx.softcap).mul_(grad_logps[rows, None])
+            grad = grad.to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows]
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            grad_bias,
-            None,
-            None,
-            None,
-        )
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), grad_bias, None, None, None
 
 
 def token_logps(
@@ -130,6 +133,15 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, s
     )
     logits = logits.to(_at_least_float32(hidden)) * scale
     return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+def _d_logits(logits: Tensor, targets: Tensor, scale: float, softcap: float) -> Tensor:
+    """d log softmax(logits)[target] / d (logits before scale and softcap), [n, V]."""
+    grad = logits.softmax(1).neg_()
+    grad.scatter_add_(1, targets[:, None], grad.new_ones(len(targets), 1))
+    if softcap:
+        grad.mul_(1 - (logits / softcap).square())
+    return grad if scale == 1 else grad.mul_(scale)
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ from ple_data.models import check_adapter, check_model
 from ple_train import attention as packed
 from ple_train.batches import Layout, Sequence, Tokens, collate_packed, collate_padded, collate_shared
 from ple_train.log import print_to_log
+from ple_train.lora import fuse
 from ple_train.loss import token_logps
 from schemas.errors import UsageError
 
@@ -172,6 +173,7 @@ def load_policy(
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
     )
+    fuse(causal)
     policy = Policy(causal)
     if torch.cuda.is_available():
         policy.to(torch.device("cuda", torch.cuda.current_device()))

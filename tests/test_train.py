@@ -310,18 +310,25 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(run,
     assert list((tmp_path / "diverged" / ".ple" / "checkpoints").glob("checkpoint-*"))
 
 
-def test_the_trust_region_bounds_the_drift(run):
-    free = pl.read_parquet(run("free", learning_rate=3e-2, epochs=4) / "metrics.parquet")
-    bound = pl.read_parquet(run("bound", learning_rate=3e-2, epochs=4, trust_region=0.05) / "metrics.parquet")
-    assert free["gated_share"].max() == 0
-    assert bound["gated_share"].max() > 0
-    assert bound["drift_pushed_down"].drop_nulls()[-1] > free["drift_pushed_down"].drop_nulls()[-1]
-
-
-def test_a_runaway_of_pushed_down_responses_is_warned_of_once(run, tmp_path, capsys):
+@pytest.fixture
+def one_sided(tmp_path):
+    """A store in which every y_prompt is pushed down as hard as can be."""
     rows = [{"y_ids": [9], "y_prompt_ids": [7] * 12, "s": 20.0, "s_prompt": -20.0} for _ in range(64)]
     Store(tmp_path / "one-sided").commit("pairs", 0, "00000-0123456789ab", table("pairs", rows), {})
-    run("runaway", data=[tmp_path / "one-sided"], round=0, learning_rate=0.1, epochs=4)
+    return {"data": [tmp_path / "one-sided"], "round": 0, "epochs": 4}
+
+
+def test_the_trust_region_bounds_the_drift(run, one_sided):
+    options = one_sided | {"learning_rate": 1e-2}
+    free = pl.read_parquet(run("free", **options) / "metrics.parquet")
+    bound = pl.read_parquet(run("bound", **options, trust_region=0.3) / "metrics.parquet")
+    assert free["gated_share"].max() == 0
+    assert bound["gated_share"].max() > 0
+    assert bound["drift_pushed_down"].min() > free["drift_pushed_down"].min() + 1
+
+
+def test_a_runaway_of_pushed_down_responses_is_warned_of_once(run, one_sided, capsys):
+    run("runaway", **one_sided, learning_rate=0.1)
     assert capsys.readouterr().err.count("--trust-region 0.3 or a lower --learning-rate") == 1
 
 

@@ -1,0 +1,84 @@
+"""The fused LoRA forward against peft's own: same outputs, same gradients, and hands off what it does not know."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ple_train.lora import fuse
+
+X = torch.linspace(-1, 1, 2 * 5 * 12, dtype=torch.float64).view(2, 5, 12)
+
+
+class Layers(nn.Module):
+    """A linear layer and GPT-2's transposed one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 24), Conv1D(7, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.nn.functional.silu(self.first(x)))
+
+
+def with_lora(dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    model = get_peft_model(Layers(), LoraConfig(r=4, lora_alpha=8, target_modules=["first", "second"], **options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zeros in a fresh adapter
+            nn.init.normal_(parameter)
+    return model.to(dtype)
+
+
+def answer_and_gradients(model, x=X):
+    x = x.clone().to(next(model.parameters()).dtype).requires_grad_()
+    found = model(x)
+    (found**2).sum().backward()
+    return found, {"x": x.grad} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}])
+def test_outputs_and_gradients_equal_those_of_peft(options):
+    plain, fused = with_lora(**options), with_lora(**options)
+    fuse(fused)
+    for found, expected in zip(answer_and_gradients(fused), answer_and_gradients(plain), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_in_bf16_the_result_is_as_near_to_float32_as_that_of_peft():
+    exact, plain, fused = with_lora(), with_lora(torch.float32), with_lora(torch.float32)
+    fuse(fused)
+    expected, _ = answer_and_gradients(exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        errors = [(answer_and_gradients(model)[0] - expected).abs().max() for model in (fused, plain)]
+    assert errors[0] <= 1.5 * errors[1]
+
+
+def test_frozen_bf16_weights_work_without_autocast_too():
+    plain, fused = with_lora(torch.float32), with_lora(torch.float32)
+    for model in (plain, fused):
+        for name, parameter in model.named_parameters():
+            if "lora_" not in name:
+                parameter.data = parameter.data.bfloat16()
+    fuse(fused)
+    found, expected = (model(X.bfloat16()) for model in (fused, plain))
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+def test_an_adapter_that_is_off_changes_nothing():
+    fused = with_lora()
+    fuse(fused)
+    with fused.disable_adapter():
+        torch.testing.assert_close(fused(X), fused.get_base_model()(X))
+        off = fused(X)
+    assert (fused(X) - off).abs().max() > 0.1
+
+
+def test_layers_that_are_not_plain_keep_the_forward_of_peft():
+    dropping, plain = with_lora(lora_dropout=0.5), with_lora()
+    fuse(dropping)
+    fuse(plain)
+    assert "forward" not in vars(dropping.base_model.model.first)
+    assert "forward" in vars(plain.base_model.model.first)
