@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=33, help="median tokens of x")
     parser.add_argument("--response", type=int, default=66, help="median tokens of y and of y_prompt")
+    parser.add_argument("--longest", type=int, default=500, help="tokens; longer ones are cut")
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -60,8 +61,8 @@ def main() -> None:
         bench = Bench(Path(folder), options)
         if options.only:
             before = peak_bytes()
-            bench.run(options.only)
-            print(json.dumps({"loaded": before, "peak": peak_bytes()}))
+            seconds = bench.run(options.only)
+            print(json.dumps({"seconds": seconds, "tokens": bench.useful, "loaded": before, "peak": peak_bytes()}))
             return
         seconds = timed_in_turns({name: partial(bench.run, name) for name in names}, options.repeats)
         print(f"{len(bench.pairs)} pairs, {bench.useful} useful tokens; {versions(*PACKAGES)}")
@@ -106,6 +107,7 @@ def write_model(directory: Path, vocabulary: int, hidden: int, layers: int) -> N
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 64,
+        max_position_embeddings=2 * 4096,
         tie_word_embeddings=True,
         pad_token_id=0,
         eos_token_id=1,
@@ -118,7 +120,7 @@ def random_pairs(options: argparse.Namespace) -> list[tuple[list[int], list[int]
     numbers = np.random.default_rng(0)
 
     def ids(median: int, spread: float) -> list[int]:
-        length = int(np.clip(numbers.lognormal(np.log(median), spread), 2, 500))
+        length = int(np.clip(numbers.lognormal(np.log(median), spread), 2, options.longest))
         return numbers.integers(2, options.vocabulary, length).tolist()
 
     def response() -> list[int]:

@@ -129,6 +129,17 @@ def round_statistics(rows: pl.LazyFrame, tau0: float, alpha: float, at_round: in
     )
 
 
+def rank_shares(rows: pl.LazyFrame, tau: float) -> pl.DataFrame:
+    """round, rows and rank_share (at tau) of the pairs `rows`, in order; reads the rewards alone."""
+    _, in_set, *_ = partition(tau)
+    return collect(
+        rows.select("round", in_set)
+        .group_by("round")
+        .agg(pl.len().cast(pl.Int64).alias("rows"), (pl.col("set") == "rank").mean().alias("rank_share"))
+        .sort("round")
+    )
+
+
 def own_tau(rows: pl.LazyFrame, tau0: float, alpha: float) -> pl.Expr:
     """tau_t of each row's own round t: the very numbers of `tau`, so that equal margins fall in the same set.
 

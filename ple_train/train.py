@@ -14,7 +14,7 @@ import polars as pl
 
 from ple_data.digests import policy_name
 from ple_data.models import AdapterInfo, check_adapter, check_model, load_tokenizer
-from ple_data.partition import Without, round_statistics, tau
+from ple_data.partition import Without, rank_shares, round_statistics, tau
 from ple_data.partition import warnings as partition_warnings
 from ple_data.store import Store, collect
 from ple_train.checkpoint import refuse_other_settings
@@ -176,25 +176,33 @@ def dry_run(data: list[Path], round: int, tau0: float, alpha: float, max_length:
 
 def statistics(data: list[Path], round: int, tau0: float, alpha: float, max_length: int | None) -> Any:
     """`round_statistics` over the rounds ≤ `round` of all stores, at this round's tau (a polars DataFrame)."""
-    frames = [Store(path).scan("pairs", max_round=round) for path in data]
-    rows = pl.concat(frames)
-    return round_statistics(rows if max_length is None else rows.filter(fits(max_length)), tau0, alpha, at_round=round)
+    return round_statistics(trained_rows(data, round, max_length), tau0, alpha, at_round=round)
+
+
+def trained_rows(data: list[Path], round: int, max_length: int | None) -> pl.LazyFrame:
+    """The pairs of the rounds ≤ `round` of all stores that fit `max_length`."""
+    rows = pl.concat([Store(path).scan("pairs", max_round=round) for path in data])
+    return rows if max_length is None else rows.filter(fits(max_length))
 
 
 def print_partition(
     data: list[Path], round: int, tau0: float, alpha: float, max_length: int | None, without: Without | None = None
 ) -> None:
-    """Say on stderr what falls into the rank set, and warn when all pairs or none do."""
-    stats = statistics(data, round, tau0, alpha, max_length)
-    print_to_log(f"{stats['rows'].sum()} pairs of {stats.height} rounds, tau_{round} = {tau(tau0, alpha, round):.4g}")
+    """Say on stderr what is trained on, and warn where all pairs of a round fall into the rank set, or none do."""
+    rows, threshold = trained_rows(data, round, max_length), tau(tau0, alpha, round)
+    shares = rank_shares(rows, threshold)
+    print_to_log(f"{shares['rows'].sum()} pairs of {shares.height} rounds, tau_{round} = {threshold:.4g}")
     if without == "rank":
         print_to_log("ablation without rank: every pair is weighted SFT")
         note_principle(Store(path).scan("pairs", max_round=round) for path in data)
         return
     if without == "wsft":
         print_to_log("ablation without wsft: pairs outside the rank set are left out")
-    for warning in partition_warnings(stats):
-        print_to_log(f"warning: {warning}")
+    one_sided = shares.filter(pl.col("rank_share").is_in([0.0, 1.0]))["round"].to_list()
+    if one_sided:
+        these = rows.filter(pl.col("round").is_in(one_sided))
+        for warning in partition_warnings(round_statistics(these, tau0, alpha, at_round=round)):
+            print_to_log(f"warning: {warning}")
 
 
 def note_principle(stores: Iterable[pl.LazyFrame]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ple_data.partition import partition, round_statistics, tau, warnings
+from ple_data.partition import partition, rank_shares, round_statistics, tau, warnings
 from schemas.errors import UsageError
 from tests import oracle
 from tests.tables import table
@@ -158,6 +158,14 @@ def test_at_round_uses_one_threshold_for_old_rows_too():
     [old, new] = round_statistics(pl.concat([stored(rows, 0), stored(rows, 1)]), 0.2, 0.9, at_round=1).to_dicts()
     assert old["tau"] == new["tau"] == tau(0.2, 0.9, 1)
     assert old["rank_share"] == 1.0
+
+
+def test_rank_shares_are_those_of_the_statistics():
+    margins = [-1.0, 0.0, 0.2, 0.19, 1.0]
+    rows = pl.concat([stored([{"s": 1.0, "s_prompt": 1.0 + m} for m in margins[t:]], t) for t in (0, 1)])
+    for at_round in (0, 1):
+        expected = round_statistics(rows, 0.2, 0.9, at_round=at_round).select("round", "rows", "rank_share")
+        assert rank_shares(rows, tau(0.2, 0.9, at_round)).equals(expected)
 
 
 def test_no_rows_give_no_statistics_and_no_warning():

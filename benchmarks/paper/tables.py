@@ -92,6 +92,10 @@ def write_results(task: Task, results: Path, runs: list[Run], rates: dict[str, f
         *map(cost_row, records[1:]),
         "",
         *figure_3(results / f"{task.name}-figure3.png", runs),
+        "",
+        *drifts([run for run in runs if run.seed == seeds[0]]),
+        "",
+        *tries(Path("eval", "validation", "eval.json")),
     ]
     results.mkdir(parents=True, exist_ok=True)
     write_atomic(results / f"{task.name}.md", "\n".join(lines) + "\n")
@@ -167,6 +171,50 @@ def shown(value: Estimate, column: str) -> str:
     if column == "perplexity":
         return f"{value.mean:.1f} [{value.low:.1f}, {value.high:.1f}]" if value.mean < 1e5 else f"{value.mean:.1e}"
     return f"{value.mean:.0f}" if column == "length" else str(value)
+
+
+def drifts(runs: list[Run]) -> list[str]:
+    """How far the methods with a negative term had pushed responses down, by round."""
+    lines = [
+        "## How far responses were pushed down",
+        "",
+        "Mean log-probability of the responses with a negative coefficient less what the start policy gives them, in "
+        "nats a token, at the last step of each round on which it was measured (first seed).",
+        "",
+        f"| method | {' | '.join(f'round {t}' for t in range(ROUNDS))} |",
+        f"| {' | '.join('---' for _ in range(ROUNDS + 1))} |",
+    ]
+    for run in runs:
+        paths = [run.directory / "metrics" / f"round={t:03d}.parquet" for t in range(ROUNDS)]
+        if run.method.baseline is None and all(path.exists() for path in paths):
+            last = [pl.read_parquet(path)["drift_pushed_down"].drop_nulls() for path in paths]
+            shown = [f"{drift[-1]:.2f}" if len(drift) else "" for drift in last]
+            lines.append(f"| {TITLES[run.method.name]} | {' | '.join(shown)} |")
+    return lines
+
+
+def tries(report: Path) -> list[str]:
+    """Every learning rate that was tried, on the validation queries: training reward and perplexity."""
+    found = {policy["label"]: policy["metrics"] for policy in json.loads(report.read_text())["policies"]}
+    lines = [
+        "## Learning rates tried",
+        "",
+        "Training reward / perplexity on the validation queries, first seed; the highest reward was chosen.",
+        "",
+        f"| method | {' | '.join(f'{rate:g}' for rate in LEARNING_RATES)} |",
+        f"| {' | '.join('---' for _ in range(len(LEARNING_RATES) + 1))} |",
+    ]
+    for method in METHODS:
+        cells = []
+        for rate in LEARNING_RATES:
+            if metrics := found.get(Run(method, rate, 0).label):
+                reward = next(value["mean"] for name, value in metrics.items() if name.startswith("reward:"))
+                perplexity = Estimate(**metrics["perplexity"])
+                cells.append(f"{reward:.2f} / {shown(perplexity, 'perplexity').partition(' [')[0]}")
+            else:
+                cells.append("diverged")
+        lines.append(f"| {method.title} | {' | '.join(cells)} |")
+    return lines
 
 
 def figure_3(path: Path, runs: list[Run]) -> list[str]:

@@ -1,0 +1,149 @@
+"""How do time and memory grow? One size after another in a process of its own, exponents fitted, drawn on log axes.
+
+Each study changes one thing: rows (partition and statistics), rounds (opening the training stream over all that has
+been sampled), and for training vocabulary, length of the responses, width of the model, processes. `--output` gets
+scaling.json and scaling.png; a size that scaling.json already holds is not measured again.
+
+    python -m benchmarks.scaling --output docs/results
+    python -m benchmarks.scaling --output docs/results --studies rows,vocabulary
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from schemas.files import write_atomic
+
+PYTHON = [sys.executable, "-m"]
+TRAINING = ["benchmarks.train", "--only", "ours"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Sizes, and what measures one: {seconds, peak (bytes)} and for training {tokens, loaded} beside them."""
+
+    title: str
+    sizes: tuple[int, ...]
+    measure: Callable[[int], dict[str, float]]
+    per: str = ""
+    """What the seconds are divided by before they are drawn: a key of the measurement."""
+
+
+def training(option: str, pairs: int, *more: object) -> Callable[[int], dict[str, float]]:
+    def measure(size: int) -> dict[str, float]:
+        return answer_of([*PYTHON, *TRAINING, "--pairs", pairs, option, size, *more])
+
+    return measure
+
+
+def opening(rounds: int) -> dict[str, float]:
+    from benchmarks.stream import write_store
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_store(Path(folder), 10_000 * rounds, rounds)
+        return answer_of([*PYTHON, "benchmarks.stream", "--only", folder])
+
+
+def partitioning(rows: int) -> dict[str, float]:
+    from benchmarks.partition import write_pairs
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_pairs(Path(folder), rows, text=False)
+        return answer_of([*PYTHON, "benchmarks.partition", "--only", "ours", folder])
+
+
+def distributed(processes: int) -> dict[str, float]:
+    launch = [*PYTHON, "torch.distributed.run", "--nproc-per-node", processes, "--standalone", "-m"]
+    return answer_of([*launch, *TRAINING, "--pairs", 160, "--threads", 1])
+
+
+STUDIES = {
+    "rows": Study("pairs: partition and statistics", (10**3, 10**4, 10**5, 10**6, 10**7), partitioning),
+    "rounds": Study("rounds of 10,000 pairs with text: opening the stream", (1, 2, 5, 10, 20, 50), opening),
+    "vocabulary": Study(
+        "vocabulary: training", (1024, 4096, 16_384, 65_536, 151_936), training("--vocabulary", 32), "tokens"
+    ),
+    "length": Study(
+        "median response tokens: training", (16, 64, 256, 1024), training("--response", 32, "--longest", 4096), "tokens"
+    ),
+    "width": Study("hidden size: training", (64, 128, 256, 512, 1024), training("--hidden", 32), "tokens"),
+    "processes": Study("processes of one thread: training", (1, 2), distributed, "tokens"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--studies", default=",".join(STUDIES))
+    options = parser.parse_args()
+    path = options.output / "scaling.json"
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    for name in options.studies.split(","):
+        points = found.setdefault(name, {})
+        for size in STUDIES[name].sizes:
+            if str(size) not in points:
+                points[str(size)] = STUDIES[name].measure(size)
+                write_atomic(path, json.dumps(found, indent=1) + "\n")
+                print(f"{name} {size:,}: {points[str(size)]}", file=sys.stderr, flush=True)
+    draw(found, options.output / "scaling.png")
+    print("| what grows | sizes | time grows as size to the power | peak memory, MiB, smallest and largest size |")
+    print("| --- | --- | --- | --- |")
+    for name, points in found.items():
+        sizes, seconds, peaks = series(name, points)
+        shown = f"{peaks[0]:,.0f}, {peaks[-1]:,.0f}"
+        print(f"| {STUDIES[name].title} | {sizes[0]:,} to {sizes[-1]:,} | {exponent(sizes, seconds):.2f} | {shown} |")
+
+
+def answer_of(command: list[object]) -> dict[str, float]:
+    """The JSON on the last line of the command's output (of several processes the first that wrote)."""
+    done = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True)
+    answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def series(name: str, points: dict[str, Any]) -> tuple[list[int], list[float], list[float]]:
+    """Sizes, seconds (by what the study divides them by) and peak MiB, by rising size."""
+    sizes = sorted(map(int, points))
+    rows = [points[str(size)] for size in sizes]
+    per = STUDIES[name].per
+    return sizes, [row["seconds"] / row.get(per, 1) for row in rows], [row["peak"] / 2**20 for row in rows]
+
+
+def exponent(sizes: list[int], values: list[float]) -> float:
+    """Slope on log axes over the larger half of the sizes, where fixed costs no longer hide it."""
+    half = len(sizes) // 2 if len(sizes) > 3 else 0
+    return float(np.polyfit(np.log(sizes[half:]), np.log(values[half:]), 1)[0])
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, grid = pyplot.subplots(2, len(found), figsize=(3.4 * len(found), 6), layout="constrained", squeeze=False)
+    for (name, points), (upper, lower) in zip(found.items(), grid.T, strict=True):
+        sizes, seconds, peaks = series(name, points)
+        what = f"seconds / {STUDIES[name].per.rstrip('s')}" if STUDIES[name].per else "seconds"
+        upper.plot(sizes, seconds, "o-")
+        upper.set(title=f"{STUDIES[name].title}\nexponent {exponent(sizes, seconds):.2f}", ylabel=what)
+        upper.title.set_fontsize(9)
+        lower.plot(sizes, peaks, "s-", color="tab:orange")
+        lower.set(ylabel="peak MiB", xlabel=name)
+        for axis in (upper, lower):
+            axis.set(xscale="log", yscale="log")
+            axis.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
