@@ -21,7 +21,7 @@ def test_every_run_is_a_command_of_ours(task, method, tmp_path: Path, monkeypatc
     for t in range(ROUNDS):
         (sampled / f"round={t:03d}").mkdir(parents=True)
         (sampled / f"round={t:03d}" / "ple.json").write_text(json.dumps({"cost": {"tokens_sampled": 100}}))
-    words = Run(method, 1e-3, 0).command(task)
+    words = Run(method, 3e-3, 0).command(task)  # another rate than that of the run that sampled
     if words[0] == "run":
         recipe = load_recipe(Path(words[1]))
         assert (recipe.rounds, recipe.seed) == (ROUNDS, 0)
@@ -31,7 +31,7 @@ def test_every_run_is_a_command_of_ours(task, method, tmp_path: Path, monkeypatc
         command = cli.ple.commands["baseline"].commands[words[1]]
         (tmp_path / "queries.parquet").touch()
         options = command.make_context(words[1], list(words[2:])).params
-        assert options["learning_rate"] == 1e-3
+        assert options["learning_rate"] == 3e-3
         assert options.get("sampled_tokens", 100 * ROUNDS) == 100 * ROUNDS
 
 

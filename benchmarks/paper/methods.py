@@ -7,7 +7,7 @@ Each run is a recipe of `ple run` (PLE, its ablations, context distillation, RAF
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Method:
     baseline: str | None = None
 
 
+STABILISED = {"normalize_wsft": True, "trust_region": 0.3}
+"""What keeps PLE's loss in bounds and its two terms of one size; not in the paper, options of `ple-train`."""
 METHODS = (
     Method("sft", "SFT", baseline="sft"),
     Method("context-distillation", "context distillation", baseline="context-distillation"),
@@ -45,9 +47,13 @@ METHODS = (
     Method("ppo", "PPO", baseline="ppo"),
     Method("raft", "RAFT-4", guided=False, samples=2, baseline="raft", train={"epochs": 2 * PASSES // ROUNDS}),
     Method("ple", "PLE (printed loss)"),
-    Method("ple-trust-region", "PLE, trust region 0.3", train={"trust_region": 0.3}),
     Method("without-rank", "w/o rank and principle", guided=False, train={"without": "rank"}),
     Method("without-wsft", "w/o weighted SFT", train={"without": "wsft"}),
+    Method("stable-ple", "PLE, stabilised", train=STABILISED),
+    Method(
+        "stable-without-rank", "stabilised w/o rank and principle", guided=False, train=STABILISED | {"without": "rank"}
+    ),
+    Method("stable-without-wsft", "stabilised w/o weighted SFT", train=STABILISED | {"without": "wsft"}),
 )
 
 
@@ -78,7 +84,7 @@ class Run:
         return self.directory / "policy" / f"round={ROUNDS - 1:03d}"
 
     def cost(self, what: str) -> int:
-        """`tokens_sampled` or `tokens_trained` in all, as the finished trainings say it."""
+        """`tokens_sampled` or `tokens_trained` in all, as the finished trainings say it; 0 where there are none."""
         found = self.adapter.parent.glob("round=*") if self.adapter.name.startswith("round=") else [self.adapter]
         return sum(json.loads((output / TRAINED).read_text())["cost"][what] for output in found)
 
@@ -90,7 +96,7 @@ class Run:
             data = f"references/seed={self.seed}.jsonl"
             return ["baseline", "sft", *common, "--data", data, "--epochs", str(2 * PASSES // ROUNDS)]
         if self.method.name == "ppo":
-            tokens = replace(self, method=PLE).cost("tokens_sampled")
+            tokens = max(Run(PLE, rate, self.seed).cost("tokens_sampled") for rate in LEARNING_RATES)
             words = ["--queries", "queries.parquet", "--reward-model", task.reward, "--sampled-tokens", str(tokens)]
             return ["baseline", "ppo", *common, *words, "--max-new-tokens", str(task.max_new_tokens)]
         return ["run", str(self.write_recipe(task))]

@@ -39,7 +39,7 @@ HEADER = [
     *COLUMNS.values(),
     "second judge by seed",
     "PLE (printed) less it",
-    "PLE (trust region) less it",
+    "PLE (stabilised) less it",
 ]
 JUDGED = 2000
 """Texts or pairs of reward-test on which the reward models' accuracy is measured."""
@@ -61,15 +61,13 @@ def write_results(task: Task, results: Path, runs: list[Run], rates: dict[str, f
             **{column: found[name][column].estimate(0).model_dump() for column in COLUMNS},
             "second_judge_by_seed": own.group_by("seed").agg(pl.col("reward").mean()).sort("seed").to_dicts(),
             "ple_less_this": found["ple"]["reward"].less(found[name]["reward"], 0).model_dump(),
-            "ple_trust_region_less_this": found["ple-trust-region"]["reward"]
-            .less(found[name]["reward"], 0)
-            .model_dump(),
+            "stable_ple_less_this": found["stable-ple"]["reward"].less(found[name]["reward"], 0).model_dump(),
             "tokens_sampled": costs[name].cost("tokens_sampled") if name in costs else None,
             "tokens_trained": costs[name].cost("tokens_trained") if name in costs else None,
         }
         for name, own in by_method.items()
     ]
-    tried = " and ".join(f"{rate:g}" for rate in LEARNING_RATES)
+    tried = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
     lines = [
         f"# {task.title}: {task.tables} of the paper, small",
         "",
@@ -134,7 +132,7 @@ def table_row(record: dict[str, Any]) -> str:
     rate = f"{record['learning_rate']:g}" if record["learning_rate"] else ""
     cells = [shown(Estimate(**record[column]), column) for column in COLUMNS]
     by_seed = ", ".join(f"{row['reward']:.2f}" for row in record["second_judge_by_seed"])
-    cells += [by_seed, *(str(Estimate(**record[f"{ple}_less_this"])) for ple in ("ple", "ple_trust_region"))]
+    cells += [by_seed, *(str(Estimate(**record[f"{ple}_less_this"])) for ple in ("ple", "stable_ple"))]
     return f"| {TITLES[record['method']]} | {rate} | {' | '.join(cells)} |"
 
 
@@ -227,7 +225,9 @@ def figure_3(path: Path, runs: list[Run]) -> list[str]:
     first = min(run.seed for run in runs)
     lines = ["## Figure 3: rewards by round", "", f"![s and s_prompt by round]({path.name})"]
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
-    for run, axis in zip([r for r in runs if r.seed == first and r.method.name.startswith("ple")], axes, strict=True):
+    for run, axis in zip(
+        [r for r in runs if r.seed == first and r.method.name in ("ple", "stable-ple")], axes, strict=True
+    ):
         rounds = round_statistics(Store(run.directory / "data").scan("pairs"), TAU0, ALPHA)
         axis.plot(rounds["round"], rounds["mean_s_prompt"], "o-", label="s_prompt")
         axis.plot(rounds["round"], rounds["mean_s"], "s-", label="s")
