@@ -10,11 +10,18 @@ peak of resident memory of one contender a process, less that of a process which
     python -m benchmarks.train --vocabulary 151936 --pairs 32 --repeats 5
     python -m benchmarks.train --vocabulary 151936 --pairs 32 --memory
     python -m benchmarks.train --prompt 250 --response 40 --contenders ours,ours-unshared
+
+Where there is a GPU all contenders run on it in bf16, frozen weights held in bf16, and `--shape` has random weights of
+real shapes; utilisation is then against a product of two bf16 matrices that is measured in the same process:
+
+    python -m benchmarks.train --shape qwen2.5-0.5b --prompt 256 --response 1024 --spread 0 --peer-batch 2
+    python -m benchmarks.train --shape qwen2.5-7b --prompt 256 --response 1024 --spread 0 --peer-batch 1 --pairs 32
 """
 
 import argparse
 import contextlib
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,10 +33,21 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.side_by_side import peak_bytes, ratio_table, timed_in_turns, versions
+from benchmarks.side_by_side import forget_peak, peak_bytes, ratio_table, seconds_of, timed_in_turns, versions
 
 RESPONSE_SPREAD, PROMPT_SPREAD = 0.7, 0.6
 """Standard deviations of the logarithm of a length."""
+SHAPES = {
+    "small": {"vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 4},
+    "qwen2.5-0.5b": {
+        "vocab_size": 151_936, "hidden_size": 896, "num_hidden_layers": 24, "intermediate_size": 4864,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    },
+    "qwen2.5-7b": {
+        "vocab_size": 152_064, "hidden_size": 3584, "num_hidden_layers": 28, "intermediate_size": 18_944,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 BATCH = 16
 PACKAGES = ("torch", "transformers", "peft", "trl")
 RANK, ALPHA, RATE = 8, 16, 1e-4
@@ -37,15 +55,19 @@ RANK, ALPHA, RATE = 8, 16, 1e-4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--vocabulary", type=int, help="instead of the shape's")
+    parser.add_argument("--hidden", type=int, help="instead of the shape's (small only)")
+    parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--prompt", type=int, default=33, help="median tokens of x")
     parser.add_argument("--response", type=int, default=66, help="median tokens of y and of y_prompt")
+    parser.add_argument("--spread", type=float, default=1.0, help="0: all lengths are the medians")
     parser.add_argument("--longest", type=int, default=500, help="tokens; longer ones are cut")
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--microbatch-tokens", type=int, default=8192, help="of ours")
+    parser.add_argument("--peer-batch", type=int, default=BATCH, help="pairs that a peer holds at once")
     parser.add_argument("--contenders", default="ours,ours-unshared,dpo,sft,sft-packed")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--only", help=argparse.SUPPRESS)
@@ -60,28 +82,39 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options)
         if options.only:
-            before = peak_bytes()
+            before = bench.loaded_alone()
             seconds = bench.run(options.only)
-            print(json.dumps({"seconds": seconds, "tokens": bench.useful, "loaded": before, "peak": peak_bytes()}))
+            print(json.dumps({"seconds": seconds, "tokens": bench.useful, "loaded": before, "peak": bench.peak()}))
             return
         seconds = timed_in_turns({name: partial(bench.run, name) for name in names}, options.repeats)
         print(f"{len(bench.pairs)} pairs, {bench.useful} useful tokens; {versions(*PACKAGES)}")
         print(ratio_table(seconds, bench.useful, "useful tokens"))
+        print(utilisation(bench, statistics.median(seconds[names[0]]), names[0]))
 
 
 class Bench:
     """The pairs, the model, and a training of each contender on them."""
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
-        from transformers import AutoModelForCausalLM
+        import torch
 
-        self.folder = folder
+        self.folder, self.options = folder, options
         self.model = folder / "model"
-        write_model(self.model, options.vocabulary, options.hidden, options.layers)
-        self.pairs = random_pairs(options)
+        self.gpu = torch.cuda.is_available()
+        self.dtype = torch.bfloat16 if self.gpu else torch.float32
+        shape: dict[str, Any] = SHAPES[options.shape] | {
+            name: value
+            for name, value in (
+                ("vocab_size", options.vocabulary),
+                ("hidden_size", options.hidden),
+                ("num_hidden_layers", options.layers),
+            )
+            if value
+        }
+        self.weights = write_model(self.model, shape, self.dtype)
+        self.pairs = random_pairs(options, shape["vocab_size"])
         self.useful = sum(len(x) * 2 + len(y) + len(y_prompt) for x, y, y_prompt in self.pairs)
         self.number = 0
-        self.loaded = AutoModelForCausalLM.from_pretrained(self.model)  # what a process holds at the least
 
     def run(self, name: str) -> float:
         """Seconds of the steps of one epoch."""
@@ -90,43 +123,98 @@ class Bench:
         with contextlib.redirect_stdout(sys.stderr):
             return CONTENDERS[name](self, output)
 
+    def loaded_alone(self) -> int:
+        """What this process holds with nothing but the model loaded; `peak` counts from here."""
+        import torch
+        from transformers import AutoModelForCausalLM
 
-def write_model(directory: Path, vocabulary: int, hidden: int, layers: int) -> None:
-    """A random Llama whose tokenizer has a word for every id, so that text and ids are the same thing."""
+        forget_peak()
+        device = "cuda" if self.gpu else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype).to(device)
+        held = self.peak()
+        del model
+        if self.gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        forget_peak()
+        return held
+
+    def peak(self) -> int:
+        """The most memory held so far: of the GPU where there is one, else of the process."""
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self.gpu else peak_bytes()
+
+
+def write_model(directory: Path, shape: dict[str, Any], dtype: Any) -> tuple[int, int]:
+    """A random Llama or Qwen2 whose tokenizer has a word for every id, so that text and ids are the same thing.
+
+    → weights in its layers, and in its output layer.
+    """
+    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
+    vocabulary, hidden = shape["vocab_size"], shape["hidden_size"]
     words = {"<pad>": 0, "<end>": 1, **{f"w{at}": at for at in range(2, vocabulary)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(directory)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        max_position_embeddings=2 * 4096,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    small = {
+        "intermediate_size": 4 * hidden,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64,
+        "tie_word_embeddings": True,
+    }
+    kind = Qwen2Config if "intermediate_size" in shape else LlamaConfig
+    config = kind(**(small | shape), max_position_embeddings=2 * 4096, pad_token_id=0, eos_token_id=1)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(directory)
+    layers = sum(weight.numel() for name, weight in model.model.named_parameters() if "embed" not in name)
+    return layers, vocabulary * hidden
 
 
-def random_pairs(options: argparse.Namespace) -> list[tuple[list[int], list[int], list[int]]]:
+def random_pairs(options: argparse.Namespace, vocabulary: int) -> list[tuple[list[int], list[int], list[int]]]:
     """(x, y, y_prompt) as ids."""
     numbers = np.random.default_rng(0)
 
     def ids(median: int, spread: float) -> list[int]:
-        length = int(np.clip(numbers.lognormal(np.log(median), spread), 2, options.longest))
-        return numbers.integers(2, options.vocabulary, length).tolist()
+        length = int(np.clip(numbers.lognormal(np.log(median), spread * options.spread), 2, options.longest))
+        return numbers.integers(2, vocabulary, length).tolist()
 
     def response() -> list[int]:
         return [*ids(options.response, RESPONSE_SPREAD), 1]
 
     return [(ids(options.prompt, PROMPT_SPREAD), response(), response()) for _ in range(options.pairs)]
+
+
+def utilisation(bench: Bench, seconds: float, name: str) -> str:
+    """The fewest operations that this training needs, over those that a product of two matrices does in the same time.
+
+    Two for each weight and token forward and two backward (frozen weights have no gradient); each x once, the output
+    layer for responses alone; attention and the adapter left out.
+    """
+    import torch
+
+    device = "cuda" if bench.gpu else "cpu"
+    size = 8192 if bench.gpu else 1024
+    left, right = (torch.randn(size, size, device=device, dtype=bench.dtype) for _ in range(2))
+
+    def product() -> None:
+        for _ in range(10):
+            left @ right
+        if bench.gpu:
+            torch.cuda.synchronize()
+
+    measured = 10 * 2 * size**3 / min(seconds_of(product) for _ in range(5))
+    layers, head = bench.weights
+    responses = sum(len(y) + len(y_prompt) for _, y, y_prompt in bench.pairs)
+    needed = 4 * (layers * (responses + sum(len(x) for x, _, _ in bench.pairs)) + head * responses) / seconds
+    return (
+        f"{name}: {needed / 1e9:,.0f} GFLOP/s of {measured / 1e9:,.0f} in a product of matrices of {size} "
+        f"({str(bench.dtype).removeprefix('torch.')}): utilisation {100 * needed / measured:.0f} %"
+    )
 
 
 def ours(bench: Bench, output: Path, *, shared: bool = True) -> float:
@@ -137,7 +225,7 @@ def ours(bench: Bench, output: Path, *, shared: bool = True) -> float:
     from ple_train.objective import PairObjective
     from ple_train.pairs import Response
 
-    policy = policies.load_policy(str(bench.model), lora_rank=RANK, lora_alpha=ALPHA, precision="float32")
+    policy = policies.load_policy(str(bench.model), lora_rank=RANK, lora_alpha=ALPHA)
     if not shared:
         policy.layout = "packed"
     margins = np.random.default_rng(1).normal(size=len(bench.pairs))
@@ -157,7 +245,8 @@ def ours(bench: Bench, output: Path, *, shared: bool = True) -> float:
                 yield sequences, BATCH
 
     settings = LoopSettings(
-        learning_rate=RATE, epochs=1, seed=0, precision="float32", microbatch_tokens=8192, max_grad_norm=1.0,
+        learning_rate=RATE, epochs=1, seed=0, precision=policies.resolve_precision("auto"),
+        microbatch_tokens=bench.options.microbatch_tokens, max_grad_norm=1.0,
         checkpoint_every=10**9,
     )  # fmt: skip
     objective = PairObjective(policy, None)
@@ -191,11 +280,11 @@ def peer(bench: Bench, trainer_name: str, output: Path, rows: dict[str, list[str
     clock = Clock()
     settings = getattr(trl, f"{trainer_name}Config")(
         output_dir=str(output), num_train_epochs=1, learning_rate=RATE, logging_steps=1000, save_strategy="no",
-        report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False, max_length=1024,
-        lr_scheduler_type="constant", dataloader_pin_memory=False, **arguments,
+        report_to=[], use_cpu=not bench.gpu, bf16=bench.gpu, disable_tqdm=True, gradient_checkpointing=False,
+        max_length=2 * 4096, lr_scheduler_type="constant", dataloader_pin_memory=False, **arguments,
     )  # fmt: skip
     trainer = getattr(trl, f"{trainer_name}Trainer")(
-        model=AutoModelForCausalLM.from_pretrained(bench.model),
+        model=AutoModelForCausalLM.from_pretrained(bench.model, dtype=bench.dtype),
         args=settings,
         train_dataset=Dataset.from_dict(rows),
         processing_class=AutoTokenizer.from_pretrained(bench.model),
@@ -212,19 +301,25 @@ def dpo(bench: Bench, output: Path) -> float:
         "chosen": [" " + text(y[:-1]) for _, y, _ in bench.pairs],
         "rejected": [" " + text(y[:-1]) for _, _, y in bench.pairs],
     }
-    return peer(bench, "DPO", output, rows, per_device_train_batch_size=BATCH)
+    return peer(bench, "DPO", output, rows, **batches(bench, 1))
 
 
 def sft(bench: Bench, output: Path, **arguments: Any) -> float:
     sequences = [(x, y) for x, *both in bench.pairs for y in both]
     rows = {"prompt": [text(x) for x, _ in sequences], "completion": [" " + text(y[:-1]) for _, y in sequences]}
-    return peer(bench, "SFT", output, rows, **{"per_device_train_batch_size": 2 * BATCH, **arguments})
+    return peer(bench, "SFT", output, rows, **(batches(bench, 2) | arguments))
+
+
+def batches(bench: Bench, rows_a_pair: int) -> dict[str, int]:
+    """A step of as many pairs as one of ours, held in parts."""
+    held = bench.options.peer_batch
+    return {"per_device_train_batch_size": rows_a_pair * held, "gradient_accumulation_steps": BATCH // held}
 
 
 def sft_packed(bench: Bench, output: Path) -> float:
     """Rows of at most 1,024 tokens; as many rows a step as a batch of ours fills."""
     rows = max(1, round(bench.useful / len(bench.pairs) * BATCH / 1024))
-    return sft(bench, output, packing=True, per_device_train_batch_size=rows)
+    return sft(bench, output, packing=True, per_device_train_batch_size=rows, gradient_accumulation_steps=1)
 
 
 CONTENDERS: dict[str, Callable[[Bench, Path], float]] = {
