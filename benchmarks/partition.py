@@ -60,7 +60,7 @@ def write_pairs(folder: Path, rows: int, text: bool) -> None:
         ids = pl.Series(np.broadcast_to(numbers.integers(0, 30_000, length, dtype=np.int32), (count, length)))
         frame = pl.DataFrame(
             {
-                "round": np.full(count, start * ROUNDS // rows, dtype=np.int32),
+                "round": ((start + np.arange(count)) * ROUNDS // rows).astype(np.int32),
                 "s": numbers.normal(size=count).astype(np.float32),
                 "s_prompt": numbers.normal(0.3, size=count).astype(np.float32),
             }

@@ -2,7 +2,8 @@
 
 Each study changes one thing: rows (partition and statistics), rounds (opening the training stream over all that has
 been sampled), and for training vocabulary, length of the responses, width of the model, processes. `--output` gets
-scaling.json and scaling.png; a size that scaling.json already holds is not measured again.
+scaling.json and scaling.png; a size that scaling.json already holds with these versions is not measured again. Each
+size is measured `--repeats` times, and the fastest counts.
 
     python -m benchmarks.scaling --output docs/results
     python -m benchmarks.scaling --output docs/results --studies rows,vocabulary
@@ -20,8 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.side_by_side import versions
 from schemas.files import write_atomic
 
+MADE_WITH = versions("torch", "transformers", "peft", "polars")
 PYTHON = [sys.executable, "-m"]
 TRAINING = ["benchmarks.train", "--only", "ours"]
 
@@ -82,28 +85,38 @@ STUDIES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--studies", default=",".join(STUDIES))
+    parser.add_argument("--studies", default=",".join(STUDIES), help=", ".join(STUDIES))
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    if unknown := set(options.studies.split(",")) - STUDIES.keys():
+        parser.error(f"no study {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
     path = options.output / "scaling.json"
     found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     for name in options.studies.split(","):
         points = found.setdefault(name, {})
         for size in STUDIES[name].sizes:
-            if str(size) not in points:
-                points[str(size)] = STUDIES[name].measure(size)
+            if points.get(str(size), {}).get("versions") != MADE_WITH:
+                tries = [STUDIES[name].measure(size) for _ in range(options.repeats)]
+                points[str(size)] = min(tries, key=lambda one: one["seconds"]) | {"versions": MADE_WITH}
                 write_atomic(path, json.dumps(found, indent=1) + "\n")
                 print(f"{name} {size:,}: {points[str(size)]}", file=sys.stderr, flush=True)
     draw(found, options.output / "scaling.png")
-    print("| what grows | sizes | time grows as size to the power | peak memory, MiB, smallest and largest size |")
-    print("| --- | --- | --- | --- |")
+    print(f"{MADE_WITH}\n")
+    print("| what grows | sizes | what is measured | grows as size to the power | peak MiB, first and last |")
+    print("| --- | --- | --- | --- | --- |")
     for name, points in found.items():
         sizes, seconds, peaks = series(name, points)
-        shown = f"{peaks[0]:,.0f}, {peaks[-1]:,.0f}"
-        print(f"| {STUDIES[name].title} | {sizes[0]:,} to {sizes[-1]:,} | {exponent(sizes, seconds):.2f} | {shown} |")
+        cells = [STUDIES[name].title, f"{sizes[0]:,} to {sizes[-1]:,}", unit(name), f"{exponent(sizes, seconds):.2f}"]
+        print(f"| {' | '.join(cells)} | {peaks[0]:,.0f}, {peaks[-1]:,.0f} |")
+
+
+def unit(name: str) -> str:
+    """What the time of a study is in."""
+    return f"seconds a {STUDIES[name].per.rstrip('s')}" if STUDIES[name].per else "seconds"
 
 
 def answer_of(command: list[object]) -> dict[str, float]:
-    """The JSON on the last line of the command's output (of several processes the first that wrote)."""
+    """The JSON on the last line of the command's output (of several processes one's)."""
     done = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True)
     answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return answer
@@ -132,9 +145,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure, grid = pyplot.subplots(2, len(found), figsize=(3.4 * len(found), 6), layout="constrained", squeeze=False)
     for (name, points), (upper, lower) in zip(found.items(), grid.T, strict=True):
         sizes, seconds, peaks = series(name, points)
-        what = f"seconds / {STUDIES[name].per.rstrip('s')}" if STUDIES[name].per else "seconds"
         upper.plot(sizes, seconds, "o-")
-        upper.set(title=f"{STUDIES[name].title}\nexponent {exponent(sizes, seconds):.2f}", ylabel=what)
+        upper.set(title=f"{STUDIES[name].title}\nexponent {exponent(sizes, seconds):.2f}", ylabel=unit(name))
         upper.title.set_fontsize(9)
         lower.plot(sizes, peaks, "s-", color="tab:orange")
         lower.set(ylabel="peak MiB", xlabel=name)

@@ -1,9 +1,9 @@
 """How fast and how large is ple-train? Our loop against TRL on CPU or GPU: same pairs, model, LoRA and threads.
 
 Every contender trains one epoch over the same random pairs (lengths log-normal, as in real data), in turns, after a
-short run that warms it up. Useful tokens are those of x + y and x + y_prompt, whatever a contender computes for them;
+run that warms it up. Useful tokens are those of x + y and x + y_prompt, whatever a contender computes for them;
 time is from the first step to the last, so that start-up and tokenising do not count. `--memory` measures instead the
-peak of resident memory of one contender a process, less that of a process which has only loaded the model.
+peak of memory (resident, or the GPU's) of one contender a process, less what the loaded model alone takes there.
 
     pip install 'trl==1.16.0'                       # the peer; TRL 1.12, which PPO needs, is close
     python -m benchmarks.train --vocabulary 8192
@@ -14,12 +14,13 @@ peak of resident memory of one contender a process, less that of a process which
 Where there is a GPU all contenders run on it in bf16, frozen weights held in bf16, and `--shape` has random weights of
 real shapes; utilisation is then against a product of two bf16 matrices that is measured in the same process:
 
-    python -m benchmarks.train --shape qwen2.5-0.5b --prompt 256 --response 1024 --spread 0 --peer-batch 2
+    python -m benchmarks.train --shape qwen2.5-0.5b --prompt 256 --response 1024 --spread 0 --peer-batch 4
     python -m benchmarks.train --shape qwen2.5-7b --prompt 256 --response 1024 --spread 0 --peer-batch 1 --pairs 32
 """
 
 import argparse
 import contextlib
+import gc
 import json
 import statistics
 import subprocess
@@ -62,12 +63,14 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=33, help="median tokens of x")
     parser.add_argument("--response", type=int, default=66, help="median tokens of y and of y_prompt")
     parser.add_argument("--spread", type=float, default=1.0, help="0: all lengths are the medians")
-    parser.add_argument("--longest", type=int, default=500, help="tokens; longer ones are cut")
+    parser.add_argument("--longest", type=int, default=2048, help="tokens; longer ones are cut")
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--microbatch-tokens", type=int, default=8192, help="of ours")
-    parser.add_argument("--peer-batch", type=int, default=BATCH, help="pairs that a peer holds at once")
+    parser.add_argument("--microbatch-tokens", type=int, default=8192, help="of ours: the most it holds")
+    parser.add_argument(
+        "--peer-batch", type=int, default=BATCH, choices=(1, 2, 4, 8, 16), help="pairs it holds at once"
+    )
     parser.add_argument("--contenders", default="ours,ours-unshared,dpo,sft,sft-packed")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--only", help=argparse.SUPPRESS)
@@ -118,6 +121,7 @@ class Bench:
 
     def run(self, name: str) -> float:
         """Seconds of the steps of one epoch."""
+        self.clear()
         self.number += 1
         output = self.folder / f"{name}-{self.number}"
         with contextlib.redirect_stdout(sys.stderr):
@@ -128,16 +132,24 @@ class Bench:
         import torch
         from transformers import AutoModelForCausalLM
 
-        forget_peak()
         device = "cuda" if self.gpu else "cpu"
+        self.clear()
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype).to(device)
-        held = self.peak()
+        forget_peak()
+        held = torch.cuda.memory_allocated() if self.gpu else peak_bytes()
         del model
+        self.clear()
+        return held
+
+    def clear(self) -> None:
+        """Give back what finished contenders held; `peak` counts from here."""
+        import torch
+
+        gc.collect()
         if self.gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         forget_peak()
-        return held
 
     def peak(self) -> int:
         """The most memory held so far: of the GPU where there is one, else of the process."""
@@ -180,7 +192,7 @@ def random_pairs(options: argparse.Namespace, vocabulary: int) -> list[tuple[lis
     numbers = np.random.default_rng(0)
 
     def ids(median: int, spread: float) -> list[int]:
-        length = int(np.clip(numbers.lognormal(np.log(median), spread * options.spread), 2, options.longest))
+        length = round(np.clip(numbers.lognormal(np.log(median), spread * options.spread), 2, options.longest))
         return numbers.integers(2, vocabulary, length).tolist()
 
     def response() -> list[int]:
@@ -281,7 +293,7 @@ def peer(bench: Bench, trainer_name: str, output: Path, rows: dict[str, list[str
     settings = getattr(trl, f"{trainer_name}Config")(
         output_dir=str(output), num_train_epochs=1, learning_rate=RATE, logging_steps=1000, save_strategy="no",
         report_to=[], use_cpu=not bench.gpu, bf16=bench.gpu, disable_tqdm=True, gradient_checkpointing=False,
-        max_length=2 * 4096, lr_scheduler_type="constant", dataloader_pin_memory=False, **arguments,
+        lr_scheduler_type="constant", dataloader_pin_memory=bench.gpu, **{"max_length": 2 * 4096, **arguments},
     )  # fmt: skip
     trainer = getattr(trl, f"{trainer_name}Trainer")(
         model=AutoModelForCausalLM.from_pretrained(bench.model, dtype=bench.dtype),
@@ -317,9 +329,13 @@ def batches(bench: Bench, rows_a_pair: int) -> dict[str, int]:
 
 
 def sft_packed(bench: Bench, output: Path) -> float:
-    """Rows of at most 1,024 tokens; as many rows a step as a batch of ours fills."""
-    rows = max(1, round(bench.useful / len(bench.pairs) * BATCH / 1024))
-    return sft(bench, output, packing=True, per_device_train_batch_size=rows, gradient_accumulation_steps=1)
+    """Rows as long as the longest sequence, at least 1,024 tokens; as many tokens at once and a step as the others."""
+    longest = max(len(x) + len(y) for x, *both in bench.pairs for y in both)
+    width = max(1024, longest)
+    held = bench.options.peer_batch
+    rows = max(1, round(bench.useful / len(bench.pairs) * held / width))
+    packed = {"packing": True, "max_length": width, "per_device_train_batch_size": rows}
+    return sft(bench, output, **packed, gradient_accumulation_steps=BATCH // held)
 
 
 CONTENDERS: dict[str, Callable[[Bench, Path], float]] = {
@@ -328,12 +344,11 @@ CONTENDERS: dict[str, Callable[[Bench, Path], float]] = {
     "dpo": dpo,
     "sft": sft,
     "sft-packed": sft_packed,
-    "nothing": lambda bench, output: 0.0,
 }
 
 
 def print_memory(names: list[str]) -> None:
-    """Peak resident memory of each contender in a process of its own, less what a process with the model holds."""
+    """Peak memory of each contender in a process of its own, less what the loaded model alone takes there."""
     found = {}
     for name in names:
         command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--only", name]

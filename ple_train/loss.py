@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Logits alive at once, whatever the vocabulary: 8 MiB stay in a processor's cache; a GPU wants large products."""
@@ -20,8 +21,8 @@ class _TokenLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T + bias)[target], chunk by chunk.
 
     A token's log-probability depends on its own hidden state alone, so its slope there is known as soon as its logits
-    are: forward keeps it [n, d] in place of the hidden states, and backward only scales it. The logits are computed
-    again, in backward, where the output layer itself is trained.
+    are: forward keeps it [n, d], and backward only scales it. Where the output layer itself is trained, backward
+    computes the logits again.
     """
 
     @staticmethod
@@ -41,17 +42,17 @@ class _TokenLogps(torch.autograd.Function):
             logits = _logits(hidden[rows], weight, bias, scale, softcap)
             logps[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(1)
             if slopes is not None:
-                slopes[rows] = _d_logits(logits, targets[rows], scale, softcap).to(hidden.dtype) @ weight.to(
-                    hidden.dtype
-                )
+                slope = _d_logits(logits, targets[rows], scale, softcap)
+                slopes[rows] = slope.to(hidden.dtype) @ weight.to(hidden.dtype)
         ctx.save_for_backward(slopes, *((hidden, weight, bias, targets) if any(needs_layer) else ()))
         ctx.scale, ctx.softcap = scale, softcap
         return logps
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
         slopes, *layer = ctx.saved_tensors
-        grad_hidden = None if slopes is None else slopes * grad_logps[:, None].to(slopes.dtype)
+        grad_hidden = None if slopes is None else (slopes * grad_logps[:, None]).to(slopes.dtype)
         if not layer:
             return grad_hidden, None, None, None, None, None
         hidden, weight, bias, targets = layer
@@ -131,7 +132,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, s
     logits = torch.nn.functional.linear(
         hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     )
-    logits = logits.to(_at_least_float32(hidden)) * scale
+    logits = logits.to(_at_least_float32(hidden))
+    logits = logits if scale == 1 else logits * scale
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ple_train.lora import fuse
+from ple_train.lora import FusedLinear, fuse
+from ple_train.policy import load_policy
 
 X = torch.linspace(-1, 1, 2 * 5 * 12, dtype=torch.float64).view(2, 5, 12)
 
@@ -76,9 +78,26 @@ def test_an_adapter_that_is_off_changes_nothing():
     assert (fused(X) - off).abs().max() > 0.1
 
 
+def test_a_merged_or_second_adapter_is_answered_as_peft_does():
+    plain, fused = with_lora(), with_lora()
+    fuse(fused)
+    for model in (plain, fused):
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["first", "second"]))
+        model.to(torch.float64)
+    torch.testing.assert_close(fused(X), plain(X))
+    for model in (plain, fused):
+        model.merge_adapter(["default"])
+        assert model.base_model.model.first.merged
+    torch.testing.assert_close(fused(X), plain(X))
+
+
 def test_layers_that_are_not_plain_keep_the_forward_of_peft():
     dropping, plain = with_lora(lora_dropout=0.5), with_lora()
     fuse(dropping)
     fuse(plain)
-    assert "forward" not in vars(dropping.base_model.model.first)
-    assert "forward" in vars(plain.base_model.model.first)
+    assert type(dropping.base_model.model.first) is Linear
+    assert type(plain.base_model.model.first) is FusedLinear
+
+
+def test_a_policy_to_train_is_fused(policy):
+    assert any(isinstance(module, FusedLinear) for module in load_policy(str(policy)).modules())

@@ -56,6 +56,29 @@ def test_token_logps_in_float32_stay_within_1e_5_of_float64_at_a_large_vocabular
     assert (found_grad - expected_grad).norm() / expected_grad.norm() < 1e-5
 
 
+def test_in_bf16_the_gradient_is_as_near_to_float64_as_that_of_the_plain_loss():
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(64, 32, generator=generator, requires_grad=True)
+    weight = torch.randn(500, 32, generator=generator) * 0.3
+    targets = torch.randint(0, 500, (64,), generator=generator)
+    coefficients = torch.rand(64, generator=generator) / 37
+    (expected,) = torch.autograd.grad((coefficients * plain_token_logps(hidden, weight, targets)).sum(), hidden)
+    errors = []
+    for logps in (loss.token_logps, lambda h, w, t: (h @ w.T).float().log_softmax(-1).gather(1, t[:, None]).squeeze(1)):
+        with torch.autocast("cpu", torch.bfloat16):
+            (found,) = torch.autograd.grad((coefficients * logps(hidden, weight, targets)).sum(), hidden)
+        errors.append((found - expected).norm() / expected.norm())
+    assert errors[0] <= 1.2 * errors[1]
+
+
+def test_an_output_layer_alone_can_be_trained():
+    hidden, weight = torch.randn(4, 8).double(), torch.randn(11, 8).double().requires_grad_()
+    targets = torch.tensor([1, 2, 3, 4])
+    (found,) = torch.autograd.grad(loss.token_logps(hidden, weight, targets).sum(), weight)
+    (expected,) = torch.autograd.grad(plain_token_logps(hidden, weight, targets).sum(), weight)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_frozen_output_layer_gets_no_gradient():
     hidden = torch.randn(4, 8, requires_grad=True)
     weight = torch.randn(11, 8)

@@ -21,6 +21,7 @@ def test_every_run_is_a_command_of_ours(task, method, tmp_path: Path, monkeypatc
     for t in range(ROUNDS):
         (sampled / f"round={t:03d}").mkdir(parents=True)
         (sampled / f"round={t:03d}" / "ple.json").write_text(json.dumps({"cost": {"tokens_sampled": 100}}))
+    (Run(PLE, 3e-4, 0).adapter.parent / "round=000" / ".ple").mkdir(parents=True)  # that one diverged
     words = Run(method, 3e-3, 0).command(task)  # another rate than that of the run that sampled
     if words[0] == "run":
         recipe = load_recipe(Path(words[1]))

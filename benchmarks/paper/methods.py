@@ -86,7 +86,8 @@ class Run:
     def cost(self, what: str) -> int:
         """`tokens_sampled` or `tokens_trained` in all, as the finished trainings say it; 0 where there are none."""
         found = self.adapter.parent.glob("round=*") if self.adapter.name.startswith("round=") else [self.adapter]
-        return sum(json.loads((output / TRAINED).read_text())["cost"][what] for output in found)
+        records = [output / TRAINED for output in found]
+        return sum(json.loads(path.read_text())["cost"][what] for path in records if path.exists())
 
     def command(self, task: Task) -> list[str]:
         """The `ple` words that do it; the same words again do nothing twice."""

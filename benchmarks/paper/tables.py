@@ -91,13 +91,13 @@ def write_results(task: Task, results: Path, runs: list[Run], rates: dict[str, f
         "",
         *figure_3(results / f"{task.name}-figure3.png", runs),
         "",
-        *drifts([run for run in runs if run.seed == seeds[0]]),
+        *drift_table([run for run in runs if run.seed == seeds[0]]),
         "",
         *tries(Path("eval", "validation", "eval.json")),
     ]
     results.mkdir(parents=True, exist_ok=True)
     write_atomic(results / f"{task.name}.md", "\n".join(lines) + "\n")
-    record = {"version": 2, "seeds": seeds, "methods": records}
+    record = {"version": 3, "seeds": seeds, "methods": records}
     write_atomic(results / f"{task.name}.json", json.dumps(record, indent=1) + "\n")
 
 
@@ -171,13 +171,14 @@ def shown(value: Estimate, column: str) -> str:
     return f"{value.mean:.0f}" if column == "length" else str(value)
 
 
-def drifts(runs: list[Run]) -> list[str]:
-    """How far the methods with a negative term had pushed responses down, by round."""
+def drift_table(runs: list[Run]) -> list[str]:
+    """How far PLE and its ablations had pushed responses down, by round."""
     lines = [
         "## How far responses were pushed down",
         "",
         "Mean log-probability of the responses with a negative coefficient less what the start policy gives them, in "
-        "nats a token, at the last step of each round on which it was measured (first seed).",
+        "nats a token, over the second half of each round (first seed; without a trust region every tenth step is "
+        "measured).",
         "",
         f"| method | {' | '.join(f'round {t}' for t in range(ROUNDS))} |",
         f"| {' | '.join('---' for _ in range(ROUNDS + 1))} |",
@@ -185,8 +186,9 @@ def drifts(runs: list[Run]) -> list[str]:
     for run in runs:
         paths = [run.directory / "metrics" / f"round={t:03d}.parquet" for t in range(ROUNDS)]
         if run.method.baseline is None and all(path.exists() for path in paths):
-            last = [pl.read_parquet(path)["drift_pushed_down"].drop_nulls() for path in paths]
-            shown = [f"{drift[-1]:.2f}" if len(drift) else "" for drift in last]
+            drifts = [pl.read_parquet(path)["drift_pushed_down"] for path in paths]
+            means = [drift[len(drift) // 2 :].mean() for drift in drifts]
+            shown = ["" if mean is None else f"{mean:.2f}" for mean in means]
             lines.append(f"| {TITLES[run.method.name]} | {' | '.join(shown)} |")
     return lines
 
