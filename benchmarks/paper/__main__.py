@@ -125,11 +125,12 @@ def train_all(task: Task, runs: list[Run], workers: int) -> list[Run]:
             print(f"{run.directory}: {seconds:.0f} s", file=sys.stderr, flush=True)
         return True
 
-    last = [run for run in runs if run.method.name == "ppo"]  # its budget is what PLE's run sampled
-    first = [run for run in runs if run not in last]
+    first = [run for run in runs if run.method.name == "ple"]  # PPO's budget is what these sampled
+    longest = [run for run in runs if run.method.name == "ppo"]
+    rest = [*longest, *(run for run in runs if run not in first + longest)]
     with ThreadPoolExecutor(workers) as pool:
-        ended = [*pool.map(train, first), *pool.map(train, last)]
-    return [run for run, well in zip([*first, *last], ended, strict=True) if well]
+        ended = [*pool.map(train, first), *pool.map(train, rest)]
+    return [run for run, well in zip([*first, *rest], ended, strict=True) if well]
 
 
 def tuned_rates(task: Task, runs: list[Run]) -> dict[str, float]:
@@ -155,7 +156,7 @@ def evaluate(
     words += ["--reward-model", task.second_judge] if second else []
     words += ["--engine", "hf", "--engine-arg", "batch_size=256", "--unit-size", "256"]
     words += ["--max-new-tokens", str(task.max_new_tokens), "--output", str(output)]
-    ple("eval", *words, "--seed", seed, log=Path(f"{output}.log"))
+    ple("eval", *words, "--seed", seed, log=Path(f"{output}.log"), threads=THREADS)
     report: dict[str, Any] = json.loads((output / "eval.json").read_text())
     return report
 
