@@ -198,6 +198,20 @@ def test_sets_ages_and_coefficients_come_from_the_partition(pairs):
             assert s.tag.coefficient == pytest.approx(coefficient, rel=1e-12)
 
 
+def test_a_round_with_all_or_no_pairs_in_the_rank_set_is_warned_of(tmp_path, capsys):
+    store = Store(tmp_path / "data")
+    margins = {0: [1.0, 2.0], 1: [-1.0, 1.0], 2: [0.0, 0.1]}
+    for t, found in margins.items():
+        rows = [{"query_id": f"q{n}", "s": 0.0, "s_prompt": margin} for n, margin in enumerate(found)]
+        store.commit("pairs", t, "00000-0123456789ab", table("pairs", rows, t), {})
+    training.print_partition([store.root], 2, 0.2, 0.9, None)
+    said = capsys.readouterr().err
+    assert "6 pairs of 3 rounds, tau_2 = 0.162" in said
+    assert "round 0: all of the 2 rows in the rank set" in said
+    assert "round 2: none of the 2 rows in the rank set" in said
+    assert "round 1:" not in said
+
+
 def test_pairs_over_max_length_are_left_out_and_counted(run, pairs, capsys):
     rows = pl.concat([pl.from_arrow(Store(pairs).read(s)) for s in Store(pairs).shards("pairs")])
     longest = (
