@@ -807,8 +807,9 @@ def inspect(**options: Any) -> None:
 def judge(ctx: click.Context, a: str, b: str, spec: str | None, human: bool, **options: Any) -> None:
     """Compare the responses of A and B to the same queries: win, tie or lose, each asked in both orders.
 
-    A and B are files with query_id, x and y, or data directories (DATA#round=N and DATA#arm=y_prompt choose). Killed
-    and started again, it pays for no answer twice. Keys: OPENAI_API_KEY, ANTHROPIC_API_KEY.
+    A and B are files with query_id, x and y, policies of an evaluation (eval/eval.parquet#label=NAME), or data
+    directories (DATA#round=N and DATA#arm=y_prompt choose). Killed and started again, it pays for no answer twice.
+    Keys: OPENAI_API_KEY, ANTHROPIC_API_KEY.
 
     \b
     Example:

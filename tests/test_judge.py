@@ -95,6 +95,22 @@ def test_a_store_of_several_rounds_needs_one_and_of_several_samples_gives_the_fi
         load_responses(f"{store}#round=1")
 
 
+def test_a_policy_of_an_evaluation_is_chosen_by_its_label(tmp_path):
+    path = tmp_path / "eval.parquet"
+    rows = [("a", "q1", 0, "old"), ("b", "q1", 0, "new"), ("b", "q1", 1, "newer"), ("b", "q2", 0, "other")]
+    pl.DataFrame(
+        [{"label": label, "query_id": id, "sample": n, "x": id, "y": y} for label, id, n, y in rows]
+    ).write_parquet(path)
+    assert [r.y for r in load_responses(f"{path}#label=b")] == ["new", "other"]
+    assert [(p.a, p.b) for p in load_pairs(f"{path}#label=b", f"{path}#label=a").rows] == [("new", "old")]
+    with pytest.raises(UsageError, match="no row with the label c; there are a, b"):
+        load_responses(f"{path}#label=c")
+    with pytest.raises(UsageError, match=r"two rows for query 'q1'.*FILE#label=NAME"):
+        load_responses(str(path))
+    with pytest.raises(UsageError, match=r"#label is for the eval\.parquet"):
+        load_responses(f"{commit(tmp_path / 'd', 'pairs', 0, [{}])}#label=b")
+
+
 @pytest.mark.parametrize("spec", ["#round=x", "#arm=z", "#rounds=1", "#round"])
 def test_a_choice_that_is_none_is_refused(tmp_path, spec):
     store = commit(tmp_path / "d", "pairs", 0, [{}])

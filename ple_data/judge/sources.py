@@ -5,7 +5,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,9 @@ def load_pairs(a: str, b: str) -> Pairs:
     """The responses of two sources to the same queries, in the order of A.
 
     A source is a Parquet, JSONL, JSON or CSV file with `query_id` (or `id`), `x` and `y`, or a data directory; there
-    `#round=N` and `#arm=y_prompt` (or both: `data#round=4,arm=y_prompt`) choose. Raises UsageError: nothing in common,
-    doubled ids, or an id that stands for two different queries.
+    `#round=N` and `#arm=y_prompt` (or both: `data#round=4,arm=y_prompt`) choose. In the eval.parquet of `ple eval`
+    `#label=NAME` chooses the policy. Raises UsageError: nothing in common, doubled ids, or an id that stands for two
+    different queries.
     """
     left = {response.query_id: response for response in load_responses(a)}
     right = {response.query_id: response for response in load_responses(b)}
@@ -104,10 +105,13 @@ def load_responses(spec: str) -> list[Response]:
     """The responses that `spec` names, one a query. Raises UsageError."""
     path, choices = _parse(spec)
     if Path(path).is_dir():
+        if "label" in choices:
+            raise UsageError(f"{spec}: #label is for the eval.parquet of `ple eval`, and {path} is a directory")
         return _from_store(spec, Path(path), choices)
-    if choices:
+    if choices.keys() - {"label"}:
         raise UsageError(f"{spec}: #round and #arm are for a data directory, and {path} is none")
-    return _from_file(read_rows(path))
+    rows = read_rows(path)
+    return _from_file(_of_policy(rows, choices["label"]) if "label" in choices else rows)
 
 
 def _parse(spec: str) -> tuple[str, dict[str, str]]:
@@ -115,9 +119,11 @@ def _parse(spec: str) -> tuple[str, dict[str, str]]:
         return spec, {}
     path, _, text = spec.partition("#")
     choices = dict(part.partition("=")[::2] for part in text.split(",")) if text else {}
-    known = choices.keys() <= {"round", "arm"}
+    known = choices.keys() <= {"round", "arm", "label"}
     if not known or not choices.get("round", "0").isdigit() or choices.get("arm", "y") not in ARMS:
-        raise UsageError(f"{spec}: after # expected round=N, arm=y or arm=y_prompt, with a comma between two")
+        raise UsageError(
+            f"{spec}: after # expected round=N, arm=y or arm=y_prompt, with a comma between two, or label=NAME"
+        )
     return path, choices
 
 
@@ -145,11 +151,21 @@ def _from_store(spec: str, root: Path, choices: dict[str, str]) -> list[Response
     return [Response(row["query_id"], row["x"], row["y"]) for row in first.iter_rows(named=True)]
 
 
+def _of_policy(rows: Rows, label: str) -> Rows:
+    """The first sample of each query by one policy of an evaluation."""
+    labels = sorted({str(row.get("label")) for row in rows.rows})
+    kept = [n for n, row in enumerate(rows.rows) if str(row.get("label")) == label and not row.get("sample")]
+    if not kept:
+        raise UsageError(f"{rows.source} has no row with the label {label}; there are {', '.join(labels)}")
+    return replace(rows, rows=[rows.rows[n] for n in kept], places=[rows.places[n] for n in kept])
+
+
 def _from_file(rows: Rows) -> list[Response]:
     ids = [str(id) for id in _values(rows, "query_id", "id", of=(str, int))]
     doubled = [id for id, count in Counter(ids).items() if count > 1]
     if doubled:
-        raise UsageError(f"{rows.source} has two rows for {named(doubled)}: keep one response a query")
+        hint = " (or choose a policy: FILE#label=NAME)" if "label" in rows.columns else ""
+        raise UsageError(f"{rows.source} has two rows for {named(doubled)}: keep one response a query{hint}")
     kinds = [None if row.get("kind") is None else str(row["kind"]) for row in rows.rows]
     texts = [_values(rows, name, other, of=(str,)) for name, other in (("x", "prompt"), ("y", "response"))]
     _refuse_half_chats(rows, texts[0])
