@@ -26,7 +26,7 @@ PASSES = sum(range(1, ROUNDS + 1))
 """PLE trains on all rows so far: as many passes over the pairs of one round. SFT and RAFT make as many updates."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """One row of a table. `guided`: y_prompt is sampled under the principle, else it is a second plain response."""
 

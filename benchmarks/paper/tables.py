@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from benchmarks.paper.methods import LEARNING_RATES, METHODS, QUERIES_PER_ROUND, ROUNDS, Run
+from benchmarks.paper.methods import LEARNING_RATES, METHODS, QUERIES_PER_ROUND, ROUNDS, Method, Run
 from benchmarks.paper.tasks import Task
 from ple_data.metrics import Mean, Perplexity, SumMetric, bleu
 from ple_data.partition import round_statistics
@@ -94,6 +94,8 @@ def write_results(task: Task, results: Path, runs: list[Run], rates: dict[str, f
         *drift_table([run for run in runs if run.seed == seeds[0]]),
         "",
         *tries(Path("eval", "validation", "eval.json")),
+        "",
+        *frontier(Path("eval", "validation", "eval.json"), results / f"{task.name}-frontier.png"),
     ]
     results.mkdir(parents=True, exist_ok=True)
     write_atomic(results / f"{task.name}.md", "\n".join(lines) + "\n")
@@ -193,9 +195,23 @@ def drift_table(runs: list[Run]) -> list[str]:
     return lines
 
 
+def tried(report: Path) -> dict[Method, dict[float, tuple[float, float]]]:
+    """By method and learning rate that did not diverge: training reward and perplexity on the validation queries."""
+    found = {policy["label"]: policy["metrics"] for policy in json.loads(report.read_text())["policies"]}
+
+    def values(metrics: dict[str, Any]) -> tuple[float, float]:
+        reward = next(value["mean"] for name, value in metrics.items() if name.startswith("reward:"))
+        return reward, metrics["perplexity"]["mean"]
+
+    labels = {method: {rate: Run(method, rate, 0).label for rate in LEARNING_RATES} for method in METHODS}
+    return {
+        method: {rate: values(found[label]) for rate, label in own.items() if label in found}
+        for method, own in labels.items()
+    }
+
+
 def tries(report: Path) -> list[str]:
     """Every learning rate that was tried, on the validation queries: training reward and perplexity."""
-    found = {policy["label"]: policy["metrics"] for policy in json.loads(report.read_text())["policies"]}
     lines = [
         "## Learning rates tried",
         "",
@@ -204,17 +220,45 @@ def tries(report: Path) -> list[str]:
         f"| method | {' | '.join(f'{rate:g}' for rate in LEARNING_RATES)} |",
         f"| {' | '.join('---' for _ in range(len(LEARNING_RATES) + 1))} |",
     ]
-    for method in METHODS:
-        cells = []
-        for rate in LEARNING_RATES:
-            if metrics := found.get(Run(method, rate, 0).label):
-                reward = next(value["mean"] for name, value in metrics.items() if name.startswith("reward:"))
-                perplexity = Estimate(**metrics["perplexity"])
-                cells.append(f"{reward:.2f} / {shown(perplexity, 'perplexity').partition(' [')[0]}")
-            else:
-                cells.append("diverged")
+    for method, own in tried(report).items():
+        cells = [f"{own[rate][0]:.2f} / {own[rate][1]:.3g}" if rate in own else "diverged" for rate in LEARNING_RATES]
         lines.append(f"| {method.title} | {' | '.join(cells)} |")
     return lines
+
+
+FLUENT = 300.0
+"""Perplexity at which the picture of reward against fluency ends."""
+
+
+def frontier(report: Path, path: Path) -> list[str]:
+    """Reward against perplexity of every try: which method gives more reward at the same fluency? A picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
+    lost = []
+    for number, (method, own) in enumerate(tried(report).items()):
+        points = [own[rate] for rate in sorted(own)]
+        inside = [(perplexity, reward) for reward, perplexity in points if perplexity <= FLUENT]
+        if len(inside) < len(points):
+            lost.append(f"{method.title} {len(points) - len(inside)}")
+        style = {"marker": "osDv^<>PX*h"[number % 11], "color": f"C{number % 10}", "lw": 1}
+        axis.plot(*(zip(*inside, strict=True) if inside else ((), ())), label=method.title, **style)
+    axis.set(xlabel="perplexity of unseen references", ylabel="training reward on validation queries")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    beyond = f" Beyond a perplexity of {FLUENT:g} and not drawn: {', '.join(lost)}." if lost else ""
+    return [
+        "## Reward against fluency",
+        "",
+        f"![training reward against perplexity]({path.name})",
+        "",
+        f"Every try above, joined by rising learning rate; higher and further left is better.{beyond}",
+    ]
 
 
 def figure_3(path: Path, runs: list[Run]) -> list[str]:
