@@ -19,8 +19,11 @@ import cli
 from ple_data.report import figures, statistics, svg, training
 from ple_data.report.page import report
 from ple_data.report.pairs import LONGEST_TEXT, clipped, sample_pairs, visible, word_difference
+from ple_data.report.section import side
+from ple_data.report.sections import _evaluations
 from ple_data.report.sources import read_sources
 from schemas.errors import DamagedError, UsageError
+from schemas.reports import EvalReport
 from tests.run_dir import ALPHA, TAU0, add_pairs, make_results, make_run, plain_rows
 from tests.tables import table
 
@@ -377,3 +380,37 @@ def test_what_is_wrong_is_one_sentence(run, tmp_path):
     (other / "metrics" / "round=000.parquet").write_bytes(b"no table")
     with pytest.raises(DamagedError, match=r"round=000\.parquet: not a readable table"):
         report(other)
+
+
+def test_sides_of_a_comparison_stay_apart_however_long_their_paths():
+    assert side("runs/paper/imdb/eval/seed=0/eval.parquet#label=ple") == "ple"
+    one, other = (side(f"/a/very/long/path/to/some/folder/of/answers/{name}.jsonl") for name in ("one", "other"))
+    assert one != other
+    assert one.endswith("/one.jsonl")
+    assert one.startswith("...")
+
+
+def test_differences_are_a_row_a_policy_and_huge_values_are_short(tmp_path):
+    estimate = {"mean": 2.5e12, "low": 1e12, "high": 4e12, "count": 8}
+    policies = [f"stabilised-without-weighted-sft-{n}" for n in (1, 2)]
+    found = EvalReport.model_validate(
+        {
+            "queries": "q",
+            "seed": 0,
+            "reward_models": [],
+            "bleu_signature": None,
+            "policies": [
+                {"label": name, "policy": name, "metrics": {"perplexity": estimate, "length": estimate}}
+                for name in ("base", *policies)
+            ],
+            "comparisons": [
+                {"label": name, "baseline": "base", "metric": metric, "difference": estimate}
+                for name in policies
+                for metric in ("perplexity", "length")
+            ],
+        }
+    )
+    [values, differences] = _evaluations([("eval", found)]).tables
+    assert [row[0] for row in values.rows] == ["base", *policies]
+    assert differences.head == ["policy", "perplexity", "length"]
+    assert differences.rows == [[name, *["2.50e+12 [1.00e+12, 4.00e+12]"] * 2] for name in policies]

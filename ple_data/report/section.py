@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LABEL = 20
+_NAME = 40
+"""Columns of a name in a picture, and in a table."""
 
 
 @dataclass
@@ -56,3 +58,14 @@ class Section:
 def label(text: str) -> str:
     """A name from a file, short and visible."""
     return shorten(visible(text), _LABEL)
+
+
+def wide_label(text: str) -> str:
+    """The same for a cell of a table."""
+    return shorten(visible(text), _NAME)
+
+
+def side(source: str) -> str:
+    """One side of a comparison: the name of an evaluation's policy, else a path, of which the end counts."""
+    text = visible(source.rpartition("#label=")[2])
+    return shorten(text[::-1], _NAME)[::-1]
