@@ -15,6 +15,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+from benchmarks.score import write_reward_model
 from benchmarks.side_by_side import ratio_table, seconds_of, timed_in_turns, versions
 
 
@@ -40,23 +41,13 @@ def main() -> None:
 
 
 def write_models(place: Path) -> None:
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
-
     from ple_train.scratch import train_tokenizer, write_llama
 
     rows = [{"id": f"q{n}", "x": f"the story of scene {n} was"} for n in range(4)]
     (place / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = train_tokenizer([row["x"] for row in rows] * 50, 512, longest=256)
     write_llama(place / "model", tokenizer, hidden=128, layers=4, heads=2, positions=256)
-    tokenizer = AutoTokenizer.from_pretrained(place / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=2, num_labels=1, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    LlamaForSequenceClassification(config).save_pretrained(place / "reward")
-    tokenizer.save_pretrained(place / "reward")
+    write_reward_model(place / "reward", 128, 4, [row["x"] for row in rows] * 50)
 
 
 def run(place: Path, rounds: int, commands: dict[str, dict[str, list[str]]]) -> float:

@@ -4,7 +4,6 @@ python -m benchmarks.score --rows 1024
 """
 
 import argparse
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -100,4 +99,4 @@ class ArrivalOrder:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

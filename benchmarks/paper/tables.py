@@ -190,8 +190,8 @@ def drift_table(runs: list[Run]) -> list[str]:
         if run.method.baseline is None and all(path.exists() for path in paths):
             drifts = [pl.read_parquet(path)["drift_pushed_down"] for path in paths]
             means = [drift[len(drift) // 2 :].mean() for drift in drifts]
-            shown = ["" if mean is None else f"{mean:.2f}" for mean in means]
-            lines.append(f"| {TITLES[run.method.name]} | {' | '.join(shown)} |")
+            cells = ["" if mean is None else f"{mean:.2f}" for mean in means]
+            lines.append(f"| {TITLES[run.method.name]} | {' | '.join(cells)} |")
     return lines
 
 
