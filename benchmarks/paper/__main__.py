@@ -2,7 +2,7 @@
 
     python -m benchmarks.paper imdb --data imdb.parquet --output runs/paper/imdb
     python -m benchmarks.paper tldr --data tldr.parquet --preferences tldr_preferences.parquet --output runs/paper/tldr
-    python -m benchmarks.paper hh   --data hh.parquet --output runs/paper/hh --seeds 0
+    python -m benchmarks.paper hh   --data hh.parquet --output runs/paper/hh --seeds 0 --rates docs/results/imdb.json
 
 Each step is a `ple` command in a process of its own, and a finished one does nothing: run the same command again
 after any stop. The tables and the figure go to --results (docs/results by default).
@@ -23,7 +23,7 @@ from typing import Any
 
 import polars as pl
 
-from benchmarks.paper.methods import LEARNING_RATES, METHODS, QUERIES_PER_ROUND, ROUNDS, START, Run
+from benchmarks.paper.methods import LEARNING_RATES, METHODS, ROUNDS, START, Run
 from benchmarks.paper.tables import write_results
 from benchmarks.paper.tasks import ROOT, TASKS, Task, start_rows
 from ple_data.rewards import load_reward_model
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="everything that is trained and sampled")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="where the tables go")
     parser.add_argument("--seeds", default="0,1,2", help="of sampling and training; the first one tunes")
+    parser.add_argument("--rates", type=Path, help="a task's JSON in --results: its learning rates, none tried here")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, each on its share of two threads")
     arguments = parser.parse_args()
     task, results = TASKS[arguments.task], arguments.results.absolute()
@@ -56,6 +57,7 @@ def main() -> None:
         parser.error(f"{task.name} needs {' and '.join(missing)}: a Parquet file (docs/results/README.md says which)")
     inputs = {name: path.absolute() for name, path in inputs.items()}
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    rates = read_rates(arguments.rates) if arguments.rates else None
     arguments.output.mkdir(parents=True, exist_ok=True)
     os.chdir(arguments.output)  # every name below is relative, so that the whole directory may move
     os.environ |= {"IMDB_JUDGE": "judge.json", "OMP_NUM_THREADS": str(THREADS // arguments.workers or 1)}
@@ -64,17 +66,18 @@ def main() -> None:
         task.prepare(inputs, Path())
         PREPARED.touch()
     make_models(task, arguments.workers)
-    write_references(seeds)
-    tuning = [Run(method, rate, seeds[0]) for method in METHODS for rate in LEARNING_RATES]
-    rates = tuned_rates(task, train_all(task, tuning, arguments.workers))
+    write_references(task, seeds)
+    if rates is None:
+        tuning = [Run(method, rate, seeds[0]) for method in METHODS for rate in LEARNING_RATES]
+        rates = tuned_rates(task, train_all(task, tuning, arguments.workers))
     chosen = [Run(method, rates[method.name], seed) for seed in seeds for method in METHODS]
     lasting = train_all(task, chosen, arguments.workers)
     if diverged := [str(run.directory) for run in chosen if run not in lasting]:
-        raise SystemExit(f"diverged at the learning rate that the first seed chose: {', '.join(diverged)}")
+        raise SystemExit(f"diverged at the learning rate that was chosen: {', '.join(diverged)}")
     for seed in seeds:
         runs = [run for run in chosen if run.seed == seed]
         evaluate(task, runs, "unseen.parquet", Path("eval", f"seed={seed}"), seed=seed)
-    write_results(task, results, chosen, rates)
+    write_results(task, results, chosen, arguments.rates)
 
 
 def make_models(task: Task, workers: int) -> None:
@@ -98,13 +101,13 @@ def make_models(task: Task, workers: int) -> None:
     ple(*full, *start, "--learning-rate", 1e-3, log=Path("start.log"), threads=THREADS)
 
 
-def write_references(seeds: list[int]) -> None:
+def write_references(task: Task, seeds: list[int]) -> None:
     """The (x, reference) rows of SFT: as many queries as the other methods see, drawn by the seed."""
     references = pl.read_parquet("references.parquet")
     for seed in seeds:
         path = Path("references", f"seed={seed}.jsonl")
         if not path.exists():
-            rows = references.sample(min(ROUNDS * QUERIES_PER_ROUND, references.height), seed=seed)
+            rows = references.sample(min(ROUNDS * task.queries_per_round, references.height), seed=seed)
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, rows.select("x", pl.col("reference").alias("y")).write_ndjson())
 
@@ -144,6 +147,12 @@ def tuned_rates(task: Task, runs: list[Run]) -> dict[str, float]:
     if lost := {method.name for method in METHODS} - best.keys():
         raise SystemExit(f"every learning rate diverged: {', '.join(sorted(lost))}")
     return {name: rate for name, (_, rate) in best.items()}
+
+
+def read_rates(results: Path) -> dict[str, float]:
+    """By method, the learning rate that another task chose."""
+    methods = json.loads(results.read_text())["methods"]
+    return {record["method"]: record["learning_rate"] for record in methods if record["learning_rate"]}
 
 
 def evaluate(

@@ -17,11 +17,11 @@ from schemas.records import TRAINED
 
 START = "start"
 """The start policy of every run."""
-ROUNDS, QUERIES_PER_ROUND = 4, 256
-"""PLE samples two responses to each: 2,048 in all. Every method that samples gets as many."""
+ROUNDS = 4
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 """The tuning budget of every method: these, with the first seed, chosen by the reward on the validation queries."""
-BATCH_SIZE = 16
+UPDATES = 160
+"""Of PLE in all rounds, whatever the queries of a round."""
 PASSES = sum(range(1, ROUNDS + 1))
 """PLE trains on all rows so far: as many passes over the pairs of one round. SFT and RAFT make as many updates."""
 
@@ -60,6 +60,11 @@ METHODS = (
 PLE = next(method for method in METHODS if method.name == "ple")
 
 
+def batch_size(task: Task) -> int:
+    """Pairs of an update (sequences, where a method has no pairs)."""
+    return task.queries_per_round * PASSES // UPDATES
+
+
 @dataclass(frozen=True)
 class Run:
     """One training: a method with a learning rate and a seed, in a directory of its own."""
@@ -92,7 +97,7 @@ class Run:
     def command(self, task: Task) -> list[str]:
         """The `ple` words that do it; the same words again do nothing twice."""
         common = ["--model", START, "--output", str(self.adapter), "--seed", str(self.seed)]
-        common += ["--learning-rate", str(self.learning_rate), "--batch-size", str(BATCH_SIZE)]
+        common += ["--learning-rate", str(self.learning_rate), "--batch-size", str(batch_size(task))]
         if self.method.name == "sft":
             data = f"references/seed={self.seed}.jsonl"
             return ["baseline", "sft", *common, "--data", data, "--epochs", str(2 * PASSES // ROUNDS)]
@@ -104,6 +109,7 @@ class Run:
 
     def write_recipe(self, task: Task) -> Path:
         """The recipe of a method that alternates; RAFT-4 samples four responses to half as many queries."""
+        queries = task.queries_per_round // self.method.samples
         recipe: dict[str, Any] = {
             "model": START,
             "queries": "queries.parquet",
@@ -111,17 +117,17 @@ class Run:
             "reward_model": task.reward,
             "run_dir": str(self.directory),
             "rounds": ROUNDS,
-            "queries_per_round": QUERIES_PER_ROUND // self.method.samples,
+            "queries_per_round": queries,
             "seed": self.seed,
             "gen": {
                 "engine": "hf",
-                "engine_arg": {"batch_size": QUERIES_PER_ROUND},
-                "unit_size": QUERIES_PER_ROUND // self.method.samples,
+                "engine_arg": {"batch_size": task.queries_per_round},
+                "unit_size": queries,
                 "max_new_tokens": task.max_new_tokens,
                 "samples": self.method.samples,
             },
         }
-        stage = {"learning_rate": self.learning_rate, "batch_size": BATCH_SIZE}
+        stage = {"learning_rate": self.learning_rate, "batch_size": batch_size(task)}
         if self.method.baseline:
             recipe["baseline"] = {"method": self.method.baseline, **stage, **self.method.train}
         else:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from benchmarks.paper.methods import LEARNING_RATES, METHODS, QUERIES_PER_ROUND, ROUNDS, Method, Run
+from benchmarks.paper.methods import LEARNING_RATES, METHODS, ROUNDS, Method, Run
 from benchmarks.paper.tasks import Task
 from ple_data.metrics import Mean, Perplexity, SumMetric, bleu
 from ple_data.partition import round_statistics
@@ -46,13 +46,17 @@ JUDGED = 2000
 PACKAGES = ("torch", "transformers", "peft", "trl", "polars", "sacrebleu")
 
 
-def write_results(task: Task, results: Path, runs: list[Run], rates: dict[str, float]) -> None:
-    """TASK.md, TASK.json and TASK-figure3.png in `results`, from the evaluations below the current directory."""
+def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | None) -> None:
+    """TASK.md, TASK.json and pictures in `results`, from the evaluations below the current directory.
+
+    `rates_of`: the file that the learning rates came from; None where this task tried them.
+    """
     seeds = sorted({run.seed for run in runs})
     rows = pl.concat([read_evaluation(Path("eval", f"seed={seed}", "eval.parquet"), seed) for seed in seeds])
     label_of = {"base": "base", **{run.method.name: run.label for run in runs}}
     by_method = {name: rows.filter(pl.col("label") == label) for name, label in label_of.items()}
     found = {name: metrics(own) for name, own in by_method.items()}
+    rates = {run.method.name: run.learning_rate for run in runs}
     costs = {run.method.name: run for run in runs if run.seed == seeds[0]}
     records = [
         {
@@ -67,13 +71,16 @@ def write_results(task: Task, results: Path, runs: list[Run], rates: dict[str, f
         }
         for name, own in by_method.items()
     ]
-    tried = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
+    all_tried = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
+    chosen = f"{all_tried} tried for every method with seed {seeds[0]} on the validation queries"
+    if rates_of:
+        chosen = f"those that {rates_of.stem} chose for every method, none tried here"
     lines = [
         f"# {task.title}: {task.tables} of the paper, small",
         "",
-        f"Seeds {', '.join(map(str, seeds))}; {ROUNDS} rounds of {QUERIES_PER_ROUND} queries; tau_0 = {TAU0}, "
-        f"alpha = {ALPHA}; learning rates {tried} tried for every method with seed {seeds[0]} on the validation "
-        f"queries. {platform.machine()}, {', '.join(f'{name} {version(name)}' for name in PACKAGES)}.",
+        f"Seeds {', '.join(map(str, seeds))}; {ROUNDS} rounds of {task.queries_per_round} queries; tau_0 = {TAU0}, "
+        f"alpha = {ALPHA}; learning rates: {chosen}. {platform.machine()}, "
+        f"{', '.join(f'{name} {version(name)}' for name in PACKAGES)}.",
         "",
         f"| {' | '.join(HEADER)} |",
         f"| {' | '.join('---' for _ in HEADER)} |",
@@ -92,11 +99,10 @@ def write_results(task: Task, results: Path, runs: list[Run], rates: dict[str, f
         *figure_3(results / f"{task.name}-figure3.png", runs),
         "",
         *drift_table([run for run in runs if run.seed == seeds[0]]),
-        "",
-        *tries(Path("eval", "validation", "eval.json")),
-        "",
-        *frontier(Path("eval", "validation", "eval.json"), results / f"{task.name}-frontier.png"),
     ]
+    if not rates_of:
+        report = Path("eval", "validation", "eval.json")
+        lines += ["", *tries(report), "", *frontier(report, results / f"{task.name}-frontier.png")]
     results.mkdir(parents=True, exist_ok=True)
     write_atomic(results / f"{task.name}.md", "\n".join(lines) + "\n")
     record = {"version": 3, "seeds": seeds, "methods": records}

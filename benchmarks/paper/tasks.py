@@ -47,6 +47,8 @@ class Task:
     second_judge: str
     """Spec of the reward model that no training sees."""
     tables: str
+    queries_per_round: int
+    """PLE samples two responses to each. Every method that samples gets as many tokens."""
     reward_epochs: int = 1
 
 
@@ -201,8 +203,8 @@ _TWO_INPUTS = ("data", "preferences")
 TASKS = {
     task.name: task
     for task in (
-        Task("imdb", "IMDb", "imdb", prepare_imdb, ("data",), 48, "reward[1]", WORD_JUDGE, "Tables 2 and 4"),
-        Task("tldr", "TL;DR", "tldr", prepare_tldr, _TWO_INPUTS, 40, "reward", "second", "Tables 3 and 5", 4),
-        Task("hh", "HH", "hh", prepare_hh, ("data",), 48, "reward", "second", "Table 1", 2),
+        Task("imdb", "IMDb", "imdb", prepare_imdb, ("data",), 48, "reward[1]", WORD_JUDGE, "Tables 2 and 4", 256),
+        Task("tldr", "TL;DR", "tldr", prepare_tldr, _TWO_INPUTS, 40, "reward", "second", "Tables 3 and 5", 128, 4),
+        Task("hh", "HH", "hh", prepare_hh, ("data",), 48, "reward", "second", "Table 1", 128, 2),
     )
 }
