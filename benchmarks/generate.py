@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.side_by_side import made_with
+
 WORDS = ["the", "a", "film", "story", "actor", "scene", "was", "is", "seems", "great", "bad", "funny", "slow", "never"]
 
 
@@ -60,6 +62,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--engine-arg", action="append", default=[])
     options = parser.parse_args()
+
+    import vllm
 
     from ple_data import generate as stage
     from ple_data.engines import Sampling, make_engine, parse_engine_args
@@ -116,6 +120,7 @@ def main() -> None:
         print(
             json.dumps(
                 {
+                    "made_with": f"{made_with('torch', 'transformers')}, vllm {vllm.__version__}",
                     "prompts": len(requests),
                     "tokens": tokens,
                     "bare_seconds": [round(bare, 2) for bare, _ in times],

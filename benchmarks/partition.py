@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from benchmarks.side_by_side import peak_bytes, ratio_table, seconds_of, timed_in_turns, versions
+from benchmarks.side_by_side import made_with, peak_bytes, ratio_table, seconds_of, timed_in_turns
 
 TAU0, ALPHA, ROUNDS, SHARD = 0.2, 0.9, 4, 250_000
 
@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_pairs(Path(folder), options.rows, options.text)
         seconds = timed_in_turns({name: partial(run, name, folder) for name in CONTENDERS}, options.repeats)
-    print(f"{options.rows:,} pairs{' with text' if options.text else ''}; {versions('polars', 'datasets')}")
+    print(f"{options.rows:,} pairs{' with text' if options.text else ''}; {made_with('polars', 'datasets')}")
     print(ratio_table(seconds, options.rows, "pairs"))
     print("peak memory:", ", ".join(f"{name} {peak / 2**20:.0f} MiB" for name, peak in peaks.items()))
 

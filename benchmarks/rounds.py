@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.score import write_reward_model
-from benchmarks.side_by_side import ratio_table, seconds_of, timed_in_turns, versions
+from benchmarks.side_by_side import made_with, ratio_table, seconds_of, timed_in_turns
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
             },
             options.repeats,
         )
-    print(versions("torch", "transformers", "peft"))
+    print(made_with("torch", "transformers", "peft"))
     print(ratio_table(seconds, options.rounds, "rounds"))
 
 

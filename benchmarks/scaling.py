@@ -2,8 +2,8 @@
 
 Each study changes one thing: rows (partition and statistics), rounds (opening the training stream over all that has
 been sampled), and for training vocabulary, length of the responses, width of the model, processes. `--output` gets
-scaling.json and scaling.png; a size that scaling.json already holds with these versions is not measured again. Each
-size is measured `--repeats` times, and the fastest counts.
+scaling.json and scaling.png; a size that scaling.json already holds from this machine with these versions is not
+measured again. Each size is measured `--repeats` times, and the fastest counts.
 
     python -m benchmarks.scaling --output docs/results
     python -m benchmarks.scaling --output docs/results --studies rows,vocabulary
@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.side_by_side import versions
+from benchmarks.side_by_side import made_with
 from schemas.files import write_atomic
 
-MADE_WITH = versions("torch", "transformers", "peft", "polars")
 PYTHON = [sys.executable, "-m"]
 TRAINING = ["benchmarks.train", "--only", "ours"]
 
@@ -90,18 +89,18 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.studies.split(",")) - STUDIES.keys():
         parser.error(f"no study {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
-    path = options.output / "scaling.json"
+    path, made = options.output / "scaling.json", made_with("torch", "transformers", "peft", "polars")
     found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     for name in options.studies.split(","):
         points = found.setdefault(name, {})
         for size in STUDIES[name].sizes:
-            if points.get(str(size), {}).get("versions") != MADE_WITH:
+            if points.get(str(size), {}).get("made_with") != made:
                 tries = [STUDIES[name].measure(size) for _ in range(options.repeats)]
-                points[str(size)] = min(tries, key=lambda one: one["seconds"]) | {"versions": MADE_WITH}
+                points[str(size)] = min(tries, key=lambda one: one["seconds"]) | {"made_with": made}
                 write_atomic(path, json.dumps(found, indent=1) + "\n")
                 print(f"{name} {size:,}: {points[str(size)]}", file=sys.stderr, flush=True)
     draw(found, options.output / "scaling.png")
-    print(f"{MADE_WITH}\n")
+    print(f"{made}\n")
     print("| what grows | sizes | what is measured | grows as size to the power | peak MiB, first and last |")
     print("| --- | --- | --- | --- | --- |")
     for name, points in found.items():
@@ -116,10 +115,11 @@ def unit(name: str) -> str:
 
 
 def answer_of(command: list[object]) -> dict[str, float]:
-    """The JSON on the last line of the command's output (of several processes one's)."""
+    """The lines of JSON that the command prints, one a process: the slowest's time, and memory of all together."""
     done = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True)
-    answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    slowest: dict[str, float] = max(answers, key=lambda answer: answer["seconds"])
+    return slowest | {key: sum(answer[key] for answer in answers) for key in ("loaded", "peak") if key in slowest}
 
 
 def series(name: str, points: dict[str, Any]) -> tuple[list[int], list[float], list[float]]:

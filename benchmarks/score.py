@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.side_by_side import ratio_table, seconds_of, timed_in_turns, versions
+from benchmarks.side_by_side import made_with, ratio_table, seconds_of, timed_in_turns
 
 BATCH = 32
 
@@ -40,7 +40,7 @@ def main() -> None:
             "arrival order": partial(seconds_of, partial(peer.score, rows)),
         }
         seconds = timed_in_turns(contenders, options.repeats)
-    print(f"{len(rows)} rows; largest difference of a reward {worst:.1e}; {versions('torch', 'transformers')}")
+    print(f"{len(rows)} rows; largest difference of a reward {worst:.1e}; {made_with('torch', 'transformers')}")
     print(ratio_table(seconds, len(rows), "rows"))
 
 

@@ -1,5 +1,7 @@
 """Contenders timed in turns, and their ratios with the spread: what every benchmark here prints."""
 
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -36,8 +38,25 @@ def ratio_table(seconds: Mapping[str, list[float]], amount: float, unit: str) ->
     return "\n".join(lines)
 
 
-def versions(*packages: str) -> str:
-    return ", ".join(f"{name} {version(name)}" for name in packages)
+def made_with(*packages: str) -> str:
+    """The machine and the versions of `packages`: without them a figure says nothing."""
+    return ", ".join((machine(), *(f"{name} {version(name)}" for name in packages)))
+
+
+def machine() -> str:
+    """Processor, its widest vector instructions, cores and GPU (Linux)."""
+    facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    names = {name.strip(): value.split() for name, value in facts.items()}
+    widest = next((kind for kind in ("amx_bf16", "avx512f", "avx2") if kind in names.get("flags", ())), "")
+    model = " ".join(names.get("model name", [platform.machine()]))
+    return f"{os.cpu_count()} cores {model} {widest}{gpu()}".strip()
+
+
+def gpu() -> str:
+    """The GPU's name behind a comma, where torch finds one."""
+    import torch
+
+    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
 def peak_bytes() -> int:

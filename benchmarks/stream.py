@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.side_by_side import peak_bytes, versions
+from benchmarks.side_by_side import made_with, peak_bytes
 
 ROUNDS, UNIT, VOCABULARY = 20, 2048, 32_000
 
@@ -33,7 +33,7 @@ def main() -> None:
         print(json.dumps(open_stream(Path(options.only))))
         return
     first: tuple[float, float] | None = None
-    print(f"{ROUNDS} rounds; {versions('polars', 'pyarrow')}")
+    print(f"{ROUNDS} rounds; {made_with('polars', 'pyarrow')}")
     print(f"{'rows':>10} {'first batch, s (median [least, most])':>40} {'peak MiB':>10}   against the first line")
     for rows in options.rows:
         with tempfile.TemporaryDirectory() as folder:

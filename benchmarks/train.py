@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.side_by_side import forget_peak, peak_bytes, ratio_table, seconds_of, timed_in_turns, versions
+from benchmarks.side_by_side import forget_peak, made_with, peak_bytes, ratio_table, seconds_of, timed_in_turns
 
 RESPONSE_SPREAD, PROMPT_SPREAD = 0.7, 0.6
 """Standard deviations of the logarithm of a length."""
@@ -90,7 +90,7 @@ def main() -> None:
             print(json.dumps({"seconds": seconds, "tokens": bench.useful, "loaded": before, "peak": bench.peak()}))
             return
         seconds = timed_in_turns({name: partial(bench.run, name) for name in names}, options.repeats)
-        print(f"{len(bench.pairs)} pairs, {bench.useful} useful tokens; {versions(*PACKAGES)}")
+        print(f"{len(bench.pairs)} pairs, {bench.useful} useful tokens; {made_with(*PACKAGES)}")
         print(ratio_table(seconds, bench.useful, "useful tokens"))
         print(utilisation(bench, statistics.median(seconds[names[0]]), names[0]))
 
@@ -354,7 +354,7 @@ def print_memory(names: list[str]) -> None:
         command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--only", name]
         answer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
         found[name] = answer["peak"] - answer["loaded"]
-    print(f"peak memory over a process that has loaded the model; {versions(*PACKAGES)}")
+    print(f"peak memory over a process that has loaded the model; {made_with(*PACKAGES)}")
     for name, more in found.items():
         print(f"{name:14} {more / 2**20:8.0f} MiB   {more / found[names[0]]:.2f} x {names[0]}")
 
