@@ -492,12 +492,12 @@ def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
     adapter, pairs = tmp_path / "adapter", write_pairs(tmp_path / "pairs", rounds=1)
     train(model=str(policy), data=[pairs], round=0, output=adapter, learning_rate=1e-2)
     queries = tmp_path / "q.jsonl"
-    texts = [f"{a} {b}" for a in tiny.corpus()[:20] for b in tiny.corpus()[:16]]
+    texts = [f"{a} {b}" for a in tiny.corpus()[:10] for b in tiny.corpus()[:8]]
     queries.write_text("".join(json.dumps({"id": f"q{at}", "x": x}) + "\n" for at, x in enumerate(texts)))
     arguments = [
         "--model", str(policy), "--adapter", str(adapter), "--queries", str(queries), "--principles", "imdb", "--data",
         str(tmp_path / "data"), "--round", "0", "--engine", "vllm", "--max-new-tokens", "128", "--dtype", "float32",
-        "--engine-arg", "max_num_seqs=64",
+        "--unit-size", "8", "--engine-arg", "max_num_seqs=16",
     ]  # fmt: skip
     eager = [*arguments, "--engine-arg", "enforce_eager=true"]  # starts sooner; the last one is as a user runs it
     store = Store(tmp_path / "data")
@@ -513,7 +513,7 @@ def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
         assert middle.process.wait(timeout=60) == (130 if how == signal.SIGINT else -signal.SIGKILL)
         middle.assert_gone()
         assert set(before) < set(committed())
-    assert len(committed()) < 5, "all was done before it could be interrupted: give it more to do"
+    assert len(committed()) < 10, "all was done before it could be interrupted: give it more to do"
     last = Vllm(vllm_python, arguments, tmp_path / "log2")
     stdout, _ = last.process.communicate(timeout=300)
     assert last.process.returncode == 0, last.log.read_text()
@@ -526,7 +526,7 @@ def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
     from tests.test_engines import AutoModelForCausalLM, assert_true_logps
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy), str(adapter)).eval()
-    for row in table.gather_every(40).to_dicts():
+    for row in table.gather_every(10).to_dicts():
         assert_true_logps(model, Request(0, tuple(row["x_ids"]), 0), row["y_ids"], row["y_logps"], atol=5e-3)
 
 
