@@ -26,7 +26,7 @@ def test_every_run_is_a_command_of_ours(task, method, tmp_path: Path, monkeypatc
     if words[0] == "run":
         recipe = load_recipe(Path(words[1]))
         assert (recipe.rounds, recipe.seed) == (ROUNDS, 0)
-        assert recipe.queries_per_round * recipe.gen.samples == task.queries_per_round
+        assert recipe.queries_per_round * method.responses == 2 * task.queries_per_round
     else:
         assert words[0] == "baseline"
         command = cli.ple.commands["baseline"].commands[words[1]]

@@ -28,12 +28,16 @@ PASSES = sum(range(1, ROUNDS + 1))
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """One row of a table. `guided`: y_prompt is sampled under the principle, else it is a second plain response."""
+    """One row of a table.
+
+    `guided`: y_prompt is sampled under the principle, else it is a second plain response. `responses` to a query are
+    learned from or chosen among: where they are more than PLE's two there are fewer queries, and the other way round.
+    """
 
     name: str
     title: str
     guided: bool = True
-    samples: int = 1
+    responses: int = 2
     train: dict[str, Any] = field(default_factory=dict)
     baseline: str | None = None
 
@@ -42,10 +46,10 @@ STABILISED = {"normalize_wsft": True, "trust_region": 0.3}
 """What keeps PLE's loss in bounds and its two terms of one size; not in the paper, options of `ple-train`."""
 METHODS = (
     Method("sft", "SFT", baseline="sft"),
-    Method("context-distillation", "context distillation", baseline="context-distillation"),
+    Method("context-distillation", "context distillation", responses=1, baseline="context-distillation"),
     Method("dpo", "DPO", baseline="dpo"),
     Method("ppo", "PPO", baseline="ppo"),
-    Method("raft", "RAFT-4", guided=False, samples=2, baseline="raft", train={"epochs": 2 * PASSES // ROUNDS}),
+    Method("raft", "RAFT-4", guided=False, responses=4, baseline="raft", train={"epochs": 2 * PASSES // ROUNDS}),
     Method("ple", "PLE (printed loss)"),
     Method("without-rank", "w/o rank and principle", guided=False, train={"without": "rank"}),
     Method("without-wsft", "w/o weighted SFT", train={"without": "wsft"}),
@@ -60,8 +64,12 @@ METHODS = (
 PLE = next(method for method in METHODS if method.name == "ple")
 
 
+PPO_BATCH = 16
+"""Responses of a PPO update; their advantages are whitened together."""
+
+
 def batch_size(task: Task) -> int:
-    """Pairs of an update (sequences, where a method has no pairs)."""
+    """Pairs of an update; sequences where a method has no pairs."""
     return task.queries_per_round * PASSES // UPDATES
 
 
@@ -94,10 +102,18 @@ class Run:
         records = [output / TRAINED for output in found]
         return sum(json.loads(path.read_text())["cost"][what] for path in records if path.exists())
 
+    def seconds(self) -> float:
+        """Wall time of its commands."""
+        if self.adapter.name == "policy":
+            return float(json.loads((self.adapter / TRAINED).read_text())["cost"]["seconds"])
+        stages = json.loads((self.directory / "stages.json").read_text())["stages"]
+        return float(sum(stage["seconds"] for stage in stages))
+
     def command(self, task: Task) -> list[str]:
         """The `ple` words that do it; the same words again do nothing twice."""
         common = ["--model", START, "--output", str(self.adapter), "--seed", str(self.seed)]
-        common += ["--learning-rate", str(self.learning_rate), "--batch-size", str(batch_size(task))]
+        common += ["--learning-rate", str(self.learning_rate)]
+        common += ["--batch-size", str(PPO_BATCH if self.method.name == "ppo" else batch_size(task))]
         if self.method.name == "sft":
             data = f"references/seed={self.seed}.jsonl"
             return ["baseline", "sft", *common, "--data", data, "--epochs", str(2 * PASSES // ROUNDS)]
@@ -108,8 +124,8 @@ class Run:
         return ["run", str(self.write_recipe(task))]
 
     def write_recipe(self, task: Task) -> Path:
-        """The recipe of a method that alternates; RAFT-4 samples four responses to half as many queries."""
-        queries = task.queries_per_round // self.method.samples
+        """The recipe of a method that alternates."""
+        queries = 2 * task.queries_per_round // self.method.responses
         recipe: dict[str, Any] = {
             "model": START,
             "queries": "queries.parquet",
@@ -124,7 +140,7 @@ class Run:
                 "engine_arg": {"batch_size": task.queries_per_round},
                 "unit_size": queries,
                 "max_new_tokens": task.max_new_tokens,
-                "samples": self.method.samples,
+                "samples": max(1, self.method.responses // 2),
             },
         }
         stage = {"learning_rate": self.learning_rate, "batch_size": batch_size(task)}

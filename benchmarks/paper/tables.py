@@ -6,9 +6,9 @@ queries (`ple_data.metrics`, as in `ple eval`). Trains, samples and scores nothi
 
 from __future__ import annotations
 
+import io
 import json
-import platform
-from importlib.metadata import version
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import polars as pl
 
 from benchmarks.paper.methods import LEARNING_RATES, METHODS, ROUNDS, Method, Run
 from benchmarks.paper.tasks import Task
+from benchmarks.side_by_side import made_with
 from ple_data.metrics import Mean, Perplexity, SumMetric, bleu
-from ple_data.partition import round_statistics
+from ple_data.report.statistics import rounds as round_statistics
 from ple_data.rewards import load_reward_model
 from ple_data.store import Store
 from schemas.files import write_atomic
@@ -56,18 +57,26 @@ def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | N
     label_of = {"base": "base", **{run.method.name: run.label for run in runs}}
     by_method = {name: rows.filter(pl.col("label") == label) for name, label in label_of.items()}
     found = {name: metrics(own) for name, own in by_method.items()}
+    by_seed = {
+        name: own.group_by("seed").agg(pl.col("reward").mean()).sort("seed")["reward"].to_list()
+        for name, own in by_method.items()
+    }
     rates = {run.method.name: run.learning_rate for run in runs}
-    costs = {run.method.name: run for run in runs if run.seed == seeds[0]}
+    first = {run.method.name: run for run in runs if run.seed == seeds[0]}
     records = [
         {
             "method": name,
             "learning_rate": rates.get(name),
             **{column: found[name][column].estimate(0).model_dump() for column in COLUMNS},
-            "second_judge_by_seed": own.group_by("seed").agg(pl.col("reward").mean()).sort("seed").to_dicts(),
-            "ple_less_this": found["ple"]["reward"].less(found[name]["reward"], 0).model_dump(),
-            "stable_ple_less_this": found["stable-ple"]["reward"].less(found[name]["reward"], 0).model_dump(),
-            "tokens_sampled": costs[name].cost("tokens_sampled") if name in costs else None,
-            "tokens_trained": costs[name].cost("tokens_trained") if name in costs else None,
+            "second_judge_by_seed": by_seed[name],
+            **{
+                f"{key}_less_this": found[ple]["reward"].less(found[name]["reward"], 0).model_dump()
+                | {"by_seed": [mine - other for mine, other in zip(by_seed[ple], by_seed[name], strict=True)]}
+                for key, ple in (("ple", "ple"), ("stable_ple", "stable-ple"))
+            },
+            "tokens_sampled": first[name].cost("tokens_sampled") if name in first else None,
+            "tokens_trained": first[name].cost("tokens_trained") if name in first else None,
+            "seconds": first[name].seconds() if name in first else None,
         }
         for name, own in by_method.items()
     ]
@@ -79,22 +88,25 @@ def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | N
         f"# {task.title}: {task.tables} of the paper, small",
         "",
         f"Seeds {', '.join(map(str, seeds))}; {ROUNDS} rounds of {task.queries_per_round} queries; tau_0 = {TAU0}, "
-        f"alpha = {ALPHA}; learning rates: {chosen}. {platform.machine()}, "
-        f"{', '.join(f'{name} {version(name)}' for name in PACKAGES)}.",
+        f"alpha = {ALPHA}; learning rates: {chosen}. {made_with(*PACKAGES)}; {datetime.now(UTC):%d %B %Y}. "
+        f"BLEU: `{signature(Path('eval', f'seed={seeds[0]}', 'eval.json'))}`.",
         "",
         f"| {' | '.join(HEADER)} |",
         f"| {' | '.join('---' for _ in HEADER)} |",
         *map(table_row, records),
         "",
-        "Intervals are over queries, for these seeds. Training saw the training reward alone.",
+        "Intervals are over queries, for these seeds; in round brackets the differences seed by seed, which also hold "
+        "what training's randomness does. Training saw the training reward alone.",
         "",
         *accuracies(task),
         "",
         "## What each method cost (first seed)",
         "",
-        "| method | response tokens sampled | response tokens trained on, every pass counted |",
-        "| --- | --- | --- |",
+        "| method | response tokens sampled | response tokens trained on, every pass counted | minutes |",
+        "| --- | --- | --- | --- |",
         *map(cost_row, records[1:]),
+        "",
+        "Minutes of one thread, with another run on the other core.",
         "",
         *figure_3(results / f"{task.name}-figure3.png", runs),
         "",
@@ -102,10 +114,10 @@ def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | N
     ]
     if not rates_of:
         report = Path("eval", "validation", "eval.json")
-        lines += ["", *tries(report), "", *frontier(report, results / f"{task.name}-frontier.png")]
+        lines += ["", *tries(report, rates), "", *frontier(report, results / f"{task.name}-frontier.png")]
     results.mkdir(parents=True, exist_ok=True)
     write_atomic(results / f"{task.name}.md", "\n".join(lines) + "\n")
-    record = {"version": 3, "seeds": seeds, "methods": records}
+    record = {"version": 4, "seeds": seeds, "methods": records}
     write_atomic(results / f"{task.name}.json", json.dumps(record, indent=1) + "\n")
 
 
@@ -132,16 +144,33 @@ def accuracies(task: Task) -> list[str]:
 
 def cost_row(record: dict[str, Any]) -> str:
     """One method's line of the table of costs."""
-    return f"| {TITLES[record['method']]} | {record['tokens_sampled']:,} | {record['tokens_trained']:,} |"
+    tokens = f"{record['tokens_sampled']:,} | {record['tokens_trained']:,}"
+    return f"| {TITLES[record['method']]} | {tokens} | {record['seconds'] / 60:.1f} |"
 
 
 def table_row(record: dict[str, Any]) -> str:
     """One method's line of the table."""
     rate = f"{record['learning_rate']:g}" if record["learning_rate"] else ""
     cells = [shown(Estimate(**record[column]), column) for column in COLUMNS]
-    by_seed = ", ".join(f"{row['reward']:.2f}" for row in record["second_judge_by_seed"])
-    cells += [by_seed, *(str(Estimate(**record[f"{ple}_less_this"])) for ple in ("ple", "stable_ple"))]
+    cells += [numbers(record["second_judge_by_seed"])]
+    cells += [difference(record[f"{ple}_less_this"]) for ple in ("ple", "stable_ple")]
     return f"| {TITLES[record['method']]} | {rate} | {' | '.join(cells)} |"
+
+
+def numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values)
+
+
+def difference(record: dict[str, Any]) -> str:
+    """A paired difference over all seeds, and each seed's own where there are several."""
+    by_seed = record["by_seed"]
+    whole = str(Estimate(**{key: value for key, value in record.items() if key != "by_seed"}))
+    return f"{whole} ({numbers(by_seed)})" if len(by_seed) > 1 else whole
+
+
+def signature(report: Path) -> str:
+    """sacrebleu's, as `ple eval` wrote it."""
+    return str(json.loads(report.read_text())["bleu_signature"])
 
 
 def read_evaluation(path: Path, seed: int) -> pl.DataFrame:
@@ -216,18 +245,20 @@ def tried(report: Path) -> dict[Method, dict[float, tuple[float, float]]]:
     }
 
 
-def tries(report: Path) -> list[str]:
+def tries(report: Path, chosen: dict[str, float]) -> list[str]:
     """Every learning rate that was tried, on the validation queries: training reward and perplexity."""
     lines = [
         "## Learning rates tried",
         "",
-        "Training reward / perplexity on the validation queries, first seed; the highest reward was chosen.",
+        "Training reward / perplexity on the validation queries, first seed; the highest reward was chosen (bold).",
         "",
         f"| method | {' | '.join(f'{rate:g}' for rate in LEARNING_RATES)} |",
         f"| {' | '.join('---' for _ in range(len(LEARNING_RATES) + 1))} |",
     ]
     for method, own in tried(report).items():
         cells = [f"{own[rate][0]:.2f} / {own[rate][1]:.3g}" if rate in own else "diverged" for rate in LEARNING_RATES]
+        best = LEARNING_RATES.index(chosen[method.name])
+        cells[best] = f"**{cells[best]}**"
         lines.append(f"| {method.title} | {' | '.join(cells)} |")
     return lines
 
@@ -255,8 +286,7 @@ def frontier(report: Path, path: Path) -> list[str]:
     axis.set(xlabel="perplexity of unseen references", ylabel="training reward on validation queries")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path)
     beyond = f" Beyond a perplexity of {FLUENT:g} and not drawn: {', '.join(lost)}." if lost else ""
     return [
         "## Reward against fluency",
@@ -275,26 +305,37 @@ def figure_3(path: Path, runs: list[Run]) -> list[str]:
     from matplotlib import pyplot
 
     first = min(run.seed for run in runs)
-    lines = ["## Figure 3: rewards by round", "", f"![s and s_prompt by round]({path.name})"]
+    lines = ["## Figure 3: rewards by round", "", f"![s and s_prompt by round, with 95 % intervals]({path.name})"]
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for run, axis in zip(
         [r for r in runs if r.seed == first and r.method.name in ("ple", "stable-ple")], axes, strict=True
     ):
         rounds = round_statistics(Store(run.directory / "data").scan("pairs"), TAU0, ALPHA)
-        axis.plot(rounds["round"], rounds["mean_s_prompt"], "o-", label="s_prompt")
-        axis.plot(rounds["round"], rounds["mean_s"], "s-", label="s")
-        axis.set(title=run.method.title, xlabel="round", xticks=rounds["round"].to_list())
+        t = [row["round"] for row in rounds]
+        for name, mark in (("s_prompt", "o-"), ("s", "s-")):
+            means, halves = ([row[f"{what}_{name}"] for row in rounds] for what in ("mean", "half"))
+            axis.errorbar(t, means, yerr=halves, fmt=mark, capsize=3, label=name)
+        axis.set(title=run.method.title, xlabel="round", xticks=t)
         axis.grid(alpha=0.3)
         lines += ["", f"{run.method.title}, seed {first}:", "", "| round | s | s_prompt | gap | tau_t | rank share |"]
         lines += ["| --- | --- | --- | --- | --- | --- |"]
         lines += [
             f"| {row['round']} | {row['mean_s']:.2f} | {row['mean_s_prompt']:.2f} | {row['mean_margin']:.2f} "
             f"| {row['tau']:.3f} | {100 * row['rank_share']:.0f} % |"
-            for row in rounds.iter_rows(named=True)
+            for row in rounds
         ]
     axes[0].set_ylabel("mean training reward")
     axes[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save(figure, path)
     return lines
+
+
+def save(figure: Any, path: Path) -> None:
+    """The figure as PNG, whole or not at all."""
+    from matplotlib import pyplot
+
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    pyplot.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, image.getvalue())
