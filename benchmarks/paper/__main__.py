@@ -138,7 +138,11 @@ def train_all(task: Task, runs: list[Run], workers: int) -> list[Run]:
 
 def tuned_rates(task: Task, runs: list[Run]) -> dict[str, float]:
     """By method, the learning rate with the highest training reward on the validation queries."""
-    report = evaluate(task, runs, "validation.parquet", Path("eval", "validation"), second=False)
+    return best_rates(evaluate(task, runs, "validation.parquet", Path("eval", "validation"), second=False), runs)
+
+
+def best_rates(report: dict[str, Any], runs: list[Run]) -> dict[str, float]:
+    """By method, the learning rate of the run with the highest mean reward in `report`."""
     best: dict[str, tuple[float, float]] = {}
     for run in runs:
         found = next(p for p in report["policies"] if p["label"] == run.label)["metrics"]

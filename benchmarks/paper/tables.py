@@ -56,29 +56,18 @@ def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | N
     rows = pl.concat([read_evaluation(Path("eval", f"seed={seed}", "eval.parquet"), seed) for seed in seeds])
     label_of = {"base": "base", **{run.method.name: run.label for run in runs}}
     by_method = {name: rows.filter(pl.col("label") == label) for name, label in label_of.items()}
-    found = {name: metrics(own) for name, own in by_method.items()}
-    by_seed = {
-        name: own.group_by("seed").agg(pl.col("reward").mean()).sort("seed")["reward"].to_list()
-        for name, own in by_method.items()
-    }
     rates = {run.method.name: run.learning_rate for run in runs}
     first = {run.method.name: run for run in runs if run.seed == seeds[0]}
     records = [
         {
             "method": name,
             "learning_rate": rates.get(name),
-            **{column: found[name][column].estimate(0).model_dump() for column in COLUMNS},
-            "second_judge_by_seed": by_seed[name],
-            **{
-                f"{key}_less_this": found[ple]["reward"].less(found[name]["reward"], 0).model_dump()
-                | {"by_seed": [mine - other for mine, other in zip(by_seed[ple], by_seed[name], strict=True)]}
-                for key, ple in (("ple", "ple"), ("stable_ple", "stable-ple"))
-            },
+            **numbers,
             "tokens_sampled": first[name].cost("tokens_sampled") if name in first else None,
             "tokens_trained": first[name].cost("tokens_trained") if name in first else None,
             "seconds": first[name].seconds() if name in first else None,
         }
-        for name, own in by_method.items()
+        for name, numbers in compare(by_method, {"ple_less_this": "ple", "stable_ple_less_this": "stable-ple"}).items()
     ]
     all_tried = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
     chosen = f"{all_tried} tried for every method with seed {seeds[0]} on the validation queries"
@@ -121,6 +110,30 @@ def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | N
     write_atomic(results / f"{task.name}.json", json.dumps(record, indent=1) + "\n")
 
 
+def compare(by_method: dict[str, pl.DataFrame], less: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """By method, each column's estimate over all seeds, and the second judge's mean reward seed by seed.
+
+    `less`: for each of these names the method from whose reward this one's is taken away, query by query.
+    """
+    found = {name: metrics(rows) for name, rows in by_method.items()}
+    by_seed = {
+        name: rows.group_by("seed").agg(pl.col("reward").mean()).sort("seed")["reward"].to_list()
+        for name, rows in by_method.items()
+    }
+    return {
+        name: {
+            **{column: own[column].estimate(0).model_dump() for column in COLUMNS},
+            "second_judge_by_seed": by_seed[name],
+            **{
+                key: found[other]["reward"].less(own["reward"], 0).model_dump()
+                | {"by_seed": (np.array(by_seed[other]) - np.array(by_seed[name])).tolist()}
+                for key, other in less.items()
+            },
+        }
+        for name, own in found.items()
+    }
+
+
 TITLES = {"base": "base", **{method.name: method.title for method in METHODS}}
 
 
@@ -152,12 +165,12 @@ def table_row(record: dict[str, Any]) -> str:
     """One method's line of the table."""
     rate = f"{record['learning_rate']:g}" if record["learning_rate"] else ""
     cells = [shown(Estimate(**record[column]), column) for column in COLUMNS]
-    cells += [numbers(record["second_judge_by_seed"])]
+    cells += [listed(record["second_judge_by_seed"])]
     cells += [difference(record[f"{ple}_less_this"]) for ple in ("ple", "stable_ple")]
     return f"| {TITLES[record['method']]} | {rate} | {' | '.join(cells)} |"
 
 
-def numbers(values: list[float]) -> str:
+def listed(values: list[float]) -> str:
     return ", ".join(f"{value:.2f}" for value in values)
 
 
@@ -165,7 +178,7 @@ def difference(record: dict[str, Any]) -> str:
     """A paired difference over all seeds, and each seed's own where there are several."""
     by_seed = record["by_seed"]
     whole = str(Estimate(**{key: value for key, value in record.items() if key != "by_seed"}))
-    return f"{whole} ({numbers(by_seed)})" if len(by_seed) > 1 else whole
+    return f"{whole} ({listed(by_seed)})" if len(by_seed) > 1 else whole
 
 
 def signature(report: Path) -> str:
