@@ -1,4 +1,4 @@
-"""The paper's tables (benchmarks/paper): every run is a command that `ple` takes, and numbers are right. Trains nothing."""
+"""The paper's tables (benchmarks/paper): every run is a command that `ple` takes; the numbers. Trains nothing."""
 
 import json
 import math
