@@ -138,7 +138,10 @@ def _reader_is_gone() -> bool:
 
 
 def _say(message: str) -> None:
-    click.echo(message, err=True)
+    """A message may quote a file: nothing in it steers the terminal."""
+    from ple_data.textwidth import printable
+
+    click.echo("\n".join(map(printable, message.split("\n"))), err=True)
 
 
 def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -159,9 +162,13 @@ _version = click.version_option(package_name="ple-align", prog_name="ple")
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 
 
-def _command(name: str) -> Callable[[Callable[..., Any]], _Command]:
+def _command(name: str, summary: str | None = None) -> Callable[[Callable[..., Any]], _Command]:
+    """summary: its line in the list of commands; the first sentence of its help where that is short enough."""
+
     def decorate(function: Callable[..., Any]) -> _Command:
-        return click.command(name, cls=_Command, context_settings=_CONTEXT)(_debug(_version(function)))
+        return click.command(name, cls=_Command, context_settings=_CONTEXT, short_help=summary)(
+            _debug(_version(function))
+        )
 
     return decorate
 
@@ -208,7 +215,7 @@ _adapter = _option("--adapter", help="LoRA adapter of the policy: the last round
 _round = _option("--round", type=_COUNT, required=True, help="Round T, counted from 0.")
 _seed = _option("--seed", type=_COUNT, default=0, help="Seed of everything that is drawn.")
 _threshold = _all(
-    _method("--tau0", type=click.FloatRange(min=0), default=0.2, help="Threshold of round 0, in the reward's units."),
+    _method("--tau0", type=click.FloatRange(min=0), default=0.2, help="Threshold of round 0 on s_prompt - s."),
     _method("--alpha", type=_ALPHA, default=0.9, help="Decay: the threshold of round t is tau0 * alpha^t."),
 )
 _prompt_format = _queries(
@@ -272,7 +279,7 @@ _engine_options = _all(
     _option(
         "--dtype",
         section="Engine",
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        type=_DTYPES,
         default="auto",
         help="Number type of the weights.",
     ),
@@ -384,7 +391,7 @@ def ple() -> None:
     """
 
 
-@_command("ple-gen")
+@_command("ple-gen", "Sample y and y_prompt to every query.")
 @_model
 @_adapter
 @_option("--queries", required=True, help="Queries: Parquet, JSONL, JSON, CSV or a hub dataset id.")
@@ -446,7 +453,7 @@ def _reward_keywords(options: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("reward_"): options.pop(name) for name in _REWARD_OPTIONS}
 
 
-@_command("ple-score")
+@_command("ple-score", "Score responses with a reward model: pairs.")
 @_option("--data", type=_PATH, required=True, help="Folder of the responses.")
 @_option(
     "--reward-model",
@@ -476,7 +483,7 @@ def _score(data: Path, reward_model: str, round: int | None, output: Path | None
     score(Store(data), loaded, round=round, output=Store(output) if output else None)
 
 
-@_command("ple-train")
+@_command("ple-train", "Train the policy on the pairs of all rounds so far.")
 @_model
 @_adapter
 @_option("--data", type=_PATH, multiple=True, required=True, help="Folder of pairs; may be repeated.")
@@ -521,7 +528,7 @@ def train(data: tuple[Path, ...], dry_run: bool, **options: Any) -> None:
         training.train(data=list(data), **options)
 
 
-@_command("sft")
+@_command("sft", "Supervised fine-tuning: makes the start policy.")
 @_model
 @_option("--data", type=_PATH, required=True, help="Rows with x and y (or prompt and response).")
 @_option("--output", type=_PATH, required=True, help="Folder of the new model.")
@@ -543,7 +550,7 @@ def sft(**options: Any) -> None:
     run_sft(**options)
 
 
-@_command("reward")
+@_command("reward", "Train a reward model from labels or preferences.")
 @_model
 @_option("--data", type=_PATH, required=True, help="Rows with text and label, or with prompt, chosen and rejected.")
 @_option("--output", type=_PATH, required=True, help="Folder of the reward model.")
@@ -562,7 +569,9 @@ def reward(**options: Any) -> None:
     train_reward(**options)
 
 
-@click.group("baseline", cls=_Group, context_settings=_CONTEXT)
+@click.group(
+    "baseline", cls=_Group, context_settings=_CONTEXT, short_help="Another method on the same rows, for comparison."
+)
 def baseline() -> None:
     """Train by another method, for comparison: what it writes is what ple-train writes.
 
@@ -586,7 +595,7 @@ _baseline_data = _all(
 )
 
 
-@_command("sft")
+@_command("sft", "SFT on the references.")
 @_model
 @_adapter
 @_option(
@@ -615,7 +624,7 @@ def baseline_sft(data: tuple[Path, ...], **options: Any) -> None:
     train_baseline("sft", data=list(data), **options)
 
 
-@_command("context-distillation")
+@_command("context-distillation", "SFT on y_prompt given x alone.")
 @_baseline_data
 @_training(1e-4, 16, "Responses")
 @_gradient_clipping
@@ -632,7 +641,7 @@ def context_distillation(data: tuple[Path, ...], **options: Any) -> None:
     train_baseline("context-distillation", data=list(data), **options)
 
 
-@_command("raft")
+@_command("raft", "SFT on the best response to each query.")
 @_baseline_data
 @_training(1e-4, 16, "Responses")
 @_gradient_clipping
@@ -652,7 +661,7 @@ def raft(data: tuple[Path, ...], **options: Any) -> None:
     train_baseline("raft", data=list(data), **options)
 
 
-@_command("dpo")
+@_command("dpo", "DPO (TRL) on pairs ranked by the reward.")
 @_baseline_data
 @_method("--beta", type=_ABOVE_ZERO, default=0.1, help="Weight of the log-ratio to the start policy.")
 @_learning("--learning-rate", type=_ABOVE_ZERO, default=1e-4, help="AdamW's learning rate.")
@@ -666,7 +675,7 @@ def dpo(data: tuple[Path, ...], **options: Any) -> None:
     """DPO by TRL's DPOTrainer: the response with the higher reward is chosen. All rounds up to T.
 
     Pairs with equal rewards are left out. The reference is the start policy: the model without an adapter. Needs
-    pip install 'ple-align[trl]'. A killed run starts over.
+    pip install -e '.[trl]'. A killed run starts over.
 
     \b
     Example:
@@ -703,7 +712,7 @@ def ppo(**options: Any) -> None:
     """PPO by TRL 1.12.0's PPOTrainer. It samples for itself: queries and a reward model, no rounds.
 
     The reference is the start policy; the value model is its body with a LoRA adapter of its own. Needs
-    pip install 'ple-align[trl]'. A killed run starts over.
+    pip install -e '.[trl]'. A killed run starts over.
 
     \b
     Example:
@@ -720,7 +729,7 @@ for _method_command in (baseline_sft, context_distillation, raft, dpo, ppo):
     baseline.add_command(_method_command)
 
 
-@_command("run")
+@_command("run", "Run a whole recipe; goes on where it stopped.")
 @click.argument("recipe", type=_PATH)
 @_option(
     "--set",
@@ -751,7 +760,7 @@ def run(recipe: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         rounds.run(resolved)
 
 
-@_command("inspect")
+@_command("inspect", "Show DATA by round, or its pairs.")
 @click.argument("data", type=_PATH)
 @_threshold
 @_option("--sort", type=click.Choice(["margin"]), help="Show pairs, the largest margin first.")
@@ -769,7 +778,7 @@ def inspect(**options: Any) -> None:
     click.echo(show(**options))
 
 
-@_command("judge")
+@_command("judge", "Win rates of A against B: LLM, reward model, people.")
 @click.argument("a")
 @click.argument("b")
 @_option(
@@ -845,7 +854,7 @@ def judge(ctx: click.Context, a: str, b: str, spec: str | None, human: bool, **o
         click.echo(people.write_page(a, b, **selected, label_studio=label_studio))
 
 
-@_command("export")
+@_command("export", "Write the pairs for other tools.")
 @click.argument("data", type=_PATH)
 @_option(
     "--format",
@@ -869,7 +878,7 @@ def export(**options: Any) -> None:
     run_export(**options)
 
 
-@_command("verify")
+@_command("verify", "Check every shard of DATA.")
 @click.argument("data", type=_PATH)
 def verify(data: Path) -> None:
     """Check every shard of DATA (hash, schema, rows, duplicates, orphans) and say what to do. Exit code 3 if not whole.
@@ -920,7 +929,7 @@ _reward_models = _judging(
 )
 
 
-@_command("eval")
+@_command("eval", "Compare policies: rewards, perplexity, BLEU, length.")
 @_policies
 @_option("--queries", help="Queries to sample responses to: Parquet, JSONL, JSON, CSV or a hub dataset id.")
 @_option(
@@ -980,7 +989,7 @@ def evaluate(ctx: click.Context, as_json: bool, **options: Any) -> None:
     click.echo(report.to_json().rstrip() if as_json else format_report(report))
 
 
-@_command("cases")
+@_command("cases", "Several policies' answers side by side.")
 @_policies
 @_option("--queries", required=True, help="Rows with query, x or prompt, and id and kind where there are any.")
 @_option("--output", type=_PATH, required=True, help="Folder of cases.parquet, and of all that is kept for a rerun.")
@@ -1002,7 +1011,7 @@ def cases(**options: Any) -> None:
     click.echo(answer(reward_options=_reward_keywords(options), **_parsed(options)))
 
 
-@_command("purity")
+@_command("purity", "Does the policy rank y_prompt as the reward does?")
 @_option("--run", type=_PATH, help="Directory of ple run: its start policy and that of every round, and its data.")
 @_option("--model", help="Start policy: a directory or a hub id. Instead of --run.")
 @_option("--revision", help="Branch, tag or commit of a hub model.")
@@ -1029,7 +1038,7 @@ def purity(**options: Any) -> None:
     click.echo(measure(**options))
 
 
-@_command("report")
+@_command("report", "One HTML page about a run.")
 @click.argument("run", type=_PATH)
 @_option("--eval", "evals", type=_PATH, multiple=True, help="Folder of ple eval; may be repeated.")
 @_option("--judge", "judges", type=_PATH, multiple=True, help="Folder of ple judge; may be repeated.")
@@ -1054,7 +1063,7 @@ def report(**options: Any) -> None:
     click.echo(write(**options))
 
 
-@_command("demo")
+@_command("demo", "See PLE work on a toy world in minutes.")
 @_option("--output", type=_PATH, default=Path("demo"), help="Folder of everything that the demo makes.")
 @_option("--rounds", type=_POSITIVE, default=3, help="Rounds of PLE.")
 def demo(output: Path, rounds: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ple_data.digests import ids_digest
+from ple_data.digests import digests_of, ids_digest
 from ple_data.round_plan import Plan, Prompt
 from ple_data.store import Shard, Store
 from schemas.errors import UsageError
@@ -42,12 +42,13 @@ class Reuse:
                 self._index(store, shard)
 
     def row(self, prompt: Prompt, sample: int) -> dict[str, Any] | None:
-        """The row for a prompt and sample as a dictionary of columns, with this plan's round; None if there is none."""
+        """The row for a prompt and sample, with this plan's round and name of the policy; None if there is none."""
         place = self._places.get((prompt.query.id, sample, ids_digest(prompt.x_ids)))
         if place is None:
             return None
         store, shard, at = place
-        row = self._table(store, shard).slice(at, 1).to_pylist()[0] | {"round": self._plan.round}
+        row = self._table(store, shard).slice(at, 1).to_pylist()[0]
+        row |= {"round": self._plan.round, "policy": self._plan.policy}
         if not self._plan.sampling.logprobs:
             row |= {"y_logps": None, "y_prompt_logps": None}
         return row
@@ -57,7 +58,8 @@ class Reuse:
             return
         table = store.read(shard, ["query_id", "sample", "policy", "principle", "x_ids"])
         for at, row in enumerate(table.to_pylist()):
-            if (row["policy"], row["principle"]) == (self._plan.policy, self._principle):
+            same_policy = digests_of(row["policy"]) == digests_of(self._plan.policy)
+            if same_policy and row["principle"] == self._principle:
                 key = (row["query_id"], row["sample"], ids_digest(row["x_ids"]))
                 self._places.setdefault(key, (store, shard, at))
 

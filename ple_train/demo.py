@@ -63,9 +63,10 @@ def _write_world(output: Path, rounds: int) -> Path:
     toyworld.write_rows(data / "unseen.jsonl", [{"x": x} for x in unseen])
     held_out = itertools.islice(toyworld.reviews(SEED + 1, unseen), HELD_OUT)
     toyworld.write_rows(data / "held-out.jsonl", [{"x": r.opening, "y": r.body} for r in held_out])
-    if not (output / "untrained" / "config.json").exists():
+    if not (output / "untrained").exists():
         corpus = [principle, *(review.text for review in pretraining)]
-        toyworld.write_untrained_model(output / "untrained", corpus, SEED)
+        toyworld.write_untrained_model(output / ".untrained", corpus, SEED)
+        (output / ".untrained").rename(output / "untrained")
     recipe = output / "recipe.yaml"
     quoted = json.dumps(str(output))[1:-1]
     settings = {"rounds": rounds, "queries": QUERIES_PER_ROUND, "seed": SEED, "tau0": TAU0, "alpha": ALPHA}

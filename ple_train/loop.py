@@ -82,7 +82,7 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
     from accelerate.utils import DistributedDataParallelKwargs
 
     if report_to and report_to not in available_trackers():
-        raise UsageError(f"--report-to {report_to} needs its package: pip install 'ple-align[{report_to}]'")
+        raise UsageError(f"--report-to {report_to} needs its package: pip install -e '.[{report_to}]'")
     broadcast = DistributedDataParallelKwargs(broadcast_buffers=False)
     return Accelerator(
         mixed_precision="no",  # autocast is the loop's own: one process may train in several precisions

@@ -1,6 +1,6 @@
 """What the baselines that run in TRL share: finding it, keeping it quiet, and its steps as our metrics.
 
-TRL is an extra (`ple-align[trl]`), one pinned version: PPO is gone from later ones. Imported only when it is used.
+TRL is an extra (`.[trl]`), one pinned version: PPO is gone from later ones. Imported only when it is used.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ def require_trl() -> None:
     try:
         found = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
-        raise UsageError("this baseline runs in TRL, which is not installed: pip install 'ple-align[trl]'") from None
+        raise UsageError("this baseline runs in TRL, which is not installed: pip install -e '.[trl]'") from None
     if found != VERSION:
-        raise UsageError(
-            f"this baseline runs in TRL {VERSION}, but trl {found} is installed: pip install 'ple-align[trl]'"
-        )
+        raise UsageError(f"this baseline runs in TRL {VERSION}, but trl {found} is installed: pip install -e '.[trl]'")
 
 
 @contextlib.contextmanager

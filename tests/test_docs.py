@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import cli
 from ple_train import rounds
-from schemas.recipe import parse_recipe
+from schemas.recipe import Recipe, parse_recipe
 from tests.conftest import ROOT
 
 ELSEWHERE = (
@@ -31,6 +31,7 @@ ELSEWHERE = (
 )
 """Words of examples that need a hub model, a paid endpoint, a server, people, or files the reader has."""
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SNIPPETS = ["README.md", "docs/training.md"]
 PAGES = ["README.md", "docs/baselines.md", "docs/evaluation.md", "docs/judging.md", "docs/report.md", "docs/rewards.md"]
 
 
@@ -113,3 +114,19 @@ def test_examples_run_as_they_stand(page: str, world: Path, tmp_path: Path, monk
     for words in commands:
         program, *rest = [word.replace("98304", "3000") for word in words]  # PPO's budget, for a shorter test
         run_here(rest if program == "ple" else [program.removeprefix("ple-"), *rest])
+
+
+@pytest.mark.parametrize("page", SNIPPETS)
+def test_python_examples_run_as_they_stand(page: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    snippets = [text for language, text in FENCED.findall((ROOT / page).read_text()) if language == "python"]
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, page, "exec"), {})
+
+
+def test_every_key_of_a_recipe_is_explained() -> None:
+    table = [
+        line.split("|")[1] for line in (ROOT / "docs/recipe.md").read_text().splitlines() if line.startswith("| `")
+    ]
+    assert {key for cell in table for key in re.findall(r"`(\w+)`", cell)} == set(Recipe.model_fields)

@@ -385,6 +385,17 @@ def test_rows_of_another_kind_are_not_reused(
     assert run("new", reuse=[tmp_path / "old"], **{**base, **other}).rows_reused == 0
 
 
+def test_rows_of_a_policy_whose_folder_was_renamed_are_reused(
+    run: Any, rows: Any, fake: Any, tmp_path: Path, policy: Path
+) -> None:
+    fake()
+    run("old")
+    renamed = shutil.copytree(policy, tmp_path / "renamed")
+    assert run("new", model=str(renamed), reuse=[tmp_path / "old"]).rows_reused == 20
+    (name,) = rows("new")["policy"].unique()
+    assert name.startswith("renamed@")
+
+
 def test_reuse_of_another_policy_or_of_nothing(
     run: Any, fake: Any, tmp_path: Path, adapter: Path, policy: Path
 ) -> None:
