@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.digests import model_digest
-from schemas.errors import UsageError
+from schemas.errors import UsageError, first_line
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
@@ -53,7 +53,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None, *, note: Call
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model), revision=revision, trust_remote_code=False)
     except Exception as error:
-        raise UsageError(f"cannot load the tokenizer of {model}: {_first_line(error)}") from error
+        raise UsageError(f"cannot load the tokenizer of {model}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UsageError(
             f"the tokenizer of {model} has no EOS token, so no response could end; "
@@ -72,7 +72,7 @@ def load_config(model: str | Path, revision: str | None = None) -> Any:
     try:
         return AutoConfig.from_pretrained(str(model), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"cannot load the configuration of {model}: {_first_line(error)}") from error
+        raise UsageError(f"cannot load the configuration of {model}: {first_line(error)}") from error
 
 
 def end_ids(model: str | Path, tokenizer: Any, revision: str | None = None) -> tuple[int, ...]:
@@ -187,7 +187,7 @@ def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is damaged or unfinished: {_first_line(error)}; write it again") from error
+        raise UsageError(f"{path} is damaged or unfinished: {first_line(error)}; write it again") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -195,7 +195,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is no valid JSON: {error}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -25,7 +25,7 @@ DEFAULT_PREFIX_WORDS = 8
 NAMED_ROWS = 10
 """How many faulty rows an error names."""
 
-_HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _WORD = re.compile(r"\S+")
 
 
@@ -172,7 +172,7 @@ def _hh(source: _Source) -> _Found:
     answers = source.references("chosen") if column != "chosen" else [None] * len(source.rows)
     found: _Found = []
     for place, text, answer in zip(source.rows.places, source.texts(column), answers, strict=True):
-        turns = list(_HH_TURN.finditer(text))
+        turns = list(HH_TURN.finditer(text))
         last = next((turn for turn in reversed(turns) if turn.group(1) == "Assistant"), None)
         if last is None or turns[0].group(1) != "Human":
             raise UsageError(
@@ -189,7 +189,7 @@ def _hh(source: _Source) -> _Found:
 
 
 def _hh_messages(x: str) -> list[Message]:
-    turns = list(_HH_TURN.finditer(x))
+    turns = list(HH_TURN.finditer(x))
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
         {"role": roles[turn.group(1)], "content": x[turn.end() : following.start()].strip()}

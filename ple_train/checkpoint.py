@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from schemas.errors import DamagedError, PleError, UsageError
-from schemas.files import explained, fsync_dir
+from schemas.files import explained, fsync_dir, fsync_file
 
 VERSION = 1
 MACHINE_SETTINGS = {"microbatch_tokens", "attention", "gradient_checkpointing"}
@@ -82,7 +82,7 @@ class Checkpoints:
             state = {"version": VERSION, "step": step, "settings": self.settings}
             (writing / "state.json").write_text(json.dumps(state, indent=2))
         for file in writing.iterdir():
-            _fsync(file)
+            fsync_file(file)
         fsync_dir(writing)
         os.rename(writing, target)
         fsync_dir(self.directory)
@@ -145,11 +145,3 @@ def _restore_optimizer(
         parameter = parameters[name]
         device = "cpu" if key == "step" else parameter.device
         optimizer.state[parameter][key] = tensor.to(device)
-
-
-def _fsync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,7 +21,7 @@ from ple_train.checkpoint import Checkpoints, refuse_other_settings, saving
 from ple_train.cost import describe_cost
 from ple_train.log import print_to_log
 from schemas.errors import LockedError, PleError, UsageError
-from schemas.files import fsync_dir, sha256_file, write_atomic
+from schemas.files import fsync_dir, fsync_file, sha256_file, write_atomic
 from schemas.records import TRAINED
 
 RECORD_VERSION = 1
@@ -103,7 +103,7 @@ class Output:
             names = sorted((p.name for p in writing.iterdir() if p.is_file()), key=lambda name: (name in LAST, name))
             hashes = {name: sha256_file(writing / name) for name in names}
             for name in names:
-                _fsync(writing / name)
+                fsync_file(writing / name)
                 os.replace(writing / name, self.directory / name)
             fsync_dir(self.directory)
             self._write_metrics(history)
@@ -197,8 +197,3 @@ def _order_target_modules(model: Any) -> None:
     for config in getattr(model, "peft_config", {}).values():
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
-
-
-def _fsync(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())

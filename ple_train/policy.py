@@ -19,7 +19,7 @@ from ple_train.batches import Layout, Sequence, Tokens, collate_packed, collate_
 from ple_train.log import print_to_log
 from ple_train.lora import fuse
 from ple_train.loss import token_logps
-from schemas.errors import UsageError
+from schemas.errors import UsageError, first_line
 
 COLLATE = {"padded": collate_padded, "packed": collate_packed, "shared": collate_shared}
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -103,7 +103,7 @@ class Policy(nn.Module):
                 found = self._probe()
             except (ValueError, TypeError, ImportError, RuntimeError) as error:
                 if attention != "auto":
-                    raise UsageError(f"--attention {attention}: {_first_line(error)}") from error
+                    raise UsageError(f"--attention {attention}: {first_line(error)}") from error
                 continue
             if (found - expected).abs().mean() <= PROBE_TOLERANCE.get(base.dtype, 1e-3):
                 if layout == "padded":
@@ -234,7 +234,7 @@ def load_causal_lm(model: str, revision: str | None = None, dtype: torch.dtype =
             model, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--model {model}: no causal language model there ({_first_line(error)})") from error
+        raise UsageError(f"--model {model}: no causal language model there ({first_line(error)})") from error
 
 
 def load_adapter(causal: Any, adapter: str, *, trainable: bool = True) -> Any:
@@ -244,7 +244,7 @@ def load_adapter(causal: Any, adapter: str, *, trainable: bool = True) -> Any:
     try:
         return PeftModel.from_pretrained(causal, adapter, is_trainable=trainable, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UsageError(f"--adapter {adapter} does not fit this --model ({_first_line(error)})") from error
+        raise UsageError(f"--adapter {adapter} does not fit this --model ({first_line(error)})") from error
 
 
 def _fresh_lora(causal: Any, rank: int, alpha: int, seed: int) -> Any:
@@ -260,7 +260,3 @@ def _flash_or_packed(base: Any) -> str:
 
     flash = base.device.type == "cuda" and base.dtype == torch.bfloat16 and is_flash_attn_2_available()
     return "flash_attention_2" if flash else packed.PACKED_ATTENTION
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]

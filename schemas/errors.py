@@ -5,6 +5,11 @@ Anything that is not a `PleError` is a bug of ours. This room raises nothing its
 """
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line of at most 200 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 class PleError(Exception):
     """A failure that the user can act on (exit code 1)."""
 

@@ -240,6 +240,12 @@ def make_dirs(path: Path | str) -> None:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
+def fsync_file(path: Path | str) -> None:
+    """Makes the contents of a file durable."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def fsync_dir(path: Path | str) -> None:
     """Makes the names in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from schemas.errors import DamagedError, NewerError, PleError
+from schemas.errors import DamagedError, NewerError, PleError, first_line
 
 METADATA_KEY = b"ple"
 
@@ -300,8 +300,4 @@ def _opened(path: Path | str) -> Iterator[pq.ParquetFile]:
     except PermissionError as error:
         raise PleError(f"{path}: cannot read ({error.strerror}): change its permissions") from error
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are no UTF-8, nulls
-        raise DamagedError(f"{path}: not a whole Parquet file ({_first_line(error)}): {RESTORE}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        raise DamagedError(f"{path}: not a whole Parquet file ({first_line(error)}): {RESTORE}") from error

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ple_data.digests import policy_name
 from ple_data.rewards.texts import Encoded, encode, resolve_join
-from schemas.errors import PleError, UsageError
+from schemas.errors import PleError, UsageError, first_line
 
 DEFAULT_BATCH_TOKENS = 16384
 """Tokens of one batch, padding counted: enough to keep a GPU busy, small enough for a 7B model on 24 GiB."""
@@ -139,7 +139,7 @@ def _load(model: str, *, dtype: Any, device: str) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(
             f"reward model {model}: neither a URL, nor file.py:function, nor a model that transformers "
-            f"can load as a sequence classifier ({_first_line(error)})"
+            f"can load as a sequence classifier ({first_line(error)})"
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -201,7 +201,3 @@ def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
         size = max(1, batch_tokens // lengths[order[start]])
         yield order[start : start + size]
         start += size
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -3,14 +3,12 @@
 `ple reward` trains on what this module makes, so that a reward model reads in use what it read in training.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ple_data.queries import Message, to_messages
+from ple_data.queries import HH_TURN, Message, to_messages
 from schemas.errors import PleError, UsageError
 
-_HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -65,7 +63,7 @@ def as_chat(x: str) -> list[Message]:
     stored = _stored_chat(x)
     if stored is not None:
         return stored
-    parts = _HH_TURN.split(x)
+    parts = HH_TURN.split(x)
     if len(parts) > 1 and not parts[0].strip() and parts[1] == "Human":
         turns = zip(parts[1::2], parts[2::2], strict=True)
         found = [{"role": _HH_ROLES[who], "content": said.strip()} for who, said in turns if said.strip()]
