@@ -286,6 +286,13 @@ def test_the_whole_page_is_there_and_the_same_the_second_time(run, tmp_path):
     assert not re.search(r"(fill|stroke): ?#", page)
 
 
+def test_a_secret_in_an_address_is_not_shown(tmp_path):
+    run = make_run(tmp_path / "run", [plain_rows(3)], reward_model="https://h/r?token=sesame")
+    page = Path(report(run)).read_text()
+    assert "<dd>https://h/r</dd>" in page
+    assert "sesame" not in page
+
+
 def test_a_bare_data_directory_shows_what_is_there(tmp_path):
     """Through the command, whose stdout is the page's path."""
     add_pairs(tmp_path / "data", [plain_rows(5)])

@@ -15,6 +15,7 @@ from ple_data.report.pairs import SHOWN_PAIRS, sample_pairs, visible
 from ple_data.report.section import Chart, Section
 from ple_data.report.sections import sections
 from ple_data.report.sources import Sources, read_sources
+from ple_data.rewards import shown_spec
 from schemas.files import write_atomic
 
 ASSETS = Path(__file__).parent / "assets"
@@ -102,7 +103,10 @@ def _facts(sources: Sources, tau0: float, alpha: float, sets: bool) -> list[tupl
         rows["model"] = recipe.model
         rows["queries"] = recipe.queries
         rows["principle"] = recipe.principles
-        rows["reward model"] = recipe.reward_model or (f"{recipe.reward.model}, trained" if recipe.reward else "")
+        if recipe.reward_model:
+            rows["reward model"] = shown_spec(recipe.reward_model)
+        elif recipe.reward:
+            rows["reward model"] = f"{recipe.reward.model}, trained"
         rows["method"] = sources.method
     if sets:
         rows["threshold"] = f"τ_t = {tau0:g} · {alpha:g}^t"
