@@ -17,10 +17,10 @@ from scipy.stats import binomtest
 
 import cli
 from ple_data.report import figures, statistics, svg, training
+from ple_data.report.evaluation import evaluations
 from ple_data.report.page import report
 from ple_data.report.pairs import LONGEST_TEXT, clipped, sample_pairs, visible, word_difference
 from ple_data.report.section import side
-from ple_data.report.sections import _evaluations
 from ple_data.report.sources import read_sources
 from schemas.errors import DamagedError, UsageError
 from schemas.reports import EvalReport
@@ -367,6 +367,21 @@ def test_many_rounds_of_one_pair(tmp_path):
     assert figures.shown_rounds(range(14))[-1] == 13
 
 
+def test_a_reward_model_trained_where_it_is_marked_or_scored_the_pairs(tmp_path):
+    """Of the others nobody said that they are independent. The pairs of `make_run` name judge@0123456789ab."""
+    run, results = make_run(tmp_path / "run", [plain_rows(3)]), make_results(tmp_path)
+    page = Path(report(run, **results)).read_text()
+    assert '<th scope="col">R1 (trained)</th>' in page
+    assert "R1: reward by policy, which trained a policy." in page
+    assert "R2: reward by second, not marked as having trained a policy." in page
+    assert "ndependent" not in page
+    path = tmp_path / "eval" / "eval.json"
+    path.write_text(path.read_text().replace('"second"', '"judge@0123456789ab"'))
+    second = read_sources(run, results["evals"], (), None, None).reward_models["judge@0123456789ab"]
+    assert second.title == "R2 (trained)"
+    assert second.legend == "R2: reward by judge@0123456789ab, which scored the pairs of this run."
+
+
 def test_what_is_wrong_is_one_sentence(run, tmp_path):
     with pytest.raises(UsageError, match="no such directory"):
         report(tmp_path / "nowhere")
@@ -417,7 +432,7 @@ def test_differences_are_a_row_a_policy_and_huge_values_are_short(tmp_path):
             ],
         }
     )
-    [values, differences] = _evaluations([("eval", found)]).tables
+    [values, differences] = evaluations([("eval", found)], {}).tables
     assert [row[0] for row in values.rows] == ["base", *policies]
     assert differences.head == ["policy", "perplexity", "length"]
     assert differences.rows == [[name, *["2.50e+12 [1.00e+12, 4.00e+12]"] * 2] for name in policies]

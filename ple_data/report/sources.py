@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ple_data.store import Store
+from ple_data.report.reward_models import RewardModel, numbered
+from ple_data.store import Store, collect
 from schemas.errors import DamagedError, UsageError
 from schemas.recipe import Recipe, load_recipe
 from schemas.records import Record, read_record
@@ -46,6 +48,17 @@ class Sources:
             return self.recipe.baseline.method
         without = self.recipe and self.recipe.train.without
         return f"PLE without {without}" if without else "PLE"
+
+    @cached_property
+    def reward_models(self) -> dict[str, RewardModel]:
+        """Those of the evaluations, by name, with whether they trained: marked there, or the pairs' own."""
+        uses = [use for _, report in self.evals for use in report.reward_models]
+        marked = {use.name for use in uses if use.trained}
+        return numbered([use.name for use in uses], marked, self._own_reward_models())
+
+    def _own_reward_models(self) -> set[str]:
+        """Those that the pairs name."""
+        return set(collect(self.store.scan("pairs").select("reward_model").unique())["reward_model"])
 
     @property
     def has_sets(self) -> bool:
