@@ -17,13 +17,13 @@ from scipy.stats import binomtest
 
 import cli
 from ple_data.report import figures, statistics, svg, training
-from ple_data.report.evaluation import evaluations
+from ple_data.report.evaluation import evaluations, judged
 from ple_data.report.page import report
 from ple_data.report.pairs import LONGEST_TEXT, clipped, sample_pairs, visible, word_difference
 from ple_data.report.section import side
 from ple_data.report.sources import read_sources
 from schemas.errors import DamagedError, UsageError
-from schemas.reports import EvalReport
+from schemas.reports import EvalReport, JudgeReport
 from tests.run_dir import ALPHA, TAU0, add_pairs, make_results, make_run, plain_rows
 from tests.tables import table
 
@@ -410,6 +410,20 @@ def test_sides_of_a_comparison_stay_apart_however_long_their_paths():
     assert one != other
     assert one.endswith("/one.jsonl")
     assert one.startswith("...")
+
+
+def test_win_rates_say_how_each_kind_of_judge_decides():
+    counts = {"a": "x.jsonl", "b": "y.jsonl", "wins": 3, "ties": 1, "losses": 2, "win_rate": None}
+    counts |= {"prompt_tokens": 0, "completion_tokens": 0}
+    judges = {"people": "By people", "reward:r@0": "By a reward model", "openai:m": "asked in both orders"}
+    found = [("d", JudgeReport(judge=judge, unparsed=n, **counts)) for n, judge in enumerate(judges)]
+    for one, (judge, words) in zip(found, judges.items(), strict=True):
+        [chart] = judged([one]).charts
+        assert words in chart.caption
+        assert ("both orders" in chart.caption) == (judge == "openai:m")
+        assert f"by {judge}" in chart.svg
+        assert (f"unparsed {one[1].unparsed}" in chart.svg) == (judge != "people")
+    assert all(words in judged(found).charts[0].caption for words in judges.values())
 
 
 def test_differences_are_a_row_a_policy_and_huge_values_are_short(tmp_path):

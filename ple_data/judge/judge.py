@@ -11,7 +11,7 @@ from ple_data.judge import results
 from ple_data.judge.journal import Journal
 from ple_data.judge.llm import APIS, LanguageModelJudge
 from ple_data.judge.prompt import load_template, preference
-from ple_data.judge.results import Outcome, Verdict
+from ple_data.judge.results import REWARD, Outcome, Verdict
 from ple_data.judge.sources import Pair, choose, load_pairs
 from ple_data.progress import Progress
 from ple_data.rewards import RewardModel, load_reward_model, resolved_options, shown_spec
@@ -19,7 +19,6 @@ from schemas.errors import UsageError
 from schemas.files import locked
 from schemas.judging import Answer, Order, Reward
 
-REWARD = "reward"
 CHUNK = 256
 """Rewards that a function or a classifier is asked for between two writes."""
 _CUT = {"length", "max_tokens"}  # finish reasons of an answer that the token limit ended

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ple_data.judge.results import PEOPLE, REWARD
 from ple_data.report import figures
 from ple_data.report.pairs import visible
 from ple_data.report.reward_models import RewardModel
@@ -37,8 +38,9 @@ def evaluations(reports: Sequence[tuple[str, EvalReport]], reward_models: Mappin
 
 
 def _metrics_table(caption: str, found: dict[str, dict[str, Estimate]], titles: Mapping[str, str]) -> Table:
-    """A row a policy, a column a metric, with the title that a reward has."""
-    metrics = list(dict.fromkeys(metric for own in found.values() for metric in own))
+    """A row a policy, a column a metric: first the rewards, with their titles."""
+    measured = dict.fromkeys(metric for own in found.values() for metric in own)
+    metrics = [*[metric for metric in titles if metric in measured], *[m for m in measured if m not in titles]]
     rows = [[wide_label(policy), *[_estimate(own.get(metric)) for metric in metrics]] for policy, own in found.items()]
     return Table(caption, ["policy", *[titles.get(metric) or visible(metric) for metric in metrics]], rows)
 
@@ -60,8 +62,8 @@ def judged(reports: Sequence[tuple[str, JudgeReport]]) -> Section:
     section.draw(
         "win-rates",
         "Won, tied, lost",
-        "Verdicts by query, each asked in both orders: A wins where both say so (Figure 2 of the paper).",
-        figures.win_rates([(f"{side(report.a)}\nagainst {side(report.b)}", report) for _, report in reports]),
+        " ".join(["Verdicts by query.", *dict.fromkeys(_how_a_wins(report.judge) for _, report in reports)]),
+        figures.win_rates([(_bar_label(report), report) for _, report in reports]),
     )
     head = ["A", "B", "judge", "won", "tied", "lost", "unparsed", "win rate", "tokens", "people (kappa)"]
     rows = [
@@ -77,6 +79,20 @@ def judged(reports: Sequence[tuple[str, JudgeReport]]) -> Section:
     section.tables.append(Table("Verdicts; the win rate with its 95 % interval", head, rows))
     section.tables += [_judge_parts(report) for _, report in reports if report.parts]
     return section
+
+
+def _how_a_wins(judge: str) -> str:
+    kind = judge.partition(":")[0]
+    if kind == PEOPLE:
+        return "By people: A wins where more of them say so than anything else."
+    if kind == REWARD:
+        return "By a reward model: A wins with the higher reward."
+    return "By a language model, asked in both orders: A wins where both say so (Figure 2 of the paper)."
+
+
+def _bar_label(report: JudgeReport) -> str:
+    unparsed = f"\nunparsed {report.unparsed}" if report.unparsed else ""
+    return f"{side(report.a)}\nagainst {side(report.b)}\nby {wide_label(report.judge)}{unparsed}"
 
 
 def _judge_parts(report: JudgeReport) -> Table:

@@ -242,8 +242,8 @@ def smallest_pure(policies: Sequence[PurityPolicy]) -> Figure:
 
 
 def win_rates(reports: Sequence[tuple[str, JudgeReport]]) -> Figure:
-    """A bar for each comparison: won, tied, lost."""
-    figure, axes = _axes(1.3 + 0.55 * len(reports))
+    """A bar for each comparison: won, tied, lost. A label has up to four lines."""
+    figure, axes = _axes(1.3 + 0.7 * len(reports))
     for place, (_, report) in enumerate(reversed(reports)):
         total = (report.wins + report.ties + report.losses) or 1
         left = 0.0
