@@ -338,6 +338,22 @@ def test_an_ablations_page_says_what_is_left_out(tmp_path, without, sets):
     assert ('data-set="rank"' in page) == ("τ_t =" in page) == ("rank set:" in page) == sets
 
 
+@pytest.mark.parametrize(
+    ("keys", "method", "rate"),
+    [
+        ({}, "PLE", "0.0001"),
+        ({"train": {"learning_rate": 0.001, "trust_region": 0.3, "normalize_wsft": True}},
+         "PLE with trust region 0.3, weighted SFT by length", "0.001"),
+        ({"train": {"without": "wsft", "sft_anchor": 0.5}}, "PLE without wsft with SFT anchor 0.5", "0.0001"),
+        ({"baseline": {"method": "raft", "learning_rate": 3e-5}, "train": {"trust_region": 0.3}}, "raft", "3e-05"),
+    ],
+)  # fmt: skip
+def test_facts_say_how_the_run_departs_from_the_paper(tmp_path, keys, method, rate):
+    run = make_run(tmp_path / "run", [plain_rows(3)], seed=7, **keys)
+    found = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", Path(report(run)).read_text()))
+    assert (found["method"], found["learning rate"], found["seed"]) == (method, rate, "7")
+
+
 def test_pages_in_one_folder_keep_their_figures_and_drop_old_ones(run, tmp_path):
     report(run, output=tmp_path / "a.html")
     first = (tmp_path / "a-figures" / "rewards.png").read_bytes()
