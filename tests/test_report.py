@@ -133,10 +133,13 @@ def test_figures_draw_the_numbers_they_are_given(rows):
         axes = figures.rewards(found).axes[0]
         guided, without = (container.lines[0].get_ydata() for container in axes.containers)
         gap = figures.gap(found).axes[0]
+        lengths = figures.lengths(found).axes[0]
     assert guided.tolist() == [row["mean_s_prompt"] for row in found]
     assert without.tolist() == [row["mean_s"] for row in found]
     dashed = next(line for line in gap.lines if line.get_linestyle() == "--")
     assert list(dashed.get_ydata()) == [TAU0, TAU0 * ALPHA]
+    assert lengths.get_ylim()[0] == 0
+    assert lengths.get_ylim()[1] > 1.1 * max(line.get_ydata().max() for line in lengths.lines)
 
 
 def test_training_curves_run_through_all_rounds(tmp_path):

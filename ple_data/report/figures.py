@@ -157,7 +157,7 @@ def lengths(rows: Rows) -> Figure:
                                     ("y", "blue", "o-", "y")):  # fmt: skip
         axes.plot(rounds, [row[f"mean_len_{arm}"] for row in rows], fmt, color=PALETTE[colour], label=label)
     _rounds(axes, rounds)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * axes.dataLim.ymax)
     axes.set_ylabel("mean length in tokens")
     _legend(figure)
     return figure
