@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 import cli
+from ple_data.parquet import save_rows
 from ple_data.report import figures, statistics, svg, training
 from ple_data.report.evaluation import evaluations, judged
 from ple_data.report.page import report
@@ -24,6 +25,7 @@ from ple_data.report.section import side
 from ple_data.report.sources import read_sources
 from schemas.errors import DamagedError, UsageError
 from schemas.reports import EvalReport, JudgeReport
+from schemas.tables import read_table
 from tests.run_dir import ALPHA, TAU0, add_pairs, make_results, make_run, plain_rows
 from tests.tables import table
 
@@ -401,7 +403,18 @@ def test_a_reward_model_trained_where_it_is_marked_or_scored_the_pairs(tmp_path)
     assert second.legend == "R2: reward by judge@0123456789ab, which scored the pairs of this run."
 
 
+def test_rewards_of_cases_say_whose_they_are(run, tmp_path):
+    """They share the numbers of the evaluations: policy is R1 and second R2 there."""
+    results = make_results(tmp_path)
+    page = Path(report(run, **results)).read_text().partition('<section id="cases">')[2]
+    assert "3 tokens, stop, R2 0.5, R3 -1.25" in page
+    assert "R1" not in page
+    assert "R2: reward by second, not marked as having trained a policy." in page
+    assert "R3: reward by third, which trained a policy." in page
+
+
 def test_what_is_wrong_is_one_sentence(run, tmp_path):
+    [case, _] = read_table(make_results(tmp_path / "results")["cases"] / "cases.parquet", "cases").to_pylist()
     with pytest.raises(UsageError, match="no such directory"):
         report(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="neither a run"):
@@ -409,6 +422,9 @@ def test_what_is_wrong_is_one_sentence(run, tmp_path):
     with pytest.raises(UsageError, match=r"eval\.json: there is no such file; ple eval"):
         report(run, evals=(tmp_path,))
     with pytest.raises(DamagedError, match=r"cases\.parquet: the file is missing"):
+        report(run, cases=tmp_path)
+    save_rows(tmp_path / "cases.parquet", "cases", [case], {"reward_models": ["r"]})
+    with pytest.raises(DamagedError, match=r"cases\.parquet: 2 rewards of 1 reward models"):
         report(run, cases=tmp_path)
     (tmp_path / "judge.json").write_text("{}")
     with pytest.raises(DamagedError, match=r"judge\.json: not a readable JudgeReport"):
