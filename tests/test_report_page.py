@@ -203,6 +203,21 @@ def test_a_wide_table_scrolls_under_its_first_column(browser, friendly):
     visit.context.close()
 
 
+def test_a_printout_says_how_many_pairs_it_lacks(browser, friendly):
+    visit = Visit(browser, friendly)
+    page, line = visit.page, visit.page.locator("#printed")
+    assert not line.is_visible()
+    page.emulate_media(media="print")
+    assert line.inner_text() == "20 of 50 pairs; open the file for the others."
+    assert len(visit.shown()) == 20
+    page.emulate_media(media="screen")
+    page.click("#more")
+    page.click("#more")
+    page.emulate_media(media="print")
+    assert not line.is_visible()
+    visit.context.close()
+
+
 def test_without_scripts_all_pairs_are_there(browser, friendly):
     visit = Visit(browser, friendly, java_script_enabled=False)
     assert visit.page.locator(".pair").count() == 50
