@@ -927,6 +927,9 @@ _reward_models = _judging(
     help="Classifier (one of its outputs: MODEL[1]), file.py:function, module:function or http(s)://address; "
     "may be repeated.",
 )
+_trained_with = _judging(
+    "--trained-with", multiple=True, help="The --reward-model that trained a policy: it is marked; may be repeated."
+)
 
 
 @_command("eval", "Compare policies: rewards, perplexity, BLEU, length.")
@@ -948,9 +951,7 @@ _reward_models = _judging(
 @_sampling_options
 @_engine_options
 @_reward_models
-@_judging(
-    "--trained-with", multiple=True, help="The --reward-model that trained a policy: it is marked; may be repeated."
-)
+@_trained_with
 @_reward_options
 @_machine(
     "--precision",
@@ -998,6 +999,7 @@ def evaluate(ctx: click.Context, as_json: bool, **options: Any) -> None:
 @_sampling_options
 @_engine_options
 @_reward_models
+@_trained_with
 @_reward_options
 def cases(**options: Any) -> None:
     """Answer harmful and everyday queries with several policies and show the answers side by side.

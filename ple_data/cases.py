@@ -33,16 +33,18 @@ def cases(
     output: Path,
     query_column: str | None = None,
     reward_model: Sequence[str] = (),
+    trained_with: Sequence[str] = (),
     reward_options: Mapping[str, Any] | None = None,
     **generation: Any,
 ) -> str:
     """Answer `queries` with each policy (`NAME=MODEL[,ADAPTER]`), write cases.parquet and give the text to print.
 
-    queries: rows with `query` (or what `ple-gen` reads), and `id` and `kind` where there are any. `generation`: what
-    `ple_data.generate.generate` takes beside the policy, `data`, `principles` and `round`. Raises UsageError.
+    queries: rows with `query` (or what `ple-gen` reads), and `id` and `kind` where there are any. `trained_with`:
+    those of `reward_model` that trained a policy. `generation`: what `ple_data.generate.generate` takes beside the
+    policy, `data`, `principles` and `round`. Raises UsageError.
     """
     policies = parse_policies(policy)
-    check_reward_models(reward_model, reward_options or {})
+    check_reward_models(reward_model, reward_options or {}, trained_with)
     rows = read_rows(queries, generation.get("split"))
     if query_column is None and "query" in rows.columns and not {*TEXT_COLUMNS, "messages"} & set(rows.columns):
         query_column = "query"
@@ -56,8 +58,10 @@ def cases(
         for each in answers
         for row in each.rows
     ]
-    save_rows(output / TABLE, "cases", found, {"queries": queries, "reward_models": names})
-    return _format(answers, kinds, names)
+    trained = [name for name, spec in zip(names, reward_model, strict=True) if spec in trained_with]
+    provenance = {"queries": queries, "reward_models": names, "trained_with": trained}
+    save_rows(output / TABLE, "cases", found, provenance)
+    return _format(answers, kinds, names, trained)
 
 
 def _kinds(rows: Rows) -> list[str | None]:
@@ -68,7 +72,9 @@ def _kinds(rows: Rows) -> list[str | None]:
     return values
 
 
-def _format(answers: Sequence[Answers], kinds: Mapping[str, str | None], names: Sequence[str]) -> str:
+def _format(
+    answers: Sequence[Answers], kinds: Mapping[str, str | None], names: Sequence[str], trained: Sequence[str]
+) -> str:
     by_query = [each.by_query() for each in answers]
     ids = list(dict.fromkeys(id for found in by_query for id in found))
     lines: list[str] = []
@@ -88,7 +94,9 @@ def _format(answers: Sequence[Answers], kinds: Mapping[str, str | None], names: 
             width = (WIDTH - 3 * (len(group) - 1)) // len(group)
             columns = [[shorten(title, width), *clipped(text, width, _TEXT_LINES)] for title, text in group]
             lines += [*side_by_side(columns, width), ""]
-    lines += [f"R{at}: reward by {printable(name)}" for at, name in enumerate(names, start=1)]
+    for at, name in enumerate(names, start=1):
+        mark = ", which trained one of these policies" if name in trained else ""
+        lines.append(f"R{at}: reward by {printable(name)}{mark}")
     return "\n".join(lines).rstrip()
 
 

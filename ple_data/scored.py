@@ -11,8 +11,13 @@ from ple_data.score_cache import Score, cached_scores, key_of
 from schemas.errors import UsageError
 
 
-def check_reward_models(specs: Sequence[str], options: Mapping[str, Any]) -> None:
+def check_reward_models(specs: Sequence[str], options: Mapping[str, Any], trained_with: Sequence[str]) -> None:
     """Refuse reward models that cannot be used, before anything is sampled for them. Raises UsageError."""
+    for spec in trained_with:
+        if spec not in specs:
+            raise UsageError(
+                f"--trained-with {shown_spec(spec)} must be one of the --reward-model options, word for word"
+            )
     for at, spec in enumerate(specs):
         check_reward_model(spec, options.get("output_index"))
         if spec in specs[:at]:

@@ -19,7 +19,7 @@ from ple_data.metrics import Mean, Metric, Perplexity, bleu, distinct
 from ple_data.parquet import save_rows
 from ple_data.policies import parse_policies
 from ple_data.references import References, load_references, references_beside, refuse_strangers
-from ple_data.rewards import resolved_options, shown_spec
+from ple_data.rewards import resolved_options
 from ple_data.scored import check_reward_models, score_answers
 from ple_train.log import print_to_log
 from ple_train.perplexity import BATCH_TOKENS, score_references
@@ -71,13 +71,8 @@ def evaluate(
         raise UsageError("--round is for --data; responses to --queries have no round")
     if data and generation:
         raise UsageError(f"{', '.join(generation)}: not with --data, which takes responses as they are; leave it out")
-    for spec in trained_with:
-        if spec not in reward_model:
-            raise UsageError(
-                f"--trained-with {shown_spec(spec)} must be one of the --reward-model options, word for word"
-            )
     policies = parse_policies(policy)
-    check_reward_models(reward_model, reward_options or {})
+    check_reward_models(reward_model, reward_options or {}, trained_with)
     asked = {**generation, "queries": queries, "seed": seed} if queries is not None else {}
     given = load_references(references, asked) if references is not None else None
     answers = sample_answers(policies, output, asked) if asked else stored_answers(policies, data, round)

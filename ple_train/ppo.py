@@ -23,7 +23,7 @@ from ple_data.models import check_adapter, check_model, load_tokenizer
 from ple_data.principles import PromptFormat, uses_chat
 from ple_data.progress import Progress
 from ple_data.queries import DEFAULT_PREFIX_WORDS, Reader, load_queries, to_text
-from ple_data.rewards import RewardModel, load_reward_model
+from ple_data.rewards import RewardModel, load_reward_model, recorded_spec
 from ple_data.round_plan import check_numbers, make_prompts
 from ple_train.baseline import LEARNING_RATE, title
 from ple_train.cost import training_cost
@@ -90,6 +90,7 @@ def ppo(
     settings: dict[str, Any] = {"method": "ppo", **locals(), "trl": VERSION}
     for name in ("output", "resume", "metrics"):
         del settings[name]
+    settings["reward_model"] = recorded_spec(reward_model)
     require_trl()
     check_numbers(sampled_tokens=sampled_tokens, batch_size=batch_size, max_new_tokens=max_new_tokens)
     check_model(model)

@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ple_data.rewards import recorded_spec
 from ple_train.child import GRACE_SECONDS, Launcher
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from schemas.files import write_atomic
@@ -51,8 +52,17 @@ class Stage:
         return self.name if self.round is None else f"round {self.round} {self.name}"
 
     @property
+    def recorded(self) -> list[str]:
+        """The words as files and messages show them: of a reward model's address the query only as its digest."""
+        before = ("", *self.command)
+        return [
+            recorded_spec(word) if option == "--reward-model" else word
+            for option, word in zip(before, self.command, strict=False)
+        ]
+
+    @property
     def shell_line(self) -> str:
-        return shlex.join(self.command)
+        return shlex.join(self.recorded)
 
     @property
     def output(self) -> Path | None:
@@ -107,7 +117,7 @@ def _run_stage(stage: Stage, directory: Path, records: list[dict[str, Any]], lau
     record: dict[str, Any] = {
         "stage": stage.name,
         "round": stage.round,
-        "command": list(stage.command),
+        "command": stage.recorded,
         "start": _now(),
         "end": None,
         "seconds": None,
@@ -261,10 +271,17 @@ def _refuse_missing_programs(stages: list[Stage]) -> None:
 
 
 def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:
-    """Keep the recipe with the run. A changed one is refused where it would have changed a stage that is done."""
+    """Keep the recipe with the run. A changed one is refused where it would have changed a stage that is done.
+
+    Of a reward model's address the copy holds the query only as its digest, unless the file there has it already.
+    """
     path = directory / "recipe.yaml"
+    kept = _recorded(recipe)
     if path.exists():
-        changed = differences(_frozen(path), recipe)
+        frozen = _frozen(path)
+        if frozen.reward_model == recipe.reward_model:  # the user's own recipe: it must work again
+            kept = recipe
+        changed = differences(frozen, kept)
         if not changed:
             return
         if other := _done_otherwise(stages, _load_records(directory)):
@@ -277,7 +294,13 @@ def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:
                 )
             )
         _log("\n  ".join([f"{path}: no stage that is done depends on what has changed; going on with", *changed]))
-    write_atomic(path, dump_recipe(recipe))
+    write_atomic(path, dump_recipe(kept))
+
+
+def _recorded(recipe: Recipe) -> Recipe:
+    if recipe.reward_model is None:
+        return recipe
+    return recipe.model_copy(update={"reward_model": recorded_spec(recipe.reward_model)})
 
 
 def _frozen(path: Path) -> Recipe:
@@ -294,7 +317,7 @@ def _done_otherwise(stages: list[Stage], records: list[dict[str, Any]]) -> str |
     for record in records:
         done = Stage(record["stage"], record["round"], tuple(record["command"]))
         planned = next((stage for stage in stages if _is_of(record, stage)), None)
-        same = planned is not None and _telling_words(planned.command) == _telling_words(done.command)
+        same = planned is not None and _telling_words(planned.recorded) == _telling_words(record["command"])
         if not same and _is_done(record, done):
             return done.title
     return None

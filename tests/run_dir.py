@@ -119,13 +119,15 @@ def make_results(folder: Path, label: str = "policy") -> dict[str, tuple[Path, .
     )  # fmt: skip
     rows = [
         {"label": name, "policy": name, "query_id": "1", "sample": 0, "x": f"case {label}", "y": f"{name} says no",
-         "tokens": 3, "finish": "stop", "rewards": [0.5], "kind": label}
+         "tokens": 3, "finish": "stop", "rewards": [0.5, -1.25], "kind": label}
         for name in ("base", label)
     ]  # fmt: skip
     for name, text in (("eval", evaluation), ("judge", verdicts)):
         (folder / name).mkdir(parents=True)
         (folder / name / f"{name}.json").write_text(text.to_json())
     (folder / "cases").mkdir()
-    cases = pa.Table.from_pylist(rows, schema=CASES).replace_schema_metadata(metadata_bytes("cases", {}))
+    cases = pa.Table.from_pylist(rows, schema=CASES).replace_schema_metadata(
+        metadata_bytes("cases", {"reward_models": ["second", "third"], "trained_with": ["third"]})
+    )
     pq.write_table(cases, folder / "cases" / "cases.parquet")
     return {"evals": (folder / "eval",), "judges": (folder / "judge",), "cases": folder / "cases"}

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cli
 from ple_data import selection
+from ple_data.digests import text_digest
 from ple_data.progress import Progress
+from ple_data.rewards.http import HttpReward
 from ple_data.store import Store
 from ple_train import baseline as baselines
 from ple_train import dpo as dpo_room
@@ -562,11 +564,11 @@ def run_ppo(policy, queries, letters, tmp_path):
     """Train by PPO into tmp_path/NAME, in micro-batches of 3 of 6 responses → the directory."""
 
     def run(name: str, **more) -> Path:
-        options = {"sampled_tokens": 40, "max_new_tokens": 6, "batch_size": 6, "microbatch_tokens": 64, **more}
+        options = {"sampled_tokens": 40, "max_new_tokens": 6, "batch_size": 6, "microbatch_tokens": 64}
+        options |= {"reward_model": letters, **more}
         ppo_room.ppo(
             model=str(policy),
             queries=str(queries),
-            reward_model=letters,
             output=tmp_path / name,
             learning_rate=1e-3,
             **options,
@@ -630,6 +632,15 @@ def test_ppo_measures_against_the_start_policy_when_it_goes_on_from_an_adapter(
     kl = sum(sum(logps(begun, x, y)) - sum(logps(plain, x, y)) for x, y in seen) / len(seen)
     assert abs(kl) > 0.1
     assert pl.read_parquet(output / "metrics.parquet")["objective_kl"][0] == pytest.approx(kl, rel=1e-4)
+
+
+def test_ppo_keeps_no_secret_of_an_address(run_ppo, monkeypatch):
+    monkeypatch.setattr(HttpReward, "score", lambda self, rows: [float(len(y)) for _, y in rows])
+    output = run_ppo("out", reward_model="https://h/r?token=sesame", sampled_tokens=1)
+    kept = f"https://h/r?{text_digest('token=sesame')}"
+    assert [record(output)["settings"][name] for name in ("reward_model", "reward")] == [kept, kept]
+    assert f"| reward_model | `{kept}` |" in (output / "README.md").read_text()
+    assert not [path for path in output.rglob("*") if path.is_file() and b"sesame" in path.read_bytes()]
 
 
 def test_ppo_refuses_what_cannot_work(policy, queries, letters, tmp_path):

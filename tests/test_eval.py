@@ -689,6 +689,7 @@ def test_cases_side_by_side(policy: Path, adapter: Path, tmp_path: Path, monkeyp
     policies = [f"base={policy}", f"tuned={policy},{adapter}"]
     words = ["cases", "--policy", policies[0], "--policy", policies[1], "--queries", queries, "--output", output]
     words = [*map(str, words), "--reward-model", judge, "--engine", "hf", "--max-new-tokens", "8"]
+    words += ["--trained-with", judge]
     found = CliRunner().invoke(cli.ple, words)
     assert found.exit_code == 0, found.stderr
     lines = found.stdout.splitlines()
@@ -700,6 +701,8 @@ def test_cases_side_by_side(policy: Path, adapter: Path, tmp_path: Path, monkeyp
     [first, _] = [line for line in lines if line.startswith("base: ")]
     assert " | tuned: " in first
     assert "R1 " in first
+    name = load_reward_model(judge).name
+    assert lines[-1] == f"R1: reward by {name}, which trained one of these policies"
 
     table_there = read_table(output / "cases.parquet", "cases").to_pylist()
     assert [(row["label"], row["query_id"], row["kind"]) for row in table_there] == [
@@ -710,7 +713,8 @@ def test_cases_side_by_side(policy: Path, adapter: Path, tmp_path: Path, monkeyp
     ]
     pairs = [(row["x"], row["y"]) for row in table_there]
     assert [row["rewards"] for row in table_there] == [[value] for value in load_reward_model(judge).score(pairs)]
-    assert read_metadata(output / "cases.parquet", "cases")["reward_models"] == [load_reward_model(judge).name]
+    provenance = read_metadata(output / "cases.parquet", "cases")
+    assert (provenance["reward_models"], provenance["trained_with"]) == ([name], [name])
 
     monkeypatch.setattr(generate, "make_engine", refuse)
     monkeypatch.setattr("ple_data.rewards.function.FunctionReward.score", refuse)

@@ -539,7 +539,8 @@ def test_half_characters_and_missing_usage_are_taken(serve, tmp_path, capsys):
         ("openai:m", {"endpoint": "http://me:sesame@example.org/v1"}, "OPENAI_API_KEY"),
         ("openai:m", {"endpoint": "http://me:sesame@host:port/v1"}, "not of the form http://host:port/path"),
         ("openai:m", {"endpoint": "localhost:8000"}, "needs http"),
-        ("reward:r", {"endpoint": "http://x"}, "are for a language model"),
+        ("https://h/r?token=sesame", {}, "--judge https://h/r: expected openai:MODEL"),
+        ("reward:https://h/r?token=sesame", {"endpoint": "http://x"}, "are for a language model"),
     ],
 )
 def test_a_judge_that_is_none_is_refused(serve, tmp_path, spec, more, message):

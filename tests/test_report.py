@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 import cli
+from ple_data.parquet import save_rows
 from ple_data.report import figures, statistics, svg, training
+from ple_data.report.evaluation import evaluations, judged
 from ple_data.report.page import report
 from ple_data.report.pairs import LONGEST_TEXT, clipped, sample_pairs, visible, word_difference
 from ple_data.report.section import side
-from ple_data.report.sections import _evaluations
 from ple_data.report.sources import read_sources
 from schemas.errors import DamagedError, UsageError
-from schemas.reports import EvalReport
+from schemas.reports import EvalReport, JudgeReport
+from schemas.tables import read_table
 from tests.run_dir import ALPHA, TAU0, add_pairs, make_results, make_run, plain_rows
 from tests.tables import table
 
@@ -133,10 +135,13 @@ def test_figures_draw_the_numbers_they_are_given(rows):
         axes = figures.rewards(found).axes[0]
         guided, without = (container.lines[0].get_ydata() for container in axes.containers)
         gap = figures.gap(found).axes[0]
+        lengths = figures.lengths(found).axes[0]
     assert guided.tolist() == [row["mean_s_prompt"] for row in found]
     assert without.tolist() == [row["mean_s"] for row in found]
     dashed = next(line for line in gap.lines if line.get_linestyle() == "--")
     assert list(dashed.get_ydata()) == [TAU0, TAU0 * ALPHA]
+    assert lengths.get_ylim()[0] == 0
+    assert lengths.get_ylim()[1] > 1.1 * max(line.get_ydata().max() for line in lengths.lines)
 
 
 def test_training_curves_run_through_all_rounds(tmp_path):
@@ -286,6 +291,13 @@ def test_the_whole_page_is_there_and_the_same_the_second_time(run, tmp_path):
     assert not re.search(r"(fill|stroke): ?#", page)
 
 
+def test_a_secret_in_an_address_is_not_shown(tmp_path):
+    run = make_run(tmp_path / "run", [plain_rows(3)], reward_model="https://h/r?token=sesame")
+    page = Path(report(run)).read_text()
+    assert "<dd>https://h/r</dd>" in page
+    assert "sesame" not in page
+
+
 def test_a_bare_data_directory_shows_what_is_there(tmp_path):
     """Through the command, whose stdout is the page's path."""
     add_pairs(tmp_path / "data", [plain_rows(5)])
@@ -331,6 +343,22 @@ def test_an_ablations_page_says_what_is_left_out(tmp_path, without, sets):
     assert ('data-set="rank"' in page) == ("τ_t =" in page) == ("rank set:" in page) == sets
 
 
+@pytest.mark.parametrize(
+    ("keys", "method", "rate"),
+    [
+        ({}, "PLE", "0.0001"),
+        ({"train": {"learning_rate": 0.001, "trust_region": 0.3, "normalize_wsft": True}},
+         "PLE with trust region 0.3, weighted SFT by length", "0.001"),
+        ({"train": {"without": "wsft", "sft_anchor": 0.5}}, "PLE without wsft with SFT anchor 0.5", "0.0001"),
+        ({"baseline": {"method": "raft", "learning_rate": 3e-5}, "train": {"trust_region": 0.3}}, "raft", "3e-05"),
+    ],
+)  # fmt: skip
+def test_facts_say_how_the_run_departs_from_the_paper(tmp_path, keys, method, rate):
+    run = make_run(tmp_path / "run", [plain_rows(3)], seed=7, **keys)
+    found = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", Path(report(run)).read_text()))
+    assert (found["method"], found["learning rate"], found["seed"]) == (method, rate, "7")
+
+
 def test_pages_in_one_folder_keep_their_figures_and_drop_old_ones(run, tmp_path):
     report(run, output=tmp_path / "a.html")
     first = (tmp_path / "a-figures" / "rewards.png").read_bytes()
@@ -360,7 +388,33 @@ def test_many_rounds_of_one_pair(tmp_path):
     assert figures.shown_rounds(range(14))[-1] == 13
 
 
+def test_a_reward_model_trained_where_it_is_marked_or_scored_the_pairs(tmp_path):
+    """Of the others nobody said that they are independent. The pairs of `make_run` name judge@0123456789ab."""
+    run, results = make_run(tmp_path / "run", [plain_rows(3)]), make_results(tmp_path)
+    page = Path(report(run, **results)).read_text()
+    assert '<th scope="col">R1 (trained)</th>' in page
+    assert "R1: reward by policy, which trained a policy." in page
+    assert "R2: reward by second, not marked as having trained a policy." in page
+    assert "ndependent" not in page
+    path = tmp_path / "eval" / "eval.json"
+    path.write_text(path.read_text().replace('"second"', '"judge@0123456789ab"'))
+    second = read_sources(run, results["evals"], (), None, None).reward_models["judge@0123456789ab"]
+    assert second.title == "R2 (trained)"
+    assert second.legend == "R2: reward by judge@0123456789ab, which scored the pairs of this run."
+
+
+def test_rewards_of_cases_say_whose_they_are(run, tmp_path):
+    """They share the numbers of the evaluations: policy is R1 and second R2 there."""
+    results = make_results(tmp_path)
+    page = Path(report(run, **results)).read_text().partition('<section id="cases">')[2]
+    assert "3 tokens, stop, R2 0.5, R3 -1.25" in page
+    assert "R1" not in page
+    assert "R2: reward by second, not marked as having trained a policy." in page
+    assert "R3: reward by third, which trained a policy." in page
+
+
 def test_what_is_wrong_is_one_sentence(run, tmp_path):
+    [case, _] = read_table(make_results(tmp_path / "results")["cases"] / "cases.parquet", "cases").to_pylist()
     with pytest.raises(UsageError, match="no such directory"):
         report(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="neither a run"):
@@ -368,6 +422,9 @@ def test_what_is_wrong_is_one_sentence(run, tmp_path):
     with pytest.raises(UsageError, match=r"eval\.json: there is no such file; ple eval"):
         report(run, evals=(tmp_path,))
     with pytest.raises(DamagedError, match=r"cases\.parquet: the file is missing"):
+        report(run, cases=tmp_path)
+    save_rows(tmp_path / "cases.parquet", "cases", [case], {"reward_models": ["r"]})
+    with pytest.raises(DamagedError, match=r"cases\.parquet: 2 rewards of 1 reward models"):
         report(run, cases=tmp_path)
     (tmp_path / "judge.json").write_text("{}")
     with pytest.raises(DamagedError, match=r"judge\.json: not a readable JudgeReport"):
@@ -390,6 +447,20 @@ def test_sides_of_a_comparison_stay_apart_however_long_their_paths():
     assert one.startswith("...")
 
 
+def test_win_rates_say_how_each_kind_of_judge_decides():
+    counts = {"a": "x.jsonl", "b": "y.jsonl", "wins": 3, "ties": 1, "losses": 2, "win_rate": None}
+    counts |= {"prompt_tokens": 0, "completion_tokens": 0}
+    judges = {"people": "By people", "reward:r@0": "By a reward model", "openai:m": "asked in both orders"}
+    found = [("d", JudgeReport(judge=judge, unparsed=n, **counts)) for n, judge in enumerate(judges)]
+    for one, (judge, words) in zip(found, judges.items(), strict=True):
+        [chart] = judged([one]).charts
+        assert words in chart.caption
+        assert ("both orders" in chart.caption) == (judge == "openai:m")
+        assert f"by {judge}" in chart.svg
+        assert (f"unparsed {one[1].unparsed}" in chart.svg) == (judge != "people")
+    assert all(words in judged(found).charts[0].caption for words in judges.values())
+
+
 def test_differences_are_a_row_a_policy_and_huge_values_are_short(tmp_path):
     estimate = {"mean": 2.5e12, "low": 1e12, "high": 4e12, "count": 8}
     policies = [f"stabilised-without-weighted-sft-{n}" for n in (1, 2)]
@@ -410,7 +481,7 @@ def test_differences_are_a_row_a_policy_and_huge_values_are_short(tmp_path):
             ],
         }
     )
-    [values, differences] = _evaluations([("eval", found)]).tables
+    [values, differences] = evaluations([("eval", found)], {}).tables
     assert [row[0] for row in values.rows] == ["base", *policies]
     assert differences.head == ["policy", "perplexity", "length"]
     assert differences.rows == [[name, *["2.50e+12 [1.00e+12, 4.00e+12]"] * 2] for name in policies]

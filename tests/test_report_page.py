@@ -192,6 +192,32 @@ def test_it_fits_and_follows_the_theme(browser, friendly, width, scheme):
     visit.context.close()
 
 
+def test_a_wide_table_scrolls_under_its_first_column(browser, friendly):
+    visit = Visit(browser, friendly, viewport={"width": 400, "height": 900})
+    table = visit.page.locator("#evaluation .scroll").first
+    first, second = table.locator("tbody th").first, table.locator("tbody td").first
+    before = first.bounding_box()["x"], second.bounding_box()["x"]
+    table.evaluate("element => { element.scrollLeft = 10; }")
+    assert (first.bounding_box()["x"], second.bounding_box()["x"]) == (before[0], before[1] - 10)
+    assert table.locator("th").first.evaluate("cell => getComputedStyle(cell).backgroundColor") == "rgb(255, 255, 255)"
+    visit.context.close()
+
+
+def test_a_printout_says_how_many_pairs_it_lacks(browser, friendly):
+    visit = Visit(browser, friendly)
+    page, line = visit.page, visit.page.locator("#printed")
+    assert not line.is_visible()
+    page.emulate_media(media="print")
+    assert line.inner_text() == "20 of 50 pairs; open the file for the others."
+    assert len(visit.shown()) == 20
+    page.emulate_media(media="screen")
+    page.click("#more")
+    page.click("#more")
+    page.emulate_media(media="print")
+    assert not line.is_visible()
+    visit.context.close()
+
+
 def test_without_scripts_all_pairs_are_there(browser, friendly):
     visit = Visit(browser, friendly, java_script_enabled=False)
     assert visit.page.locator(".pair").count() == 50

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ple_data.digests import text_digest
 from ple_train import rounds
 from ple_train.child import GRACE_SECONDS, Launcher, run_child
 from schemas.errors import LockedError, PleError, UsageError
@@ -230,6 +231,40 @@ def test_changed_recipe_is_refused_with_the_difference(bench: Bench) -> None:
     assert "train.learning_rate: 0.0001 -> 0.5" in str(refusal.value)
     assert (bench.run_dir / "recipe.yaml").read_bytes() == before
     assert len(bench.calls()) == 6
+
+
+SECRET = "https://h/r?token=sesame"
+
+
+def test_a_secret_in_an_address_reaches_the_stage_alone(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not the files of the run nor its messages; the recipe goes on, another secret is another recipe."""
+    bench.values |= {"reward_model": SECRET, "rounds": 1}
+    (bench.folder / "fail-train").write_text("2")
+    with pytest.raises(PleError):
+        rounds.run(bench.recipe)
+    (bench.folder / "fail-train").unlink()
+    bench.values["train"] |= {"learning_rate": 0.5}
+    rounds.run(bench.recipe)
+    assert [call[0] for call in bench.calls()] == ["gen", "score", "train", "train"]
+    assert bench.calls()[1][-2:] == ["--reward-model", SECRET]
+    bench.values["reward_model"] = SECRET.replace("sesame", "open sesame")
+    with pytest.raises(UsageError, match="round 0 score was done with another recipe") as refusal:
+        rounds.run(bench.recipe)
+    assert "sesame" not in str(refusal.value) + capfd.readouterr().err + rounds.plan(bench.recipe)[1].shell_line
+    assert not [path for path in bench.run_dir.rglob("*") if path.is_file() and b"sesame" in path.read_bytes()]
+    kept = f"https://h/r?{text_digest('token=sesame')}"
+    assert load_recipe(bench.run_dir / "recipe.yaml").reward_model == kept
+    assert kept in bench.records()[1]["command"]
+
+
+def test_the_users_own_recipe_in_the_run_directory_works_again(bench: Bench) -> None:
+    bench.values |= {"reward_model": SECRET, "rounds": 1}
+    bench.run_dir.mkdir()
+    path = bench.run_dir / "recipe.yaml"
+    path.write_text(yaml.safe_dump(bench.values))
+    rounds.run(load_recipe(path, ["rounds=2"]))
+    assert load_recipe(path).reward_model == SECRET
+    assert bench.calls()[-2][-1] == SECRET
 
 
 def test_recipe_may_change_where_no_finished_stage_depends_on_it(

@@ -11,15 +11,14 @@ from ple_data.judge import results
 from ple_data.judge.journal import Journal
 from ple_data.judge.llm import APIS, LanguageModelJudge
 from ple_data.judge.prompt import load_template, preference
-from ple_data.judge.results import Outcome, Verdict
+from ple_data.judge.results import REWARD, Outcome, Verdict
 from ple_data.judge.sources import Pair, choose, load_pairs
 from ple_data.progress import Progress
-from ple_data.rewards import RewardModel, load_reward_model, resolved_options
+from ple_data.rewards import RewardModel, load_reward_model, resolved_options, shown_spec
 from schemas.errors import UsageError
 from schemas.files import locked
 from schemas.judging import Answer, Order, Reward
 
-REWARD = "reward"
 CHUNK = 256
 """Rewards that a function or a classifier is asked for between two writes."""
 _CUT = {"length", "max_tokens"}  # finish reasons of an answer that the token limit ended
@@ -47,9 +46,9 @@ def judge(
     """
     kind, _, name = judge.partition(":")
     if kind not in (*APIS, REWARD) or not name:
-        raise UsageError(f"--judge {judge}: expected openai:MODEL, anthropic:MODEL or reward:SPEC")
+        raise UsageError(f"--judge {shown_spec(judge)}: expected openai:MODEL, anthropic:MODEL or reward:SPEC")
     if kind == REWARD and (endpoint or template or request_args):
-        raise UsageError(f"--judge {judge}: --endpoint, --template and --request-arg are for a language model")
+        raise UsageError(f"--judge {REWARD}:…: --endpoint, --template and --request-arg are for a language model")
     settings: dict[str, Any] = {"limit": limit, "seed": seed}
     pairs = load_pairs(a, b)
     print(pairs.count(), file=sys.stderr)

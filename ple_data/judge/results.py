@@ -99,7 +99,8 @@ def _counts(verdicts: Sequence[Verdict], seed: int) -> dict[str, Any]:
 
 
 REPORT, TABLE, PAGE_RECORD = "judge.json", "verdicts.parquet", "page.json"
-PEOPLE = "people"
+PEOPLE, REWARD = "people", "reward"
+"""Kinds of judge, as a report's `judge` begins; any other is a language model."""
 
 
 def refuse_other(output: Path, a: str, b: str, judge: str, template: str | None) -> None:

@@ -157,7 +157,7 @@ def lengths(rows: Rows) -> Figure:
                                     ("y", "blue", "o-", "y")):  # fmt: skip
         axes.plot(rounds, [row[f"mean_len_{arm}"] for row in rows], fmt, color=PALETTE[colour], label=label)
     _rounds(axes, rounds)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * axes.dataLim.ymax)
     axes.set_ylabel("mean length in tokens")
     _legend(figure)
     return figure
@@ -242,8 +242,8 @@ def smallest_pure(policies: Sequence[PurityPolicy]) -> Figure:
 
 
 def win_rates(reports: Sequence[tuple[str, JudgeReport]]) -> Figure:
-    """A bar for each comparison: won, tied, lost."""
-    figure, axes = _axes(1.3 + 0.55 * len(reports))
+    """A bar for each comparison: won, tied, lost. A label has up to four lines."""
+    figure, axes = _axes(1.3 + 0.7 * len(reports))
     for place, (_, report) in enumerate(reversed(reports)):
         total = (report.wins + report.ties + report.losses) or 1
         left = 0.0

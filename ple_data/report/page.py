@@ -15,7 +15,9 @@ from ple_data.report.pairs import SHOWN_PAIRS, sample_pairs, visible
 from ple_data.report.section import Chart, Section
 from ple_data.report.sections import sections
 from ple_data.report.sources import Sources, read_sources
+from ple_data.rewards import shown_spec
 from schemas.files import write_atomic
+from schemas.recipe import Recipe
 
 ASSETS = Path(__file__).parent / "assets"
 PAPER_TAU0, PAPER_ALPHA = 0.2, 0.9
@@ -85,7 +87,8 @@ def _render(sources: Sources, parts: list[Section], tau0: float, alpha: float, s
         all_pairs=sum(shard.rows for shard in sources.store.shards("pairs")),
         rounds=sorted({pair["round"] for pair in pairs}),
         limit=SHOWN_PAIRS,
-        cases=sources.cases,
+        cases=sources.cases.queries if sources.cases else [],
+        case_rewards=[sources.reward_models[name] for name in sources.cases.reward_models] if sources.cases else [],
         style=Markup((ASSETS / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=digest,
@@ -102,8 +105,24 @@ def _facts(sources: Sources, tau0: float, alpha: float, sets: bool) -> list[tupl
         rows["model"] = recipe.model
         rows["queries"] = recipe.queries
         rows["principle"] = recipe.principles
-        rows["reward model"] = recipe.reward_model or (f"{recipe.reward.model}, trained" if recipe.reward else "")
-        rows["method"] = sources.method
+        if recipe.reward_model:
+            rows["reward model"] = shown_spec(recipe.reward_model)
+        elif recipe.reward:
+            rows["reward model"] = f"{recipe.reward.model}, trained"
+        rows["method"] = sources.method + _safeguards(recipe)
+        rows["learning rate"] = f"{(recipe.baseline or recipe.train).learning_rate:g}"
+        rows["seed"] = str(recipe.seed)
     if sets:
         rows["threshold"] = f"τ_t = {tau0:g} · {alpha:g}^t"
     return [(name, visible(value)) for name, value in rows.items()]
+
+
+def _safeguards(recipe: Recipe) -> str:
+    """In what PLE departs from the loss as the paper prints it: " with ...", or nothing."""
+    if recipe.baseline:
+        return ""
+    train = recipe.train
+    words = [f"trust region {train.trust_region:g}"] if train.trust_region is not None else []
+    words += ["weighted SFT by length"] if train.normalize_wsft else []
+    words += [f"SFT anchor {train.sft_anchor:g}"] if train.sft_anchor else []
+    return f" with {', '.join(words)}" if words else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
@@ -11,11 +11,12 @@ import polars as pl
 from ple_data.partition import round_statistics, warnings
 from ple_data.purity_text import L_BIAS, percentage, shrinking
 from ple_data.report import figures, statistics, svg
+from ple_data.report.evaluation import evaluations, judged
 from ple_data.report.pairs import visible
-from ple_data.report.section import Section, Table, label, side, wide_label
+from ple_data.report.section import Section, Table, label
 from ple_data.report.sources import Sources
 from ple_data.report.training import training
-from schemas.reports import Estimate, EvalReport, JudgeReport, PurityReport
+from schemas.reports import PurityReport
 
 
 def sections(sources: Sources, tau0: float, alpha: float, sets: bool) -> list[Section]:
@@ -25,8 +26,8 @@ def sections(sources: Sources, tau0: float, alpha: float, sets: bool) -> list[Se
             *_pair_sections(sources.store.scan("pairs"), tau0, alpha, sets, sources.method),
             training(sources.metrics),
             _purity(sources.purity),
-            _evaluations(sources.evals),
-            _judged(sources.judges),
+            evaluations(sources.evals, sources.reward_models),
+            judged(sources.judges),
             _stages(sources.stages),
         ]
 
@@ -208,89 +209,6 @@ def _purity(report: PurityReport | None) -> Section:
 
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
-
-
-# Evaluation and win rates
-
-
-def _evaluations(reports: Sequence[tuple[str, EvalReport]]) -> Section:
-    section = Section("evaluation", "Evaluation")
-    if not reports:
-        section.missing.append("No evaluation given: ple eval … --output DIR, then ple report RUN --eval DIR.")
-    for folder, report in reports:
-        trained = [model.name for model in report.reward_models if model.trained]
-        other = [model.name for model in report.reward_models if not model.trained]
-        words = [f"{wide_label(folder)}: queries {visible(report.queries)}."]
-        words += [f"Reward models that trained a policy: {visible(', '.join(trained))}."] if trained else []
-        words += [f"Independent reward models: {visible(', '.join(other))}."] if other else []
-        words += [f"BLEU: {visible(report.bleu_signature)}."] if report.bleu_signature else []
-        section.words.append(" ".join(words))
-        found = {policy.label: policy.metrics for policy in report.policies}
-        section.tables.append(_metrics_table(f"{wide_label(folder)}: values with 95 % intervals over queries", found))
-        for baseline in dict.fromkeys(c.baseline for c in report.comparisons):
-            differences: dict[str, dict[str, Estimate]] = {}
-            for c in report.comparisons:
-                if c.baseline == baseline:
-                    differences.setdefault(c.label, {})[c.metric] = c.difference
-            what = f"{wide_label(folder)}: differences from {wide_label(baseline)}, paired on the same queries"
-            section.tables.append(_metrics_table(what, differences))
-    return section
-
-
-def _metrics_table(caption: str, found: dict[str, dict[str, Estimate]]) -> Table:
-    """A row a policy, a column a metric."""
-    metrics = list(dict.fromkeys(metric for own in found.values() for metric in own))
-    rows = [[wide_label(policy), *[_estimate(own.get(metric)) for metric in metrics]] for policy, own in found.items()]
-    return Table(caption, ["policy", *map(visible, metrics)], rows)
-
-
-def _estimate(value: Estimate | None) -> str:
-    if value is None:
-        return "–"
-    if abs(value.mean) >= 1e5:
-        return f"{value.mean:.2e} [{value.low:.2e}, {value.high:.2e}]"
-    digits = 2 if abs(value.mean) >= 10 else 4 if abs(value.mean) < 0.1 else 3
-    return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
-
-
-def _judged(reports: Sequence[tuple[str, JudgeReport]]) -> Section:
-    section = Section("win-rates", "Win rates")
-    if not reports:
-        section.missing.append("No verdicts given: ple judge A B … --output DIR, then ple report RUN --judge DIR.")
-        return section
-    section.draw(
-        "win-rates",
-        "Won, tied, lost",
-        "Verdicts by query, each asked in both orders: A wins where both say so (Figure 2 of the paper).",
-        figures.win_rates([(f"{side(report.a)}\nagainst {side(report.b)}", report) for _, report in reports]),
-    )
-    head = ["A", "B", "judge", "won", "tied", "lost", "unparsed", "win rate", "tokens", "people (kappa)"]
-    rows = [
-        [
-            *[side(r.a), side(r.b), wide_label(r.judge)],
-            *[str(count) for count in (r.wins, r.ties, r.losses, r.unparsed)],
-            _estimate(r.win_rate),
-            str(r.prompt_tokens + r.completion_tokens),
-            f"{r.annotators}" + (f" ({r.kappa:.2f})" if r.kappa is not None else ""),
-        ]
-        for _, r in reports
-    ]
-    section.tables.append(Table("Verdicts; the win rate with its 95 % interval", head, rows))
-    section.tables += [_judge_parts(report) for _, report in reports if report.parts]
-    return section
-
-
-def _judge_parts(report: JudgeReport) -> Table:
-    rows = [
-        [
-            f"{part.by} {label(part.name)}",
-            *[str(count) for count in (part.wins, part.ties, part.losses, part.unparsed)],
-            _estimate(part.win_rate),
-        ]
-        for part in report.parts
-    ]
-    caption = f"{side(report.a)} against {side(report.b)}: verdicts by kind of query and by annotator"
-    return Table(caption, ["part", "won", "tied", "lost", "unparsed", "win rate"], rows)
 
 
 # Stages

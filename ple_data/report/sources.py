@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ple_data.store import Store
+from ple_data.report.cases import Cases, read_cases
+from ple_data.report.reward_models import RewardModel, numbered
+from ple_data.store import Store, collect
 from schemas.errors import DamagedError, UsageError
 from schemas.recipe import Recipe, load_recipe
 from schemas.records import Record, read_record
@@ -37,7 +40,7 @@ class Sources:
     evals: list[tuple[str, EvalReport]]
     judges: list[tuple[str, JudgeReport]]
     purity: PurityReport | None
-    cases: list[dict[str, Any]] = field(default_factory=list)
+    cases: Cases | None
 
     @property
     def method(self) -> str:
@@ -46,6 +49,20 @@ class Sources:
             return self.recipe.baseline.method
         without = self.recipe and self.recipe.train.without
         return f"PLE without {without}" if without else "PLE"
+
+    @cached_property
+    def reward_models(self) -> dict[str, RewardModel]:
+        """Those of evaluations and cases, by name, with whether they trained: marked there, or the pairs' own."""
+        uses = [use for _, report in self.evals for use in report.reward_models]
+        names, marked = [use.name for use in uses], {use.name for use in uses if use.trained}
+        if self.cases:
+            names += self.cases.reward_models
+            marked |= set(self.cases.trained)
+        return numbered(names, marked, self._own_reward_models())
+
+    def _own_reward_models(self) -> set[str]:
+        """Those that the pairs name."""
+        return set(collect(self.store.scan("pairs").select("reward_model").unique())["reward_model"])
 
     @property
     def has_sets(self) -> bool:
@@ -57,8 +74,6 @@ def read_sources(
     root: Path, evals: tuple[Path, ...], judges: tuple[Path, ...], purity: Path | None, cases: Path | None
 ) -> Sources:
     """Raises UsageError where `root` is neither a run nor a data directory, or a named directory lacks its file."""
-    from ple_data.report.cases import read_cases
-
     if not root.is_dir():
         raise UsageError(f"{root}: no such directory; give the RUN of ple run, or a DATA directory")
     is_run = (root / "recipe.yaml").is_file() or (root / "data").is_dir()
@@ -77,7 +92,7 @@ def read_sources(
         evals=[(path.name, _record(EvalReport, path / "eval.json", "ple eval")) for path in evals],
         judges=[(path.name, _record(JudgeReport, path / "judge.json", "ple judge")) for path in judges],
         purity=_record(PurityReport, purity / "purity.json", "ple purity") if purity else None,
-        cases=read_cases(cases / "cases.parquet") if cases else [],
+        cases=read_cases(cases / "cases.parquet") if cases else None,
     )
 
 

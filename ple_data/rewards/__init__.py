@@ -65,6 +65,15 @@ def shown_spec(spec: str) -> str:
     return shown_url(checked_url(spec, "reward model", API_KEY_VARIABLE))
 
 
+def recorded_spec(spec: str) -> str:
+    """The spec as files hold it: of an address's query only the digest. Raises UsageError for a wrong address."""
+    if not spec.startswith(_ADDRESS):
+        return spec
+    from ple_data.rewards.http import recorded_address
+
+    return recorded_address(spec)
+
+
 def load_reward_model(
     spec: str,
     *,

@@ -16,6 +16,12 @@ from schemas.errors import PleError
 API_KEY_VARIABLE = "PLE_REWARD_API_KEY"
 
 
+def recorded_address(url: str) -> str:
+    """The address as files name it: of its query, which may hold a secret, only the digest. Raises UsageError."""
+    parts = checked_url(url, "reward model", API_KEY_VARIABLE)
+    return shown_url(parts) + (f"?{text_digest(parts.query.decode())}" if parts.query else "")
+
+
 class HttpReward:
     """A reward model behind a URL. Several requests are in flight at once; each is tried several times."""
 
@@ -32,10 +38,9 @@ class HttpReward:
         first_wait: float = 0.5,
     ) -> None:
         """batch_size: rows a request; timeout: seconds a try; first_wait: seconds, doubled every try."""
-        parts = checked_url(url, "reward model", API_KEY_VARIABLE)
+        self.name = recorded_address(url)
         self._url = url
-        self._shown = shown_url(parts)
-        self.name = self._shown + (f"?{text_digest(parts.query.decode())}" if parts.query else "")
+        self._shown = shown_url(httpx.URL(url))
         self._batch_size = batch_size
         self._in_flight = in_flight
         self._tries = tries

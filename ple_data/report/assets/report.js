@@ -42,6 +42,8 @@
     list.append(...found.map((card) => card.element));
     field("count").textContent = `${found.length} of these ${cards.length} pairs match; ${visible.size} are shown.`;
     field("more").hidden = visible.size === found.length;
+    field("printed").textContent = `${visible.size} of ${cards.length} pairs; open the file for the others.`;
+    field("printed").hidden = visible.size === cards.length;
   };
 
   const restart = () => {
