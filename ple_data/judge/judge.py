@@ -20,8 +20,8 @@ from schemas.files import locked
 from schemas.judging import Answer, Order, Reward
 
 REWARD = "reward"
-CHUNK = 256
-"""Rewards that a function or a classifier is asked for between two writes."""
+CHUNK = 1024
+"""Responses that a reward model is given together, so that it can batch them by length."""
 _CUT = {"length", "max_tokens"}  # finish reasons of an answer that the token limit ended
 
 
