@@ -30,11 +30,13 @@ stdout carries data only; progress and messages go to stderr.
 Shell completion (bash; also zsh and fish): eval "$(_PLE_COMPLETE=bash_source ple)"
 """
 
-_LESS_MEMORY = (
-    "ple-train, sft and reward need less with a lower --microbatch-tokens or with --gradient-checkpointing, ple-score "
-    "with a lower --batch-tokens, ple-gen with a lower --engine-arg batch_size=N (hf) or max_num_seqs=N (vllm), ple "
-    "eval with any of these but --gradient-checkpointing"
-)
+_LESS_MEMORY = {
+    "microbatch_tokens": "a lower --microbatch-tokens",
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "batch_tokens": "a lower --batch-tokens",
+    "engine_arg": "a lower --engine-arg batch_size=N (hf) or max_num_seqs=N (vllm)",
+}
+"""Parameters that lower the memory of a command which has them, and how to say so."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -79,7 +81,7 @@ class _Command(click.Command):
                     ctx.exit(0)
                 if ctx.meta.get("ple.debug"):
                     raise
-                message, code = _explain(error)
+                message, code = _explain(error, self)
                 _say(f"error: {message}")
                 ctx.exit(code)
 
@@ -91,7 +93,7 @@ class _Group(click.Group):
         return list(self.commands)
 
 
-def _explain(error: BaseException) -> tuple[str, int]:
+def _explain(error: BaseException, command: click.Command) -> tuple[str, int]:
     """The line that a user reads, and the exit code."""
     from schemas.errors import PleError
 
@@ -101,9 +103,16 @@ def _explain(error: BaseException) -> tuple[str, int]:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; what was committed before is safe, run the same command again", 1
     if _is_out_of_memory(error):
-        return f"out of memory; {_LESS_MEMORY}; what was committed before is safe, run the same command again", 1
+        advice = _less_memory(command)
+        return f"out of memory{advice}; what was committed before is safe, run the same command again", 1
     first_line = (str(error).splitlines() or [""])[0]
     return f"unexpected {type(error).__name__}: {first_line} (--debug shows where; please report it)", 1
+
+
+def _less_memory(command: click.Command) -> str:
+    """What of its own options makes the command need less; nothing where it has none."""
+    own = [_LESS_MEMORY[parameter.name] for parameter in command.params if parameter.name in _LESS_MEMORY]
+    return f"; less is needed with {', or with '.join(own)}" if own else ""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -1013,6 +1022,13 @@ def cases(**options: Any) -> None:
 @_option(
     "--normalized/--sum", default=False, help="Compare mean log-probabilities of a token, or sums as in the paper."
 )
+@_machine(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bf16"]),
+    default="auto",
+    help="auto: bf16 on a GPU, float32 elsewhere.",
+)
+@_machine("--microbatch-tokens", type=_POSITIVE, default=8192, help="Tokens in memory at once.")
 def purity(**options: Any) -> None:
     """Measure Section 5 of the paper: does the policy rank y_prompt above y where the reward does?
 

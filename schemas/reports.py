@@ -189,14 +189,16 @@ class PurityBound(_Part):
 
 
 class PurityReport(Record):
-    """`purity.json` of `ple purity`. `normalized`: log-probabilities are means over tokens, not sums. Policies are in
-    the order in which they were trained, the start policy first.
+    """`purity.json` of `ple purity`. `normalized`: log-probabilities are means over tokens, not sums. `precision`: the
+    number type of the policies (None in files of version 1). Policies are in the order in which they were trained, the
+    start policy first.
     """
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     kind: Literal["purity"] = "purity"
     data: list[str]
     rounds: list[int]
     normalized: bool
+    precision: str | None = None
     policies: list[PurityPolicy] = Field(min_length=1)
     bound: PurityBound
