@@ -83,13 +83,15 @@ class JudgeReport(Record):
     """`judge.json` of `ple judge A B`: verdicts by query, each asked in both orders; wins are A's.
 
     win_rate: (wins + ties / 2) / (wins + ties + losses), None without any of them. unparsed: queries of which a
-    language model's answer held no verdict; they count nowhere else. template: digest of the prompt template.
+    language model's answer held no verdict; they count nowhere else. orders_disagree: ties of which a language model's
+    two answers chose differently, the others being those that it called a tie twice (None for other judges and in
+    files of version 1). template: digest of the prompt template.
     only_a, only_b: queries that only one side has, left out. kappa: Fleiss' kappa over the `kappa_queries` queries that
     every annotator judged. settings: the options with which it was made, for a language model the address and
     the fields of its requests; empty in files of older programs.
     """
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     kind: Literal["judge"] = "judge"
     a: str
     b: str
@@ -99,6 +101,7 @@ class JudgeReport(Record):
     ties: int = Field(ge=0)
     losses: int = Field(ge=0)
     unparsed: int = Field(ge=0)
+    orders_disagree: int | None = Field(default=None, ge=0)
     win_rate: Estimate | None
     parts: list[JudgePart] = Field(default_factory=list)
     only_a: int = Field(default=0, ge=0)

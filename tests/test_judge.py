@@ -330,6 +330,8 @@ def test_judging_from_end_to_end(kind, serve, tmp_path, monkeypatch, capsys):
     text = judge(a, b, f"{kind}:some-model", tmp_path / "out", endpoint=server.url)
     report = read_record(JudgeReport, tmp_path / "out" / "judge.json")
     assert (report.wins, report.ties, report.losses, report.unparsed) == (2, 2, 1, 2)
+    assert report.orders_disagree == 1  # BIASED; EQUAL is called a tie twice
+    assert "the two orders disagree on 1 of 5 queries, counted as ties" in text
     assert report.win_rate.mean == 0.6
     assert (report.prompt_tokens, report.completion_tokens) == (1400, 140)
     assert [(p.by, p.name, p.wins, p.ties, p.losses, p.unparsed) for p in report.parts] == [

@@ -73,7 +73,7 @@ def judge(
             _warn_unparsed(verdicts)
             _warn_cut(paid)
             settings |= {"endpoint": model.address, "request": model.request_fields}
-            more = _tokens(paid)
+            more = {**_tokens(paid), "orders_disagree": _orders_disagree(verdicts)}
         report = results.report(
             verdicts, pairs, a=a, b=b, judge=name, seed=seed, template=digest, settings=settings, **more
         )
@@ -99,6 +99,11 @@ def _outcome(choice: str | None, other: str | None) -> Outcome:
     if choice == other == "a":
         return "win"
     return "lose" if choice == other == "b" else "tie"
+
+
+def _orders_disagree(verdicts: Sequence[Verdict]) -> int:
+    """Ties of which the two answers chose differently."""
+    return sum(v.outcome == "tie" and v.details["a_first"] != v.details["b_first"] for v in verdicts)
 
 
 def by_reward(reward_model: RewardModel, pairs: Sequence[Pair], journal: Journal[Reward]) -> list[Verdict]:

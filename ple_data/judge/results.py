@@ -159,6 +159,9 @@ def shown(found: JudgeReport) -> str:
         "",
         *table(["", "A wins", "ties", "B wins", "unparsed", "A's win rate, 95 % interval"], rows),
     ]
+    if found.orders_disagree is not None:
+        parsed = found.wins + found.ties + found.losses
+        lines.append(f"the two orders disagree on {found.orders_disagree} of {parsed} queries, counted as ties")
     if found.annotators > 1:
         kappa = "not defined" if found.kappa is None else f"{found.kappa:.2f}"
         lines.append(
