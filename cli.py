@@ -790,7 +790,11 @@ def inspect(**options: Any) -> None:
 @_option("--human", is_flag=True, help="Write a page on which people compare blindly, instead of asking a judge.")
 @_option("--output", type=_PATH, required=True, help="Folder of the verdicts, or of the page.")
 @_option("--limit", type=_POSITIVE, help="Judge at most N queries, drawn by --seed.")
-@_seed
+@_option(
+    "--seed",
+    type=_COUNT,
+    help="Seed of everything that is drawn. Default: 0; a page's order and sides are drawn at random.",
+)
 @_llm("--endpoint", help="Address of an OpenAI-compatible or Anthropic-compatible server, up to and with /v1.")
 @_llm("--template", type=_PATH, help="File of the question with {query}, {response_1} and {response_2}.")
 @_llm("--concurrency", type=_POSITIVE, default=8, help="Requests in flight at once.")
@@ -831,7 +835,7 @@ def judge(ctx: click.Context, a: str, b: str, spec: str | None, human: bool, **o
     from schemas.errors import UsageError
 
     rewards = {name.removeprefix("reward_"): options.pop(name) for name in _REWARD_OPTIONS}
-    exports, label_studio = options.pop("exports"), options.pop("label_studio")
+    exports, label_studio, seed = (options.pop(name) for name in ("exports", "label_studio", "seed"))
     if human == (spec is not None):
         raise UsageError("give either --judge SPEC or --human")
     if spec is not None:
@@ -841,7 +845,7 @@ def judge(ctx: click.Context, a: str, b: str, spec: str | None, human: bool, **o
         else:
             _refuse_given(ctx, ["Reward model"], "by a language model")
         options["request_args"] = llm.parse_request_args(options["request_args"])
-        click.echo(run_judge(a, b, spec, **options, reward_options=rewards))
+        click.echo(run_judge(a, b, spec, **options, seed=seed or 0, reward_options=rewards))
         return
     _refuse_given(ctx, ["Language model", "Reward model"], "with --human")
     if exports:
@@ -850,8 +854,8 @@ def judge(ctx: click.Context, a: str, b: str, spec: str | None, human: bool, **o
         )
         click.echo(people.read_exports(a, b, exports, options["output"]))
     else:
-        selected = {name: options[name] for name in ("output", "limit", "seed")}
-        click.echo(people.write_page(a, b, **selected, label_studio=label_studio))
+        selected = {name: options[name] for name in ("output", "limit")}
+        click.echo(people.write_page(a, b, **selected, seed=seed, label_studio=label_studio))
 
 
 @_command("export")

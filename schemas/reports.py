@@ -87,7 +87,8 @@ class JudgeReport(Record):
     two answers chose differently, the others being those that it called a tie twice (None for other judges and in
     files of version 1). template: digest of the prompt template.
     only_a, only_b: queries that only one side has, left out. kappa: Fleiss' kappa over the `kappa_queries` queries that
-    every annotator judged. settings: the options with which it was made, for a language model the address and
+    every annotator judged. first_side: of the `sides` verdicts of annotators for one side, how many took the one that
+    stood first on the screen. settings: the options with which it was made, for a language model the address and
     the fields of its requests; empty in files of older programs.
     """
 
@@ -111,6 +112,8 @@ class JudgeReport(Record):
     annotators: int = Field(default=0, ge=0)
     kappa: float | None = None
     kappa_queries: int = Field(default=0, ge=0)
+    first_side: int = Field(default=0, ge=0)
+    sides: int = Field(default=0, ge=0)
     settings: dict[str, JsonValue] = Field(default_factory=dict)
 
 

@@ -167,6 +167,9 @@ def shown(found: JudgeReport) -> str:
         lines.append(
             f"Fleiss' kappa: {kappa} ({found.annotators} annotators, {found.kappa_queries} queries that all judged)"
         )
+    if found.sides:
+        share = f"{100 * found.first_side / found.sides:.0f} %"
+        lines.append(f"the response shown first was chosen in {found.first_side} of {found.sides} verdicts ({share})")
     if found.prompt_tokens or found.completion_tokens:
         lines.append(f"tokens paid for: {found.prompt_tokens} read, {found.completion_tokens} written")
     return "\n".join(lines)
