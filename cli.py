@@ -918,12 +918,29 @@ def _refuse_given(ctx: click.Context, sections: Sequence[str], why: str, *names:
         raise UsageError(f"{', '.join(given)}: not heeded {why}; leave {'it' if len(given) == 1 else 'them'} out")
 
 
-_policies = _option(
-    "--policy",
-    multiple=True,
-    required=True,
-    metavar="NAME=MODEL[,ADAPTER]",
-    help="A policy and its name in the tables; may be repeated. A hub id may end with @ and a revision.",
+def _point_to_policy(_: click.Context, option: click.Parameter, given: str | None) -> None:
+    if given is not None:
+        raise click.UsageError(
+            f"{option.opts[0]}: policies have names here: give --policy NAME=MODEL or --policy NAME=MODEL,ADAPTER for "
+            "each, e.g. --policy base=M --policy tuned=M,A"
+        )
+
+
+def _not_here(name: str) -> Callable[[Function], Function]:
+    """An option of other commands in whose place this one has --policy."""
+    return _option(name, hidden=True, expose_value=False, callback=_point_to_policy)
+
+
+_policies = _all(
+    _option(
+        "--policy",
+        multiple=True,
+        required=True,
+        metavar="NAME=MODEL[,ADAPTER]",
+        help="A policy and its name in the tables; may be repeated. A hub id may end with @ and a revision.",
+    ),
+    _not_here("--model"),
+    _not_here("--adapter"),
 )
 _reward_models = _judging(
     "--reward-model",

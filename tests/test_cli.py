@@ -232,6 +232,16 @@ def test_out_of_memory_names_options_that_the_command_has(
     assert found.stderr.startswith(f"error: out of memory; less is needed with {advice}; what was committed before")
 
 
+@pytest.mark.parametrize("command", ["eval", "cases"])
+@pytest.mark.parametrize("option", ["--model", "--adapter"])
+def test_where_policies_have_names_other_options_point_to_policy(runner: CliRunner, command: str, option: str) -> None:
+    for more in ([], ["--policy", "a=m"]):
+        found = runner.invoke(cli.ple, [command, *more, option, "m", "--queries", "q", "--output", "o"])
+        assert found.exit_code == 2
+        assert f"Error: {option}: policies have names here: give --policy NAME=MODEL or" in found.stderr
+    assert f" {option} " not in runner.invoke(cli.ple, [command, "--help"]).stdout
+
+
 def test_debug_shows_the_traceback_and_nothing_else_does(run_ple, tmp_path: Path) -> None:
     plain = run_ple("inspect", tmp_path / "nothing")
     debug = run_ple("inspect", tmp_path / "nothing", "--debug")
