@@ -30,11 +30,13 @@ stdout carries data only; progress and messages go to stderr.
 Shell completion (bash; also zsh and fish): eval "$(_PLE_COMPLETE=bash_source ple)"
 """
 
-_LESS_MEMORY = (
-    "ple-train, sft and reward need less with a lower --microbatch-tokens or with --gradient-checkpointing, ple-score "
-    "with a lower --batch-tokens, ple-gen with a lower --engine-arg batch_size=N (hf) or max_num_seqs=N (vllm), ple "
-    "eval with any of these but --gradient-checkpointing"
-)
+_LESS_MEMORY = {
+    "microbatch_tokens": "a lower --microbatch-tokens",
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "batch_tokens": "a lower --batch-tokens",
+    "engine_arg": "a lower --engine-arg batch_size=N (hf) or max_num_seqs=N (vllm)",
+}
+"""Parameters that lower the memory of a command which has them, and how to say so."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -79,7 +81,7 @@ class _Command(click.Command):
                     ctx.exit(0)
                 if ctx.meta.get("ple.debug"):
                     raise
-                message, code = _explain(error)
+                message, code = _explain(error, self)
                 _say(f"error: {message}")
                 ctx.exit(code)
 
@@ -91,7 +93,7 @@ class _Group(click.Group):
         return list(self.commands)
 
 
-def _explain(error: BaseException) -> tuple[str, int]:
+def _explain(error: BaseException, command: click.Command) -> tuple[str, int]:
     """The line that a user reads, and the exit code."""
     from schemas.errors import PleError
 
@@ -101,9 +103,16 @@ def _explain(error: BaseException) -> tuple[str, int]:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; what was committed before is safe, run the same command again", 1
     if _is_out_of_memory(error):
-        return f"out of memory; {_LESS_MEMORY}; what was committed before is safe, run the same command again", 1
+        advice = _less_memory(command)
+        return f"out of memory{advice}; what was committed before is safe, run the same command again", 1
     first_line = (str(error).splitlines() or [""])[0]
     return f"unexpected {type(error).__name__}: {first_line} (--debug shows where; please report it)", 1
+
+
+def _less_memory(command: click.Command) -> str:
+    """What of its own options makes the command need less; nothing where it has none."""
+    own = [_LESS_MEMORY[parameter.name] for parameter in command.params if parameter.name in _LESS_MEMORY]
+    return f"; less is needed with {', or with '.join(own)}" if own else ""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -790,7 +799,11 @@ def inspect(**options: Any) -> None:
 @_option("--human", is_flag=True, help="Write a page on which people compare blindly, instead of asking a judge.")
 @_option("--output", type=_PATH, required=True, help="Folder of the verdicts, or of the page.")
 @_option("--limit", type=_POSITIVE, help="Judge at most N queries, drawn by --seed.")
-@_seed
+@_option(
+    "--seed",
+    type=_COUNT,
+    help="Seed of everything that is drawn. Default: 0; a page's order and sides are drawn at random.",
+)
 @_llm("--endpoint", help="Address of an OpenAI-compatible or Anthropic-compatible server, up to and with /v1.")
 @_llm("--template", type=_PATH, help="File of the question with {query}, {response_1} and {response_2}.")
 @_llm("--concurrency", type=_POSITIVE, default=8, help="Requests in flight at once.")
@@ -831,7 +844,7 @@ def judge(ctx: click.Context, a: str, b: str, spec: str | None, human: bool, **o
     from schemas.errors import UsageError
 
     rewards = {name.removeprefix("reward_"): options.pop(name) for name in _REWARD_OPTIONS}
-    exports, label_studio = options.pop("exports"), options.pop("label_studio")
+    exports, label_studio, seed = (options.pop(name) for name in ("exports", "label_studio", "seed"))
     if human == (spec is not None):
         raise UsageError("give either --judge SPEC or --human")
     if spec is not None:
@@ -841,7 +854,7 @@ def judge(ctx: click.Context, a: str, b: str, spec: str | None, human: bool, **o
         else:
             _refuse_given(ctx, ["Reward model"], "by a language model")
         options["request_args"] = llm.parse_request_args(options["request_args"])
-        click.echo(run_judge(a, b, spec, **options, reward_options=rewards))
+        click.echo(run_judge(a, b, spec, **options, seed=seed or 0, reward_options=rewards))
         return
     _refuse_given(ctx, ["Language model", "Reward model"], "with --human")
     if exports:
@@ -850,8 +863,8 @@ def judge(ctx: click.Context, a: str, b: str, spec: str | None, human: bool, **o
         )
         click.echo(people.read_exports(a, b, exports, options["output"]))
     else:
-        selected = {name: options[name] for name in ("output", "limit", "seed")}
-        click.echo(people.write_page(a, b, **selected, label_studio=label_studio))
+        selected = {name: options[name] for name in ("output", "limit")}
+        click.echo(people.write_page(a, b, **selected, seed=seed, label_studio=label_studio))
 
 
 @_command("export", "Write the pairs for other tools.")
@@ -914,12 +927,29 @@ def _refuse_given(ctx: click.Context, sections: Sequence[str], why: str, *names:
         raise UsageError(f"{', '.join(given)}: not heeded {why}; leave {'it' if len(given) == 1 else 'them'} out")
 
 
-_policies = _option(
-    "--policy",
-    multiple=True,
-    required=True,
-    metavar="NAME=MODEL[,ADAPTER]",
-    help="A policy and its name in the tables; may be repeated. A hub id may end with @ and a revision.",
+def _point_to_policy(_: click.Context, option: click.Parameter, given: str | None) -> None:
+    if given is not None:
+        raise click.UsageError(
+            f"{option.opts[0]}: policies have names here: give --policy NAME=MODEL or --policy NAME=MODEL,ADAPTER for "
+            "each, e.g. --policy base=M --policy tuned=M,A"
+        )
+
+
+def _not_here(name: str) -> Callable[[Function], Function]:
+    """An option of other commands in whose place this one has --policy."""
+    return _option(name, hidden=True, expose_value=False, callback=_point_to_policy)
+
+
+_policies = _all(
+    _option(
+        "--policy",
+        multiple=True,
+        required=True,
+        metavar="NAME=MODEL[,ADAPTER]",
+        help="A policy and its name in the tables; may be repeated. A hub id may end with @ and a revision.",
+    ),
+    _not_here("--model"),
+    _not_here("--adapter"),
 )
 _reward_models = _judging(
     "--reward-model",
@@ -1024,6 +1054,13 @@ def cases(**options: Any) -> None:
 @_option(
     "--normalized/--sum", default=False, help="Compare mean log-probabilities of a token, or sums as in the paper."
 )
+@_machine(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bf16"]),
+    default="auto",
+    help="auto: bf16 on a GPU, float32 elsewhere.",
+)
+@_machine("--microbatch-tokens", type=_POSITIVE, default=8192, help="Tokens in memory at once.")
 def purity(**options: Any) -> None:
     """Measure Section 5 of the paper: does the policy rank y_prompt above y where the reward does?
 

@@ -18,6 +18,7 @@ def format_purity(report: PurityReport) -> str:
     policies = report.policies
     counted = policies[0].all_pairs
     how = "mean over tokens" if report.normalized else "sum over tokens"
+    how += f" in {report.precision}" if report.precision else ""
     parts = [
         [
             f"Purity on {counted.pairs} pairs of {_rounds(report.rounds)}; log pi is the {how}, both given x alone.",

@@ -1,11 +1,12 @@
 """Numbers that cost a model or an endpoint to compute, kept by a digest of what they are of. Computes none itself.
 
-One Parquet file (kind `scores`) for one thing that scores, replaced whole after every few rows and when something
-fails: the next run goes on from there, and what is there is never computed again.
+One Parquet file (kind `scores`) for one thing that scores, replaced whole every few seconds, at the end and when
+something fails: the next run goes on from there, and what is there is never computed again.
 """
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,11 @@ from schemas.errors import DamagedError, NewerError
 from schemas.files import locked
 from schemas.tables import read_metadata, read_table
 
-ROWS_AT_ONCE = 128
-"""Rows that are scored between two writes: what kill -9 can cost."""
+ROWS_AT_ONCE = 1024
+"""Rows that `compute` is given together, so that it can batch them by length."""
+SECONDS_BETWEEN_SAVES = 10.0
+"""What kill -9 can cost, beside the batch in work. A save writes all rows: after every N of them, they would cost the
+square of the rows."""
 
 Score = tuple[float, int | None]
 """A value, and the tokens it is a sum over (None for a reward)."""
@@ -53,21 +57,42 @@ def cached_scores(
         known = _read(path, made_by) if path.exists() else {}
         first_place = {key: place for place, key in reversed(list(enumerate(keys)))}
         missing = [place for place, key in enumerate(keys) if key not in known and first_place[key] == place]
-        with Progress(label, len(first_place), unit, done=len(first_place) - len(missing)) as progress:
+        with (
+            Progress(label, len(first_place), unit, done=len(first_place) - len(missing)) as progress,
+            _saved(path, made_by, known) as save_if_due,
+        ):
             for start in range(0, len(missing), ROWS_AT_ONCE):
                 places = missing[start : start + ROWS_AT_ONCE]
-                try:
-                    for batch in compute(places):
-                        refuse_non_finite(
-                            f"{made_by} gave values that are not finite",
-                            [(names[places[at]], value) for at, (value, _) in batch],
-                            "correct it and run the same command again",
-                        )
-                        known |= {keys[places[at]]: score for at, score in batch}
-                        progress.advance(len(batch))
-                finally:
-                    _save(path, made_by, known)
+                for batch in compute(places):
+                    refuse_non_finite(
+                        f"{made_by} gave values that are not finite",
+                        [(names[places[at]], value) for at, (value, _) in batch],
+                        "correct it and run the same command again",
+                    )
+                    known |= {keys[places[at]]: score for at, score in batch}
+                    progress.advance(len(batch))
+                    save_if_due()
     return [known[key] for key in keys]
+
+
+@contextmanager
+def _saved(path: Path, made_by: str, known: dict[str, Score]) -> Iterator[Callable[[], None]]:
+    """Save `known` whenever it has grown: at the end and on failure, and in between as often as the caller asks and
+    SECONDS_BETWEEN_SAVES allows.
+    """
+    rows, last = len(known), time.monotonic()
+
+    def save_if_due() -> None:
+        nonlocal rows, last
+        if time.monotonic() - last >= SECONDS_BETWEEN_SAVES:
+            _save(path, made_by, known)
+            rows, last = len(known), time.monotonic()
+
+    try:
+        yield save_if_due
+    finally:
+        if len(known) > rows:
+            _save(path, made_by, known)
 
 
 def _save(path: Path, made_by: str, known: dict[str, Score]) -> None:

@@ -33,7 +33,7 @@ from schemas.files import write_atomic
 from schemas.recipe import load_recipe
 from schemas.reports import PurityPolicy, PurityReport
 
-BATCH_TOKENS = 8192
+MICROBATCH_TOKENS = 8192
 PAIRS_AT_ONCE = 256
 KIND = "purity_logps"
 ARMS = ("y", "y_prompt")
@@ -66,12 +66,15 @@ def purity(
     round: tuple[int, ...] = (),
     output: Path | None = None,
     normalized: bool = False,
+    precision: str = "auto",
+    microbatch_tokens: int = MICROBATCH_TOKENS,
 ) -> str:
     """Measure every policy on the same pairs; write purity.json and purity.parquet to `output`; give the tables.
 
     Either `run` (a directory of `ple run`: its start policy, that of each finished round, its data, RUN/purity), or
     `model` with `data` and `output` and the adapters in the order in which they were trained. `round` restricts the
-    pairs (not the policies). `normalized` compares means over tokens instead of sums.
+    pairs (not the policies). `normalized` compares means over tokens instead of sums. `precision`: auto (bf16 on a
+    GPU), float32 or bf16. `microbatch_tokens` are in memory at once.
     Raises UsageError, DamagedError (a shard or a kept file).
     """
     sources, stores, output = _what(run, model, adapter, revision, data, output)
@@ -83,11 +86,12 @@ def purity(
     if not any(shard.rows for _, shard in shards):
         raise UsageError(f"no pairs in {_names(stores)}: generate and score them first")
 
+    resolved = resolve_precision(precision)
     measured, vocabulary = [], 0
     for source in sources:
-        pieces, vocabulary = _measure(source, shards, output)
+        pieces, vocabulary = _measure(source, shards, output, resolved, microbatch_tokens)
         measured.append(pa.concat_tables(pieces))
-    report = _report(sources, measured, vocabulary, normalized, stores)
+    report = _report(sources, measured, vocabulary, normalized, resolved, stores)
     whole = pa.concat_tables(measured)
     write_atomic(output / "purity.parquet", parquet_bytes(KIND, whole, {}))
     write_atomic(output / "purity.json", report.to_json())
@@ -154,9 +158,11 @@ def _policies_given(model: str, adapters: tuple[str, ...], revision: str | None)
     return sources
 
 
-def _measure(source: Source, shards: list[tuple[Store, Shard]], output: Path) -> tuple[list[pa.Table], int]:
+def _measure(
+    source: Source, shards: list[tuple[Store, Shard]], output: Path, precision: str, microbatch_tokens: int
+) -> tuple[list[pa.Table], int]:
     """The rows of every shard under one policy, computed where they are not kept yet, and the policy's |V|."""
-    name, precision = source.name, resolve_precision("auto")
+    name = source.name
     directory = output / "logps" / json_digest([name, precision])
     paths = [directory / f"{shard.sha256[:16]}.parquet" for _, shard in shards]
     to_do = [index for index, path in enumerate(paths) if not path.exists()]
@@ -172,7 +178,8 @@ def _measure(source: Source, shards: list[tuple[Store, Shard]], output: Path) ->
                 progress.restart_clock()
             store, shard = shards[index]
             rows = store.read(shard, columns=COLUMNS)
-            write_atomic(paths[index], parquet_bytes(KIND, _score(policy, name, rows, shard.path), {}))
+            scored = _score(policy, name, rows, shard.path, microbatch_tokens)
+            write_atomic(paths[index], parquet_bytes(KIND, scored, {}))
             progress.advance(shard.rows)
     return [_read_piece(path, shard) for path, (_, shard) in zip(paths, shards, strict=True)], _vocabulary(source)
 
@@ -192,13 +199,13 @@ def _read_piece(path: Path, shard: Shard) -> pa.Table:
     return table
 
 
-def _score(policy: Policy, name: str, rows: pa.Table, path: Path) -> pa.Table:
+def _score(policy: Policy, name: str, rows: pa.Table, path: Path, microbatch_tokens: int) -> pa.Table:
     """The rows of a shard in the columns of `purity_logps`."""
     records = rows.to_pylist()
     columns: dict[str, list[Any]] = {field: [] for field in tables.PURITY_LOGPS.names}
     for first in range(0, len(records), PAIRS_AT_ONCE):
         part = records[first : first + PAIRS_AT_ONCE]
-        for record, sums in zip(part, _sum_logps(policy, part, path), strict=True):
+        for record, sums in zip(part, _sum_logps(policy, part, path, microbatch_tokens), strict=True):
             columns["policy"].append(name)
             for field in ("query_id", "round", "sample", "s", "s_prompt"):
                 columns[field].append(record[field])
@@ -211,7 +218,7 @@ def _score(policy: Policy, name: str, rows: pa.Table, path: Path) -> pa.Table:
 
 
 def _sum_logps(
-    policy: Policy, records: list[dict[str, Any]], path: Path
+    policy: Policy, records: list[dict[str, Any]], path: Path, microbatch_tokens: int
 ) -> Iterator[tuple[float | None, float | None]]:
     """log pi(y|x) and log pi(y_prompt|x) of each pair in nats; equal responses get the very same number."""
     sequences: dict[tuple[int, str], Sequence] = {}
@@ -229,7 +236,7 @@ def _sum_logps(
                 sequences[index, arm] = sequence
     sums: dict[tuple[int, str], float] = {}
     with torch.no_grad():
-        for batch in micro_batches(list(sequences.values()), 1, BATCH_TOKENS, 1, 0, layout=policy.layout):
+        for batch in micro_batches(list(sequences.values()), 1, microbatch_tokens, 1, 0, layout=policy.layout):
             tokens = policy.collate(batch.sequences)
             found = sum_by_response(policy(tokens).double(), tokens.responses, len(batch.sequences))
             sums |= {sequence.tag: total for sequence, total in zip(batch.sequences, found.tolist(), strict=True)}
@@ -239,7 +246,12 @@ def _sum_logps(
 
 
 def _report(
-    sources: list[Source], measured: list[pa.Table], vocabulary: int, normalized: bool, stores: list[Store]
+    sources: list[Source],
+    measured: list[pa.Table],
+    vocabulary: int,
+    normalized: bool,
+    precision: str,
+    stores: list[Store],
 ) -> PurityReport:
     which = "mean_logps" if normalized else "sum_logps"
     policies = []
@@ -266,6 +278,7 @@ def _report(
         data=[str(store.root) for store in stores],
         rounds=sorted(set(rounds.tolist())),
         normalized=normalized,
+        precision=precision,
         policies=policies,
         bound=bound,
     )

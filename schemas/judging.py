@@ -41,31 +41,42 @@ class Reward(Paid):
 class AnnotationPage(Record):
     """`page.json` beside an annotation page: from what it was made, so that exports can be read back.
 
-    page: digest of the texts in the order and on the sides in which the page shows them.
+    page: digest of the texts in the order and on the sides in which the page holds them. seed: draws the queries.
+    secret: draws order and sides where no seed was given (None: the seed does, as in every page of version 1).
     """
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     kind: Literal["annotation page"] = "annotation page"
     page: str
     a: str
     b: str
     seed: int
+    secret: int | None = None
     limit: int | None = Field(ge=1)
 
 
 class Annotation(BaseModel):
-    """One verdict on one query: which of the two answers, as the page showed them, is better."""
+    """One verdict on one query: which of the two answers, on the sides on which the page's file holds them, is better.
+
+    swapped: whether this annotator saw them the other way round (never on a page of version 1).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     query_id: str
     choice: Choice
+    swapped: bool = False
+
+    @property
+    def took_first_shown(self) -> bool:
+        """Whether the annotator chose the answer on the first side of the screen."""
+        return self.choice == ("second" if self.swapped else "first")
 
 
 class AnnotationExport(Record):
     """The file that an annotator downloads from a page."""
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     kind: Literal["annotations"] = "annotations"
     page: str
     annotator: str = Field(min_length=1)

@@ -83,13 +83,16 @@ class JudgeReport(Record):
     """`judge.json` of `ple judge A B`: verdicts by query, each asked in both orders; wins are A's.
 
     win_rate: (wins + ties / 2) / (wins + ties + losses), None without any of them. unparsed: queries of which a
-    language model's answer held no verdict; they count nowhere else. template: digest of the prompt template.
+    language model's answer held no verdict; they count nowhere else. orders_disagree: ties of which a language model's
+    two answers chose differently, the others being those that it called a tie twice (None for other judges and in
+    files of version 1). template: digest of the prompt template.
     only_a, only_b: queries that only one side has, left out. kappa: Fleiss' kappa over the `kappa_queries` queries that
-    every annotator judged. settings: the options with which it was made, for a language model the address and
+    every annotator judged. first_side: of the `sides` verdicts of annotators for one side, how many took the one that
+    stood first on the screen. settings: the options with which it was made, for a language model the address and
     the fields of its requests; empty in files of older programs.
     """
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     kind: Literal["judge"] = "judge"
     a: str
     b: str
@@ -99,6 +102,7 @@ class JudgeReport(Record):
     ties: int = Field(ge=0)
     losses: int = Field(ge=0)
     unparsed: int = Field(ge=0)
+    orders_disagree: int | None = Field(default=None, ge=0)
     win_rate: Estimate | None
     parts: list[JudgePart] = Field(default_factory=list)
     only_a: int = Field(default=0, ge=0)
@@ -108,6 +112,8 @@ class JudgeReport(Record):
     annotators: int = Field(default=0, ge=0)
     kappa: float | None = None
     kappa_queries: int = Field(default=0, ge=0)
+    first_side: int = Field(default=0, ge=0)
+    sides: int = Field(default=0, ge=0)
     settings: dict[str, JsonValue] = Field(default_factory=dict)
 
 
@@ -189,14 +195,16 @@ class PurityBound(_Part):
 
 
 class PurityReport(Record):
-    """`purity.json` of `ple purity`. `normalized`: log-probabilities are means over tokens, not sums. Policies are in
-    the order in which they were trained, the start policy first.
+    """`purity.json` of `ple purity`. `normalized`: log-probabilities are means over tokens, not sums. `precision`: the
+    number type of the policies (None in files of version 1). Policies are in the order in which they were trained, the
+    start policy first.
     """
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     kind: Literal["purity"] = "purity"
     data: list[str]
     rounds: list[int]
     normalized: bool
+    precision: str | None = None
     policies: list[PurityPolicy] = Field(min_length=1)
     bound: PurityBound

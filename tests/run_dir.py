@@ -95,7 +95,16 @@ def purity_report(label: str) -> PurityReport:
         )  # fmt: skip
     nothing = dict.fromkeys(name for name in PurityBound.model_fields if name not in ("vocabulary", "says"))
     bound = PurityBound(vocabulary=9, says=f"nothing of {label}", **nothing)
-    return PurityReport(data=["d"], rounds=[0], normalized=False, policies=policies, bound=bound)
+    return PurityReport(data=["d"], rounds=[0], normalized=False, precision="bf16", policies=policies, bound=bound)
+
+
+def judge_report(label: str) -> JudgeReport:
+    part = JudgePart(by="kind", name="harmful", wins=3, ties=1, losses=0, unparsed=0, win_rate=None)
+    return JudgeReport(
+        a=label, b="base", judge=label, wins=7, ties=2, losses=1, unparsed=1, orders_disagree=1,
+        win_rate=Estimate(mean=1.25, low=1.0, high=1.5, count=40), prompt_tokens=90, completion_tokens=9, annotators=3,
+        kappa=0.5, parts=[part]
+    )  # fmt: skip
 
 
 def make_results(folder: Path, label: str = "policy") -> dict[str, tuple[Path, ...] | Path]:
@@ -112,17 +121,12 @@ def make_results(folder: Path, label: str = "policy") -> dict[str, tuple[Path, .
         ],
         comparisons=[Comparison(label=label, baseline="base", metric=f"reward:{label}", difference=value)],
     )
-    part = JudgePart(by="kind", name="harmful", wins=3, ties=1, losses=0, unparsed=0, win_rate=None)
-    verdicts = JudgeReport(
-        a=label, b="base", judge=label, wins=7, ties=2, losses=1, unparsed=1, win_rate=value, prompt_tokens=90,
-        completion_tokens=9, annotators=3, kappa=0.5, parts=[part]
-    )  # fmt: skip
     rows = [
         {"label": name, "policy": name, "query_id": "1", "sample": 0, "x": f"case {label}", "y": f"{name} says no",
          "tokens": 3, "finish": "stop", "rewards": [0.5, -1.25], "kind": label}
         for name in ("base", label)
     ]  # fmt: skip
-    for name, text in (("eval", evaluation), ("judge", verdicts)):
+    for name, text in (("eval", evaluation), ("judge", judge_report(label))):
         (folder / name).mkdir(parents=True)
         (folder / name / f"{name}.json").write_text(text.to_json())
     (folder / "cases").mkdir()

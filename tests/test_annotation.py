@@ -16,7 +16,7 @@ from ple_data.judge.agreement import fleiss_kappa, majority
 from ple_data.judge.page import arrange, page_digest, render_page
 from ple_data.judge.people import read_exports, write_page
 from ple_data.judge.results import refuse_other
-from ple_data.judge.sources import Pair
+from ple_data.judge.sources import Pair, choose, load_pairs
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
 from schemas.records import read_record
@@ -113,6 +113,36 @@ def test_a_page_and_another_judges_verdicts_do_not_share_a_folder(page, tmp_path
     assert not (tmp_path / "judged" / "page.json").exists()
 
 
+def test_without_a_seed_order_and_sides_are_drawn_once_a_page(tmp_path):
+    """The queries are those of seed 0, so that a language model with the same --limit judges the same ones."""
+    a, b = sources(tmp_path, rows(12))
+
+    def items(output: str) -> list[dict[str, str]]:
+        words = ["judge", a, b, "--human", "--limit", "8", "--output", str(tmp_path / output)]
+        found = CliRunner().invoke(cli.ple, words)
+        assert found.exit_code == 0, found.stderr
+        return embedded((tmp_path / output / "annotate.html").read_text(encoding="utf-8"))["items"]
+
+    one, other = items("one"), items("other")
+    assert one != other
+    assert items("one") == one
+    assert {item["id"] for item in one} == {item["id"] for item in other}
+    assert {item["id"] for item in one} == {pair.query_id for pair in choose(load_pairs(a, b).rows, 8, 0)}
+    path = export(tmp_path / "one", "Ann", {}, verdicts=[{"query_id": one[0]["id"], "choice": "first"}])
+    read_exports(a, b, [path], tmp_path / "one")
+    report = read_record(JudgeReport, tmp_path / "one" / "judge.json")
+    assert (report.wins, report.losses) == ((1, 0) if one[0]["first"].startswith("a") else (0, 1))
+
+
+def test_a_page_of_version_1_is_still_read_and_written_again(page):
+    a, b, folder = page
+    record = json.loads((folder / "page.json").read_text())
+    assert record.pop("secret") is None
+    (folder / "page.json").write_text(json.dumps(record | {"version": 1}))
+    read_exports(a, b, [export(folder, "Ann", {"q0": "a"})], folder)
+    write_page(a, b, folder, seed=1)
+
+
 def test_a_page_is_not_replaced_by_another(page):
     a, b, folder = page
     write_page(a, b, folder, seed=1)
@@ -173,8 +203,11 @@ def test_majority():
 # --- exports ---------------------------------------------------------------------------------------
 
 
+OTHER = {"first": "second", "second": "first", "tie": "tie"}
+
+
 def export(folder: Path, name: str, prefer: dict[str, str], **changes: Any) -> Path:
-    """An export in which each query of `prefer` goes to "a", "b" or "tie"."""
+    """An export of version 1 in which each query of `prefer` goes to "a", "b" or "tie"."""
     data = embedded((folder / "annotate.html").read_text(encoding="utf-8"))
     texts = rows(12)
     verdicts = []
@@ -208,6 +241,7 @@ def test_exports_of_several_annotators(page, capsys):
     assert report.win_rate.mean == 0.8
     assert (report.judge, report.annotators, report.kappa_queries) == ("people", 3, 4)
     assert report.kappa == pytest.approx(-0.5)
+    assert report.sides == 20
     parts = {(part.by, part.name): (part.wins, part.ties, part.losses) for part in report.parts}
     assert parts == {
         ("kind", "benign"): (3, 2, 0),
@@ -254,7 +288,7 @@ def test_bad_and_foreign_exports_are_one_sentence(page, tmp_path):
     assert "not in the page" in message(export(folder, "x3", {}, verdicts=[{"query_id": "zz", "choice": "tie"}]))
     assert "choice: Input should be" in message(export(folder, "x4", {}, verdicts=[{"query_id": "q0", "choice": "a"}]))
     assert "annotator: String should have" in message(export(folder, "x5", {"q0": "a"}, annotator=""))
-    assert "version: Input should be 1" in message(export(folder, "x6", {"q0": "a"}, version=2))
+    assert "version: Input should be 1 or 2" in message(export(folder, "x6", {"q0": "a"}, version=3))
     (tmp_path / "x7.json").write_text("[]")
     assert "give a file that an annotation page exported" in message(tmp_path / "x7.json")
     assert "are not what the page in" in message(good, sides=(b, a))
@@ -373,10 +407,13 @@ def test_keyboard_undo_reload_export_and_reading_back(opened, page, tmp_path):
     path = opened.export(tmp_path)
     assert path.name.startswith("annotations-")
     record = json.loads(path.read_text())
-    expected = ["first", "second", "first", "tie", *["first", "second", "tie"] * 2, "first", "second"]
+    pressed = ["first", "second", "first", "tie", *["first", "second", "tie"] * 2, "first", "second"]
     items = embedded((folder / "annotate.html").read_text(encoding="utf-8"))["items"]
+    swapped = [verdict["swapped"] for verdict in record["verdicts"]]
+    expected = [OTHER[key] if swap else key for key, swap in zip(pressed, swapped, strict=True)]
     assert record["verdicts"] == [
-        {"query_id": item["id"], "choice": choice} for item, choice in zip(items, expected, strict=True)
+        {"query_id": item["id"], "choice": choice, "swapped": swap}
+        for item, choice, swap in zip(items, expected, swapped, strict=True)
     ]
     read_exports(a, b, [path], folder)
     shown = {
@@ -389,14 +426,41 @@ def test_keyboard_undo_reload_export_and_reading_back(opened, page, tmp_path):
         assert shown[item["id"]] == {"first": first, "second": second, "tie": "tie"}[choice]
 
 
+def test_sides_differ_between_annotators(opened, page, tmp_path):
+    """Two who always take the response shown first: each export says what was on the screen, and they do not agree."""
+    a, b, folder = page
+    items = embedded((folder / "annotate.html").read_text(encoding="utf-8"))["items"]
+    paths, swaps = [], []
+    for name in ("Ann", "Bo"):
+        opened.begin(name)
+        shown = []
+        for _ in items:
+            shown.append((opened.text("first"), opened.text("second")))
+            opened.press("1")
+        paths.append(opened.export(tmp_path))
+        opened.tab.click("#change")
+        verdicts = json.loads(paths[-1].read_text())["verdicts"]
+        for item, verdict, (left, right) in zip(items, verdicts, shown, strict=True):
+            texts = [item["first"].strip(), item["second"].strip()]
+            assert [left, right] == (texts[::-1] if verdict["swapped"] else texts)
+            assert item[verdict["choice"]].strip() == left
+        swaps.append([verdict["swapped"] for verdict in verdicts])
+    assert {True, False} == set(swaps[0]) == set(swaps[1])
+    assert 3 <= sum(ann != bo for ann, bo in zip(*swaps, strict=True)) <= 9
+    text = read_exports(a, b, paths, folder)
+    report = read_record(JudgeReport, folder / "judge.json")
+    assert (report.first_side, report.sides) == (24, 24)
+    assert report.kappa < 0.5
+    assert "the response shown first was chosen in 24 of 24 verdicts (100 %)" in text
+
+
 def test_hostile_texts_are_shown_letter_by_letter_and_do_nothing(opened, page):
     """A character NUL is the one that HTML cannot hold; JSON does, so that it is shown like any other."""
     opened.begin("Ann")
     seen = set()
     for item in embedded((page[2] / "annotate.html").read_text(encoding="utf-8"))["items"]:
         assert opened.text("query") == item["x"].strip()
-        assert opened.text("first") == item["first"].strip()
-        assert opened.text("second") == item["second"].strip()
+        assert {opened.text("first"), opened.text("second")} == {item["first"].strip(), item["second"].strip()}
         assert opened.tab.evaluate("document.querySelectorAll('.text *, .text a, img, iframe, link, svg').length") == 0
         seen.add(item["id"])
         opened.press("3")

@@ -174,11 +174,7 @@ CPU_FULL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 40
         (LockedError("locked by pid 1 on host"), 4, "error: locked by pid 1 on host\n"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to go on\n"),
         (OSError(28, "No space left on device", "/data/x"), 1, "error: /data/x: No space left on device; what"),
-        (
-            MemoryError(),
-            1,
-            "error: out of memory; ple-train, sft and reward need less with a lower --microbatch-tokens",
-        ),
+        (MemoryError(), 1, "error: out of memory; what was committed before is safe, run the same command again"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "error: out of memory; "),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] " + CPU_FULL), 1, "error: out of memory; "),
         (RuntimeError("odd"), 1, "error: unexpected RuntimeError: odd"),
@@ -201,6 +197,49 @@ def test_errors_become_one_line_and_a_code(
     if code != 130:
         for words in (["--debug", "inspect", "somewhere"], ["inspect", "somewhere", "--debug"]):
             assert runner.invoke(cli.ple, words).exception is error
+
+
+ENGINE_ARG = "--engine-arg batch_size=N (hf) or max_num_seqs=N (vllm)"
+
+
+@pytest.mark.parametrize(
+    ("words", "function", "advice"),
+    [
+        ("purity --run r", "ple_train.purity.purity", "a lower --microbatch-tokens"),
+        ("judge a b --judge reward:r --output o", "ple_data.judge.judge.judge", "a lower --batch-tokens"),
+        (
+            "baseline dpo --model m --data d --round 0 --output o",
+            "ple_train.dpo.dpo",
+            "--gradient-checkpointing, or with a lower --microbatch-tokens",
+        ),
+        (
+            "cases --policy a=m --queries q --output o",
+            "ple_data.cases.cases",
+            f"a lower {ENGINE_ARG}, or with a lower --batch-tokens",
+        ),
+    ],
+    ids=lambda value: value.split()[0],
+)
+def test_out_of_memory_names_options_that_the_command_has(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch, words: str, function: str, advice: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    monkeypatch.setattr(function, fail)
+    found = runner.invoke(cli.ple, words.split())
+    assert (found.exit_code, found.stdout) == (1, "")
+    assert found.stderr.startswith(f"error: out of memory; less is needed with {advice}; what was committed before")
+
+
+@pytest.mark.parametrize("command", ["eval", "cases"])
+@pytest.mark.parametrize("option", ["--model", "--adapter"])
+def test_where_policies_have_names_other_options_point_to_policy(runner: CliRunner, command: str, option: str) -> None:
+    for more in ([], ["--policy", "a=m"]):
+        found = runner.invoke(cli.ple, [command, *more, option, "m", "--queries", "q", "--output", "o"])
+        assert found.exit_code == 2
+        assert f"Error: {option}: policies have names here: give --policy NAME=MODEL or" in found.stderr
+    assert f" {option} " not in runner.invoke(cli.ple, [command, "--help"]).stdout
 
 
 def test_debug_shows_the_traceback_and_nothing_else_does(run_ple, tmp_path: Path) -> None:

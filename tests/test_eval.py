@@ -21,7 +21,7 @@ from ple_data.engines import Sampling
 from ple_data.eval_table import WIDTH, format_report
 from ple_data.intervals import bootstrap_mean
 from ple_data.metrics import bleu, distinct
-from ple_data.rewards import load_reward_model
+from ple_data.rewards import function, load_reward_model
 from ple_data.store import Store
 from ple_train.evaluate import evaluate
 from schemas import tables
@@ -292,7 +292,7 @@ def refuse(*_, **__):
 def test_a_rerun_computes_nothing(report, inputs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "make_engine", refuse)
     monkeypatch.setattr(ple_train.perplexity, "load_policy", refuse)
-    monkeypatch.setattr("ple_data.rewards.classifier.ClassifierReward.score", refuse)
+    monkeypatch.setattr("ple_data.rewards.classifier.ClassifierReward.stream", refuse)
     monkeypatch.setattr("ple_data.rewards.function.FunctionReward.score", refuse)
     assert evaluate(**inputs) == report
 
@@ -314,7 +314,7 @@ def counting_judge(place: Path, fail_after: int) -> str:
 
 
 def test_stopped_while_scoring_it_goes_on(inputs: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score_cache, "ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(function, "ROWS_A_CALL", 5)
     judge = counting_judge(tmp_path, fail_after=10)
     given = inputs | {"policy": inputs["policy"][:1], "reward_model": [judge], "trained_with": []}
     with pytest.raises(PleError, match="the judge is gone"):
@@ -385,6 +385,35 @@ def test_what_came_before_a_failure_is_kept_and_counted_as_done(tmp_path: Path, 
     capsys.readouterr()
     assert [value for value, _ in cached(tmp_path, ["a", "b", "c"], rest)] == [1, 2, 3]
     assert "score: 1 of 3 responses were done before" in capsys.readouterr().err
+
+
+def test_what_is_computed_is_saved_every_few_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores come one a second, twelve of them: a kill at any moment costs those of the last three seconds at most."""
+    seconds, on_disk = [0.0], []
+    monkeypatch.setattr(score_cache, "SECONDS_BETWEEN_SAVES", 3.0)
+    monkeypatch.setattr(score_cache.time, "monotonic", lambda: seconds[0])
+
+    def one_a_second(places: list[int]):
+        for at in range(len(places)):
+            seconds[0] += 1
+            yield [(at, (float(at), None))]
+            on_disk.extend(len(tables.read_table(path, "scores")) for path in tmp_path.glob("*.parquet"))
+
+    keys = [f"{n}" for n in range(12)]
+    cached(tmp_path, keys, one_a_second)
+    assert on_disk == [3, 3, 3, 6, 6, 6, 9, 9, 9, 12]
+    assert cached(tmp_path, keys, refuse) == [(float(n), None) for n in range(12)]
+
+
+def test_many_rows_are_given_together(tmp_path: Path) -> None:
+    given = []
+
+    def note(places: list[int]):
+        given.append(len(places))
+        return one_each(places)
+
+    cached(tmp_path, [f"{n}" for n in range(2500)], note)
+    assert given == [1024, 1024, 452]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -330,6 +330,8 @@ def test_judging_from_end_to_end(kind, serve, tmp_path, monkeypatch, capsys):
     text = judge(a, b, f"{kind}:some-model", tmp_path / "out", endpoint=server.url)
     report = read_record(JudgeReport, tmp_path / "out" / "judge.json")
     assert (report.wins, report.ties, report.losses, report.unparsed) == (2, 2, 1, 2)
+    assert report.orders_disagree == 1  # BIASED; EQUAL is called a tie twice
+    assert "the two orders disagree on 1 of 5 queries, counted as ties" in text
     assert report.win_rate.mean == 0.6
     assert (report.prompt_tokens, report.completion_tokens) == (1400, 140)
     assert [(p.by, p.name, p.wins, p.ties, p.losses, p.unparsed) for p in report.parts] == [
@@ -359,7 +361,9 @@ def test_judging_from_end_to_end(kind, serve, tmp_path, monkeypatch, capsys):
     assert header["authorization"] == "Bearer sesame" if kind == "openai" else header["x-api-key"] == "sesame"
     assert "0.60 [" in text
     assert "tokens paid for: 1400 read, 140 written" in text
-    assert "sesame" not in text + capsys.readouterr().err + "".join(
+    told = capsys.readouterr().err
+    assert "judge: 2 queries are unparsed, an answer holds no verdict: query 'q5', 'q6'; answers are kept" in told
+    assert "sesame" not in text + told + "".join(
         path.read_text(errors="replace") for path in (tmp_path / "out").iterdir()
     )
 

@@ -3,6 +3,7 @@ of transformers, Theorem 5.3 by hand, and that nothing is computed twice.
 """
 
 import math
+import shutil
 import signal
 from fractions import Fraction
 from pathlib import Path
@@ -292,6 +293,28 @@ def test_normalized_compares_means(policy, data, tmp_path):
     )
     assert report.normalized
     assert report.policies[0].all_pairs.agree == agree
+
+
+def test_precision_is_recorded_and_chooses_the_log_probabilities(policy, data, tmp_path):
+    """float32 in small batches is float32 in one; bf16 in the same folder is measured anew, and close to it."""
+
+    def measured(*more: str) -> tuple[PurityReport, np.ndarray]:
+        words = ["purity", "--model", str(policy), "--data", str(data), "--output", str(tmp_path)]
+        found = CliRunner().invoke(cli.ple, [*words, *more])
+        assert found.exit_code == 0, found.stderr
+        rows = tables.read_table(tmp_path / "purity.parquet", "purity_logps").drop_null()
+        report = read_record(PurityReport, tmp_path / "purity.json")
+        assert f"over tokens in {report.precision}," in found.stdout
+        return report, rows["sum_logps_y"].to_numpy()
+
+    report, whole = measured("--precision", "float32")
+    assert report.precision == "float32"
+    report, coarse = measured("--precision", "bf16")
+    assert report.precision == "bf16"
+    assert 1e-4 < np.abs(coarse - whole).max() < 0.5
+    shutil.rmtree(tmp_path / "logps")
+    _, small = measured("--precision", "float32", "--microbatch-tokens", "1")
+    assert small == pytest.approx(whole, abs=1e-4)
 
 
 def test_nothing_is_computed_twice_and_rounds_restrict_the_pairs(policy, adapters, data, tmp_path, monkeypatch):

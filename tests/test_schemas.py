@@ -1,5 +1,6 @@
 """Tables, records and atomic files: versions, refusals that list everything, and what survives a kill."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from schemas import files, tables
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from schemas.records import Commit, RoundManifest, read_record
+from tests.run_dir import judge_report, purity_report
 from tests.tables import table
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -62,6 +64,19 @@ def test_a_file_of_version_1_still_reads():
     assert rows["reference"].to_pylist() == [None, None, None]
     some = tables.read_table(path, "pairs", ["reference", "s"])
     assert some.column_names == ["reference", "s"]
+
+
+@pytest.mark.parametrize(
+    ("report", "added"),
+    [(purity_report("p"), "precision"), (judge_report("p"), "orders_disagree")],
+    ids=["purity", "judge"],
+)
+def test_a_report_of_version_1_still_reads(report, added, tmp_path):
+    """Version 2 added one field, which such a file says nothing of."""
+    old = {name: value for name, value in json.loads(report.to_json()).items() if name != added}
+    (tmp_path / "old.json").write_text(json.dumps(old | {"version": 1}))
+    found = read_record(type(report), tmp_path / "old.json")
+    assert found == report.model_copy(update={"version": 1, added: None})
 
 
 def test_a_newer_version_is_refused(tmp_path):

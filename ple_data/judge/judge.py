@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ple_data.digests import json_digest
 from ple_data.finite import refuse_non_finite
@@ -12,15 +12,15 @@ from ple_data.judge.journal import Journal
 from ple_data.judge.llm import APIS, LanguageModelJudge
 from ple_data.judge.prompt import load_template, preference
 from ple_data.judge.results import REWARD, Outcome, Verdict
-from ple_data.judge.sources import Pair, choose, load_pairs
+from ple_data.judge.sources import Pair, choose, load_pairs, named
 from ple_data.progress import Progress
 from ple_data.rewards import RewardModel, load_reward_model, resolved_options, shown_spec
 from schemas.errors import UsageError
 from schemas.files import locked
 from schemas.judging import Answer, Order, Reward
 
-CHUNK = 256
-"""Rewards that a function or a classifier is asked for between two writes."""
+CHUNK = 1024
+"""Responses that a reward model is given together, so that it can batch them by length."""
 _CUT = {"length", "max_tokens"}  # finish reasons of an answer that the token limit ended
 
 
@@ -69,9 +69,10 @@ def judge(
                 answers = model.ask(chosen, file, concurrency)
             verdicts = [by_answers(pair, answers) for pair in chosen]
             paid = list({answer.request: answer for answer in answers.values()}.values())
+            _warn_unparsed(verdicts)
             _warn_cut(paid)
             settings |= {"endpoint": model.address, "request": model.request_fields}
-            more = _tokens(paid)
+            more = {**_tokens(paid), "orders_disagree": _orders_disagree(verdicts)}
         report = results.report(
             verdicts, pairs, a=a, b=b, judge=name, seed=seed, template=digest, settings=settings, **more
         )
@@ -97,6 +98,11 @@ def _outcome(choice: str | None, other: str | None) -> Outcome:
     if choice == other == "a":
         return "win"
     return "lose" if choice == other == "b" else "tie"
+
+
+def _orders_disagree(verdicts: Sequence[Verdict]) -> int:
+    """Ties of which the two answers chose differently."""
+    return sum(v.outcome == "tie" and v.details["a_first"] != v.details["b_first"] for v in verdicts)
 
 
 def by_reward(reward_model: RewardModel, pairs: Sequence[Pair], journal: Journal[Reward]) -> list[Verdict]:
@@ -131,6 +137,21 @@ def _rewards(reward_model: RewardModel, responses: Sequence[tuple[Pair, str]], j
                 progress.advance(len(batch))
     kept = [journal.get(request) for request in requests]
     return [reward.reward for reward in kept if reward is not None]
+
+
+def _warn_unparsed(verdicts: Sequence[Verdict]) -> None:
+    """Name the queries of which an answer is there and holds no verdict."""
+    silent = [
+        verdict.pair.query_id
+        for verdict in verdicts
+        if any(verdict.details[o] is None and verdict.details[f"{o}_answer"] is not None for o in get_args(Order))
+    ]
+    if silent:
+        print(
+            f"judge: {len(silent)} queries are unparsed, an answer holds no verdict: {named(silent)}; answers are kept "
+            f"and not asked again, see a_first_answer and b_first_answer in {results.TABLE}",
+            file=sys.stderr,
+        )
 
 
 def _warn_cut(answers: Sequence[Answer]) -> None:

@@ -7,7 +7,7 @@
   const KEYS = { "1": "first", ArrowLeft: "first", "2": "second", ArrowRight: "second", "3": "tie", t: "tie", T: "tie" };
   const STORAGE = "ple-judge:" + data.page;
 
-  // progress: the choices of each annotator by name, one an item, in the items' order
+  // progress: the choices of each annotator by name, one an item, in the items' order and on the items' own sides
   let progress = new Map();
   let annotator = null;
 
@@ -41,6 +41,20 @@
 
   const chosen = () => progress.get(annotator);
 
+  // whether this annotator sees the responses of a query the other way round: FNV-1a, mixed as in MurmurHash3
+  function swapped(item) {
+    let hash = 0x811c9dc5;
+    for (const byte of new TextEncoder().encode(JSON.stringify([data.page, annotator, item.id]))) {
+      hash = Math.imul(hash ^ byte, 0x01000193);
+    }
+    hash = Math.imul(hash ^ (hash >>> 16), 0x85ebca6b);
+    hash = Math.imul(hash ^ (hash >>> 13), 0xc2b2ae35);
+    return ((hash ^ (hash >>> 16)) & 1) === 1;
+  }
+
+  const OTHER = { first: "second", second: "first", tie: "tie" };
+  const onItsSide = (item, choice) => (swapped(item) ? OTHER[choice] : choice);
+
   function put(id, text) {
     const empty = text.trim() === "";
     $(id).textContent = empty ? "(empty)" : text.trim();
@@ -63,9 +77,10 @@
     $("undo").disabled = at === 0;
     for (const button of document.querySelectorAll("[data-choice]")) button.disabled = step === "done";
     if (step === "task") {
-      put("query", data.items[at].x);
-      put("first", data.items[at].first);
-      put("second", data.items[at].second);
+      const item = data.items[at];
+      put("query", item.x);
+      put("first", item[onItsSide(item, "first")]);
+      put("second", item[onItsSide(item, "second")]);
     }
     window.scrollTo(0, 0);
   }
@@ -78,7 +93,7 @@
 
   function choose(choice) {
     if (annotator === null || chosen().length >= data.items.length) return;
-    chosen().push(choice);
+    chosen().push(onItsSide(data.items[chosen().length], choice));
     keep();
     show();
   }
@@ -111,8 +126,10 @@
   }
 
   function save() {
-    const verdicts = chosen().map((choice, at) => ({ query_id: data.items[at].id, choice }));
-    const record = { version: 1, kind: "annotations", page: data.page, annotator, verdicts };
+    const verdicts = chosen().map((choice, at) => ({
+      query_id: data.items[at].id, choice, swapped: swapped(data.items[at]),
+    }));
+    const record = { version: 2, kind: "annotations", page: data.page, annotator, verdicts };
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([JSON.stringify(record, null, 1) + "\n"], { type: "application/json" }));
     link.download = `annotations-${data.page}-${annotator.replace(/[^\p{L}\p{N}]+/gu, "_")}.json`;

@@ -1,7 +1,8 @@
 """The annotation page: one HTML file that compares blindly, loads nothing and runs nothing but its own script.
 
 Texts go in as JSON in which no character can end the script element, and are shown as text only. Which side is A is
-not in the page: it follows from the seed (`Item.first_is_a`).
+not in the page: it follows from a seed (`Item.first_is_a`). The page swaps the sides of some queries, others for each
+annotator, so that a habit of one side is no agreement between people.
 """
 
 import base64
@@ -21,19 +22,19 @@ _ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u20
 
 @dataclass(frozen=True)
 class Item:
-    """One comparison as people see it."""
+    """One comparison as the page holds it."""
 
     pair: Pair
     first_is_a: bool
 
     @property
     def first(self) -> str:
-        """The response on the first side."""
+        """The response on the first side, before the page swaps any."""
         return self.pair.a if self.first_is_a else self.pair.b
 
     @property
     def second(self) -> str:
-        """The response on the second side."""
+        """The response on the second side, before the page swaps any."""
         return self.pair.b if self.first_is_a else self.pair.a
 
     def shown(self) -> dict[str, str]:

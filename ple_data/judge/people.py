@@ -1,5 +1,6 @@
 """`ple judge A B --human`: writes the annotation page, and reads annotators' exports back."""
 
+import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from ple_data.judge import results
 from ple_data.judge.agreement import fleiss_kappa, majority
 from ple_data.judge.page import Item, arrange, page_digest, render_page
 from ple_data.judge.results import PAGE_RECORD, PEOPLE, VALUES, Outcome, Verdict
-from ple_data.judge.sources import choose, load_pairs
+from ple_data.judge.sources import Pairs, choose, load_pairs
 from schemas.errors import DamagedError, UsageError
 from schemas.files import locked, write_atomic
 from schemas.judging import AnnotationExport, AnnotationPage
@@ -21,25 +22,27 @@ Votes = dict[str, dict[str, Outcome]]
 
 
 def write_page(
-    a: str, b: str, output: Path, *, limit: int | None = None, seed: int = 0, label_studio: Path | None = None
+    a: str, b: str, output: Path, *, limit: int | None = None, seed: int | None = None, label_studio: Path | None = None
 ) -> str:
     """Writes the page for A and B, its record, and tasks for Label Studio; gives back their paths, a line each.
 
-    Raises UsageError where `output` holds another page, whose annotators' exports could not be read any more, or the
-    verdicts of another judge.
+    Without a seed the queries are those of seed 0, and order and sides are drawn at random, once for each page. Raises
+    UsageError where `output` holds another page, whose annotators' exports could not be read any more, or the verdicts
+    of another judge.
     """
     pairs = load_pairs(a, b)
     print(pairs.count(), file=sys.stderr)
-    items = arrange(choose(pairs.rows, limit, seed), seed)
-    record = AnnotationPage(page=page_digest(items), a=a, b=b, seed=seed, limit=limit)
     if label_studio is not None and label_studio.suffix != ".json":
         raise UsageError(f"--label-studio {label_studio}: give a .json file; its configuration is written beside it")
     with locked(output / ".lock"):
         results.refuse_other(output, a, b, PEOPLE, None)
-        path = output / PAGE_RECORD
-        if path.exists() and _read_page(output).page != record.page:
+        there = _read_page(output) if (output / PAGE_RECORD).exists() else None
+        secret = _secret(seed, there)
+        items = _arranged(pairs, seed or 0, secret, limit)
+        record = AnnotationPage(page=page_digest(items), a=a, b=b, seed=seed or 0, secret=secret, limit=limit)
+        if there is not None and there.page != record.page:
             raise UsageError(f"{output} holds another page (other responses, --seed or --limit): give another --output")
-        write_atomic(path, record.to_json())
+        write_atomic(output / PAGE_RECORD, record.to_json())
         write_atomic(output / PAGE, render_page(items))
         written = [output / PAGE]
     if label_studio is not None:
@@ -58,12 +61,14 @@ def read_exports(a: str, b: str, exports: Sequence[Path], output: Path) -> str:
     """
     record = _read_page(output)
     pairs = load_pairs(a, b)
-    items = arrange(choose(pairs.rows, record.limit, record.seed), record.seed)
+    items = _arranged(pairs, record.seed, record.secret, record.limit)
     if page_digest(items) != record.page:
         raise UsageError(
             f"{a} and {b} are not what the page in {output} shows: it was made from {record.a} and {record.b}"
         )
-    votes = _votes(_files(exports), record.page, items)
+    read = _read(_files(exports), record.page, {item.pair.query_id for item in items})
+    votes = _votes(read, items)
+    sided = [verdict for export in read for verdict in export.verdicts if verdict.choice != "tie"]
     verdicts = [
         Verdict(item.pair, majority([said[id] for said in votes.values() if id in said]), {})
         for item in items
@@ -93,9 +98,22 @@ def read_exports(a: str, b: str, exports: Sequence[Path], output: Path) -> str:
             annotators=len(votes),
             kappa=fleiss_kappa(counts),
             kappa_queries=len(common),
+            first_side=sum(verdict.took_first_shown for verdict in sided),
+            sides=len(sided),
         )
         results.save(output, verdicts, report)
     return results.shown(report)
+
+
+def _secret(seed: int | None, there: AnnotationPage | None) -> int | None:
+    """What draws order and sides: nothing where a seed is given; else that of the page which is there, or a new one."""
+    if seed is not None:
+        return None
+    return there.secret if there else secrets.randbits(64)
+
+
+def _arranged(pairs: Pairs, seed: int, secret: int | None, limit: int | None) -> list[Item]:
+    return arrange(choose(pairs.rows, limit, seed), seed if secret is None else secret)
 
 
 def _read_page(output: Path) -> AnnotationPage:
@@ -114,9 +132,17 @@ def _files(exports: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _votes(files: Sequence[Path], page: str, items: Sequence[Item]) -> Votes:
-    sides = {item.pair.query_id: _outcomes(item) for item in items}
-    votes: Votes = {}
+def _votes(exports: Sequence[AnnotationExport], items: Sequence[Item]) -> Votes:
+    outcomes = {item.pair.query_id: _outcomes(item) for item in items}
+    return {
+        export.annotator: {found.query_id: outcomes[found.query_id][found.choice] for found in export.verdicts}
+        for export in exports
+    }
+
+
+def _read(files: Sequence[Path], page: str, query_ids: set[str]) -> list[AnnotationExport]:
+    """The exports, each of this page and of an annotator of its own."""
+    read: list[AnnotationExport] = []
     origins: dict[str, Path] = {}
     for file in files:
         export = _read_export(file)
@@ -124,19 +150,17 @@ def _votes(files: Sequence[Path], page: str, items: Sequence[Item]) -> Votes:
             raise UsageError(
                 f"{file}: these verdicts are of page {export.page}, not of {page}: read them with their own page"
             )
-        if export.annotator in votes:
+        if export.annotator in origins:
             raise UsageError(
                 f"{file}: annotator {export.annotator!r} stands in {origins[export.annotator]} as well: keep the newer "
                 "file, or change `annotator` where these are two people"
             )
         ids = [verdict.query_id for verdict in export.verdicts]
-        if len(set(ids)) < len(ids) or not set(ids) <= sides.keys():
+        if len(set(ids)) < len(ids) or not set(ids) <= query_ids:
             raise UsageError(f"{file}: it has a query twice or one that is not in the page: ask for a new export")
-        votes[export.annotator] = {
-            verdict.query_id: sides[verdict.query_id][verdict.choice] for verdict in export.verdicts
-        }
         origins[export.annotator] = file
-    return votes
+        read.append(export)
+    return read
 
 
 def _read_export(file: Path) -> AnnotationExport:

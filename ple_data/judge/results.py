@@ -160,11 +160,17 @@ def shown(found: JudgeReport) -> str:
         "",
         *table(["", "A wins", "ties", "B wins", "unparsed", "A's win rate, 95 % interval"], rows),
     ]
+    if found.orders_disagree is not None:
+        parsed = found.wins + found.ties + found.losses
+        lines.append(f"the two orders disagree on {found.orders_disagree} of {parsed} queries, counted as ties")
     if found.annotators > 1:
         kappa = "not defined" if found.kappa is None else f"{found.kappa:.2f}"
         lines.append(
             f"Fleiss' kappa: {kappa} ({found.annotators} annotators, {found.kappa_queries} queries that all judged)"
         )
+    if found.sides:
+        share = f"{100 * found.first_side / found.sides:.0f} %"
+        lines.append(f"the response shown first was chosen in {found.first_side} of {found.sides} verdicts ({share})")
     if found.prompt_tokens or found.completion_tokens:
         lines.append(f"tokens paid for: {found.prompt_tokens} read, {found.completion_tokens} written")
     return "\n".join(lines)

@@ -65,11 +65,14 @@ def judged(reports: Sequence[tuple[str, JudgeReport]]) -> Section:
         " ".join(["Verdicts by query.", *dict.fromkeys(_how_a_wins(report.judge) for _, report in reports)]),
         figures.win_rates([(_bar_label(report), report) for _, report in reports]),
     )
-    head = ["A", "B", "judge", "won", "tied", "lost", "unparsed", "win rate", "tokens", "people (kappa)"]
+    head = ["A", "B", "judge", "won", "tied", "lost", "orders disagree", "unparsed", "win rate", "tokens",
+            "people (kappa)"]  # fmt: skip
     rows = [
         [
             *[side(r.a), side(r.b), wide_label(r.judge)],
-            *[str(count) for count in (r.wins, r.ties, r.losses, r.unparsed)],
+            *[str(count) for count in (r.wins, r.ties, r.losses)],
+            "–" if r.orders_disagree is None else str(r.orders_disagree),
+            str(r.unparsed),
             _estimate(r.win_rate),
             str(r.prompt_tokens + r.completion_tokens),
             f"{r.annotators}" + (f" ({r.kappa:.2f})" if r.kappa is not None else ""),

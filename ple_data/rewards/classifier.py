@@ -61,19 +61,17 @@ class ClassifierReward:
             self.name += f"+{dtype}"
 
     def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
+        rewards = dict(item for batch in self.stream(rows) for item in batch)
+        return [rewards[row] for row in range(len(rows))]
+
+    def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
         encoded = [encode(self._tokenizer, x, y, join=self._join, max_length=self._max_length) for x, y in rows]
         for (x, y), item in zip(rows, encoded, strict=True):
             if not item.ids:
                 raise PleError(f"the reward model's tokenizer makes no token of x {x!r} and y {y!r}")
-        rewards = [0.0] * len(rows)
-        for batch in _batches([len(item.ids) for item in encoded], self._batch_tokens):
-            for row, reward in zip(batch, self._forward([encoded[row] for row in batch]), strict=True):
-                rewards[row] = reward
         self.truncated += sum(item.cut for item in encoded)
-        return rewards
-
-    def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
-        yield list(enumerate(self.score(rows)))
+        for batch in _batches([len(item.ids) for item in encoded], self._batch_tokens):
+            yield list(zip(batch, self._forward([encoded[row] for row in batch]), strict=True))
 
     def _forward(self, batch: list[Encoded]) -> list[float]:
         """Rewards of one batch; the arrays are (rows, longest row)."""

@@ -18,6 +18,9 @@ from typing import Any
 from ple_data.digests import text_digest
 from schemas.errors import PleError, UsageError
 
+ROWS_A_CALL = 256
+"""Rows of one call where results are kept as they come: what a kill can cost."""
+
 
 def check_function(spec: str) -> None:
     """Refuse a spec that is not of the form, or whose file is not there. Runs nothing. Raises UsageError."""
@@ -66,7 +69,8 @@ class FunctionReward:
         return [self._number(value, row) for row, value in enumerate(values)]
 
     def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
-        yield list(enumerate(self.score(rows)))
+        for start in range(0, len(rows), ROWS_A_CALL):
+            yield list(enumerate(self.score(rows[start : start + ROWS_A_CALL]), start=start))
 
     def _number(self, value: Any, row: int) -> float:
         try:
