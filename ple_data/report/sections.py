@@ -154,7 +154,7 @@ def _purity(report: PurityReport | None) -> Section:
     section.words.append(
         f"On {policies[0].all_pairs.pairs} pairs: a level set L(e), the queries with s_prompt − s ≥ e, is pure for a "
         "policy that gives y_prompt a higher probability than y on all of it, both given x alone (Definition 5.1). "
-        f"Log-probabilities are the {how} over tokens."
+        f"Log-probabilities are the {how} over tokens{f' in {report.precision}' if report.precision else ''}."
     )
     if len(policies) > 1:
         fell = ", ".join(f"at {percent} % in {fell} of {steps}" for percent, fell, steps in shrinking(policies))
