@@ -15,21 +15,20 @@ import cli
 from ple_train import rounds
 from schemas.recipe import Recipe, parse_recipe
 from tests.conftest import ROOT
+from tests.judgeserver import JudgeServer
+from tests.test_annotation import export
 
 ELSEWHERE = (
-    "Qwen/",
+    "--model Qwen/",
     "weqweasdas/",
-    "openai:",
-    "http://",
     "recipes/",
-    "--read",
     "last-week",
     "OLD",
     "OTHER",
     "…",
     "ple.yaml",
 )
-"""Words of examples that need a hub model, a paid endpoint, a server, people, or files the reader has."""
+"""Words of examples that need a hub model, several machines, or files the reader has."""
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SNIPPETS = ["README.md", "docs/training.md"]
 PAGES = ["README.md", "docs/baselines.md", "docs/evaluation.md", "docs/judging.md", "docs/report.md", "docs/rewards.md"]
@@ -111,9 +110,31 @@ def test_examples_run_as_they_stand(page: str, world: Path, tmp_path: Path, monk
     monkeypatch.chdir(here)
     commands = examples(page)
     assert commands
-    for words in commands:
-        program, *rest = [word.replace("98304", "3000") for word in words]  # PPO's budget, for a shorter test
-        run_here(rest if program == "ple" else [program.removeprefix("ple-"), *rest])
+    with contextlib.closing(JudgeServer()) as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "k")
+        for words in commands:
+            program, *rest = [word.replace("98304", "3000") for word in words]  # PPO's budget, for a shorter test
+            if any(word.startswith("openai:") for word in rest):
+                shutil.rmtree(here / "judged", ignore_errors=True)  # another judge's
+                rest = asked_at(server.url, rest)
+            if "--read" in rest:
+                annotate(here / "page", here / "exports")
+            run_here(rest if program == "ple" else [program.removeprefix("ple-"), *rest])
+
+
+def asked_at(url: str, words: list[str]) -> list[str]:
+    """The words with a local server for the paid endpoint."""
+    if "--endpoint" in words:
+        at = words.index("--endpoint")
+        words = words[:at] + words[at + 2 :]
+    return [*words, "--endpoint", url]
+
+
+def annotate(page: Path, exports: Path) -> None:
+    """What two people's browsers would save."""
+    exports.mkdir()
+    for name in ("Ann", "Bo"):
+        export(page, name, {"q0": "a", "q1": "b"}).rename(exports / f"{name}.json")
 
 
 @pytest.mark.parametrize("page", SNIPPETS)
