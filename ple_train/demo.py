@@ -89,6 +89,8 @@ reward:
   model: "{output}/base"
   data: "{output}/data/labels.jsonl"
   learning_rate: 1e-3
+  warmup_steps: 15
+  schedule: cosine
   epochs: 2
 sft: # half plain reviews; half principle + opening -> a review that praises, so that the base knows the principle
   data: "{output}/data/sft.jsonl"
