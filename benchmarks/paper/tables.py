@@ -95,7 +95,8 @@ def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | N
         "| --- | --- | --- | --- |",
         *map(cost_row, records[1:]),
         "",
-        "Minutes are wall time of one thread on a machine that did other work too: they say which method is dear, no more.",
+        "Minutes are wall time of one thread on a machine that did other work too: they say which method is dear, no "
+        "more.",
         "",
         *figure_3(results / f"{task.name}-figure3.png", runs),
         "",
