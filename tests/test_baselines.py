@@ -399,7 +399,7 @@ def test_dpo_says_which_trl_it_needs(run, monkeypatch, installed):
         return installed
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(UsageError, match=r"pip install 'ple-align\[trl\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[trl\]'"):
         run("dpo")
 
 
