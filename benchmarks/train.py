@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto", help="of all contenders")
     parser.add_argument("--microbatch-tokens", type=int, default=8192, help="of ours: the most it holds")
     parser.add_argument(
         "--peer-batch", type=int, default=BATCH, choices=(1, 2, 4, 8, 16), help="pairs it holds at once"
@@ -101,10 +102,13 @@ class Bench:
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         import torch
 
+        from ple_train.policy import resolve_precision
+
         self.folder, self.options = folder, options
         self.model = folder / "model"
         self.gpu = torch.cuda.is_available()
-        self.dtype = torch.bfloat16 if self.gpu else torch.float32
+        self.precision = resolve_precision(options.precision)
+        self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         shape: dict[str, Any] = SHAPES[options.shape] | {
             name: value
             for name, value in (
@@ -142,9 +146,11 @@ class Bench:
         return held
 
     def clear(self) -> None:
-        """Give back what finished contenders held; `peak` counts from here."""
+        """Give back what finished contenders held, their precision too; `peak` counts from here."""
         import torch
+        from accelerate.state import AcceleratorState
 
+        AcceleratorState._reset_state(reset_partial_state=True)
         gc.collect()
         if self.gpu:
             torch.cuda.empty_cache()
@@ -237,7 +243,7 @@ def ours(bench: Bench, output: Path, *, shared: bool = True) -> float:
     from ple_train.objective import PairObjective
     from ple_train.pairs import Response
 
-    policy = policies.load_policy(str(bench.model), lora_rank=RANK, lora_alpha=ALPHA)
+    policy = policies.load_policy(str(bench.model), lora_rank=RANK, lora_alpha=ALPHA, precision=bench.precision)
     if not shared:
         policy.layout = "packed"
     margins = np.random.default_rng(1).normal(size=len(bench.pairs))
@@ -257,7 +263,7 @@ def ours(bench: Bench, output: Path, *, shared: bool = True) -> float:
                 yield sequences, BATCH
 
     settings = LoopSettings(
-        learning_rate=RATE, epochs=1, seed=0, precision=policies.resolve_precision("auto"),
+        learning_rate=RATE, epochs=1, seed=0, precision=bench.precision,
         microbatch_tokens=bench.options.microbatch_tokens, max_grad_norm=1.0,
         checkpoint_every=10**9,
     )  # fmt: skip
@@ -292,8 +298,9 @@ def peer(bench: Bench, trainer_name: str, output: Path, rows: dict[str, list[str
     clock = Clock()
     settings = getattr(trl, f"{trainer_name}Config")(
         output_dir=str(output), num_train_epochs=1, learning_rate=RATE, logging_steps=1000, save_strategy="no",
-        report_to=[], use_cpu=not bench.gpu, bf16=bench.gpu, disable_tqdm=True, gradient_checkpointing=False,
-        lr_scheduler_type="constant", dataloader_pin_memory=bench.gpu, **{"max_length": 2 * 4096, **arguments},
+        report_to=[], use_cpu=not bench.gpu, bf16=bench.precision == "bf16", disable_tqdm=True,
+        gradient_checkpointing=False, lr_scheduler_type="constant", dataloader_pin_memory=bench.gpu,
+        **{"max_length": 2 * 4096, **arguments},
     )  # fmt: skip
     trainer = getattr(trl, f"{trainer_name}Trainer")(
         model=AutoModelForCausalLM.from_pretrained(bench.model, dtype=bench.dtype),

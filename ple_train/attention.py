@@ -34,20 +34,24 @@ def packed_attention(
     Without borders each row is one sequence. branches: for each part between borders the length of its prompt and
     of every response behind it.
     """
+    kind = value.dtype
+    if kind == torch.bfloat16 and value.device.type == "cpu":  # torch's backward there is 2 to 5 times slower in it
+        query, key, value = query.float(), key.float(), value.float()
     if cu_seq_lens_q is None:
-        return _attend(query, key, value, dropout, scaling, sliding_window).transpose(1, 2), None
-    lengths = cu_seq_lens_q.diff().tolist()
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+        return _attend(query, key, value, dropout, scaling, sliding_window).transpose(1, 2).to(kind), None
+    parts = branches or [(0, n) for n in cu_seq_lens_q.diff().tolist()]
+    lengths = [length for prompt, first, *others in parts for length in (prompt + first, *others)]
+    pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
-    for (q, k, v), (prompt, *responses) in zip(parts, branches or [(0, n) for n in lengths], strict=True):
-        first = prompt + responses[0]
-        outputs.append(_attend(q[:, :, :first], k[:, :, :first], v[:, :, :first], dropout, scaling, sliding_window))
-        for length in responses[1:]:
-            own = slice(first, first + length)
-            k_seen, v_seen = (torch.cat([part[:, :, :prompt], part[:, :, own]], dim=2) for part in (k, v))
-            outputs.append(_attend(q[:, :, own], k_seen, v_seen, dropout, scaling, sliding_window))
-            first += length
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    for prompt, _, *others in parts:
+        q, k, v = next(pieces)
+        outputs.append(_attend(q, k, v, dropout, scaling, sliding_window))
+        k_prompt, v_prompt = k[:, :, :prompt], v[:, :, :prompt]
+        for _ in others:
+            q, k, v = next(pieces)
+            k, v = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
+            outputs.append(_attend(q, k, v, dropout, scaling, sliding_window))
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(kind), None
 
 
 def register() -> None:
@@ -68,13 +72,14 @@ def _attend(
         mask = ones.tril(keys - queries)
         if window is not None:
             mask &= ones.triu(keys - queries + 1 - window)
-    return nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    with torch.autocast("cpu", enabled=False):
+        return nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )

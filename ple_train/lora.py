@@ -1,8 +1,9 @@
-"""LoRA's product with fewer temporaries: peft's own layers, weights and files, with a forward that costs less.
+"""LoRA's product with fewer temporaries: peft's own layers, weights and files, with a cheaper forward and backward.
 
-peft computes W x + scaling * B (A x) as several tensors of the output's size, and the gradient of B as a product of
-which one side is transposed and eight wide, which CPU kernels do slowly. Here the low-rank part is scaled while it is
-narrow and added by the product itself. Same function, same gradients (tests/test_lora.py).
+peft computes W x + scaling * B (A x) as several tensors of the output's size, autograd adds two of the input's size,
+and the gradient of B is a product of which one side is transposed and r wide, which CPU kernels do slowly. Here the
+low-rank parts are added by their own products, and nothing but x and A x is kept. Same function, same gradients
+(tests/test_lora.py).
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def fuse(model: nn.Module) -> None:
-    """Give every plain LoRA layer (one adapter, no DoRA or other variant, no bias, dropout off) the cheaper forward."""
+    """Give every plain LoRA layer (one adapter, no DoRA or other variant, no bias, dropout off, a frozen `nn.Linear`
+    below it) the cheaper product."""
     for module in model.modules():
         if type(module) is Linear and _is_plain(module):
             module.__class__ = FusedLinear
@@ -28,19 +31,49 @@ class FusedLinear(Linear):
         """x [..., in] → [..., out]."""
         if args or kwargs or self.disable_adapters or self.merged or len(self.lora_A) != 1:
             return super().forward(x, *args, **kwargs)
-        result: Tensor = self.base_layer(x)
         (adapter,) = self.lora_A
+        weight: Any = self.base_layer.weight
+        bias: Any = self.base_layer.bias
         down: Any = self.lora_A[adapter].weight
         up: Any = self.lora_B[adapter].weight
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(down.dtype)
-        low = nn.functional.linear(x, down) * self.scaling[adapter]
-        total = torch.addmm(result.flatten(0, -2).to(low.dtype), low.flatten(0, -2), up.T.contiguous())
-        return total.view(result.shape).to(result.dtype)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            kind = torch.get_autocast_dtype(device)
+            x, weight, down, up = (part.to(kind) for part in (x, weight, down, up))
+            bias = None if bias is None else bias.to(kind)
+        elif down.dtype != weight.dtype:
+            return super().forward(x)
+        with torch.autocast(device, enabled=False):
+            y = _LowRankSum.apply(x.flatten(0, -2), weight, bias, down, up, self.scaling[adapter])
+        return y.unflatten(0, x.shape[:-1])
+
+
+class _LowRankSum(torch.autograd.Function):
+    """x [n, in], frozen W [out, in] and b [out], A [r, in], B [out, r] → x W' + b + scaling * (x A') B'."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+    ) -> Tensor:
+        low = x @ down.T
+        ctx.save_for_backward(x, weight, down, up, low)
+        ctx.scaling = scaling
+        return nn.functional.linear(x, weight, bias).addmm_(low, up.T, alpha=scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up, low = ctx.saved_tensors
+        grad_low = (grad @ up) * ctx.scaling
+        grad_down = grad_low.T @ x
+        grad_up = ((low.T @ grad) * ctx.scaling).T
+        grad_x = (grad @ weight).addmm_(grad_low, down) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_down, grad_up, None
 
 
 def _is_plain(module: Linear) -> bool:
-    if len(module.lora_A) != 1 or module.lora_variant:
+    if len(module.lora_A) != 1 or module.lora_variant or type(module.base_layer) is not nn.Linear:
         return False
     dropouts = [m.p for m in module.lora_dropout.values() if isinstance(m, nn.Dropout)]
-    return not any(dropouts) and all(b.bias is None for b in module.lora_B.values())
+    frozen = not any(parameter.requires_grad for parameter in module.base_layer.parameters())
+    return frozen and not any(dropouts) and all(b.bias is None for b in module.lora_B.values())

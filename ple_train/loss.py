@@ -7,6 +7,7 @@ This module never reads rows, never logs, and never holds the logits of more tha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
-"""Logits alive at once, whatever the vocabulary: 8 MiB stay in a processor's cache; a GPU wants large products."""
+"""Logits alive at once: 8 MiB stay in a processor's cache; a GPU wants large products."""
+ROWS_PER_CHUNK = 64
+"""But as many tokens as this at least, whatever the vocabulary: every chunk reads the whole output layer."""
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -38,12 +41,12 @@ class _TokenLogps(torch.autograd.Function):
         needs_hidden, *needs_layer = ctx.needs_input_grad[:3]
         logps = hidden.new_empty(len(targets), dtype=_at_least_float32(hidden))
         slopes = torch.empty_like(hidden) if needs_hidden else None
-        for rows in _chunks(hidden, weight):
-            logits = _logits(hidden[rows], weight, bias, scale, softcap)
-            logps[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(1)
+        weight_used = weight.to(hidden.dtype)
+        for rows, logits, log_softmax in _chunks(hidden, weight_used, bias, scale, softcap):
+            logps[rows] = log_softmax.gather(1, targets[rows, None]).squeeze(1)
             if slopes is not None:
-                slope = _d_logits(logits, targets[rows], scale, softcap)
-                slopes[rows] = slope.to(hidden.dtype) @ weight.to(hidden.dtype)
+                slope = _d_logits(logits, log_softmax, targets[rows], scale, softcap)
+                torch.mm(slope.to(hidden.dtype), weight_used, out=slopes[rows])
         ctx.save_for_backward(slopes, *((hidden, weight, bias, targets) if any(needs_layer) else ()))
         ctx.scale, ctx.softcap = scale, softcap
         return logps
@@ -60,9 +63,9 @@ class _TokenLogps(torch.autograd.Function):
             weight.new_zeros(weight.shape, dtype=_at_least_float32(weight)) if ctx.needs_input_grad[1] else None
         )
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-        for rows in _chunks(hidden, weight):
-            logits = _logits(hidden[rows], weight, bias, ctx.scale, ctx.softcap)
-            grad = _d_logits(logits, targets[rows], ctx.scale, ctx.softcap).mul_(grad_logps[rows, None])
+        for rows, logits, log_softmax in _chunks(hidden, weight.to(hidden.dtype), bias, ctx.scale, ctx.softcap):
+            grad = _d_logits(logits, log_softmax, targets[rows], ctx.scale, ctx.softcap)
+            grad.mul_(grad_logps[rows, None])
             grad = grad.to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[rows]
@@ -84,8 +87,8 @@ def token_logps(
 
     hidden [n, d], weight [V, d], targets [n] int64, bias [V] or None → [n], in nats, float32 (float64 for float64
     inputs). logits = scale * (hidden @ weight.T + bias), then softcap * tanh(logits / softcap) when softcap is set.
-    At most `LOGITS_PER_CHUNK` logits exist at a time, forward and backward. Under autocast the products run in
-    the autocast type.
+    At most `LOGITS_PER_CHUNK` logits (or those of `ROWS_PER_CHUNK` tokens) exist at a time, forward and backward.
+    Under autocast the products run in the autocast type.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -128,18 +131,35 @@ def preference_loss(chosen: Tensor, rejected: Tensor, pairs: int) -> Tensor:
     return -torch.nn.functional.logsigmoid(chosen - rejected).sum() / pairs
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
-    logits = torch.nn.functional.linear(
-        hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    )
-    logits = logits.to(_at_least_float32(hidden))
-    logits = logits if scale == 1 else logits * scale
-    return torch.tanh(logits / softcap) * softcap if softcap else logits
+def _chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows, their logits and log softmax [n, V], chunk by chunk in the same three buffers."""
+    total, vocabulary = len(hidden), len(weight)
+    size = max(1, min(total, max(ROWS_PER_CHUNK, LOGITS_PER_CHUNK[hidden.device.type] // vocabulary)))
+    product = hidden.new_empty(size, vocabulary)
+    kind = _at_least_float32(hidden)
+    exact = product if product.dtype == kind else torch.empty_like(product, dtype=kind)
+    log_softmax = torch.empty_like(exact)
+    for start in range(0, total, size):
+        rows = slice(start, min(start + size, total))
+        own = slice(0, rows.stop - start)
+        torch.mm(hidden[rows], weight.T, out=product[own])
+        logits = exact[own]
+        if exact is not product:
+            logits.copy_(product[own])
+        if bias is not None:
+            logits.add_(bias)
+        if scale != 1:
+            logits.mul_(scale)
+        if softcap:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        yield rows, logits, torch.log_softmax(logits, 1, out=log_softmax[own])
 
 
-def _d_logits(logits: Tensor, targets: Tensor, scale: float, softcap: float) -> Tensor:
-    """d log softmax(logits)[target] / d (logits before scale and softcap), [n, V]."""
-    grad = logits.softmax(1).neg_()
+def _d_logits(logits: Tensor, log_softmax: Tensor, targets: Tensor, scale: float, softcap: float) -> Tensor:
+    """d log_softmax[target] / d (logits before scale and softcap), [n, V]; it takes the place of log_softmax."""
+    grad = log_softmax.exp_().neg_()
     grad.scatter_add_(1, targets[:, None], grad.new_ones(len(targets), 1))
     if softcap:
         grad.mul_(1 - (logits / softcap).square())
@@ -148,9 +168,3 @@ def _d_logits(logits: Tensor, targets: Tensor, scale: float, softcap: float) -> 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    rows, vocabulary = len(hidden), weight.shape[0]
-    size = max(1, LOGITS_PER_CHUNK[hidden.device.type] // vocabulary)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
