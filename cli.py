@@ -256,7 +256,12 @@ _query_options = _all(
         help="Leave out the first N queries; past the end it starts over.",
     ),
     _queries("--limit", type=_POSITIVE, help="Take at most N queries."),
-    _queries("--unit-size", type=_POSITIVE, default=64, help="Queries of one unit of work, which is one file."),
+    _queries(
+        "--unit-size",
+        type=_POSITIVE,
+        default=64,
+        help="Queries of one unit of work, which is one file: 1024 for rounds of 50,000.",
+    ),
 )
 _sampling_options = _all(
     _sampling("--max-new-tokens", type=_POSITIVE, default=1024, help="Longest response."),

@@ -4,6 +4,7 @@ Writes a store of 20 rounds with text of each size, then opens it as `ple-train`
 process of its own.
 
     python -m benchmarks.stream --rows 10000 1000000
+    python -m benchmarks.stream --rows 10000 100000 --unit 64      # files of ple-gen's default size: --unit-size
 """
 
 import argparse
@@ -20,12 +21,13 @@ import pyarrow as pa
 
 from benchmarks.side_by_side import made_with, peak_bytes
 
-ROUNDS, UNIT, VOCABULARY = 20, 2048, 32_000
+ROUNDS, VOCABULARY = 20, 32_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])
+    parser.add_argument("--unit", type=int, default=2048, help="most rows of a file")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -33,11 +35,11 @@ def main() -> None:
         print(json.dumps(open_stream(Path(options.only))))
         return
     first: tuple[float, float] | None = None
-    print(f"{ROUNDS} rounds; {made_with('polars', 'pyarrow')}")
+    print(f"{ROUNDS} rounds, files of at most {options.unit} rows; {made_with('polars', 'pyarrow')}")
     print(f"{'rows':>10} {'first batch, s (median [least, most])':>40} {'peak MiB':>10}   against the first line")
     for rows in options.rows:
         with tempfile.TemporaryDirectory() as folder:
-            write_store(Path(folder), rows, ROUNDS)
+            write_store(Path(folder), rows, ROUNDS, options.unit)
             command = [sys.executable, "-m", "benchmarks.stream", "--only", folder]
             found = [
                 json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
@@ -50,8 +52,8 @@ def main() -> None:
         print(f"{rows:10,} {shown:>40} {peak:10.0f}   {middle / first[0]:.2f} x time, {peak / first[1]:.2f} x memory")
 
 
-def write_store(root: Path, rows: int, rounds: int) -> None:
-    """Pairs of about 1 KB with text, in units as ple-gen writes them."""
+def write_store(root: Path, rows: int, rounds: int, unit: int = 2048) -> None:
+    """Pairs of about 1 KB with text, in files as ple-gen writes them, of `unit` rows."""
     from ple_data.store import Store
     from schemas.tables import SCHEMAS
 
@@ -60,8 +62,8 @@ def write_store(root: Path, rows: int, rounds: int) -> None:
     store = Store(root)
     for t in range(rounds):
         count = rows // rounds
-        for start in range(0, count, UNIT):
-            size = min(UNIT, count - start)
+        for start in range(0, count, unit):
+            size = min(unit, count - start)
             columns = {
                 "query_id": [f"q{start + n}" for n in range(size)],
                 "round": [t] * size,

@@ -88,7 +88,7 @@ def _inverse_length(ids: str) -> pl.Expr:
 
 
 def round_statistics(rows: pl.LazyFrame, tau0: float, alpha: float, at_round: int | None = None) -> pl.DataFrame:
-    """One line for each round of the pairs `rows`, in order; streamed, keeping a few numbers of each row.
+    """One line for each round of the pairs `rows`, in order; streamed, keeping the margin of each row.
 
     Columns: round, tau, rows, mean_s, mean_s_prompt, mean_margin, margin_q05 ... margin_q95, rank_share (at
     tau), lowered_share (the principle lowered the reward: margin < 0), then for each arm
@@ -112,7 +112,7 @@ def round_statistics(rows: pl.LazyFrame, tau0: float, alpha: float, at_round: in
         *[pl.col(f"{arm}_ids").list.len().alias(f"mean_len_{arm}") for arm in arms],
     )
     margin = pl.col("margin")
-    return collect(
+    means = collect(
         columns.group_by("round")
         .agg(
             pl.col("tau").first(),
@@ -120,13 +120,17 @@ def round_statistics(rows: pl.LazyFrame, tau0: float, alpha: float, at_round: in
             pl.col("s").mean().alias("mean_s"),
             pl.col("s_prompt").mean().alias("mean_s_prompt"),
             margin.mean().alias("mean_margin"),
-            *[margin.quantile(q, interpolation="linear").alias(name) for name, q in QUANTILES.items()],
             (pl.col("set") == "rank").mean().alias("rank_share"),
             (margin < 0).mean().alias("lowered_share"),
             *[pl.col(f"{what}_{arm}").mean() for what in ("truncated", "empty", "mean_len") for arm in arms],
         )
         .sort("round")
     )
+    quantiles = [margin.quantile(q, interpolation="linear").alias(name) for name, q in QUANTILES.items()]
+    spread = collect(columns.select("round", "margin").group_by("round").agg(quantiles))  # these keep every margin
+    found = means.join(spread, on="round", maintain_order="left")
+    before = found.columns.index("rank_share")
+    return found.select(*found.columns[:before], *QUANTILES, *found.columns[before : -len(QUANTILES)])
 
 
 def rank_shares(rows: pl.LazyFrame, tau: float) -> pl.DataFrame:
