@@ -64,7 +64,8 @@ def partitioning(rows: int) -> dict[str, float]:
 
 def distributed(processes: int) -> dict[str, float]:
     launch = [*PYTHON, "torch.distributed.run", "--nproc-per-node", processes, "--standalone", "-m"]
-    return answer_of([*launch, *TRAINING, "--pairs", 160, "--threads", 1])
+    # without the variable torchrun and accelerate give a process that is alone all threads
+    return answer_of(["env", "OMP_NUM_THREADS=1", *launch, *TRAINING, "--pairs", 160, "--threads", 1])
 
 
 STUDIES = {
@@ -99,6 +100,7 @@ def main() -> None:
                 points[str(size)] = min(tries, key=lambda one: one["seconds"]) | {"made_with": made}
                 write_atomic(path, json.dumps(found, indent=1) + "\n")
                 print(f"{name} {size:,}: {points[str(size)]}", file=sys.stderr, flush=True)
+    found = {name: found[name] for name in STUDIES if name in found}
     draw(found, options.output / "scaling.png")
     print(f"{made}\n")
     print("| what grows | sizes | what is measured | grows as size to the power | peak MiB, first and last |")

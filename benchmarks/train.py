@@ -88,7 +88,8 @@ def main() -> None:
         if options.only:
             before = bench.loaded_alone()
             seconds = bench.run(options.only)
-            print(json.dumps({"seconds": seconds, "tokens": bench.useful, "loaded": before, "peak": bench.peak()}))
+            answer = {"seconds": seconds, "tokens": bench.useful, "loaded": before, "peak": bench.peak()}
+            sys.stdout.write(json.dumps(answer) + "\n")  # in one piece: processes share the stream
             return
         seconds = timed_in_turns({name: partial(bench.run, name) for name in names}, options.repeats)
         print(f"{len(bench.pairs)} pairs, {bench.useful} useful tokens; {made_with(*PACKAGES)}")
