@@ -396,6 +396,7 @@ def test_recipe_reports_all_faults_at_once(tmp_path: Path) -> None:
         ("", "this is empty"),
         ("- a\n", "this is a list"),
         ("a: [\n", "line 2: not valid YAML"),
+        ("model: a\x01\n", "not valid YAML: unacceptable character #x0001"),
         ("model: a\nmodel: b\n", "line 2: not valid YAML: the key 'model' is given twice"),
     ],
 )
