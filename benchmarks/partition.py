@@ -1,19 +1,21 @@
 """How fast is the partition with its statistics by round? polars against `datasets` map and filter on the same pairs.
 
-Each contender runs in a process of its own, which says its time and its peak memory: rewards alone (numbers), or whole
-pairs with text and token ids, read from Parquet shards.
+Each contender runs in a process of its own, which says its time (imports not counted) and its peak memory. It reads
+pairs from Parquet shards, with responses of one token (numbers) or of 60 and their text.
 
     python -m benchmarks.partition --rows 10000000
     python -m benchmarks.partition --rows 1000000 --text
 """
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -21,6 +23,17 @@ import polars as pl
 from benchmarks.side_by_side import made_with, peak_bytes, ratio_table, seconds_of, timed_in_turns
 
 TAU0, ALPHA, ROUNDS, SHARD = 0.2, 0.9, 4, 250_000
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+ARMS = ("y", "y_prompt")
+IDS, FINISH, EMPTY = ([f"{arm}_{what}" for arm in ARMS] for what in ("ids", "finish", "empty"))
+MEANS = [
+    "s",
+    "s_prompt",
+    "margin",
+    "rank",
+    *EMPTY,
+    *(f"{what}_{arm}" for what in ("truncated", "mean_len") for arm in ARMS),
+]
 
 
 def main() -> None:
@@ -32,6 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.only:
         name, folder = options.only
+        importlib.import_module("ple_data.partition" if name == "ours" else "datasets")
         seconds = seconds_of(partial(CONTENDERS[name], Path(folder)))
         print(json.dumps({"seconds": seconds, "peak": peak_bytes()}))
         return
@@ -81,33 +95,70 @@ def ours(folder: Path) -> None:
     round_statistics(pl.scan_parquet(folder / "*.parquet"), TAU0, ALPHA)
 
 
-def with_datasets(folder: Path) -> None:
-    """Batched map for the partition, filter for the rank set, means by round."""
+def with_datasets(folder: Path, format: str | None) -> None:
+    """Map for the partition, filter for the rank set, then the statistics of each round, in numpy.
+
+    Without a format `datasets` gives lists.
+    """
+    rows = open_dataset(folder).with_format(format)
+
+    def split(batch: dict[str, Any]) -> dict[str, np.ndarray]:
+        margin = np.asarray(batch["s_prompt"], dtype=np.float64) - np.asarray(batch["s"], dtype=np.float64)
+        rank = margin > TAU0 * ALPHA ** np.asarray(batch["round"])
+        found = {"margin": margin, "rank": rank, "w": np.tanh(-margin / 2)}
+        for arm in ARMS:
+            found[f"truncated_{arm}"] = np.asarray(batch[f"{arm}_finish"]) == "length"
+            found[f"mean_len_{arm}"] = np.array([len(ids) for ids in batch[f"{arm}_ids"]])
+        return found
+
+    marked = rows.map(split, batched=True, batch_size=100_000, remove_columns=[*IDS, *FINISH])
+    marked.filter(lambda batch: batch["rank"], batched=True, batch_size=100_000)
+    table = {name: np.asarray(column) for name, column in marked[:].items()}
+    for t in range(ROUNDS):
+        own = table["round"] == t
+        [np.mean(table[name][own]) for name in MEANS]
+        np.quantile(table["margin"][own], QUANTILES)
+
+
+def with_datasets_polars(folder: Path) -> None:
+    """The same where polars does the arithmetic on the batches that `datasets` gives."""
+    rows = open_dataset(folder).with_format("polars")
+    margin = pl.col("s_prompt").cast(pl.Float64) - pl.col("s").cast(pl.Float64)
+    columns = {"margin": margin, "rank": margin > TAU0 * ALPHA ** pl.col("round"), "w": (-margin / 2).tanh()}
+    for arm in ARMS:
+        columns[f"truncated_{arm}"] = pl.col(f"{arm}_finish") == "length"
+        columns[f"mean_len_{arm}"] = pl.col(f"{arm}_ids").list.len()
+    marked = rows.map(
+        lambda batch: batch.with_columns(**columns),
+        batched=True,
+        batch_size=100_000,
+        remove_columns=[*IDS, *FINISH],
+    )
+    marked.filter(lambda batch: batch["rank"].to_list(), batched=True, batch_size=100_000)
+    quantiles = [pl.col("margin").quantile(q).alias(f"q{q}") for q in QUANTILES]
+    marked[:].group_by("round").agg(pl.col(MEANS).mean(), *quantiles)
+
+
+def open_dataset(folder: Path) -> Any:
+    """The columns that are needed, in a cache that no earlier turn has filled."""
     import datasets
 
     datasets.disable_progress_bars()
-    rows = datasets.load_dataset(
+    return datasets.load_dataset(
         "parquet",
         data_files=str(folder / "*.parquet"),
         split="train",
-        cache_dir=str(folder / f"cache-{np.random.rand()}"),
+        columns=["round", "s", "s_prompt", *IDS, *FINISH, *EMPTY],
+        cache_dir=tempfile.mkdtemp(dir=folder),
     )
 
-    rows = rows.select_columns(["round", "s", "s_prompt"])
 
-    def split(batch: dict[str, list[float]]) -> dict[str, list[float]]:
-        margin = np.array(batch["s_prompt"], dtype=np.float64) - np.array(batch["s"], dtype=np.float64)
-        tau = TAU0 * ALPHA ** np.array(batch["round"])
-        w = np.tanh(-margin / 2)
-        return {"margin": margin.tolist(), "rank": (margin > tau).tolist(), "w": w.tolist()}
-
-    marked = rows.map(split, batched=True, batch_size=10_000)
-    for t in range(ROUNDS):
-        part = marked.filter(lambda batch, t=t: np.array(batch["round"]) == t, batched=True, batch_size=10_000)
-        np.mean(part["rank"]), np.mean(part["margin"]), np.quantile(part["margin"], [0.05, 0.5, 0.95])
-
-
-CONTENDERS = {"ours": ours, "datasets": with_datasets}
+CONTENDERS = {
+    "ours": ours,
+    "datasets": partial(with_datasets, format=None),
+    "datasets, numpy": partial(with_datasets, format="numpy"),
+    "datasets, polars": with_datasets_polars,
+}
 
 
 if __name__ == "__main__":

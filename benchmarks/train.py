@@ -78,7 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     names = options.contenders.split(",")
     if options.memory and not options.only:
-        print_memory(names)
+        print_memory(names, options.repeats)
         return
     import torch
 
@@ -355,16 +355,20 @@ CONTENDERS: dict[str, Callable[[Bench, Path], float]] = {
 }
 
 
-def print_memory(names: list[str]) -> None:
+def print_memory(names: list[str], repeats: int) -> None:
     """Peak memory of each contender in a process of its own, less what the loaded model alone takes there."""
-    found = {}
-    for name in names:
-        command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--only", name]
-        answer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
-        found[name] = answer["peak"] - answer["loaded"]
-    print(f"peak memory over a process that has loaded the model; {made_with(*PACKAGES)}")
-    for name, more in found.items():
-        print(f"{name:14} {more / 2**20:8.0f} MiB   {more / found[names[0]]:.2f} x {names[0]}")
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(repeats):
+        for name in names:
+            command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--only", name]
+            answer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+            found[name].append((answer["peak"] - answer["loaded"]) / 2**20)
+    print(f"peak memory over a process that has loaded the model, median [least, most] of {repeats} processes")
+    print(made_with(*PACKAGES))
+    for name, peaks in found.items():
+        ratios = sorted(own / other for own, other in zip(found[names[0]], peaks, strict=True))
+        spread = f"{statistics.median(ratios):.3f} [{ratios[0]:.3f}, {ratios[-1]:.3f}]"
+        print(f"{name:14} {statistics.median(peaks):8.0f} MiB   {names[0]} takes {spread} of it")
 
 
 if __name__ == "__main__":
