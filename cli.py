@@ -259,8 +259,7 @@ _query_options = _all(
     _queries(
         "--unit-size",
         type=_POSITIVE,
-        default=64,
-        help="Queries of one unit of work, which is one file: 1024 for rounds of 50,000.",
+        help="Queries of one unit of work, which is one file.  [default: a 64th of the round, but 64 to 2048]",
     ),
 )
 _sampling_options = _all(

@@ -1,5 +1,8 @@
 """How fast is the partition with its statistics by round? polars against `datasets` map and filter on the same pairs.
 
+All give the same table: margin and set of every pair, and by round their shares, means and quantiles, the rewards, and
+how long, cut and empty the responses are.
+
 Each contender runs in a process of its own, which says its time (imports not counted) and its peak memory. It reads
 pairs from Parquet shards, with responses of one token (numbers) or of 60 and their text.
 
@@ -10,6 +13,7 @@ pairs from Parquet shards, with responses of one token (numbers) or of 60 and th
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +30,8 @@ TAU0, ALPHA, ROUNDS, SHARD = 0.2, 0.9, 4, 250_000
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 ARMS = ("y", "y_prompt")
 IDS, FINISH, EMPTY = ([f"{arm}_{what}" for arm in ARMS] for what in ("ids", "finish", "empty"))
+NEEDED = ["round", "s", "s_prompt", *IDS, *FINISH, *EMPTY]
+BATCH, TUNED_BATCH = 10_000, 100_000
 MEANS = [
     "s",
     "s_prompt",
@@ -45,8 +51,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.only:
         name, folder = options.only
-        importlib.import_module("ple_data.partition" if name == "ours" else "datasets")
-        seconds = seconds_of(partial(CONTENDERS[name], Path(folder)))
+        with tempfile.TemporaryDirectory(dir=folder) as datasets_cache:
+            os.environ["HF_DATASETS_CACHE"] = datasets_cache  # of this turn alone
+            importlib.import_module("ple_data.partition" if name == "ours" else "datasets")
+            seconds = seconds_of(partial(CONTENDERS[name], Path(folder)))
         print(json.dumps({"seconds": seconds, "peak": peak_bytes()}))
         return
     peaks: dict[str, int] = {}
@@ -95,25 +103,27 @@ def ours(folder: Path) -> None:
     round_statistics(pl.scan_parquet(folder / "*.parquet"), TAU0, ALPHA)
 
 
-def with_datasets(folder: Path, format: str | None) -> None:
+def with_datasets(folder: Path, tuned: bool) -> None:
     """Map for the partition, filter for the rank set, then the statistics of each round, in numpy.
 
-    Without a format `datasets` gives lists.
+    Tuned: it reads the columns that are needed alone, in larger batches, as arrays, in two processes; else whole rows,
+    as lists.
     """
-    rows = open_dataset(folder).with_format(format)
+    rows = open_dataset(folder, NEEDED if tuned else None).with_format("numpy" if tuned else None)
 
     def split(batch: dict[str, Any]) -> dict[str, np.ndarray]:
         margin = np.asarray(batch["s_prompt"], dtype=np.float64) - np.asarray(batch["s"], dtype=np.float64)
         rank = margin > TAU0 * ALPHA ** np.asarray(batch["round"])
-        found = {"margin": margin, "rank": rank, "w": np.tanh(-margin / 2)}
+        found = {"margin": margin, "rank": rank}
         for arm in ARMS:
             found[f"truncated_{arm}"] = np.asarray(batch[f"{arm}_finish"]) == "length"
             found[f"mean_len_{arm}"] = np.array([len(ids) for ids in batch[f"{arm}_ids"]])
         return found
 
-    marked = rows.map(split, batched=True, batch_size=100_000, remove_columns=[*IDS, *FINISH])
-    marked.filter(lambda batch: batch["rank"], batched=True, batch_size=100_000)
-    table = {name: np.asarray(column) for name, column in marked[:].items()}
+    how = {"batched": True, "batch_size": TUNED_BATCH if tuned else BATCH, "num_proc": 2 if tuned else None}
+    marked = rows.map(split, remove_columns=[*IDS, *FINISH] if tuned else None, **how)
+    marked.filter(lambda batch: batch["rank"], **how)
+    table = {name: np.asarray(marked[name][:]) for name in ("round", *MEANS)}
     for t in range(ROUNDS):
         own = table["round"] == t
         [np.mean(table[name][own]) for name in MEANS]
@@ -122,25 +132,25 @@ def with_datasets(folder: Path, format: str | None) -> None:
 
 def with_datasets_polars(folder: Path) -> None:
     """The same where polars does the arithmetic on the batches that `datasets` gives."""
-    rows = open_dataset(folder).with_format("polars")
+    rows = open_dataset(folder, NEEDED).with_format("polars")
     margin = pl.col("s_prompt").cast(pl.Float64) - pl.col("s").cast(pl.Float64)
-    columns = {"margin": margin, "rank": margin > TAU0 * ALPHA ** pl.col("round"), "w": (-margin / 2).tanh()}
+    columns = {"margin": margin, "rank": margin > TAU0 * ALPHA ** pl.col("round")}
     for arm in ARMS:
         columns[f"truncated_{arm}"] = pl.col(f"{arm}_finish") == "length"
         columns[f"mean_len_{arm}"] = pl.col(f"{arm}_ids").list.len()
     marked = rows.map(
         lambda batch: batch.with_columns(**columns),
         batched=True,
-        batch_size=100_000,
+        batch_size=TUNED_BATCH,
         remove_columns=[*IDS, *FINISH],
     )
-    marked.filter(lambda batch: batch["rank"].to_list(), batched=True, batch_size=100_000)
+    marked.filter(lambda batch: batch["rank"].to_list(), batched=True, batch_size=TUNED_BATCH)
     quantiles = [pl.col("margin").quantile(q).alias(f"q{q}") for q in QUANTILES]
     marked[:].group_by("round").agg(pl.col(MEANS).mean(), *quantiles)
 
 
-def open_dataset(folder: Path) -> Any:
-    """The columns that are needed, in a cache that no earlier turn has filled."""
+def open_dataset(folder: Path, columns: list[str] | None) -> Any:
+    """The pairs, or some of their columns."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -148,15 +158,14 @@ def open_dataset(folder: Path) -> Any:
         "parquet",
         data_files=str(folder / "*.parquet"),
         split="train",
-        columns=["round", "s", "s_prompt", *IDS, *FINISH, *EMPTY],
-        cache_dir=tempfile.mkdtemp(dir=folder),
+        columns=columns,
     )
 
 
 CONTENDERS = {
     "ours": ours,
-    "datasets": partial(with_datasets, format=None),
-    "datasets, numpy": partial(with_datasets, format="numpy"),
+    "datasets": partial(with_datasets, tuned=False),
+    "datasets, tuned": partial(with_datasets, tuned=True),
     "datasets, polars": with_datasets_polars,
 }
 

@@ -25,12 +25,11 @@ from benchmarks.side_by_side import made_with
 from schemas.files import write_atomic
 
 PYTHON = [sys.executable, "-m"]
-TRAINING = ["benchmarks.train", "--only", "ours"]
 
 
 @dataclass(frozen=True)
 class Study:
-    """Sizes, and what measures one: {seconds, peak (bytes)} and for training {tokens, loaded} beside them."""
+    """Sizes, and what measures one: {seconds, peak (bytes of the whole process)}, for training {tokens} beside them."""
 
     title: str
     sizes: tuple[int, ...]
@@ -41,9 +40,17 @@ class Study:
 
 def training(option: str, pairs: int, *more: object) -> Callable[[int], dict[str, float]]:
     def measure(size: int) -> dict[str, float]:
-        return answer_of([*PYTHON, *TRAINING, "--pairs", pairs, option, size, *more])
+        return trained(["--pairs", pairs, option, size, *more], PYTHON)
 
     return measure
+
+
+def trained(words: list[object], launch: list[object]) -> dict[str, float]:
+    from benchmarks.train import Bench, parse_options
+
+    with tempfile.TemporaryDirectory() as folder:
+        Bench(Path(folder), parse_options([str(word) for word in words]))  # writes the model there
+        return answer_of([*launch, "benchmarks.train", *words, "--only", "ours", folder])
 
 
 def opening(rounds: int) -> dict[str, float]:
@@ -65,7 +72,7 @@ def partitioning(rows: int) -> dict[str, float]:
 def distributed(processes: int) -> dict[str, float]:
     launch = [*PYTHON, "torch.distributed.run", "--nproc-per-node", processes, "--standalone", "-m"]
     # without the variable torchrun and accelerate give a process that is alone all threads
-    return answer_of(["env", "OMP_NUM_THREADS=1", *launch, *TRAINING, "--pairs", 160, "--threads", 1])
+    return trained(["--pairs", 160, "--threads", 1], ["env", "OMP_NUM_THREADS=1", *launch])
 
 
 STUDIES = {
@@ -121,7 +128,7 @@ def answer_of(command: list[object]) -> dict[str, float]:
     done = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True)
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     slowest: dict[str, float] = max(answers, key=lambda answer: answer["seconds"])
-    return slowest | {key: sum(answer[key] for answer in answers) for key in ("loaded", "peak") if key in slowest}
+    return slowest | {"peak": sum(answer["peak"] for answer in answers)}
 
 
 def series(name: str, points: dict[str, Any]) -> tuple[list[int], list[float], list[float]]:

@@ -1,6 +1,6 @@
 """How fast is scoring? Our classifier reward against a loop of padded batches in arrival order, same model and rows.
 
-python -m benchmarks.score --rows 1024
+python -m benchmarks.score --rows 256
 """
 
 import argparse
@@ -14,11 +14,13 @@ import numpy as np
 from benchmarks.side_by_side import made_with, ratio_table, seconds_of, timed_in_turns
 
 BATCH = 32
+UNIT = 128
+"""Texts that `ple-score` hands to the reward model at once: both responses to 64 queries."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--response", type=int, default=66, help="median words of y; their lengths are log-normal")
@@ -35,8 +37,13 @@ def main() -> None:
         model = write_reward_model(Path(folder), options.hidden, options.layers, [x + y for x, y in rows])
         ours, peer = load_reward_model(str(model)), ArrivalOrder(model)
         worst = float(np.abs(np.array(ours.score(rows)) - np.array(peer.score(rows))).max())
+
+        def by_unit() -> None:
+            for first in range(0, len(rows), UNIT):
+                ours.score(rows[first : first + UNIT])
+
         contenders = {
-            "ours": partial(seconds_of, partial(ours.score, rows)),
+            "ours": partial(seconds_of, by_unit),
             "arrival order": partial(seconds_of, partial(peer.score, rows)),
         }
         seconds = timed_in_turns(contenders, options.repeats)

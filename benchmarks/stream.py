@@ -4,7 +4,7 @@ Writes a store of 20 rounds with text of each size, then opens it as `ple-train`
 process of its own.
 
     python -m benchmarks.stream --rows 10000 1000000
-    python -m benchmarks.stream --rows 10000 100000 --unit 64      # files of ple-gen's default size: --unit-size
+    python -m benchmarks.stream --rows 10000 100000 --unit 64
 """
 
 import argparse
@@ -27,33 +27,41 @@ ROUNDS, VOCABULARY = 20, 32_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])
-    parser.add_argument("--unit", type=int, default=2048, help="most rows of a file")
+    parser.add_argument("--unit", type=int, help="most rows of a file; ple-gen's default for such rounds if not given")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
         print(json.dumps(open_stream(Path(options.only))))
         return
-    first: tuple[float, float] | None = None
-    print(f"{ROUNDS} rounds, files of at most {options.unit} rows; {made_with('polars', 'pyarrow')}")
-    print(f"{'rows':>10} {'first batch, s (median [least, most])':>40} {'peak MiB':>10}   against the first line")
+    with tempfile.TemporaryDirectory() as folder:
+        stores = {rows: Path(folder, str(rows)) for rows in options.rows}
+        files = {rows: write_store(store, rows, ROUNDS, options.unit) for rows, store in stores.items()}
+        found = [{rows: opened(store) for rows, store in stores.items()} for _ in range(options.repeats)]
+    print(f"{ROUNDS} rounds; median [least, most] of {options.repeats}; {made_with('polars', 'pyarrow')}")
+    print(f"{'rows':>10} {'files':>7} {'first batch, s':>20} {'peak MiB':>10}   time and memory to the first line's")
     for rows in options.rows:
-        with tempfile.TemporaryDirectory() as folder:
-            write_store(Path(folder), rows, ROUNDS, options.unit)
-            command = [sys.executable, "-m", "benchmarks.stream", "--only", folder]
-            found = [
-                json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-                for _ in range(options.repeats)
-            ]
-        seconds = sorted(answer["seconds"] for answer in found)
-        middle, peak = statistics.median(seconds), max(answer["peak"] for answer in found) / 2**20
-        first = first or (middle, peak)
-        shown = f"{middle:.2f} [{seconds[0]:.2f}, {seconds[-1]:.2f}]"
-        print(f"{rows:10,} {shown:>40} {peak:10.0f}   {middle / first[0]:.2f} x time, {peak / first[1]:.2f} x memory")
+        seconds = [turn[rows]["seconds"] for turn in found]
+        ratios = [
+            shown([turn[rows][what] / turn[options.rows[0]][what] for turn in found]) for what in ("seconds", "peak")
+        ]
+        peak = statistics.median(turn[rows]["peak"] for turn in found) / 2**20
+        print(f"{rows:10,} {files[rows]:7,} {shown(seconds):>20} {peak:10.0f}   {' x, '.join(ratios)} x")
 
 
-def write_store(root: Path, rows: int, rounds: int, unit: int = 2048) -> None:
-    """Pairs of about 1 KB with text, in files as ple-gen writes them, of `unit` rows."""
+def shown(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def opened(store: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.stream", "--only", str(store)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return dict(json.loads(done.stdout))
+
+
+def write_store(root: Path, rows: int, rounds: int, unit: int | None = None) -> int:
+    """Pairs of about 1 KB with text, in files as ple-gen writes them, of `unit` rows or its default; how many files."""
+    from ple_data.round_plan import default_unit_size
     from ple_data.store import Store
     from schemas.tables import SCHEMAS
 
@@ -62,6 +70,7 @@ def write_store(root: Path, rows: int, rounds: int, unit: int = 2048) -> None:
     store = Store(root)
     for t in range(rounds):
         count = rows // rounds
+        unit = unit or default_unit_size(count)
         for start in range(0, count, unit):
             size = min(unit, count - start)
             columns = {
@@ -84,19 +93,21 @@ def write_store(root: Path, rows: int, rounds: int, unit: int = 2048) -> None:
                 columns |= {f"{arm}_finish": ["stop"] * size, f"{arm}_empty": [False] * size}
             whole = {name: columns.get(name, [None] * size) for name in schema.names}
             store.commit("pairs", t, f"{start:05d}-{t:012x}", pa.table(whole, schema=schema), {})
+    return len(store.record_paths("pairs"))
 
 
 def open_stream(root: Path) -> dict[str, float]:
-    """Seconds from the first look at the store to the first batch, imports done, and this process's peak memory."""
+    """Seconds from the freezing of the snapshot to the first batch, imports done, and this process's peak memory."""
     from ple_data.partition import tau
     from ple_data.store import Store
-    from ple_train.pairs import PairStream, Partition, freeze
+    from ple_train.pairs import PairStream, Partition, freeze, snapshot_record
     from ple_train.train import print_partition
 
-    began = time.perf_counter()
     last = max(shard.round for shard in Store(root).shards("pairs"))
+    began = time.perf_counter()
     snapshot = freeze([root], last, None)
-    print_partition([root], last, 0.2, 0.9, None)
+    json.dumps(snapshot_record(snapshot), indent=1)
+    print_partition(snapshot, last, 0.2, 0.9, None)
     stream = PairStream(
         snapshot, last, Partition(tau(0.2, 0.9, last)), batch_size=16, seed=0, max_length=None, vocabulary=VOCABULARY
     )

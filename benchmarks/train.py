@@ -21,6 +21,7 @@ real shapes; utilisation is then against a product of two bf16 matrices that is 
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -54,7 +55,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl")
 RANK, ALPHA, RATE = 8, 16, 1e-4
 
 
-def main() -> None:
+def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--vocabulary", type=int, help="instead of the shape's")
@@ -74,22 +75,24 @@ def main() -> None:
     )
     parser.add_argument("--contenders", default="ours,ours-unshared,dpo,sft,sft-packed")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--only", nargs=2, metavar=("CONTENDER", "FOLDER"), help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    options = parse_options()
     names = options.contenders.split(",")
-    if options.memory and not options.only:
-        print_memory(names, options.repeats)
-        return
     import torch
 
     torch.set_num_threads(options.threads)
+    if options.only:
+        name, folder = options.only
+        print_measured(name, Bench(Path(folder), options))
+        return
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options)
-        if options.only:
-            before = bench.loaded_alone()
-            seconds = bench.run(options.only)
-            answer = {"seconds": seconds, "tokens": bench.useful, "loaded": before, "peak": bench.peak()}
-            sys.stdout.write(json.dumps(answer) + "\n")  # in one piece: processes share the stream
+        if options.memory:
+            print_memory(names, options.repeats, folder)
             return
         seconds = timed_in_turns({name: partial(bench.run, name) for name in names}, options.repeats)
         print(f"{len(bench.pairs)} pairs, {bench.useful} useful tokens; {made_with(*PACKAGES)}")
@@ -119,7 +122,7 @@ class Bench:
             )
             if value
         }
-        self.weights = write_model(self.model, shape, self.dtype)
+        self.weights = write_model(self.model, shape, self.dtype) if not self.model.exists() else None
         self.pairs = random_pairs(options, shape["vocab_size"])
         self.useful = sum(len(x) * 2 + len(y) + len(y_prompt) for x, y, y_prompt in self.pairs)
         self.number = 0
@@ -227,6 +230,7 @@ def utilisation(bench: Bench, seconds: float, name: str) -> str:
             torch.cuda.synchronize()
 
     measured = 10 * 2 * size**3 / min(seconds_of(product) for _ in range(5))
+    assert bench.weights
     layers, head = bench.weights
     responses = sum(len(y) + len(y_prompt) for _, y, y_prompt in bench.pairs)
     needed = 4 * (layers * (responses + sum(len(x) for x, _, _ in bench.pairs)) + head * responses) / seconds
@@ -355,12 +359,22 @@ CONTENDERS: dict[str, Callable[[Bench, Path], float]] = {
 }
 
 
-def print_memory(names: list[str], repeats: int) -> None:
+def print_measured(name: str, bench: Bench) -> None:
+    """One contender in this process: its seconds, its peak, and what is held with all imported and the model loaded."""
+    if importlib.util.find_spec("trl"):
+        importlib.import_module("trl.trainer.dpo_trainer")
+        importlib.import_module("trl.trainer.sft_trainer")
+    loaded = bench.loaded_alone()
+    answer = {"seconds": bench.run(name), "tokens": bench.useful, "loaded": loaded, "peak": bench.peak()}
+    sys.stdout.write(json.dumps(answer) + "\n")  # in one piece: processes share the stream
+
+
+def print_memory(names: list[str], repeats: int, folder: str) -> None:
     """Peak memory of each contender in a process of its own, less what the loaded model alone takes there."""
     found: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
         for name in names:
-            command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--only", name]
+            command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--only", name, folder]
             answer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
             found[name].append((answer["peak"] - answer["loaded"]) / 2**20)
     print(f"peak memory over a process that has loaded the model, median [least, most] of {repeats} processes")

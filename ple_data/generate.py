@@ -30,13 +30,11 @@ from ple_data.principles import PromptFormat, load_principle, uses_chat
 from ple_data.progress import Progress
 from ple_data.queries import DEFAULT_PREFIX_WORDS, Reader, load_queries
 from ple_data.reuse import Reuse
-from ple_data.round_plan import Plan, Unit, check_numbers, make_prompts, make_units
+from ple_data.round_plan import Plan, Unit, check_numbers, default_unit_size, make_prompts, make_units
 from ple_data.store import Store
 from ple_data.textwidth import printable
 from schemas.errors import UsageError
 
-UNIT_SIZE = 64
-"""Queries of one unit: what a kill can cost, and what one file holds."""
 POLL_SECONDS = 0.5
 """How often a unit that another process holds is looked at again."""
 
@@ -65,7 +63,7 @@ def generate(
     shuffle: bool = False,
     skip: int = 0,
     limit: int | None = None,
-    unit_size: int = UNIT_SIZE,
+    unit_size: int | None = None,
     reuse: Sequence[Path] = (),
     dry_run: bool = False,
 ) -> GenerateSummary:
@@ -77,6 +75,8 @@ def generate(
 
     Without `principles` the plain responses alone are sampled, and committed as `answers`: for evaluation. Their
     settings name the bytes of the policy and the texts of the queries: both may move, and the file gain columns.
+
+    unit_size: queries of one unit, which is one file and what a kill can cost; None: `default_unit_size`.
     """
     check_numbers(samples=samples, max_query_tokens=max_query_tokens, unit_size=unit_size, limit=limit)
     if not -(2**63) <= seed < 2**63:
@@ -114,6 +114,8 @@ def generate(
     if not prompts:
         raise UsageError(f"no query of {query_set.source} is left; raise --max-query-tokens ({max_query_tokens})")
     policy = policy_name(model, adapter, revision)
+    store = Store(data)
+    unit_size = unit_size or default_unit_size(len(prompts), store.load_manifest(round))
     identity = {
         "round": round,
         "policy": policy if principle else digests_of(policy),
@@ -159,7 +161,6 @@ def generate(
         dtype=dtype,
     )
     found = Reuse(reuse, plan, data) if reuse else None
-    store = Store(data)
     _freeze(store, plan, {"model": str(model), "adapter": adapter, "queries": query_set.source, "engine": engine_name})
     return sample_round(
         store, plan, lambda: make_engine(engine_name, spec, arguments), plan.provenance(engine_name, dtype), found

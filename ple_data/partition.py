@@ -101,6 +101,7 @@ def round_statistics(rows: pl.LazyFrame, tau0: float, alpha: float, at_round: in
     _check(tau0, alpha)
     threshold = own_tau(rows, tau0, alpha) if at_round is None else pl.lit(tau(tau0, alpha, at_round))
     arms = ("y", "y_prompt")
+    by_arm = [f"{what}_{arm}" for what in ("truncated", "empty", "mean_len") for arm in arms]
     columns = rows.select(
         "round",
         threshold.alias("tau"),
@@ -122,15 +123,18 @@ def round_statistics(rows: pl.LazyFrame, tau0: float, alpha: float, at_round: in
             margin.mean().alias("mean_margin"),
             (pl.col("set") == "rank").mean().alias("rank_share"),
             (margin < 0).mean().alias("lowered_share"),
-            *[pl.col(f"{what}_{arm}").mean() for what in ("truncated", "empty", "mean_len") for arm in arms],
+            pl.col(by_arm).mean(),
         )
         .sort("round")
     )
     quantiles = [margin.quantile(q, interpolation="linear").alias(name) for name, q in QUANTILES.items()]
     spread = collect(columns.select("round", "margin").group_by("round").agg(quantiles))  # these keep every margin
-    found = means.join(spread, on="round", maintain_order="left")
-    before = found.columns.index("rank_share")
-    return found.select(*found.columns[:before], *QUANTILES, *found.columns[before : -len(QUANTILES)])
+    return means.join(spread, on="round", maintain_order="left").select(
+        *("round", "tau", "rows", "mean_s", "mean_s_prompt", "mean_margin"),
+        *QUANTILES,
+        *("rank_share", "lowered_share"),
+        *by_arm,
+    )
 
 
 def rank_shares(rows: pl.LazyFrame, tau: float) -> pl.DataFrame:

@@ -168,6 +168,15 @@ def _cyclic(kept: Sequence[Any], skip: int, limit: int | None) -> list[Any]:
     return [kept[(start + at) % len(kept)] for at in range(count)]
 
 
+def default_unit_size(queries: int, begun: RoundManifest | None = None) -> int:
+    """A 64th of the round's queries, but 64 to 2,048: a kill costs little, and training opens few files.
+
+    A round that was begun goes on as it was.
+    """
+    stored = begun.settings.get("unit_size") if begun else None
+    return stored if isinstance(stored, int) and stored > 0 else min(max(64, -(-queries // 64)), 2048)
+
+
 def make_units(prompts: Sequence[Prompt], unit_size: int, identity: dict[str, Any]) -> list[Unit]:
     """Slices of `unit_size` prompts, each with an id from its place, its queries and the `identity` of the round."""
     units = []

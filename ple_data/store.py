@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from ple_data.verify import Problem
 
-ROW_GROUP = 256
+ROW_GROUP = 1024
 _CLAIM_ATTEMPTS = 3  # `holder` takes the lock for an instant; a claim must not mistake that for a holder
 _CLAIM_PAUSE = 0.01  # seconds
 
@@ -223,21 +223,7 @@ class Store:
 
         Sizes and footers of the files are checked at once, rows when they are collected. Raises DamagedError.
         """
-        import polars as pl
-
-        shards = self.shards(kind, max_round, round)
-        empty = pl.DataFrame(pl.from_arrow(tables.SCHEMAS[kind].empty_table()))
-        for shard in shards:
-            _check_size(shard)
-            tables.read_metadata(shard.path, kind)
-        if not shards:
-            return empty.lazy()
-        return pl.scan_parquet(
-            [shard.path for shard in shards],
-            schema=empty.schema,
-            missing_columns="insert",
-            hive_partitioning=False,
-        )
+        return scan_shards(kind, self.shards(kind, max_round, round))
 
     def verify(self) -> list["Problem"]:
         """Every fault of the directory, with what to do about each; see `ple_data.verify`."""
@@ -288,6 +274,24 @@ class Store:
 
     def _lock_path(self, kind: str, round: int, unit: str) -> Path:
         return self._state / "locks" / f"{kind}-round={round:03d}-{unit}.lock"
+
+
+def scan_shards(kind: str, shards: Sequence[Shard]) -> "pl.LazyFrame":
+    """As `Store.scan`, for shards that were chosen before."""
+    import polars as pl
+
+    schema = pl.Schema(tables.SCHEMAS[kind])
+    for shard in shards:
+        _check_size(shard)
+        tables.read_metadata(shard.path, kind)
+    if not shards:
+        return pl.LazyFrame(schema=schema)
+    return pl.scan_parquet(
+        [shard.path for shard in shards],
+        schema=schema,
+        missing_columns="insert",
+        hive_partitioning=False,
+    )
 
 
 def collect(rows: "pl.LazyFrame") -> "pl.DataFrame":

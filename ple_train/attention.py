@@ -32,8 +32,11 @@ def packed_attention(
 
     Tokens see earlier tokens of their own sequence alone (at most `sliding_window` of them where a model has one).
     Without borders each row is one sequence. branches: for each part between borders the length of its prompt and
-    of every response behind it.
+    of every response behind it. Raises ValueError for what this attention does not know.
     """
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if attention_mask is not None or unknown:
+        raise ValueError(f"{PACKED_ATTENTION} does not know {', '.join(unknown) or 'masks'}")
     kind = value.dtype
     if kind == torch.bfloat16 and value.device.type == "cpu":  # torch's backward there is 2 to 5 times slower in it
         query, key, value = query.float(), key.float(), value.float()
@@ -72,6 +75,8 @@ def _attend(
         mask = ones.tril(keys - queries)
         if window is not None:
             mask &= ones.triu(keys - queries + 1 - window)
+        repeats = query.shape[1] // key.shape[1]  # with a mask, GPU kernels take no grouped heads
+        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     with torch.autocast("cpu", enabled=False):
         return nn.functional.scaled_dot_product_attention(
             query,

@@ -16,7 +16,7 @@ from ple_data import selection
 from ple_data.digests import policy_name
 from ple_data.models import check_adapter, check_model, load_tokenizer
 from ple_data.principles import PromptFormat
-from ple_data.store import Store
+from ple_data.store import scan_shards
 from ple_train.batches import Sequence
 from ple_train.cost import training_cost
 from ple_train.log import print_to_log
@@ -123,7 +123,7 @@ def baseline(
             sequences = choose(method, snapshot, max_length, tokenizer, policy)
             sampled = sampled_by_round(snapshot, SAMPLED_FOR[method])
             if method == "raft":
-                note_principle(Store(path).scan("pairs", round=round) for path in data)
+                note_principle(scan_shards("pairs", [part.shard for part in snapshot]))
         stream = ShuffledSequences(sequences, batch_size, seed, divisor=lambda batch: sum(s.response for s in batch))
         loop = LoopSettings(
             learning_rate=learning_rate,

@@ -9,6 +9,7 @@ neighbours answer the same query its prompt stands there, and is computed, once.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
@@ -89,11 +90,24 @@ def deal(lengths: ListLike[int], budget: int, processes: int, *, packed: bool = 
     process idle. Packed sequences are fitted in beside one another; padded ones share a micro-batch with their
     neighbours in length. Every process gets the same number of micro-batches.
     """
-    budget = max(1, min(budget, -(-sum(lengths) // processes)))
+    share = max(1, min(budget, -(-sum(lengths) // processes)))
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    bins = _fit(order, lengths, budget) if packed else _neighbours(order, lengths, budget)
+    bins = _fit(order, lengths, share) if packed else _neighbours(order, lengths, share)
+    if packed and len(bins) % processes:
+        bins = _spread(order, lengths, budget, len(bins) // processes * processes) or bins
     bins += [[] for _ in range(-len(bins) % processes)]
     return [bins[process::processes] for process in range(processes)]
+
+
+def _spread(order: list[int], lengths: ListLike[int], budget: int, count: int) -> list[list[int]] | None:
+    """`count` bins, the longest first into the emptiest; None where one of them would hold more than the budget."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, number) for number in range(count)]
+    for index in order if heap else ():
+        held, number = heapq.heappop(heap)
+        bins[number].append(index)
+        heapq.heappush(heap, (held + lengths[index], number))
+    return bins if heap and max(heap)[0] <= budget else None
 
 
 def _fit(order: list[int], lengths: ListLike[int], budget: int) -> list[list[int]]:
@@ -173,7 +187,7 @@ def collate_packed(sequences: list[Sequence], device: torch.device) -> Tokens:
     lengths = [len(s.ids) for s in sequences]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     inputs = _packed_inputs([s.ids for s in sequences], [np.arange(n) for n in lengths], lengths, device)
-    return _tokens(sequences, inputs, _predicting(sequences, starts), int(starts[-1]), 0, device)
+    return _tokens(sequences, inputs, _predicting(sequences, starts[:-1]), int(starts[-1]), 0, device)
 
 
 def _packed_inputs(
@@ -208,9 +222,7 @@ def collate_padded(sequences: list[Sequence], device: torch.device) -> Tokens:
 
 def _predicting(sequences: list[Sequence], starts: np.ndarray) -> list[np.ndarray]:
     """For each sequence the positions whose hidden states predict its response, when it begins at its start."""
-    return [
-        np.arange(max(s.prompt, 1) - 1, len(s.ids) - 1) + start for s, start in zip(sequences, starts, strict=False)
-    ]
+    return [np.arange(max(s.prompt, 1) - 1, len(s.ids) - 1) + start for s, start in zip(sequences, starts, strict=True)]
 
 
 def _tokens(

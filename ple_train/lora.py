@@ -25,11 +25,11 @@ def fuse(model: nn.Module) -> None:
 
 
 class FusedLinear(Linear):
-    """What `fuse` makes of a LoRA layer; where it is no longer plain it answers as peft does."""
+    """What `fuse` makes of a LoRA layer; with its adapter off, merged or one of several it answers as peft does."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] → [..., out]."""
-        if args or kwargs or self.disable_adapters or self.merged or len(self.lora_A) != 1:
+        if args or kwargs or self.disable_adapters or self.merged or len(self.lora_A) != 1 or _is_trained(self):
             return super().forward(x, *args, **kwargs)
         (adapter,) = self.lora_A
         weight: Any = self.base_layer.weight
@@ -75,5 +75,9 @@ def _is_plain(module: Linear) -> bool:
     if len(module.lora_A) != 1 or module.lora_variant or type(module.base_layer) is not nn.Linear:
         return False
     dropouts = [m.p for m in module.lora_dropout.values() if isinstance(m, nn.Dropout)]
-    frozen = not any(parameter.requires_grad for parameter in module.base_layer.parameters())
-    return frozen and not any(dropouts) and all(b.bias is None for b in module.lora_B.values())
+    return not (_is_trained(module) or any(dropouts)) and all(b.bias is None for b in module.lora_B.values())
+
+
+def _is_trained(module: Linear) -> bool:
+    """Whether the layer below the adapter is trained too."""
+    return any(parameter.requires_grad for parameter in module.base_layer.parameters())

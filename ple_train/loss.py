@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
-"""Logits alive at once: 8 MiB stay in a processor's cache; a GPU wants large products."""
+LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
+"""Logits of a chunk: 8 MiB stay in a processor's cache; a GPU wants large products (256 MiB in float32)."""
 ROWS_PER_CHUNK = 64
 """But as many tokens as this at least, whatever the vocabulary: every chunk reads the whole output layer."""
 
@@ -62,7 +62,7 @@ class _TokenLogps(torch.autograd.Function):
         grad_weight = (
             weight.new_zeros(weight.shape, dtype=_at_least_float32(weight)) if ctx.needs_input_grad[1] else None
         )
-        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        grad_bias = bias.new_zeros(bias.shape, dtype=_at_least_float32(bias)) if ctx.needs_input_grad[2] else None
         for rows, logits, log_softmax in _chunks(hidden, weight.to(hidden.dtype), bias, ctx.scale, ctx.softcap):
             grad = _d_logits(logits, log_softmax, targets[rows], ctx.scale, ctx.softcap)
             grad.mul_(grad_logps[rows, None])
@@ -71,7 +71,10 @@ class _TokenLogps(torch.autograd.Function):
                 grad_weight += grad.T @ hidden[rows]
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), grad_bias, None, None, None
+        of_layer = (
+            None if grad is None else grad.to(own.dtype) for grad, own in ((grad_weight, weight), (grad_bias, bias))
+        )
+        return grad_hidden, *of_layer, None, None, None
 
 
 def token_logps(
@@ -87,8 +90,8 @@ def token_logps(
 
     hidden [n, d], weight [V, d], targets [n] int64, bias [V] or None → [n], in nats, float32 (float64 for float64
     inputs). logits = scale * (hidden @ weight.T + bias), then softcap * tanh(logits / softcap) when softcap is set.
-    At most `LOGITS_PER_CHUNK` logits (or those of `ROWS_PER_CHUNK` tokens) exist at a time, forward and backward.
-    Under autocast the products run in the autocast type.
+    Works on `LOGITS_PER_CHUNK` logits (or those of `ROWS_PER_CHUNK` tokens) at a time, forward and backward, in two to
+    four buffers of that size. Under autocast the products run in the autocast type. Differentiable once.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from ple_data.partition import Without, partition
-from ple_data.store import Shard, Store, collect
+from ple_data.store import Shard, Store, collect, scan_shards
 from ple_train.batches import Sequence
 from ple_train.log import print_to_log
 from schemas.errors import UsageError
@@ -115,12 +115,10 @@ class PairStream:
                 continue
             if skip < rows:
                 shuffle = np.random.default_rng([self.seed, epoch, number]).permutation(rows)[skip:]
-                yield pl.concat([self._read(s) for s in window])[shuffle]
+                frames = [read_rows(part, COLUMNS, self.max_length) for part in window]
+                yield pl.concat(frames)[shuffle].with_columns(self.partition.expressions())
             skip = max(0, skip - rows)
             window, number = [], number + 1
-
-    def _read(self, part: SnapshotShard) -> pl.DataFrame:
-        return read_rows(part, COLUMNS, self.max_length).with_columns(self.partition.expressions())
 
     def _sequences(self, rows: pl.DataFrame) -> tuple[list[Sequence], int]:
         sequences = []
@@ -166,12 +164,9 @@ def read_rows(part: SnapshotShard, columns: list[str], max_length: int | None) -
 
 def sampled_by_round(snapshot: list[SnapshotShard], columns: tuple[str, ...]) -> dict[int, int]:
     """Ids in the list columns `columns` by round: of every row of the shards, whether it fits `max_length` or not."""
-    counts: dict[int, int] = {}
-    for part in snapshot:
-        rows = read_rows(part, ["round", *columns], None)
-        tokens = sum(int(rows[name].list.len().sum()) for name in columns)
-        counts[part.shard.round] = counts.get(part.shard.round, 0) + tokens
-    return counts
+    tokens = pl.sum_horizontal(pl.col(name).list.len().cast(pl.Int64) for name in columns).sum()
+    rows = scan_shards("pairs", [part.shard for part in snapshot])
+    return dict(collect(rows.group_by("round").agg(tokens.alias("tokens"))).select("round", "tokens").iter_rows())
 
 
 def fits(max_length: int) -> pl.Expr:

@@ -22,8 +22,8 @@ from ple_train.loss import token_logps
 from schemas.errors import UsageError, first_line
 
 COLLATE = {"padded": collate_padded, "packed": collate_packed, "shared": collate_shared}
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""Mean difference in nats that the probe forgives, by the type in which the weights are held."""
+PROBE_TOLERANCE = {"float32": 1e-3, "bf16": 0.1}
+"""Mean difference in nats that the probe forgives, by precision."""
 
 
 class Policy(nn.Module):
@@ -79,20 +79,28 @@ class Policy(nn.Module):
         """Parameters that training changes, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def prepare(self, attention: str) -> None:
+    def prepare(self, attention: str, precision: str = "float32") -> None:
         """Choose attention and packing, and check them (and the output layer) against the model's own forward.
 
-        attention: `auto`, or any name that transformers knows. Packed sequences that share their prompts where the
-        attention is our own, packed ones where it can keep sequences apart, padded rows where it cannot. Raises
-        UsageError where even padded rows disagree.
+        attention: `auto`, or any name that transformers knows; precision: float32 or bf16, as it will be trained.
+        Packed sequences that share their prompts where the attention is our own, packed ones where it can keep
+        sequences apart, padded rows where it cannot. Raises UsageError where even padded rows disagree.
         """
         packed.register()
         base = self._base[0]
+        if getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
+            base.set_attn_implementation("eager")  # transformers' other ways leave the cap out
         own = base.config._attn_implementation
         training = self.training
         self.eval()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            self._choose(attention, own, precision)
+        self.train(training)
+
+    def _choose(self, attention: str, own: str, precision: str) -> None:
+        base = self._base[0]
         expected = self._probe_plainly()
-        chosen = _flash_or_packed(base) if attention == "auto" else attention
+        chosen = _flash_or_packed(self.device, precision) if attention == "auto" else attention
         layouts: list[tuple[str, Layout]] = [(chosen, "packed"), (own, "padded")]
         if chosen == packed.PACKED_ATTENTION:
             layouts.insert(0, (chosen, "shared"))
@@ -105,10 +113,9 @@ class Policy(nn.Module):
                 if attention != "auto":
                     raise UsageError(f"--attention {attention}: {first_line(error)}") from error
                 continue
-            if (found - expected).abs().mean() <= PROBE_TOLERANCE.get(base.dtype, 1e-3):
+            if (found - expected).abs().mean() <= PROBE_TOLERANCE[precision]:
                 if layout == "padded":
                     print_to_log("note: this model's attention cannot keep packed sequences apart; rows are padded")
-                self.train(training)
                 return
         raise UsageError(
             f"the log-probabilities of {type(base).__name__} ({base.config._name_or_path}) cannot be computed from its "
@@ -177,7 +184,7 @@ def load_policy(
     policy = Policy(causal)
     if torch.cuda.is_available():
         policy.to(torch.device("cuda", torch.cuda.current_device()))
-    policy.prepare(attention)
+    policy.prepare(attention, resolve_precision(precision))
     return policy
 
 
@@ -255,8 +262,8 @@ def _fresh_lora(causal: Any, rank: int, alpha: int, seed: int) -> Any:
     return get_peft_model(causal, config)
 
 
-def _flash_or_packed(base: Any) -> str:
+def _flash_or_packed(device: torch.device, precision: str) -> str:
     from transformers.utils import is_flash_attn_2_available
 
-    flash = base.device.type == "cuda" and base.dtype == torch.bfloat16 and is_flash_attn_2_available()
+    flash = device.type == "cuda" and precision == "bf16" and is_flash_attn_2_available()
     return "flash_attention_2" if flash else packed.PACKED_ATTENTION

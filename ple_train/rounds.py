@@ -35,6 +35,7 @@ MACHINE_OPTIONS = {
     "--attention",
     "--batch-tokens",
     "--reward-device",
+    "--unit-size",
 }
 """They change how a stage runs, not what it makes: they may change between two starts of a run."""
 

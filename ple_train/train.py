@@ -6,7 +6,6 @@ Reads committed pairs and a model; never samples and never scores.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ple_data.digests import policy_name
 from ple_data.models import AdapterInfo, check_adapter, check_model, load_tokenizer
 from ple_data.partition import Without, rank_shares, round_statistics, tau
 from ple_data.partition import warnings as partition_warnings
-from ple_data.store import Store, collect
+from ple_data.store import Store, collect, scan_shards
 from ple_train.checkpoint import refuse_other_settings
 from ple_train.cost import training_cost
 from ple_train.log import print_to_log
@@ -102,7 +101,7 @@ def train(
             return
         snapshot = frozen_snapshot(out, data, round, max_length)
         if accelerator.is_main_process:
-            print_partition(data, round, tau0, alpha, max_length, without)
+            print_partition(snapshot, round, tau0, alpha, max_length, without)
         tokenizer = load_tokenizer(model, revision, note=print_to_log)
         policy = load_policy(
             model,
@@ -186,15 +185,21 @@ def trained_rows(data: list[Path], round: int, max_length: int | None) -> pl.Laz
 
 
 def print_partition(
-    data: list[Path], round: int, tau0: float, alpha: float, max_length: int | None, without: Without | None = None
+    snapshot: list[SnapshotShard],
+    round: int,
+    tau0: float,
+    alpha: float,
+    max_length: int | None,
+    without: Without | None = None,
 ) -> None:
     """Say on stderr what is trained on, and warn where all pairs of a round fall into the rank set, or none do."""
-    rows, threshold = trained_rows(data, round, max_length), tau(tau0, alpha, round)
+    whole, threshold = scan_shards("pairs", [part.shard for part in snapshot]), tau(tau0, alpha, round)
+    rows = whole if max_length is None else whole.filter(fits(max_length))
     shares = rank_shares(rows, threshold)
     print_to_log(f"{shares['rows'].sum()} pairs of {shares.height} rounds, tau_{round} = {threshold:.4g}")
     if without == "rank":
         print_to_log("ablation without rank: every pair is weighted SFT")
-        note_principle(Store(path).scan("pairs", max_round=round) for path in data)
+        note_principle(whole)
         return
     if without == "wsft":
         print_to_log("ablation without wsft: pairs outside the rank set are left out")
@@ -205,9 +210,9 @@ def print_partition(
             print_to_log(f"warning: {warning}")
 
 
-def note_principle(stores: Iterable[pl.LazyFrame]) -> None:
+def note_principle(rows: pl.LazyFrame) -> None:
     """Say on stderr where y_prompt was sampled with a principle, for a method that has plain responses alone."""
-    guided = collect(pl.concat(stores).select((pl.col("principle") != "").sum())).item()
+    guided = collect(rows.select((pl.col("principle") != "").sum())).item()
     if guided:
         print_to_log(
             f"note: {guided} rows have a y_prompt that was sampled with a principle; this method has plain responses "
@@ -222,7 +227,7 @@ def frozen_snapshot(
     every restart.
     """
     path = out.private / "snapshot.json"
-    frozen = read_snapshot(path) if out.resume else None
+    frozen, snapshot = read_snapshot(path) if out.resume else None, None
     if frozen is not None:
         refuse_other_settings(out.settings, frozen["settings"], out.directory)
     elif out.accelerator.is_main_process:
@@ -234,7 +239,7 @@ def frozen_snapshot(
         frozen = {"version": 1, "settings": out.settings, "shards": snapshot_record(snapshot)}
         write_atomic(path, json.dumps(frozen, indent=1))
     out.accelerator.wait_for_everyone()
-    return thaw(json.loads(path.read_text())["shards"])
+    return snapshot or thaw(json.loads(path.read_text())["shards"])
 
 
 def read_snapshot(path: Path) -> dict[str, Any] | None:

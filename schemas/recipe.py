@@ -32,7 +32,7 @@ class GenStage(_Strict):
     prefix_words: int | None = Field(default=None, ge=1)
     split: str | None = None
     prompt_format: Literal["auto", "plain", "chat"] = "auto"
-    unit_size: int = Field(default=64, ge=1)
+    unit_size: int | None = Field(default=None, ge=1)
     samples: int = Field(default=1, ge=1)
     max_new_tokens: int = Field(default=1024, ge=1)
     max_query_tokens: int = Field(default=256, ge=1)

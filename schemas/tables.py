@@ -192,6 +192,8 @@ def check(kind: str, schema: pa.Schema, metadata: Mapping[bytes, bytes] | None, 
 
 
 def _column_faults(kind: str, schema: pa.Schema, version: int) -> list[str]:
+    if version == VERSIONS[kind] and schema.equals(SCHEMAS[kind]):
+        return []  # at once: training opens every file of all rounds
     expected = {field.name: field for field in SCHEMAS[kind] if since(field) <= version}
     faults = []
     for name, field in expected.items():

@@ -22,6 +22,10 @@ def test_every_sequence_is_dealt_once_and_processes_keep_in_step(lengths, budget
         assert (sum(lengths[i] for i in batch) if packed else longest * len(batch)) <= budget
 
 
+def test_two_processes_need_no_second_round_where_one_is_enough():
+    assert deal([10, 8, 8, 8], 100, 2) == [[[0, 3]], [[1, 2]]]
+
+
 def test_a_process_without_sequences_gets_a_filler_of_weight_0():
     only = Sequence(np.arange(5, dtype=np.int32), prompt=2)
     batches = [micro_batches([only], 1, 100, 2, process, layout="packed") for process in (0, 1)]

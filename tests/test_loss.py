@@ -57,19 +57,30 @@ def test_token_logps_in_float32_stay_within_1e_5_of_float64_at_qwens_vocabulary(
     assert (found_grad - expected_grad).norm() / expected_grad.norm() < 1e-5
 
 
-def test_in_bf16_the_gradient_is_as_near_to_float64_as_that_of_the_plain_loss():
+@pytest.mark.parametrize("rows_per_chunk", [10, 64])
+def test_in_bf16_the_gradients_are_as_near_to_float64_as_those_of_the_plain_loss(rows_per_chunk, monkeypatch):
+    """Of the hidden states and of an output layer that is trained, in one chunk and in seven, of which one is short."""
+    monkeypatch.setitem(loss.LOGITS_PER_CHUNK, "cpu", 500 * rows_per_chunk)
+    monkeypatch.setattr(loss, "ROWS_PER_CHUNK", 1)
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(64, 32, generator=generator, requires_grad=True)
-    weight = torch.randn(500, 32, generator=generator) * 0.3
+    weight = (torch.randn(500, 32, generator=generator) * 0.3).requires_grad_()
+    bias = torch.randn(500, generator=generator, requires_grad=True)
     targets = torch.randint(0, 500, (64,), generator=generator)
     coefficients = torch.rand(64, generator=generator) / 37
-    (expected,) = torch.autograd.grad((coefficients * plain_token_logps(hidden, weight, targets)).sum(), hidden)
-    errors = []
-    for logps in (loss.token_logps, lambda h, w, t: (h @ w.T).float().log_softmax(-1).gather(1, t[:, None]).squeeze(1)):
-        with torch.autocast("cpu", torch.bfloat16):
-            (found,) = torch.autograd.grad((coefficients * logps(hidden, weight, targets)).sum(), hidden)
-        errors.append((found - expected).norm() / expected.norm())
-    assert errors[0] <= 1.2 * errors[1]
+
+    def plain(hidden, weight, targets, bias):
+        logits = torch.nn.functional.linear(hidden, weight, bias).float()
+        return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+    def gradients(logps):
+        return torch.autograd.grad((coefficients * logps(hidden, weight, targets, bias)).sum(), (hidden, weight, bias))
+
+    expected = gradients(plain_token_logps)
+    with torch.autocast("cpu", torch.bfloat16):
+        own, of_plain = gradients(loss.token_logps), gradients(plain)
+    for found, other, exact in zip(own, of_plain, expected, strict=True):
+        assert (found - exact).norm() <= 1.2 * (other - exact).norm()
 
 
 def test_an_output_layer_alone_can_be_trained():

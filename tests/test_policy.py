@@ -43,7 +43,15 @@ MODELS = {
     ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
     "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)),
-    "gemma2, softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, sliding_window=4, final_logit_softcapping=5.0)),
+    "gemma2, softcaps": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **SMALL,
+            sliding_window=4,
+            final_logit_softcapping=5.0,
+            attn_logit_softcapping=0.5,
+            attn_implementation="eager",
+        )
+    ),
     "cohere, logit scale": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)),
     "granite, logits scaling": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=3.0)),
 }
@@ -59,20 +67,25 @@ def own_logps(model, sequence: Sequence) -> torch.Tensor:
 
 
 def sequences(vocabulary: int) -> list[Sequence]:
+    """Three responses to one query, and one to each of two others."""
     numbers = np.random.default_rng(0)
-    return [
-        Sequence(numbers.integers(3, vocabulary, size).astype(np.int32), prompt)
-        for size, prompt in [(17, 4), (5, 1), (11, 9)]
-    ]
+
+    def ids(size: int) -> np.ndarray:
+        return numbers.integers(3, vocabulary, size).astype(np.int32)
+
+    x = ids(6)
+    siblings = [Sequence(np.concatenate([x, ids(size)]), 6, query=0) for size in (13, 3, 9)]
+    return [*siblings, Sequence(ids(5), 1, query=1), Sequence(ids(11), 9, query=2)]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_logps_equal_the_models_own_one_by_one(name):
+def test_logps_of_shared_and_of_padded_rows_equal_the_models_own_one_by_one(name):
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     expected = torch.cat([own_logps(model, s) for s in sequences(97)])
     policy = Policy(model).eval()
     policy.prepare("auto")
+    assert policy.layout == ("padded" if name == "gemma2, softcaps" else "shared")
     with torch.no_grad():
         found = policy(policy.collate(sequences(97)))
         padded = policy(collate_padded(sequences(97), policy.device))

@@ -9,8 +9,9 @@ import pytest
 
 from ple_data.principles import load_principle
 from ple_data.queries import Query, load_queries, to_messages, to_text
-from ple_data.round_plan import make_prompts, make_units
+from ple_data.round_plan import default_unit_size, make_prompts, make_units
 from schemas.errors import UsageError
+from schemas.records import RoundManifest
 from tests import tiny
 
 HH = "\n\nHuman: What is rust?\n\nAssistant: A metal oxide.\n\nHuman: And how do I stop it?\n\nAssistant:"
@@ -233,6 +234,12 @@ def test_a_limit_renders_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) 
     queries = [Query(str(i), f"query {i}") for i in range(100)]
     _, counts = make_prompts(tiny.tiny_tokenizer(), queries, load_principle("hh"), max_query_tokens=99, skip=3, limit=2)
     assert counts == {"queries_read": 100, "queries_looked_at": 8, "queries_too_long": 0, "queries_taken": 2}
+
+
+def test_a_round_has_about_64_units_of_64_to_2048_queries() -> None:
+    counts = [1, 64, 4096, 4097, 50_000, 10**6]
+    assert [default_unit_size(count) for count in counts] == [64, 64, 64, 65, 782, 2048]
+    assert default_unit_size(50_000, RoundManifest(round=0, settings={"unit_size": 64})) == 64
 
 
 def test_unit_ids_follow_content_and_not_what_comes_after() -> None:

@@ -204,7 +204,7 @@ def test_a_round_with_all_or_no_pairs_in_the_rank_set_is_warned_of(tmp_path, cap
     for t, found in margins.items():
         rows = [{"query_id": f"q{n}", "s": 0.0, "s_prompt": margin} for n, margin in enumerate(found)]
         store.commit("pairs", t, "00000-0123456789ab", table("pairs", rows, t), {})
-    training.print_partition([store.root], 2, 0.2, 0.9, None)
+    training.print_partition(freeze([store.root], 2, None), 2, 0.2, 0.9, None)
     said = capsys.readouterr().err
     assert "6 pairs of 3 rounds, tau_2 = 0.162" in said
     assert "round 0: all of the 2 rows in the rank set" in said
