@@ -94,7 +94,8 @@ def deal(lengths: ListLike[int], budget: int, processes: int, *, packed: bool = 
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     bins = _fit(order, lengths, share) if packed else _neighbours(order, lengths, share)
     if packed and len(bins) % processes:
-        bins = _spread(order, lengths, budget, len(bins) // processes * processes) or bins
+        fewer = len(bins) // processes * processes
+        bins = _spread(order, lengths, budget, fewer) or _spread(order, lengths, budget, fewer + processes) or bins
     bins += [[] for _ in range(-len(bins) % processes)]
     return [bins[process::processes] for process in range(processes)]
 

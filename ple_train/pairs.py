@@ -164,7 +164,8 @@ def read_rows(part: SnapshotShard, columns: list[str], max_length: int | None) -
 
 def sampled_by_round(snapshot: list[SnapshotShard], columns: tuple[str, ...]) -> dict[int, int]:
     """Ids in the list columns `columns` by round: of every row of the shards, whether it fits `max_length` or not."""
-    tokens = pl.sum_horizontal(pl.col(name).list.len().cast(pl.Int64) for name in columns).sum()
+    lengths = [pl.col(name).list.len().cast(pl.Int64) for name in columns]
+    tokens = pl.sum_horizontal(pl.lit(0, pl.Int64), *lengths).sum()
     rows = scan_shards("pairs", [part.shard for part in snapshot])
     return dict(collect(rows.group_by("round").agg(tokens.alias("tokens"))).select("round", "tokens").iter_rows())
 

@@ -26,6 +26,10 @@ def test_two_processes_need_no_second_round_where_one_is_enough():
     assert deal([10, 8, 8, 8], 100, 2) == [[[0, 3]], [[1, 2]]]
 
 
+def test_two_processes_share_the_last_round():
+    assert deal([4] * 6, 8, 2) == [[[0, 4], [2]], [[1, 5], [3]]]
+
+
 def test_a_process_without_sequences_gets_a_filler_of_weight_0():
     only = Sequence(np.arange(5, dtype=np.int32), prompt=2)
     batches = [micro_batches([only], 1, 100, 2, process, layout="packed") for process in (0, 1)]
