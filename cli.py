@@ -259,7 +259,8 @@ _query_options = _all(
     _queries(
         "--unit-size",
         type=_POSITIVE,
-        help="Queries of one unit of work, which is one file.  [default: a 64th of the round, but 64 to 2048]",
+        help="Queries of one unit of work, which is one file; a round that was begun keeps its own.  "
+        "[default: a 64th of the round, but 64 to 2048]",
     ),
 )
 _sampling_options = _all(

@@ -108,7 +108,7 @@ def generate(
         limit=limit,
     )
     _say(
-        f"{counts['queries_read']} queries read from {query_set.source}, {counts['queries_looked_at']} looked at, "
+        f"{counts['queries_read']} queries read from {query_set.source}, {counts['queries_looked_at']} tokenised, "
         f"{counts['queries_too_long']} with more than {max_query_tokens} tokens dropped, {len(prompts)} taken"
     )
     if not prompts:
@@ -231,6 +231,8 @@ def _freeze(store: Store, plan: Plan, notes: dict[str, Any]) -> None:
     theirs = store.save_manifest(ours)
     if differences := ours.differences(theirs):
         advice = "use the same settings, another --round or another --data"
+        if [difference.split(":")[0] for difference in differences] == ["unit_size"]:
+            advice = "a round that was begun keeps its unit size: leave out --unit-size (gen.unit_size of a recipe)"
         if not store.shards(plan.kind, round=plan.round):
             advice += f"; or, as nothing of it is committed yet, remove {store.manifest_path(plan.round)}"
         raise UsageError(
@@ -269,13 +271,13 @@ def _announce(store: Store, plan: Plan, locked: list[Unit], announced: set[str],
 def _result(summary: GenerateSummary, what: str, seconds: float) -> str:
     rate = f"{summary.tokens} tokens, {summary.tokens / seconds:.0f} tokens/s"
     parts = [f"{summary.rows_sampled} {what} sampled ({rate})"]
-    for count, what in (
+    for count, how in (
         (summary.rows_reused, "reused"),
-        (summary.rows_done_before, "done before"),
+        (summary.rows_done_before, f"{what} done before"),
         (summary.rows_by_others, "sampled by other processes"),
     ):
         if count:
-            parts.append(f"{count} {what}")
+            parts.append(f"{count} {how}")
     return ", ".join(parts)
 
 

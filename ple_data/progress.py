@@ -7,6 +7,8 @@ from typing import Self
 
 LINE_EVERY = 5.0
 """Seconds between two plain lines."""
+EARLIEST = 0.02
+"""Share of the work behind which the time left is said: before, start-up makes it look long."""
 
 
 class Progress:
@@ -65,7 +67,7 @@ class Progress:
         share = 100 * self._done // max(self._total, 1)
         state = f"{self._done}/{self._total} {self._unit} ({share} %), {rate:.3g} {self._unit}/s"
         state += f", {self._detail}" if self._detail else ""
-        if self._done >= self._total or rate == 0:
+        if self._done >= self._total or self._done - self._start < EARLIEST * (self._total - self._start):
             return state
         return f"{state}, {_clock((self._total - self._done) / rate)} left"
 

@@ -75,8 +75,8 @@ def _attend(
         mask = ones.tril(keys - queries)
         if window is not None:
             mask &= ones.triu(keys - queries + 1 - window)
-        repeats = query.shape[1] // key.shape[1]  # with a mask, GPU kernels take no grouped heads
-        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+        if (repeats := query.shape[1] // key.shape[1]) > 1:  # with a mask, GPU kernels take no grouped heads
+            key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     with torch.autocast("cpu", enabled=False):
         return nn.functional.scaled_dot_product_attention(
             query,

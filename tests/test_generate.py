@@ -292,6 +292,17 @@ def test_other_settings_in_the_same_round_are_refused(run: Any, fake: Any, tmp_p
         run(round=2, seed=1)
 
 
+def test_a_round_that_was_begun_keeps_its_unit_size(run: Any, rows: Any, fake: Any) -> None:
+    fake(fail_after=30)
+    with pytest.raises(PleError, match="the engine died"):
+        run()
+    with pytest.raises(UsageError, match=r"unit_size: 5, there 4; a round that .* leave out --unit-size"):
+        run(unit_size=5)
+    fake()
+    assert 0 < run(unit_size=None).rows_sampled < 20
+    assert rows().height == 20
+
+
 def test_waits_for_a_unit_that_another_process_holds(
     run: Any, rows: Any, fake: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
