@@ -10,6 +10,7 @@ peak of memory (resident, or the GPU's) of one contender a process, less what th
     python -m benchmarks.train --vocabulary 151936 --pairs 32 --repeats 5
     python -m benchmarks.train --vocabulary 151936 --pairs 32 --memory
     python -m benchmarks.train --prompt 250 --response 40 --contenders ours,ours-unshared
+    python -m benchmarks.train --vocabulary 8192 --contenders ours --profile       # where the time goes
 
 Where there is a GPU all contenders run on it in bf16, frozen weights held in bf16, and `--shape` has random weights of
 real shapes; utilisation is then against a product of two bf16 matrices that is measured in the same process:
@@ -50,6 +51,15 @@ SHAPES = {
         "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+KINDS = {
+    "attention kernels": ("scaled_dot_product",),
+    "matrix products": ("::mm", "::addmm", "::bmm"),
+    "softmax, exponential and sign of the loss": ("log_softmax", "::exp_", "::neg_", "scatter", "gather"),
+    "products, sums and powers of elements": ("::mul", "::add", "::pow", "::div", "::mean", "::sum", "rsqrt", "::neg"),
+    "gate of the MLP": ("silu",),
+    "copies, mostly between precisions": ("::copy_", "::cat", "::fill_", "::index", "::zero"),
+}
+"""Kinds of operations in a profile, by parts of their names: the first that fits."""
 BATCH = 16
 PACKAGES = ("torch", "transformers", "peft", "trl")
 RANK, ALPHA, RATE = 8, 16, 1e-4
@@ -75,6 +85,7 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="some of %(default)s")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--profile", action="store_true", help="where the time of the first contender goes, instead")
     parser.add_argument("--only", nargs=2, metavar=("CONTENDER", "FOLDER"), help=argparse.SUPPRESS)
     return parser.parse_args(words)
 
@@ -93,6 +104,9 @@ def main() -> None:
         bench = Bench(Path(folder), options)
         if options.memory:
             print_memory(names, options.repeats, folder)
+            return
+        if options.profile:
+            print_profile(names[0], bench)
             return
         seconds = timed_in_turns({name: partial(bench.run, name) for name in names}, options.repeats)
         print(f"{len(bench.pairs)} pairs, {bench.useful} useful tokens; {made_with(*PACKAGES)}")
@@ -238,6 +252,27 @@ def utilisation(bench: Bench, seconds: float, name: str) -> str:
         f"{name}: {needed / 1e9:,.0f} GFLOP/s of {measured / 1e9:,.0f} in a product of matrices of {size} "
         f"({str(bench.dtype).removeprefix('torch.')}): utilisation {100 * needed / measured:.0f} %"
     )
+
+
+def print_profile(name: str, bench: Bench) -> None:
+    """Shares of the time by kind of operation, and the share that the products would need at their measured rate."""
+    from torch.profiler import ProfilerActivity, profile
+
+    bench.run(name)
+    seconds = statistics.median(bench.run(name) for _ in range(bench.options.repeats))
+    activity = ProfilerActivity.CUDA if bench.gpu else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiled:
+        bench.run(name)
+    spent: dict[str, float] = {}
+    for event in profiled.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if any(part in event.key for part in names)), "other")
+        own = event.self_device_time_total if bench.gpu else event.self_cpu_time_total
+        spent[kind] = spent.get(kind, 0.0) + own
+    total = sum(spent.values())
+    print(f"{name}, one epoch of {bench.useful} useful tokens in {seconds:.2f} s; {made_with(*PACKAGES)}")
+    for kind, own in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"{100 * own / total:5.1f} %  {kind}")
+    print(utilisation(bench, seconds, name))
 
 
 def ours(bench: Bench, output: Path, *, shared: bool = True) -> float:

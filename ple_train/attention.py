@@ -7,6 +7,8 @@ behind one prompt, each of which sees the prompt and itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +64,24 @@ def register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+
+
+@contextmanager
+def windows() -> Iterator[set[int | None]]:
+    """What models give `ple_packed` as their sliding window, as long as this is open."""
+    from transformers import AttentionInterface
+
+    seen = set()
+
+    def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        seen.add(kwargs.get("sliding_window"))
+        return packed_attention(*args, **kwargs)
+
+    AttentionInterface.register(PACKED_ATTENTION, attend)
+    try:
+        yield seen
+    finally:
+        register()
 
 
 def _attend(

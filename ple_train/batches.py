@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal, Protocol
 
@@ -143,14 +143,26 @@ def micro_batches(
     """This process's micro-batches of one global batch."""
     if not sequences:
         return []
-    units = units_of(sequences) if layout == "shared" else [[s] for s in sequences]
-    lengths = [sum(s.positions for s in unit) - (len(unit) - 1) * unit[0].prompt for unit in units]
+    units = _units_within(budget, sequences) if layout == "shared" else [[s] for s in sequences]
+    lengths = [_positions(unit) for unit in units]
     mine = deal(lengths, budget, processes, packed=layout != "padded")[process]
     shortest = units[lengths.index(min(lengths))]
     return [
         MicroBatch([s for i in indices for s in units[i]], total) if indices else MicroBatch(shortest, total, 0.0)
         for indices in mine
     ]
+
+
+def _units_within(budget: int, sequences: list[Sequence]) -> list[list[Sequence]]:
+    """Units of sequences that share a prompt; one that is over the budget is taken apart, and its prompt repeated."""
+    units = []
+    for unit in units_of(sequences):
+        units += [unit] if _positions(unit) <= budget else [[replace(s, query=None)] for s in unit]
+    return units
+
+
+def _positions(unit: list[Sequence]) -> int:
+    return sum(s.positions for s in unit) - (len(unit) - 1) * unit[0].prompt
 
 
 def units_of(sequences: list[Sequence]) -> list[list[Sequence]]:

@@ -5,25 +5,26 @@ It never reads training rows and never runs an optimizer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ple_data.models import check_adapter, check_model
 from ple_train import attention as packed
+from ple_train import probe
 from ple_train.batches import Layout, Sequence, Tokens, collate_packed, collate_padded, collate_shared
 from ple_train.log import print_to_log
 from ple_train.lora import fuse
 from ple_train.loss import token_logps
 from schemas.errors import UsageError, first_line
 
+RANDOM_PARTS = ("drop", "jitter_noise")
+"""Parts of the names under which models keep the rates of what is random in training."""
 COLLATE = {"padded": collate_padded, "packed": collate_packed, "shared": collate_shared}
-PROBE_TOLERANCE = {"float32": 1e-3, "bf16": 0.1}
-"""Mean difference in nats that the probe forgives, by precision."""
 
 
 class Policy(nn.Module):
@@ -52,8 +53,7 @@ class Policy(nn.Module):
     def forward(self, tokens: Tokens) -> Tensor:
         """Log-probability of each response token, [n] in nats, in the order of `tokens.targets`."""
         base = self._base[0]
-        decoder = getattr(base, base.base_model_prefix)
-        hidden = decoder(**tokens.inputs, use_cache=False).last_hidden_state
+        hidden = base.get_decoder()(**tokens.inputs, use_cache=False).last_hidden_state
         head = base.get_output_embeddings()
         return token_logps(
             hidden.flatten(0, 1)[tokens.rows],
@@ -90,59 +90,70 @@ class Policy(nn.Module):
         base = self._base[0]
         if getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
             base.set_attn_implementation("eager")  # transformers' other ways leave the cap out
-        own = base.config._attn_implementation
         training = self.training
         self.eval()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            self._choose(attention, own, precision)
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            self._choose(attention, base.config._attn_implementation, precision)
         self.train(training)
 
     def _choose(self, attention: str, own: str, precision: str) -> None:
-        base = self._base[0]
-        expected = self._probe_plainly()
-        chosen = _flash_or_packed(self.device, precision) if attention == "auto" else attention
-        layouts: list[tuple[str, Layout]] = [(chosen, "packed"), (own, "padded")]
-        if chosen == packed.PACKED_ATTENTION:
-            layouts.insert(0, (chosen, "shared"))
-        for implementation, layout in layouts:
+        try:
+            alone = probe.answers(self._one_by_one, self.vocabulary)
+            padded = self._answers(own, "padded")
+        except Exception as error:  # the code of any architecture runs here
+            raise self._unsupported(first_line(error)) from error
+        if not probe.agree(padded[0], alone[0], precision):
+            raise self._unsupported("they are others than its own")
+        for implementation, layout in _candidates(attention, own, self.device, precision):
             try:
-                base.set_attn_implementation(implementation)
-                self.layout = layout
-                found = self._probe()
-            except (ValueError, TypeError, ImportError, RuntimeError) as error:
+                found = self._answers(implementation, layout)
+            except Exception as error:
                 if attention != "auto":
                     raise UsageError(f"--attention {attention}: {first_line(error)}") from error
                 continue
-            if (found - expected).abs().mean() <= PROBE_TOLERANCE[precision]:
+            if probe.agree(found[0], alone[0], precision) and probe.keeps_apart(found, padded):
                 if layout == "padded":
                     print_to_log("note: this model's attention cannot keep packed sequences apart; rows are padded")
                 return
-        raise UsageError(
-            f"the log-probabilities of {type(base).__name__} ({base.config._name_or_path}) cannot be computed from its "
-            "hidden states and output layer: this architecture (or an adapter on its output layer) is not supported"
-        )
+        raise UsageError(f"--attention {attention} does not give this model's own log-probabilities; leave it out")
 
-    def _probe_sequences(self) -> list[Sequence]:
-        """Two responses to one query, and one to another."""
-        random = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.vocabulary, (24,), generator=random, dtype=torch.int32).numpy()
-        sibling = np.concatenate([ids[:3], ids[19:]])
-        return [Sequence(ids[:12], 3, query=0), Sequence(sibling, 3, query=0), Sequence(ids[12:19], 2, query=1)]
+    def _answers(self, implementation: str, layout: Layout) -> Tensor:
+        """The probe's answers in a layout, which stays set."""
+        self._base[0].set_attn_implementation(implementation)
+        self.layout = layout
+        with packed.windows() as seen:
+            found = probe.answers(lambda sequences: self(self.collate(sequences)), self.vocabulary)
+        if implementation == packed.PACKED_ATTENTION and self._window and not any(seen):
+            raise ValueError("this model keeps its window of attention in a mask")
+        return found
 
-    @torch.no_grad()
-    def _probe(self) -> Tensor:
-        return self(self.collate(self._probe_sequences())).cpu()
-
-    @torch.no_grad()
-    def _probe_plainly(self) -> Tensor:
+    def _one_by_one(self, sequences: list[Sequence]) -> Tensor:
         """The model's own logits, one sequence at a time."""
         found = []
-        for sequence in self._probe_sequences():
+        for sequence in sequences:
             ids = torch.from_numpy(sequence.ids).long().to(self.device)
             logps = self.model(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
             targets = ids[sequence.prompt :]
             found.append(logps[sequence.prompt - 1 : -1].gather(1, targets[:, None]).squeeze(1))
-        return torch.cat(found).cpu()
+        return torch.cat(found)
+
+    @property
+    def _window(self) -> int | None:
+        """Tokens that some layer sees at most, where that is fewer than the model has positions."""
+        config = self._base[0].config.get_text_config()
+        kinds = getattr(config, "layer_types", None)
+        if kinds and not any("sliding" in kind or "chunked" in kind for kind in kinds):
+            return None
+        sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        return next((size for size in sizes if size and size < (self.positions or math.inf)), None)
+
+    def _unsupported(self, why: str) -> UsageError:
+        base = self._base[0]
+        return UsageError(
+            f"the log-probabilities of {type(base).__name__} ({base.config._name_or_path}) cannot be computed from its "
+            f"hidden states and output layer: this architecture (or an adapter on its output layer) is not supported "
+            f"({why})"
+        )
 
 
 def resolve_precision(precision: str) -> str:
@@ -226,9 +237,10 @@ def switch_off_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for settings in (module, getattr(module, "config", None)):
+            for name, value in vars(settings).items() if settings is not None else ():
+                if isinstance(value, float) and any(part in name for part in RANDOM_PARTS):
+                    setattr(settings, name, 0.0)
 
 
 def load_causal_lm(model: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
@@ -262,8 +274,15 @@ def _fresh_lora(causal: Any, rank: int, alpha: int, seed: int) -> Any:
     return get_peft_model(causal, config)
 
 
-def _flash_or_packed(device: torch.device, precision: str) -> str:
+def _candidates(attention: str, own: str, device: torch.device, precision: str) -> list[tuple[str, Layout]]:
+    """Attention and layout in the order of their cost; the first that the model keeps is taken."""
     from transformers.utils import is_flash_attn_2_available
 
+    ours: list[tuple[str, Layout]] = [(packed.PACKED_ATTENTION, "shared"), (packed.PACKED_ATTENTION, "packed")]
+    if attention == packed.PACKED_ATTENTION:
+        return ours
+    if attention != "auto":
+        return [(attention, "packed"), (attention, "padded")]
     flash = device.type == "cuda" and precision == "bf16" and is_flash_attn_2_available()
-    return "flash_attention_2" if flash else packed.PACKED_ATTENTION
+    first: list[tuple[str, Layout]] = [("flash_attention_2", "packed")] if flash else []
+    return [*first, *ours, (own, "padded")]

@@ -82,3 +82,15 @@ def test_a_shared_prompt_stands_once_and_both_responses_begin_behind_it():
     assert tokens.responses.tolist() == [0, 0, 1, 2, 3]
     [batch] = micro_batches(sequences, 1, 9, 1, 0, layout="shared")
     assert batch.sequences == sequences
+
+
+def test_a_pair_over_the_budget_is_taken_apart():
+    """x of 4 and responses of 6: 16 tokens together, 10 each; what lies in two micro-batches never joins again."""
+    pair = [Sequence(np.arange(10, dtype=np.int32), 4, query=0) for _ in range(2)]
+
+    def shapes(budget: int) -> list[list[int]]:
+        batches = micro_batches(pair, 1, budget, 1, 0, layout="shared")
+        return [collate_shared(batch.sequences, torch.device("cpu")).inputs["branches"] for batch in batches]
+
+    assert shapes(16) == [[(4, 6, 6)]]
+    assert shapes(15) == [[(4, 6)], [(4, 6)]]

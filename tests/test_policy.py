@@ -4,21 +4,37 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
+from ple_train import policy as policies
+from ple_train import probe
 from ple_train.batches import Sequence, collate_padded
 from ple_train.policy import Policy, load_policy
 from schemas.errors import UsageError
@@ -97,6 +113,82 @@ def test_llama_is_packed(policy):
     assert load_policy(str(policy)).layout == "shared"
 
 
+FLAT = SMALL | {"initializer_range": 0.02}
+"""Fresh weights: logits so flat that a leak hardly shows in log-probabilities."""
+LEAKING = {
+    "bloom, positions by place": lambda: BloomForCausalLM(BloomConfig(**FLAT, n_layer=2, n_head=4)),
+    "lfm2, convolution": lambda: Lfm2ForCausalLM(Lfm2Config(**FLAT, layer_types=["conv", "full_attention"])),
+    "qwen2-moe, window in the mask": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **FLAT,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            use_sliding_window=True,
+            sliding_window=32,
+            max_window_layers=1,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("name", LEAKING)
+def test_models_whose_sequences_see_one_another_are_padded(name, precision, monkeypatch):
+    answers, autocast = probe.answers, set()
+    monkeypatch.setattr(probe, "answers", lambda *a: (autocast.add(torch.is_autocast_enabled("cpu")), answers(*a))[1])
+    policy = Policy(LEAKING[name]().eval())
+    policy.prepare("auto", precision)
+    assert policy.layout == "padded"
+    assert autocast == {precision == "bf16"}, "asked in the precision that it trains in"
+
+
+def test_gpt_neo_separates_sequences_by_position_so_prompts_are_not_shared():
+    """It takes positions that start again for a new sequence: a second response would not see its prompt."""
+    settings = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 32}
+    model = GPTNeoForCausalLM(GPTNeoConfig(**FLAT, **settings)).eval()
+    policy = Policy(model)
+    policy.prepare("auto", "bf16")
+    assert policy.layout == "packed"
+
+
+def test_an_unusable_first_choice_leaves_our_packed_attention(policy, monkeypatch):
+    """flash-attention is installed, but not for this model: what comes next is not padding."""
+    candidates = policies._candidates
+    monkeypatch.setattr(policies, "_candidates", lambda *a: [("flash_attention_2", "packed"), *candidates(*a)])
+    loaded = load_policy(str(policy))
+    assert loaded.layout == "shared"
+    assert loaded.model.config._attn_implementation == "ple_packed"
+
+
+@pytest.mark.parametrize(("attention", "layout"), [("ple_packed", "shared"), ("eager", "packed"), ("sdpa", "packed")])
+def test_an_attention_that_is_asked_for_is_taken(policy, attention, layout):
+    """transformers' own keep sequences apart by a mask, which it makes from positions that start again."""
+    loaded = load_policy(str(policy), attention=attention)
+    assert (loaded.model.config._attn_implementation, loaded.layout) == (attention, layout)
+
+
+def test_bf16_stays_near_float32_and_runs_in_bf16(policy, adapter, monkeypatch):
+    seen = []
+    original = policies.token_logps
+
+    def token_logps(hidden, *rest, **more):
+        seen.append(hidden.dtype)
+        return original(hidden, *rest, **more)
+
+    monkeypatch.setattr(policies, "token_logps", token_logps)
+    found = {}
+    for precision in ("float32", "bf16"):
+        loaded = load_policy(str(policy), adapter=str(adapter), precision=precision)
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            found[precision] = loaded(loaded.collate(sequences(300)))
+        assert loaded.layout == "shared"
+        assert seen[0] == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert 0 < (found["bf16"] - found["float32"]).abs().mean() < 0.05
+
+
 def test_an_output_layer_that_hidden_states_do_not_explain_is_refused(policy):
     class Shifted(LlamaForCausalLM):
         def forward(self, *args, **kwargs):
@@ -147,12 +239,32 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, policy):
         load_policy(str(policy), adapter=str(foreign))
 
 
-def test_dropout_is_off_so_that_a_fresh_adapter_has_no_drift(tmp_path):
-    """GPT-2 has dropout 0.1; with it, the start policy would seem to drift from itself."""
-    GPT2LMHeadModel(
-        GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
-    ).save_pretrained(tmp_path / "gpt2")
-    loaded = load_policy(str(tmp_path / "gpt2")).train()
+DROPPING = {
+    "gpt2, modules": MODELS["gpt2"],
+    "opt, numbers": lambda: OPTForCausalLM(
+        OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5)
+    ),
+    "falcon, config": lambda: FalconForCausalLM(
+        FalconConfig(
+            vocab_size=97,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            hidden_dropout=0.5,
+            attention_dropout=0.5,
+        )
+    ),
+    "mixtral, jitter": lambda: MixtralForCausalLM(
+        MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1, router_jitter_noise=0.5)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropout_is_off_so_that_a_fresh_adapter_has_no_drift(tmp_path, name):
+    """With it, the start policy would seem to drift from itself, and batching would change what is learned."""
+    DROPPING[name]().save_pretrained(tmp_path / "model")
+    loaded = load_policy(str(tmp_path / "model")).train()
     tokens = loaded.collate(sequences(97))
     now = loaded(tokens).detach()
     with loaded.as_start_policy():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ple_data.store import Store
-from ple_train import loop
+from ple_train import loop, lora
 from ple_train import train as training
 from ple_train.batches import micro_batches
 from ple_train.objective import PairObjective
@@ -230,20 +230,23 @@ def test_pairs_over_max_length_are_left_out_and_counted(run, pairs, capsys):
 # --- interruption --------------------------------------------------------------------------------------------------
 
 
+def stop_in_step(patch: pytest.MonkeyPatch, number: int) -> None:
+    original = PairObjective.__call__
+
+    def stop(self, model, batch, step):
+        if step == number - 1:
+            raise KeyboardInterrupt
+        return original(self, model, batch, step)
+
+    patch.setattr(PairObjective, "__call__", stop)
+
+
 @pytest.mark.parametrize("checkpoint_every", [1, 4])
 def test_resumed_equals_uninterrupted_bit_by_bit(run, monkeypatch, checkpoint_every):
     options = {"epochs": 2, "checkpoint_every": checkpoint_every, "trust_region": 0.05}
     whole = run("whole", **options)
     with monkeypatch.context() as patch:
-        calls = iter(range(100))
-
-        def stop_in_step_7(self, model, batch, step):
-            if step == 6 and next(calls) == 0:
-                raise KeyboardInterrupt
-            return original(self, model, batch, step)
-
-        original = PairObjective.__call__
-        patch.setattr(PairObjective, "__call__", stop_in_step_7)
+        stop_in_step(patch, 7)
         with pytest.raises(KeyboardInterrupt):
             run("resumed", **options)
     resumed = run("resumed", **options)
@@ -370,6 +373,28 @@ def test_the_output_is_a_peft_adapter_that_continues_in_the_next_round(run, poli
     assert any(not torch.equal(weights(first)[name], value) for name, value in weights(second).items())
 
 
+def test_mixed_precision_runs_in_bf16_and_stays_near_float32(run, monkeypatch):
+    """The first step's loss is that of float32 up to the rounding of bfloat16; hidden states and products are in it."""
+    seen = []
+    product, objective = lora._LowRankSum.forward, PairObjective.__call__
+
+    def forward(ctx, x, *rest):
+        seen.append(x.dtype)
+        return product(ctx, x, *rest)
+
+    def call(*arguments):
+        seen.clear()  # what the probe did
+        return objective(*arguments)
+
+    monkeypatch.setattr(lora._LowRankSum, "forward", staticmethod(forward))
+    monkeypatch.setattr(PairObjective, "__call__", call)
+    first = {}
+    for precision in ("float32", "bf16"):
+        first[precision] = pl.read_parquet(run(precision, precision=precision) / "metrics.parquet")["loss"][0]
+        assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    assert first["bf16"] == pytest.approx(first["float32"], rel=0.02)
+
+
 def test_full_fine_tuning_writes_a_whole_model_and_mixed_precision_trains(run, policy):
     output = run("full", full=True, precision="bf16", gradient_checkpointing=True)
     trained = AutoModelForCausalLM.from_pretrained(output)
@@ -432,9 +457,16 @@ def test_pairs_that_stand_in_two_stores_are_not_counted_twice(run, pairs, tmp_pa
     assert f"warning: {first.rows} pairs" in capsys.readouterr().err
 
 
-def test_what_the_machine_is_given_may_change_on_the_way(run):
-    run("machine", checkpoint_every=1)
-    run("machine", microbatch_tokens=64, gradient_checkpointing=True)  # nothing is left to do, and nothing is refused
+def test_what_the_machine_is_given_may_change_on_the_way(run, monkeypatch):
+    """Stopped in step 4, gone on with other micro-batches and checkpointing: the same weights up to rounding."""
+    whole = run("whole", checkpoint_every=1)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            run("machine", checkpoint_every=1)
+    changed = run("machine", checkpoint_every=2, microbatch_tokens=64, gradient_checkpointing=True)
+    for name, expected in weights(whole).items():
+        torch.testing.assert_close(weights(changed)[name], expected, rtol=0, atol=1e-5)
 
 
 def test_an_adapter_of_another_rank_than_asked_is_refused(run, adapter):
