@@ -914,7 +914,7 @@ def verify(data: Path) -> None:
         click.echo(str(finding))
     errors = sum(finding.severity == "error" for finding in findings)
     if errors:
-        raise DamagedError(f"{data}: {errors} problems, listed above with what to do")
+        raise DamagedError(f"{data}: {errors} {'problem' if errors == 1 else 'problems'}, listed above with what to do")
     _say(f"{data}: whole")
 
 

@@ -108,9 +108,7 @@ def open_stream(root: Path) -> dict[str, float]:
     snapshot = freeze([root], last, None)
     json.dumps(snapshot_record(snapshot), indent=1)
     print_partition(snapshot, last, 0.2, 0.9, None)
-    stream = PairStream(
-        snapshot, last, Partition(tau(0.2, 0.9, last)), batch_size=16, seed=0, max_length=None, vocabulary=VOCABULARY
-    )
+    stream = PairStream(snapshot, last, Partition(tau(0.2, 0.9, last)), batch_size=16, seed=0, max_length=None)
     next(iter(stream.batches(0, 0)))
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "peak": peak_bytes()}

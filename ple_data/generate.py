@@ -34,6 +34,7 @@ from ple_data.round_plan import Plan, Unit, check_numbers, default_unit_size, ma
 from ple_data.store import Store
 from ple_data.textwidth import printable
 from schemas.errors import UsageError
+from schemas.records import RoundManifest
 
 POLL_SECONDS = 0.5
 """How often a unit that another process holds is looked at again."""
@@ -231,13 +232,22 @@ def _freeze(store: Store, plan: Plan, notes: dict[str, Any]) -> None:
     theirs = store.save_manifest(ours)
     if differences := ours.differences(theirs):
         advice = "use the same settings, another --round or another --data"
-        if [difference.split(":")[0] for difference in differences] == ["unit_size"]:
+        names = [difference.split(":")[0] for difference in differences]
+        if "queries" in names:
+            differences[names.index("queries")] = f"queries: {_described(ours)}, there {_described(theirs)}"
+        if names == ["queries"]:
+            advice = f"with more queries, give another --data and --reuse {store.root}: rows of both are taken over"
+        if names == ["unit_size"]:
             advice = "a round that was begun keeps its unit size: leave out --unit-size (gen.unit_size of a recipe)"
         if not store.shards(plan.kind, round=plan.round):
             advice += f"; or, as nothing of it is committed yet, remove {store.manifest_path(plan.round)}"
         raise UsageError(
             f"round {plan.round} of {store.root} was begun with other settings: {'; '.join(differences)}; {advice}"
         )
+
+
+def _described(manifest: RoundManifest) -> str:
+    return f"{manifest.counts.get('queries_taken', '?')} of {manifest.notes.get('queries', '?')}"
 
 
 def _check_length(plan: Plan, positions: int | None, model: str) -> None:

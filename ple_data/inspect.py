@@ -53,6 +53,8 @@ def summary(
     store = Store(data)
     shards = {kind: store.shards(kind) for kind in tables.STORED}
     if not any(shards.values()):
+        if Store(store.root / "data").shards("pairs"):
+            raise UsageError(f"{data}: a run's directory; its rows are in {store.root / 'data'}: give that")
         raise UsageError(f"{data}: no committed rows: run ple-gen first, or check the path")
     counts = [
         {"round": round, "kind": kind, "shards": len(sizes), "rows": sum(sizes)}

@@ -83,6 +83,7 @@ def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             raise UsageError(f"{path} line {number} is no valid JSON: {error}; correct or remove the line") from error
         if not isinstance(row, dict):
             raise UsageError(f"{path} line {number} is a JSON {type(row).__name__}, not an object with fields")
+        _refuse_half_characters(f"{path} line {number}", row)
         rows.append(row)
         places.append(f"line {number}")
     return rows, places
@@ -100,6 +101,7 @@ def _read_json(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UsageError(f"{path} row {number} is a JSON {type(row).__name__}, not an object with fields")
+        _refuse_half_characters(f"{path} row {number}", row)
     return rows, _numbered("row", len(rows))
 
 
@@ -138,6 +140,17 @@ def _read_hub(source: str, split: str) -> Rows:
         raise UsageError(f"split {split!r} of the hub dataset {source} has no rows")
     digest = hashlib.sha256(f"{source}/{split}/{dataset._fingerprint}".encode()).hexdigest()
     return Rows(f"{source}/{split}", digest, tuple(dataset.column_names), rows, _numbered("row", len(rows)))
+
+
+def _refuse_half_characters(place: str, row: dict[str, Any]) -> None:
+    r"""JSON may hold half of a surrogate pair (`"\ud83d"`), which is no text: no tokenizer and no file takes it."""
+    for column, value in row.items():
+        try:
+            json.dumps([column, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{place}: column {column} holds half a character (a lone surrogate escape); correct or remove the row"
+            ) from None
 
 
 def _numbered(kind: str, count: int) -> list[str]:

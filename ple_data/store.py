@@ -112,13 +112,14 @@ class Store:
             os.close(fd)
 
     def is_committed(self, kind: str, round: int, unit: str) -> bool:
-        """Whether the unit has a commit record. Raises DamagedError where it has one and its file is gone."""
+        """Whether the unit has a commit record. Raises DamagedError where it has one and its file is gone or cut."""
         record = self.record_path(kind, round, unit)
         if not record.exists():
             return False
         path = self.path(kind, round, unit)
         if not path.exists():
             raise DamagedError(f"{path}: committed, but the file is missing: restore it, or remove {record} to redo it")
+        _check_size(self.read_record(record))
         return True
 
     def commit(self, kind: str, round: int, unit: str, table: pa.Table, provenance: Mapping[str, Any]) -> Shard:

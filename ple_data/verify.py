@@ -50,7 +50,7 @@ def verify(store: Store) -> list[Problem]:
         problems += _orphans(store, kind, shards)
         whole = []
         for shard in shards:
-            found = list(_shard(store, shard))
+            found = _shard(store, shard)
             problems += found
             if not found:
                 whole.append(shard)
@@ -101,32 +101,37 @@ def _recorded(store: Store, kind: str) -> set[tuple[int, str]]:
     return {(int(round), unit) for round, unit in names if round.isdigit()}
 
 
-def _shard(store: Store, shard: Shard) -> Iterator[Problem]:
-    """Whether the file is there, is the one that was committed, and holds what a table of its kind must."""
+def _shard(store: Store, shard: Shard) -> list[Problem]:
+    """Whether the file is there, is the one that was committed, and holds what a table of its kind must: one problem
+    at most, with all that is wrong.
+    """
     record = store.record_path(shard.kind, shard.round, shard.unit)
     remake = f"restore it from a copy, or remove it and {record}, then {_REMAKE[shard.kind]}"
+    faults = list(_faults(shard))
+    return [Problem(shard.path, "; ".join(faults), remake)] if faults else []
+
+
+def _faults(shard: Shard) -> Iterator[str]:
     try:
         size = shard.path.stat().st_size
     except OSError as error:
-        yield Problem(shard.path, f"the file is missing ({error.strerror})", remake)
+        yield f"the file is missing ({error.strerror})"
         return
     if size != shard.bytes:
-        yield Problem(shard.path, f"{size} bytes, but {shard.bytes} were committed", remake)
+        yield f"{size} bytes, but {shard.bytes} were committed"
     elif (sha256 := sha256_file(shard.path)) != shard.sha256:
-        yield Problem(shard.path, f"altered: its SHA-256 is {sha256}, but {shard.sha256} was committed", remake)
+        yield f"altered: its SHA-256 is {sha256}, but {shard.sha256} was committed"
     try:
         found = tables.read_metadata(shard.path, shard.kind)
         table = tables.read_table(shard.path, shard.kind)
     except DamagedError as error:
-        yield Problem(shard.path, _without_path(error, shard.path), remake)
+        yield _without_path(error, shard.path).removesuffix(f": {tables.RESTORE}")
         return
     if (found.get("round"), found.get("unit")) != (shard.round, shard.unit):
-        what = f"holds unit {found.get('unit')} of round {found.get('round')}, not {shard.unit} of {shard.round}"
-        yield Problem(shard.path, what, remake)
+        yield f"holds unit {found.get('unit')} of round {found.get('round')}, not {shard.unit} of {shard.round}"
     if table.num_rows != shard.rows:
-        yield Problem(shard.path, f"{table.num_rows} rows, but {shard.rows} were committed", remake)
-    for fault in tables.row_faults(shard.kind, table, shard.round):
-        yield Problem(shard.path, fault, remake)
+        yield f"{table.num_rows} rows, but {shard.rows} were committed"
+    yield from tables.row_faults(shard.kind, table, shard.round)
 
 
 def _doubled_keys(kind: str, shards: Iterable[Shard]) -> Iterator[Problem]:

@@ -26,7 +26,7 @@ from ple_train.pairs import Limits, SnapshotShard, read_rows, refuse_foreign_ids
 from ple_train.policy import load_policy, resolve_precision
 from ple_train.sft import SftObjective, read_sequences
 from ple_train.tabular import ShuffledSequences, file_digest, refuse_too_long
-from ple_train.train import frozen_snapshot, note_principle, refuse_doubled_stores, refuse_other_lora
+from ple_train.train import frozen_snapshot, note_later_pairs, note_principle, refuse_doubled_stores, refuse_other_lora
 from schemas.errors import UsageError
 
 LEARNING_RATE = 1e-4
@@ -98,6 +98,8 @@ def baseline(
     accelerator = make_accelerator(report_to, Path(output))
     with Output(output, "baseline", settings, accelerator, resume=resume, metrics=metrics) as out:
         if out.finished:
+            if round is not None:
+                note_later_pairs(out, data, round, first=round if method == "raft" else 0)
             return
         tokenizer = load_tokenizer(model, revision, note=print_to_log)
         policy = load_policy(

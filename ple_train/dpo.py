@@ -24,7 +24,7 @@ from ple_train.loop import make_accelerator
 from ple_train.output import Output
 from ple_train.pairs import read_rows, refuse_foreign_ids, sampled_by_round
 from ple_train.policy import load_trainable
-from ple_train.train import frozen_snapshot, refuse_doubled_stores, refuse_other_lora
+from ple_train.train import frozen_snapshot, note_later_pairs, refuse_doubled_stores, refuse_other_lora
 from ple_train.trl_tools import (
     VERSION,
     largest_divisor,
@@ -85,6 +85,7 @@ def dpo(
     refuse_many_processes(accelerator)
     with Output(output, "baseline", settings, accelerator, resume=resume, metrics=metrics) as out:
         if out.finished:
+            note_later_pairs(out, data, round)
             return
         snapshot = frozen_snapshot(out, data, round, max_length)
         frames = [selection.preferences(read_rows(part, COLUMNS, max_length)) for part in snapshot]

@@ -54,12 +54,17 @@ class Output:
 
     def __enter__(self) -> Output:
         main = self.accelerator.is_main_process
+        self._refuse_own_input()
         if main:
             self._take_lock()
             if not self.resume:
                 self._forget()
         self.accelerator.wait_for_everyone()
         record = read_record(self.directory)
+        if record is not None and record["kind"] != self.kind:
+            raise UsageError(
+                f"{self.directory} is the result of another command ({record['kind']}): use another --output"
+            )
         if record is not None:
             refuse_other_settings(self.settings, record["settings"], self.directory)
             self.finished = True
@@ -68,6 +73,12 @@ class Output:
         elif self.accelerator.log_with:
             self.accelerator.init_trackers("ple", config={k: str(v) for k, v in self.settings.items()})
         return self
+
+    def _refuse_own_input(self) -> None:
+        for name in ("model", "adapter"):
+            given = self.settings.get(name)
+            if given and Path(given).resolve() == self.directory.resolve():
+                raise UsageError(f"--output {self.directory} is the --{name} itself: use another --output")
 
     def __exit__(self, *exception: object) -> None:
         self.accelerator.end_training()

@@ -8,6 +8,7 @@ from `ple_data.partition`, the one home of Eqs. 3 to 5 and 7.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import polars as pl
 
+from ple_data.digests import digests_of
 from ple_data.partition import Without, partition
 from ple_data.store import Shard, Store, collect, scan_shards
 from ple_train.batches import Sequence
@@ -76,13 +78,11 @@ class PairStream:
         batch_size: int,
         seed: int,
         max_length: int | None,
-        vocabulary: int,
-        positions: int | None = None,
         window_rows: int = WINDOW_ROWS,
     ) -> None:
         self.snapshot, self.round, self.partition = snapshot, round, partition
         self.batch_size, self.seed, self.max_length = batch_size, seed, max_length
-        self.vocabulary, self.positions, self.window_rows = vocabulary, positions, window_rows
+        self.window_rows = window_rows
         self.pairs = sum(s.rows for s in snapshot)
         self.steps_per_epoch = -(-self.pairs // batch_size)
 
@@ -127,7 +127,6 @@ class PairStream:
                 if self.partition.without and coefficient == 0:
                     continue
                 ids = np.array(row["x_ids"] + row[f"{arm}_ids"], dtype=np.int32)
-                refuse_foreign_ids(ids, f"query {row['query_id']!r} of round {row['round']}: x and {arm}", self)
                 tag = Response(arm, row["set"], self.round - row["round"], coefficient)
                 sequence = Sequence(ids, len(row["x_ids"]), tag, query=number)
                 if sequence.response > 0:
@@ -154,6 +153,48 @@ def refuse_foreign_ids(ids: np.ndarray, what: str, limits: Limits) -> None:
             f"{what} have {ids.size} tokens, over the {limits.positions} positions of the model; use --max-length "
             f"{limits.positions}"
         )
+
+
+def refuse_unfit_pairs(parts: list[SnapshotShard], limits: Limits, max_length: int | None) -> None:
+    """Raise UsageError where a pair that will be trained on is not for the model: see `refuse_foreign_ids`.
+
+    Reads the token ids of all shards once, so that no training stops at such a pair after hours.
+    """
+    rows = scan_shards("pairs", [part.shard for part in parts])
+    rows = rows if max_length is None else rows.filter(fits(max_length))
+    foreign = pl.any_horizontal(pl.col(name).list.max() >= limits.vocabulary for name in ID_COLUMNS)
+    unfit = foreign if limits.positions is None else foreign | ~fits(limits.positions)
+    columns = ["query_id", "round", *ID_COLUMNS]
+    for row in collect(rows.filter(unfit).head(1).select(columns)).iter_rows(named=True):
+        for arm in ARMS:
+            ids = np.array(row["x_ids"] + row[f"{arm}_ids"])
+            refuse_foreign_ids(ids, f"query {row['query_id']!r} of round {row['round']}: x and {arm}", limits)
+
+
+def warn_of_unfinished_rounds(parts: list[SnapshotShard]) -> None:
+    """Say on stderr where a store holds fewer pairs of a round than its sampling was asked for."""
+    held: Counter[tuple[Path, int]] = Counter()
+    for part in parts:
+        held[part.store, part.shard.round] += part.shard.rows
+    for (root, round), rows in sorted(held.items()):
+        manifest = Store(root).load_manifest(round)
+        if manifest and manifest.rows and rows < manifest.rows:
+            print_to_log(
+                f"warning: round {round} of {root} has {rows} of its {manifest.rows} pairs: ple-gen or ple-score has "
+                "not come to its end, and what it adds later is not trained on"
+            )
+
+
+def warn_of_another_sampler(parts: list[SnapshotShard], round: int, policy: str) -> None:
+    """Say on stderr where round `round` was not sampled by `policy` (its name with digests), which is to be trained."""
+    newest = {part.store: part.shard for part in parts if part.shard.round == round}
+    for root, shard in newest.items():
+        sampler = Store(root).provenance(shard).get("policy")
+        if sampler and digests_of(sampler) != digests_of(policy):
+            print_to_log(
+                f"warning: round {round} of {root} was sampled by {sampler}, but training starts from {policy}; PLE "
+                "goes on with the policy that sampled the newest round: is --adapter missing, or of another round?"
+            )
 
 
 def read_rows(part: SnapshotShard, columns: list[str], max_length: int | None) -> pl.DataFrame:

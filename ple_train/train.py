@@ -29,9 +29,12 @@ from ple_train.pairs import (
     fits,
     freeze,
     refuse_doubled_pairs,
+    refuse_unfit_pairs,
     sampled_by_round,
     snapshot_record,
     thaw,
+    warn_of_another_sampler,
+    warn_of_unfinished_rounds,
 )
 from ple_train.policy import load_policy, resolve_precision
 from schemas.errors import UsageError
@@ -98,9 +101,11 @@ def train(
     accelerator = make_accelerator(report_to, Path(output))
     with Output(output, "ple", settings, accelerator, resume=resume, metrics=metrics) as out:
         if out.finished:
+            note_later_pairs(out, data, round)
             return
         snapshot = frozen_snapshot(out, data, round, max_length)
         if accelerator.is_main_process:
+            warn_of_another_sampler(snapshot, round, settings["weights"])
             print_partition(snapshot, round, tau0, alpha, max_length, without)
         tokenizer = load_tokenizer(model, revision, note=print_to_log)
         policy = load_policy(
@@ -122,9 +127,9 @@ def train(
             batch_size=batch_size,
             seed=seed,
             max_length=max_length,
-            vocabulary=policy.vocabulary,
-            positions=policy.positions,
         )
+        if not out.checkpoints.newest():
+            refuse_unfit_pairs(snapshot, policy, max_length)
         loop = LoopSettings(
             learning_rate=learning_rate,
             epochs=epochs,
@@ -168,7 +173,7 @@ def dry_run(data: list[Path], round: int, tau0: float, alpha: float, max_length:
 
     tau(tau0, alpha, round)
     refuse_doubled_stores(data)
-    freeze(data, round, max_length)
+    warn_of_unfinished_rounds(freeze(data, round, max_length))
     refuse_doubled_pairs(data, round)
     return format_statistics(statistics(data, round, tau0, alpha, max_length), tau0=tau0, alpha=alpha, at_round=round)
 
@@ -196,7 +201,8 @@ def print_partition(
     whole, threshold = scan_shards("pairs", [part.shard for part in snapshot]), tau(tau0, alpha, round)
     rows = whole if max_length is None else whole.filter(fits(max_length))
     shares = rank_shares(rows, threshold)
-    print_to_log(f"{shares['rows'].sum()} pairs of {shares.height} rounds, tau_{round} = {threshold:.4g}")
+    rounds = f"{shares.height} round{'s' if shares.height > 1 else ''}"
+    print_to_log(f"{shares['rows'].sum()} pairs of {rounds}, tau_{round} = {threshold:.4g}")
     if without == "rank":
         print_to_log("ablation without rank: every pair is weighted SFT")
         note_principle(whole)
@@ -233,6 +239,7 @@ def frozen_snapshot(
     elif out.accelerator.is_main_process:
         snapshot = freeze(data, round, max_length, first)
         refuse_doubled_pairs(data, round, first)
+        warn_of_unfinished_rounds(snapshot)
         left_out = sum(part.shard.rows - part.rows for part in snapshot)
         if left_out:
             print_to_log(f"{left_out} pairs left out: longer than --max-length {max_length}")
@@ -240,6 +247,21 @@ def frozen_snapshot(
         write_atomic(path, json.dumps(frozen, indent=1))
     out.accelerator.wait_for_everyone()
     return snapshot or thaw(json.loads(path.read_text())["shards"])
+
+
+def note_later_pairs(out: Output, data: list[Path], round: int, first: int = 0) -> None:
+    """Say on stderr where the stores hold pairs that a finished training has not seen."""
+    frozen = read_snapshot(out.private / "snapshot.json")
+    if frozen is None or not out.accelerator.is_main_process:
+        return
+    seen = {(part["store"], part["round"], part["unit"]) for part in frozen["shards"]}
+    shards = [(root, shard) for root in data for shard in Store(root).shards("pairs", max_round=round)]
+    later = [s for root, s in shards if s.round >= first and (str(root), s.round, s.unit) not in seen]
+    if later:
+        print_to_log(
+            f"note: {sum(shard.rows for shard in later)} pairs have come since it began; to train on them too, give "
+            "another --output, or --no-resume"
+        )
 
 
 def read_snapshot(path: Path) -> dict[str, Any] | None:

@@ -52,6 +52,12 @@ class RoundManifest(Record):
     counts: dict[str, int] = Field(default_factory=dict)
     notes: dict[str, JsonValue] = Field(default_factory=dict)
 
+    @property
+    def rows(self) -> int | None:
+        """Rows of the whole round; None where the record does not say."""
+        queries, samples = self.counts.get("queries_taken"), self.settings.get("samples")
+        return queries * samples if queries is not None and isinstance(samples, int) else None
+
     def differences(self, other: "RoundManifest") -> list[str]:
         """Each setting that differs, as 'name: this value, there that value'."""
         names = sorted(self.settings.keys() | other.settings.keys())

@@ -59,7 +59,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stream(data: Path, **more) -> PairStream:
-    options = {"batch_size": 8, "seed": 0, "max_length": None, "vocabulary": 300, **more}
+    options = {"batch_size": 8, "seed": 0, "max_length": None, **more}
     return PairStream(freeze([data], 1, options["max_length"]), 1, Partition(0.2), **options)
 
 

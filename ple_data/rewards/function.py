@@ -10,7 +10,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,9 +116,12 @@ class FunctionReward:
 
     @contextmanager
     def _blame(self) -> Iterator[None]:
-        """Turn any exception of the user's code into an error that names its file and line."""
+        """Turn any exception of the user's code into an error that names its file and line; what it prints goes to
+        stderr, for stdout is for data.
+        """
         try:
-            yield
+            with redirect_stdout(sys.stderr):
+                yield
         except Exception as error:
             raise PleError(
                 f"reward function {self._spec} raised {type(error).__name__}: {error} ({self._place(error)})"
