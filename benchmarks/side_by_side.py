@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def ratio_table(seconds: Mapping[str, list[float]], amount: float, unit: str) ->
 
 
 def made_with(*packages: str) -> str:
-    """The machine and the versions of `packages`: without them a figure says nothing."""
-    return ", ".join((machine(), *(f"{name} {version(name)}" for name in packages)))
+    """The machine and the versions of `packages` that are here: without them a figure says nothing."""
+    return ", ".join((machine(), *(f"{name} {version(name)}" for name in packages if find_spec(name))))
 
 
 def machine() -> str:

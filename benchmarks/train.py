@@ -256,15 +256,18 @@ def utilisation(bench: Bench, seconds: float, name: str) -> str:
 
 def print_profile(name: str, bench: Bench) -> None:
     """Shares of the time by kind of operation, and the share that the products would need at their measured rate."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     bench.run(name)
     seconds = statistics.median(bench.run(name) for _ in range(bench.options.repeats))
-    activity = ProfilerActivity.CUDA if bench.gpu else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiled:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.gpu else [])]
+    with profile(activities=activities) as profiled:
         bench.run(name)
     spent: dict[str, float] = {}
     for event in profiled.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel: its time is that of the operation that launched it, too
         kind = next((kind for kind, names in KINDS.items() if any(part in event.key for part in names)), "other")
         own = event.self_device_time_total if bench.gpu else event.self_cpu_time_total
         spent[kind] = spent.get(kind, 0.0) + own

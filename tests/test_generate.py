@@ -609,3 +609,15 @@ def _is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_other_queries_are_named_and_the_way_to_add_some_is_said(
+    run: Any, fake: Any, queries: Path, tmp_path: Path
+) -> None:
+    fake()
+    run()
+    more = tmp_path / "more.jsonl"
+    more.write_text(queries.read_text() + json.dumps({"id": "new", "x": "One more."}) + "\n")
+    message = rf"queries: 21 of {more}, there 20 of {queries}; with more queries, give another --data and --reuse"
+    with pytest.raises(UsageError, match=message):
+        run(queries=str(more))

@@ -168,3 +168,9 @@ def test_shorten_and_beside():
     assert shorten("abcdef", 6) == "abcdef"
     assert shorten("abcdefg", 6) == "abc..."
     assert beside(["世", "b"], ["x"], 3) == ["世  | x", "b   |"]
+
+
+def test_the_directory_of_a_run_leads_to_its_data(tmp_path):
+    Store(tmp_path / "run" / "data").commit("pairs", 0, "00000-aa", table("pairs", [{}]), {})
+    with pytest.raises(UsageError, match=r"its rows are in .*run/data: give that"):
+        inspect(tmp_path / "run")

@@ -252,3 +252,17 @@ def test_unit_ids_follow_content_and_not_what_comes_after() -> None:
     assert [unit.id[:6] for unit in units] == ["00000-", "00001-", "00002-"]
     assert make_units(prompts[:3], 2, {"seed": 0})[0].id == units[0].id
     assert make_units(prompts, 2, {"seed": 1})[0].id != units[0].id
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("q.jsonl", '{"x": "whole"}\n{"x": "a\\ud800b"}\n', "line 2"),
+        ("q.json", '[{"x": "whole"}, {"x": "a\\ud83d"}]', "row 2"),
+        ("q.jsonl", '{"messages": [{"role": "user", "content": "\\udc00"}]}\n', "line 1"),
+    ],
+)
+def test_half_a_character_is_named(tmp_path: Path, name: str, text: str, place: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=rf"{name} {place}: column (x|messages) holds half a character"):
+        load_queries(str(tmp_path / name))

@@ -595,3 +595,11 @@ def test_documented_server_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_what_a_function_prints_is_no_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    file = tmp_path / "loud.py"
+    file.write_text("print('loaded')\ndef f(x, y):\n    print('called')\n    return [1.0 for _ in y]\n")
+    assert load_reward_model(f"{file}:f").score([("x", "y")]) == [1.0]
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "loaded\ncalled\n")

@@ -21,6 +21,7 @@ from ple_data.rewards import load_reward_model
 from ple_data.score import ScoreCounts, score
 from ple_data.store import Store
 from schemas.errors import DamagedError, PleError, UsageError
+from schemas.records import RoundManifest
 from schemas.tables import RESPONSES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -324,3 +325,20 @@ def test_a_unit_of_a_killed_process_is_taken_over(store: Store, tmp_path: Path):
     assert store.verify() == []
     assert pq.read_table(store.shards("pairs")[0].path)["s"].type == pa.float32()
     assert np.isfinite(store.scan("pairs").collect()["s"].to_numpy()).all()
+
+
+def test_a_round_that_is_still_sampled_is_said(store: Store, capfd: pytest.CaptureFixture[str]):
+    store.save_manifest(RoundManifest(round=0, settings={"samples": 1}, counts={"queries_taken": 400}))
+    score(store, Words())
+    assert "warning: round 0 has 12 of its 400 pairs so far: run ple-gen to its end" in capfd.readouterr().err
+
+
+def test_pairs_that_were_cut_short_do_not_count_as_done(store: Store):
+    score(store, Words())
+    path = store.shards("pairs")[0].path
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DamagedError, match=rf"{path.name}: 100 bytes instead of"):
+        score(store, Words())
+    (problem,) = (p for p in store.verify() if p.severity == "error")
+    assert "100 bytes, but" in str(problem)
+    assert str(problem).count("restore it from a copy") == 1

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from ple_data.digests import policy_name
 from ple_data.store import Store
 from ple_train import loop, lora
 from ple_train import train as training
@@ -22,6 +23,7 @@ from ple_train.objective import PairObjective
 from ple_train.pairs import PairStream, Partition, freeze
 from ple_train.policy import load_policy
 from schemas.errors import LockedError, PleError, UsageError
+from schemas.records import RoundManifest
 from tests import oracle
 from tests.conftest import ROOT
 from tests.tables import table
@@ -513,3 +515,72 @@ def test_learning_rate_schedule_by_hand():
     settings = loop.LoopSettings(learning_rate=1.0, warmup_steps=2, schedule="cosine")
     rates = [loop.learning_rate_at(step, 6, settings) for step in range(6)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
+
+
+# --- what the store's records know ---------------------------------------------------------------------------------
+
+
+def asked_for(data: Path, queries: int, **settings: object) -> None:
+    """The record of round 1, as ple-gen writes it."""
+    manifest = RoundManifest(round=1, settings={"samples": 2, **settings}, counts={"queries_taken": queries})
+    Store(data).save_manifest(manifest)
+
+
+def test_a_round_that_has_not_come_to_its_end_is_said(run, tmp_path, capsys):
+    data = write_pairs(tmp_path / "half-data")
+    asked_for(data, queries=400)
+    run("half", data=[data])
+    warning = f"warning: round 1 of {data} has 21 of its 800 pairs: ple-gen or ple-score has not come to its end"
+    assert warning in capsys.readouterr().err
+    training.dry_run([data], 1, 0.2, 0.9, None)
+    assert warning in capsys.readouterr().err
+    whole = write_pairs(tmp_path / "whole-data", shards=2)
+    asked_for(whole, queries=7)
+    run("whole", data=[whole])
+    assert "has not come to its end" not in capsys.readouterr().err
+
+
+def test_pairs_that_came_after_a_finished_training_are_said(run, tmp_path, capsys):
+    data = write_pairs(tmp_path / "growing")
+    run("done", data=[data])
+    run("done", data=[data])
+    assert "have come since" not in capsys.readouterr().err
+    write_pairs(data, seed=1)
+    run("done", data=[data])
+    assert "note: 42 pairs have come since it began" in capsys.readouterr().err
+
+
+def test_another_sampler_than_the_policy_is_said(run, policy, adapter, tmp_path, capsys):
+    """The adapter that sampled the newest round is forgotten: the likeliest slip where rounds are run by hand."""
+    data = write_pairs(tmp_path / "sampled", rounds=1)
+    provenance = {"policy": policy_name(policy, adapter)}
+    Store(data).commit("pairs", 1, "00000-00000000000a", table("pairs", [{"query_id": "new"}], 1), provenance)
+    run("forgotten", data=[data])
+    assert "warning: round 1 of" in (said := capsys.readouterr().err)
+    assert f"was sampled by {policy_name(policy, adapter)}, but training starts from {policy_name(policy)}" in said
+    run("given", data=[data], adapter=str(adapter))
+    assert "was sampled by" not in capsys.readouterr().err
+
+
+def test_a_pair_that_is_too_long_stops_training_before_its_first_step(run, tmp_path):
+    """The model has 2,048 positions. With --max-length the pair is left out."""
+    data = write_pairs(tmp_path / "long-data")
+    row = {"query_id": "long", "y_ids": [5] * 2100}
+    Store(data).commit("pairs", 1, "00009-0123456789ab", table("pairs", [row], 1), {})
+    with pytest.raises(UsageError, match=r"query 'long' of round 1: x and y have 2103 tokens, over the 2048 positions"):
+        run("long", data=[data], checkpoint_every=1)
+    assert not list((tmp_path / "long").rglob("checkpoint-*"))
+    run("cut", data=[data], max_length=2048)
+
+
+def test_an_output_that_is_something_else_is_left_alone(run, policy, tmp_path):
+    sft = tmp_path / "sft"
+    sft.mkdir()
+    (sft / "ple.json").write_text(json.dumps({"version": 1, "kind": "sft", "settings": {}, "steps": 1, "files": {}}))
+    with pytest.raises(UsageError, match=r"is the result of another command \(sft\): use another --output"):
+        run("sft")
+    model = shutil.copytree(policy, tmp_path / "model")
+    before = sorted(model.iterdir())
+    with pytest.raises(UsageError, match="is the --model itself"):
+        run("model", model=str(model), resume=False)
+    assert sorted(model.iterdir()) == before
