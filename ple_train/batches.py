@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, Protocol
 
@@ -157,7 +157,7 @@ def _units_within(budget: int, sequences: list[Sequence]) -> list[list[Sequence]
     """Units of sequences that share a prompt; one that is over the budget is taken apart, and its prompt repeated."""
     units = []
     for unit in units_of(sequences):
-        units += [unit] if _positions(unit) <= budget else [[replace(s, query=None)] for s in unit]
+        units += [unit] if _positions(unit) <= budget else [[s] for s in unit]
     return units
 
 

@@ -125,7 +125,7 @@ def test_a_choice_that_is_none_is_refused(tmp_path, spec):
         ([{"id": "1", "x": "x"}], "no column y or response"),
         ([{"id": "1", "x": "x", "y": "y"}, {"id": "1", "x": "x", "y": "z"}], "two rows for query '1'"),
         ([{"id": "1", "x": "x", "y": "y"}, {"id": "2", "x": "x", "y": None}], "line 2: y is None"),
-        ([{"id": "1", "x": "x", "y": "\ud800"}], "line 1: y holds half a character"),
+        ([{"id": "1", "x": "x", "y": "\ud800"}], "line 1: column y holds half a character"),
         ([{"id": "1", "x": '[{"role": "user"}]', "y": "y"}], "line 1: x begins like a stored chat but is no list"),
         ([{"id": "1", "x": '[{"role": "user", "content": 3}]', "y": "y"}], "line 1: x begins like a stored chat"),
     ],

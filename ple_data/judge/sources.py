@@ -1,7 +1,6 @@
 """The two sides of a comparison: responses from a data directory or a file, joined by query id. Judges nothing."""
 
 import hashlib
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -189,10 +188,6 @@ def _values(rows: Rows, *names: str, of: tuple[type, ...]) -> list[Any]:
     for place, row in zip(rows.places, rows.rows, strict=True):
         if not isinstance(row.get(name), of) or isinstance(row.get(name), bool):
             raise UsageError(f"{rows.source} {place}: {name} is {row.get(name)!r:.80}: give every row one as text")
-        if re.search("[\ud800-\udfff]", str(row[name])):
-            raise UsageError(
-                f"{rows.source} {place}: {name} holds half a character (a lone surrogate): correct the row"
-            )
     return [row[name] for row in rows.rows]
 
 
