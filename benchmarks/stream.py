@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 
 from benchmarks.side_by_side import made_with, peak_bytes
 
-ROUNDS, VOCABULARY = 20, 32_000
+ROUNDS, VOCABULARY, POLICY = 20, 32_000, "m@0123456789ab"
 
 
 def main() -> None:
@@ -63,6 +64,7 @@ def write_store(root: Path, rows: int, rounds: int, unit: int | None = None) -> 
     """Pairs of about 1 KB with text, in files as ple-gen writes them, of `unit` rows or its default; how many files."""
     from ple_data.round_plan import default_unit_size
     from ple_data.store import Store
+    from schemas.records import RoundManifest
     from schemas.tables import SCHEMAS
 
     schema = SCHEMAS["pairs"]
@@ -70,6 +72,8 @@ def write_store(root: Path, rows: int, rounds: int, unit: int | None = None) -> 
     store = Store(root)
     for t in range(rounds):
         count = rows // rounds
+        settings = {"policy": POLICY, "samples": 1}
+        store.save_manifest(RoundManifest(round=t, settings=settings, counts={"queries_taken": count}))
         unit = unit or default_unit_size(count)
         for start in range(0, count, unit):
             size = min(unit, count - start)
@@ -83,7 +87,7 @@ def write_store(root: Path, rows: int, rounds: int, unit: int | None = None) -> 
                 "s": numbers.normal(size=size).tolist(),
                 "s_prompt": numbers.normal(size=size).tolist(),
                 "principle": ["p"] * size,
-                "policy": ["m@0123456789ab"] * size,
+                "policy": [POLICY] * size,
                 "reward_model": ["r@0123456789ab"] * size,
                 "seed": [0] * size,
             }
@@ -100,14 +104,25 @@ def open_stream(root: Path) -> dict[str, float]:
     """Seconds from the freezing of the snapshot to the first batch, imports done, and this process's peak memory."""
     from ple_data.partition import tau
     from ple_data.store import Store
-    from ple_train.pairs import PairStream, Partition, freeze, snapshot_record
+    from ple_train.pairs import (
+        PairStream,
+        Partition,
+        freeze,
+        refuse_unfit_pairs,
+        snapshot_record,
+        warn_of_another_sampler,
+        warn_of_unfinished_rounds,
+    )
     from ple_train.train import print_partition
 
     last = max(shard.round for shard in Store(root).shards("pairs"))
     began = time.perf_counter()
     snapshot = freeze([root], last, None)
     json.dumps(snapshot_record(snapshot), indent=1)
+    warn_of_unfinished_rounds(snapshot)
+    warn_of_another_sampler(snapshot, last, POLICY)
     print_partition(snapshot, last, 0.2, 0.9, None)
+    refuse_unfit_pairs(snapshot, SimpleNamespace(vocabulary=VOCABULARY, positions=4096), None, POLICY)
     stream = PairStream(snapshot, last, Partition(tau(0.2, 0.9, last)), batch_size=16, seed=0, max_length=None)
     next(iter(stream.batches(0, 0)))
     seconds = time.perf_counter() - began

@@ -155,20 +155,33 @@ def refuse_foreign_ids(ids: np.ndarray, what: str, limits: Limits) -> None:
         )
 
 
-def refuse_unfit_pairs(parts: list[SnapshotShard], limits: Limits, max_length: int | None) -> None:
+def refuse_unfit_pairs(parts: list[SnapshotShard], limits: Limits, max_length: int | None, policy: str) -> None:
     """Raise UsageError where a pair that will be trained on is not for the model: see `refuse_foreign_ids`.
 
-    Reads the token ids of all shards once, so that no training stops at such a pair after hours.
+    So that no training stops at such a pair after hours, the token ids of all rounds are read once; but not of rounds
+    that were sampled by this very base model (`policy` is a name with digests), of which ple-gen has seen to it.
     """
-    rows = scan_shards("pairs", [part.shard for part in parts])
+    own = {key for key in {(p.store, p.shard.round) for p in parts} if _base_of_round(*key) == _base(policy)}
+    foreign = [p.shard for p in parts if (p.store, p.shard.round) not in own]
+    rows = scan_shards("pairs", foreign)
     rows = rows if max_length is None else rows.filter(fits(max_length))
-    foreign = pl.any_horizontal(pl.col(name).list.max() >= limits.vocabulary for name in ID_COLUMNS)
-    unfit = foreign if limits.positions is None else foreign | ~fits(limits.positions)
+    unfit = pl.any_horizontal(pl.col(name).list.max() >= limits.vocabulary for name in ID_COLUMNS)
+    if limits.positions is not None:
+        unfit |= ~fits(limits.positions)
     columns = ["query_id", "round", *ID_COLUMNS]
     for row in collect(rows.filter(unfit).head(1).select(columns)).iter_rows(named=True):
         for arm in ARMS:
             ids = np.array(row["x_ids"] + row[f"{arm}_ids"])
             refuse_foreign_ids(ids, f"query {row['query_id']!r} of round {row['round']}: x and {arm}", limits)
+
+
+def _base_of_round(root: Path, round: int) -> str | None:
+    manifest = Store(root).load_manifest(round)
+    return _base(str(manifest.settings.get("policy"))) if manifest else None
+
+
+def _base(policy: str) -> str:
+    return digests_of(policy).partition("+")[0]
 
 
 def warn_of_unfinished_rounds(parts: list[SnapshotShard]) -> None:

@@ -129,7 +129,7 @@ def train(
             max_length=max_length,
         )
         if not out.checkpoints.newest():
-            refuse_unfit_pairs(snapshot, policy, max_length)
+            refuse_unfit_pairs(snapshot, policy, max_length, settings["weights"])
         loop = LoopSettings(
             learning_rate=learning_rate,
             epochs=epochs,

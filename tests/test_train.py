@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -20,7 +21,7 @@ from ple_train import loop, lora
 from ple_train import train as training
 from ple_train.batches import micro_batches
 from ple_train.objective import PairObjective
-from ple_train.pairs import PairStream, Partition, freeze
+from ple_train.pairs import PairStream, Partition, freeze, refuse_unfit_pairs
 from ple_train.policy import load_policy
 from schemas.errors import LockedError, PleError, UsageError
 from schemas.records import RoundManifest
@@ -571,6 +572,19 @@ def test_a_pair_that_is_too_long_stops_training_before_its_first_step(run, tmp_p
         run("long", data=[data], checkpoint_every=1)
     assert not list((tmp_path / "long").rglob("checkpoint-*"))
     run("cut", data=[data], max_length=2048)
+
+
+def test_rounds_that_the_same_base_model_sampled_are_not_read_for_that(policy, adapter, tmp_path):
+    """ple-gen has seen to it that they fit; whatever another model sampled is looked at."""
+    data = write_pairs(tmp_path / "data", rounds=1)
+    row = {"query_id": "long", "y_ids": [5] * 2100}
+    Store(data).commit("pairs", 0, "00009-0123456789ab", table("pairs", [row]), {})
+    own = policy_name(policy, adapter)
+    Store(data).save_manifest(RoundManifest(round=0, settings={"policy": own}))
+    limits = SimpleNamespace(vocabulary=300, positions=2048)
+    refuse_unfit_pairs(freeze([data], 0, None), limits, None, policy_name(policy))
+    with pytest.raises(UsageError, match="query 'long' of round 0"):
+        refuse_unfit_pairs(freeze([data], 0, None), limits, None, "other@0123456789ab")
 
 
 def test_an_output_that_is_something_else_is_left_alone(run, policy, tmp_path):
