@@ -123,7 +123,9 @@ def open_stream(root: Path) -> dict[str, float]:
     warn_of_another_sampler(snapshot, last, POLICY)
     print_partition(snapshot, last, 0.2, 0.9, None)
     refuse_unfit_pairs(snapshot, SimpleNamespace(vocabulary=VOCABULARY, positions=4096), None, POLICY)
-    stream = PairStream(snapshot, last, Partition(tau(0.2, 0.9, last)), batch_size=16, seed=0, max_length=None)
+    stream = PairStream(
+        snapshot, last, Partition(tau(0.2, 0.9, last)), batch_size=16, seed=0, max_length=None, vocabulary=VOCABULARY
+    )
     next(iter(stream.batches(0, 0)))
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "peak": peak_bytes()}

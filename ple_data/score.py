@@ -71,14 +71,10 @@ def score(
             progress.note(
                 f"{counts.texts_cut} texts are longer than the reward model takes: the beginning of x was cut"
             )
-    for number in sorted({shard.round for shard in shards}):
-        manifest = store.load_manifest(number)
-        sampled = sum(shard.rows for shard in shards if shard.round == number)
-        if manifest and manifest.rows and sampled < manifest.rows:
-            progress.note(
-                f"warning: round {number} has {sampled} of its {manifest.rows} pairs so far: run ple-gen to its end, "
-                "then this again"
-            )
+    for number, rows, asked in store.unfinished(shards):
+        progress.note(
+            f"warning: round {number} has {rows} of its {asked} pairs so far: run ple-gen to its end, then this again"
+        )
     return counts
 
 

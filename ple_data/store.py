@@ -19,7 +19,8 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,6 +251,14 @@ class Store:
     def read_manifest(self, path: Path) -> RoundManifest:
         """The settings in the file at `path`. Raises DamagedError."""
         return read_record(RoundManifest, path)
+
+    def unfinished(self, shards: Iterable[Shard]) -> list[tuple[int, int, int]]:
+        """(round, rows, rows asked for) of the rounds of which `shards` hold fewer rows than were asked for."""
+        held: Counter[int] = Counter()
+        for shard in shards:
+            held[shard.round] += shard.rows
+        asked = {round: manifest.rows for round in held if (manifest := self.load_manifest(round))}
+        return [(t, held[t], rows) for t, rows in sorted(asked.items()) if rows and held[t] < rows]
 
     # Paths
 

@@ -57,14 +57,11 @@ class Output:
         self._refuse_own_input()
         if main:
             self._take_lock()
+            self._refuse_other_kind()
             if not self.resume:
                 self._forget()
         self.accelerator.wait_for_everyone()
         record = read_record(self.directory)
-        if record is not None and record["kind"] != self.kind:
-            raise UsageError(
-                f"{self.directory} is the result of another command ({record['kind']}): use another --output"
-            )
         if record is not None:
             refuse_other_settings(self.settings, record["settings"], self.directory)
             self.finished = True
@@ -79,6 +76,13 @@ class Output:
             given = self.settings.get(name)
             if given and Path(given).resolve() == self.directory.resolve():
                 raise UsageError(f"--output {self.directory} is the --{name} itself: use another --output")
+
+    def _refuse_other_kind(self) -> None:
+        record = read_record(self.directory)
+        if record is not None and record["kind"] != self.kind:
+            raise UsageError(
+                f"{self.directory} is the result of another command ({record['kind']}): use another --output"
+            )
 
     def __exit__(self, *exception: object) -> None:
         self.accelerator.end_training()

@@ -8,7 +8,6 @@ from `ple_data.partition`, the one home of Eqs. 3 to 5 and 7.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,11 +77,13 @@ class PairStream:
         batch_size: int,
         seed: int,
         max_length: int | None,
+        vocabulary: int,
+        positions: int | None = None,
         window_rows: int = WINDOW_ROWS,
     ) -> None:
         self.snapshot, self.round, self.partition = snapshot, round, partition
         self.batch_size, self.seed, self.max_length = batch_size, seed, max_length
-        self.window_rows = window_rows
+        self.vocabulary, self.positions, self.window_rows = vocabulary, positions, window_rows
         self.pairs = sum(s.rows for s in snapshot)
         self.steps_per_epoch = -(-self.pairs // batch_size)
 
@@ -127,6 +128,7 @@ class PairStream:
                 if self.partition.without and coefficient == 0:
                     continue
                 ids = np.array(row["x_ids"] + row[f"{arm}_ids"], dtype=np.int32)
+                refuse_foreign_ids(ids, f"query {row['query_id']!r} of round {row['round']}: x and {arm}", self)
                 tag = Response(arm, row["set"], self.round - row["round"], coefficient)
                 sequence = Sequence(ids, len(row["x_ids"]), tag, query=number)
                 if sequence.response > 0:
@@ -159,10 +161,11 @@ def refuse_unfit_pairs(parts: list[SnapshotShard], limits: Limits, max_length: i
     """Raise UsageError where a pair that will be trained on is not for the model: see `refuse_foreign_ids`.
 
     So that no training stops at such a pair after hours, the token ids of all rounds are read once; but not of rounds
-    that were sampled by this very base model (`policy` is a name with digests), of which ple-gen has seen to it.
+    that were begun with this very base model (`policy` is a name with digests), of which ple-gen has seen to it. What
+    was put among its files by hand is refused when its turn comes.
     """
-    own = {key for key in {(p.store, p.shard.round) for p in parts} if _base_of_round(*key) == _base(policy)}
-    foreign = [p.shard for p in parts if (p.store, p.shard.round) not in own]
+    bases = {key: _base_of_round(*key) for key in {(p.store, p.shard.round) for p in parts}}
+    foreign = [p.shard for p in parts if bases[p.store, p.shard.round] != _base(policy)]
     rows = scan_shards("pairs", foreign)
     rows = rows if max_length is None else rows.filter(fits(max_length))
     unfit = pl.any_horizontal(pl.col(name).list.max() >= limits.vocabulary for name in ID_COLUMNS)
@@ -186,15 +189,11 @@ def _base(policy: str) -> str:
 
 def warn_of_unfinished_rounds(parts: list[SnapshotShard]) -> None:
     """Say on stderr where a store holds fewer pairs of a round than its sampling was asked for."""
-    held: Counter[tuple[Path, int]] = Counter()
-    for part in parts:
-        held[part.store, part.shard.round] += part.shard.rows
-    for (root, round), rows in sorted(held.items()):
-        manifest = Store(root).load_manifest(round)
-        if manifest and manifest.rows and rows < manifest.rows:
+    for root in dict.fromkeys(part.store for part in parts):
+        for round, rows, asked in Store(root).unfinished(part.shard for part in parts if part.store == root):
             print_to_log(
-                f"warning: round {round} of {root} has {rows} of its {manifest.rows} pairs: ple-gen or ple-score has "
-                "not come to its end, and what it adds later is not trained on"
+                f"warning: round {round} of {root} has {rows} of its {asked} pairs: ple-gen or ple-score has not come "
+                "to its end, and what it adds later is not trained on"
             )
 
 

@@ -127,6 +127,8 @@ def train(
             batch_size=batch_size,
             seed=seed,
             max_length=max_length,
+            vocabulary=policy.vocabulary,
+            positions=policy.positions,
         )
         if not out.checkpoints.newest():
             refuse_unfit_pairs(snapshot, policy, max_length, settings["weights"])

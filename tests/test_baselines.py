@@ -426,6 +426,7 @@ def test_ablations_train_with_the_oracles_coefficients(policy, pairs, tmp_path, 
         batch_size=9,
         seed=0,
         max_length=None,
+        vocabulary=384,
     )
     ((sequences, count),) = stream.batches(0, 0)
     found = {(s.tag.arm, *s.ids.tolist()): (s.tag.set, s.tag.coefficient) for s in sequences}

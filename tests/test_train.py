@@ -62,7 +62,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stream(data: Path, **more) -> PairStream:
-    options = {"batch_size": 8, "seed": 0, "max_length": None, **more}
+    options = {"batch_size": 8, "seed": 0, "max_length": None, "vocabulary": 300, **more}
     return PairStream(freeze([data], 1, options["max_length"]), 1, Partition(0.2), **options)
 
 
@@ -575,7 +575,7 @@ def test_a_pair_that_is_too_long_stops_training_before_its_first_step(run, tmp_p
 
 
 def test_rounds_that_the_same_base_model_sampled_are_not_read_for_that(policy, adapter, tmp_path):
-    """ple-gen has seen to it that they fit; whatever another model sampled is looked at."""
+    """ple-gen has seen to it that they fit; what was put there by hand is refused when its turn comes."""
     data = write_pairs(tmp_path / "data", rounds=1)
     row = {"query_id": "long", "y_ids": [5] * 2100}
     Store(data).commit("pairs", 0, "00009-0123456789ab", table("pairs", [row]), {})
@@ -585,14 +585,19 @@ def test_rounds_that_the_same_base_model_sampled_are_not_read_for_that(policy, a
     refuse_unfit_pairs(freeze([data], 0, None), limits, None, policy_name(policy))
     with pytest.raises(UsageError, match="query 'long' of round 0"):
         refuse_unfit_pairs(freeze([data], 0, None), limits, None, "other@0123456789ab")
+    late = PairStream(freeze([data], 0, None), 0, Partition(0.2), batch_size=8, seed=0, max_length=None, **vars(limits))
+    with pytest.raises(UsageError, match="query 'long' of round 0"):
+        list(late.batches(0, 0))
 
 
 def test_an_output_that_is_something_else_is_left_alone(run, policy, tmp_path):
     sft = tmp_path / "sft"
     sft.mkdir()
     (sft / "ple.json").write_text(json.dumps({"version": 1, "kind": "sft", "settings": {}, "steps": 1, "files": {}}))
-    with pytest.raises(UsageError, match=r"is the result of another command \(sft\): use another --output"):
-        run("sft")
+    for resume in (True, False):
+        with pytest.raises(UsageError, match=r"is the result of another command \(sft\): use another --output"):
+            run("sft", resume=resume)
+    assert (sft / "ple.json").exists()
     model = shutil.copytree(policy, tmp_path / "model")
     before = sorted(model.iterdir())
     with pytest.raises(UsageError, match="is the --model itself"):
