@@ -1,20 +1,151 @@
-"""Attention over packed sequences for machines without a flash-attention package: one causal product a sequence.
+"""Attention over packed sequences: in one call for the whole row where there is a kernel for it, else in a loop.
 
-Registered with transformers under the name `ple_packed`; it takes the same borders (`cu_seq_lens_q`) that the
-flash-attention implementations take, so one packed batch serves both. It also takes `branches`: several responses
-behind one prompt, each of which sees the prompt and itself.
+Registered with transformers under the names `ple_varlen` and `ple_packed`. Both take a `Packing`, which says which
+positions of the row see one another: sequences behind one another, or several responses behind one prompt, each of
+which sees the prompt and itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-PACKED_ATTENTION = "ple_packed"
+from ple_data.device import upload
+
+PACKED, VARLEN = "ple_packed", "ple_varlen"
+HALF = (torch.bfloat16, torch.float16)
+"""What the kernels compute in."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A packed row in spans. A span is a prompt with its first response, or another response to it alone.
+
+    parts: on the host, for each part of the row the length of its prompt and of every response behind it. keys: the
+    positions that the spans see, span behind span; a later response's begin with its prompt's. None where every span
+    sees its own positions alone. The borders of queries and keys are [spans + 1] int32.
+    """
+
+    parts: tuple[tuple[int, ...], ...]
+    borders_q: Tensor
+    borders_k: Tensor
+    keys: Tensor | None
+    longest_q: int
+    longest_k: int
+
+    @classmethod
+    def of(cls, parts: list[tuple[int, ...]], device: torch.device) -> Packing:
+        """The packing of a row made of these parts, its tensors on the device."""
+        queries, keys, seen = [], [], []
+        start = 0
+        for prompt, first, *others in parts:
+            queries.append(prompt + first)
+            keys.append(prompt + first)
+            seen.append(np.arange(start, start + prompt + first))
+            place = start + prompt + first
+            for length in others:
+                queries.append(length)
+                keys.append(prompt + length)
+                seen += [np.arange(start, start + prompt), np.arange(place, place + length)]
+                place += length
+            start = place
+        borders_q = upload(_borders(queries), device)
+        repeated = len(queries) > len(parts)
+        return cls(
+            parts=tuple(parts),
+            borders_q=borders_q,
+            borders_k=upload(_borders(keys), device) if repeated else borders_q,
+            keys=upload(np.concatenate(seen), device) if repeated else None,
+            longest_q=max(queries),
+            longest_k=max(keys),
+        )
+
+
+def _borders(lengths: list[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As `packed_attention`, by one kernel for the whole row: prompts' keys are repeated for every later response.
+
+    Raises ValueError also where there is no such kernel for these tensors (a CPU, float32), or with dropout.
+    """
+    _refuse_unknown(VARLEN, attention_mask, kwargs)
+    if packing is None:
+        return packed_attention(module, query, key, value, None, dropout, scaling, sliding_window)
+    kernel, device = varlen_kernel(), query.device.type
+    if torch.is_autocast_enabled(device):
+        kind = torch.get_autocast_dtype(device)
+        query, key, value = query.to(kind), key.to(kind), value.to(kind)
+    if kernel is None or device != "cuda" or value.dtype not in HALF or dropout:
+        raise ValueError(f"{VARLEN} needs a GPU, bfloat16 and no dropout")
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if packing.keys is not None:
+        k, v = k.index_select(0, packing.keys), v.index_select(0, packing.keys)
+    return kernel(q, k, v, packing, scaling, sliding_window)[None], None
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Packing, float | None, int | None], Tensor]
+"""query [n, heads, d], key and value [keys, kv heads, d], packing, scale, window → [n, heads, d]. Causal; where a span
+has fewer queries than keys, they are those of the last of the keys' positions."""
+
+
+@cache
+def varlen_kernel() -> Kernel | None:
+    """torch's own kernel where it has one that scales and knows windows, else flash-attention's, else None.
+
+    https://docs.pytorch.org/docs/stable/nn.attention.varlen.html, https://github.com/Dao-AILab/flash-attention
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        known = set()
+    else:
+        known = signature(varlen_attn).parameters.keys()
+    if known >= {"scale", "window_size"}:
+        grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
+
+        def torchs(q: Tensor, k: Tensor, v: Tensor, at: Packing, scale: float | None, window: int | None) -> Tensor:
+            borders = (at.borders_q, at.borders_k, at.longest_q, at.longest_k)
+            return varlen_attn(q, k, v, *borders, scale=scale, window_size=_window(window), **grouped)
+
+        return torchs
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, at: Packing, scale: float | None, window: int | None) -> Tensor:
+        borders = (at.borders_q, at.borders_k, at.longest_q, at.longest_k)
+        return flash_attn_varlen_func(
+            q, k, v, *borders, softmax_scale=scale, causal=True, window_size=_window(window)
+        )
+
+    return flash
+
+
+def _window(size: int | None) -> tuple[int, int]:
+    """How many earlier and later positions a token sees beside itself; -1: all."""
+    return (-1 if size is None else size - 1, 0)
 
 
 def packed_attention(
@@ -26,29 +157,25 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    branches: list[tuple[int, ...]] | None = None,
+    packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, heads, tokens, d], key and value [1, kv heads, tokens, d] → [1, tokens, heads, d].
+    """query [1, heads, tokens, d], key and value [1, kv heads, tokens, d] → [1, tokens, heads, d]; a call a span.
 
-    Tokens see earlier tokens of their own sequence alone (at most `sliding_window` of them where a model has one).
-    Without borders each row is one sequence. branches: for each part between borders the length of its prompt and
-    of every response behind it. Raises ValueError for what this attention does not know.
+    Tokens see earlier tokens of their own span and of its prompt alone (at most `sliding_window` of them, themselves
+    counted, where a model has one). Without a packing each row is one sequence. Raises ValueError for what this
+    attention does not know.
     """
-    unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if attention_mask is not None or unknown:
-        raise ValueError(f"{PACKED_ATTENTION} does not know {', '.join(unknown) or 'masks'}")
+    _refuse_unknown(PACKED, attention_mask, kwargs)
     kind = value.dtype
     if kind == torch.bfloat16 and value.device.type == "cpu":  # torch's backward there is 2 to 5 times slower in it
         query, key, value = query.float(), key.float(), value.float()
-    if cu_seq_lens_q is None:
+    if packing is None:
         return _attend(query, key, value, dropout, scaling, sliding_window).transpose(1, 2).to(kind), None
-    parts = branches or [(0, n) for n in cu_seq_lens_q.diff().tolist()]
-    lengths = [length for prompt, first, *others in parts for length in (prompt + first, *others)]
+    lengths = [length for prompt, first, *others in packing.parts for length in (prompt + first, *others)]
     pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
-    for prompt, _, *others in parts:
+    for prompt, _, *others in packing.parts:
         q, k, v = next(pieces)
         outputs.append(_attend(q, k, v, dropout, scaling, sliding_window))
         k_prompt, v_prompt = k[:, :, :prompt], v[:, :, :prompt]
@@ -59,29 +186,44 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).to(kind), None
 
 
+OURS = {VARLEN: varlen_attention, PACKED: packed_attention}
+"""The cheaper first."""
+
+
 def register() -> None:
-    """Make `ple_packed` known to transformers (twice does no harm)."""
+    """Make both known to transformers (twice does no harm)."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    for name, attend in OURS.items():
+        AttentionInterface.register(name, attend)
 
 
 @contextmanager
 def windows() -> Iterator[set[int | None]]:
-    """What models give `ple_packed` as their sliding window, as long as this is open."""
+    """What models give our attention as their sliding window, as long as this is open."""
     from transformers import AttentionInterface
 
     seen = set()
 
-    def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        seen.add(kwargs.get("sliding_window"))
-        return packed_attention(*args, **kwargs)
+    def watched(attend: Any) -> Any:
+        def watch(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+            seen.add(kwargs.get("sliding_window"))
+            return attend(*args, **kwargs)
 
-    AttentionInterface.register(PACKED_ATTENTION, attend)
+        return watch
+
+    for name, attend in OURS.items():
+        AttentionInterface.register(name, watched(attend))
     try:
         yield seen
     finally:
         register()
+
+
+def _refuse_unknown(name: str, mask: Tensor | None, more: dict[str, Any]) -> None:
+    unknown = [word for word in ("softcap", "s_aux", "position_bias") if more.get(word) is not None]
+    if mask is not None or unknown:
+        raise ValueError(f"{name} does not know {', '.join(unknown) or 'masks'}")
 
 
 def _attend(

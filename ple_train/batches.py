@@ -20,6 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ple_data.device import upload
+from ple_train.attention import Packing
+
 Layout = Literal["padded", "packed", "shared"]
 
 
@@ -175,7 +178,7 @@ def units_of(sequences: list[Sequence]) -> list[list[Sequence]]:
 def collate_shared(sequences: list[Sequence], device: torch.device) -> Tokens:
     """As `collate_packed`, with a prompt that neighbours share once, before all their responses."""
     units = units_of(sequences)
-    ids, positions, rows, lengths = [], [], [], []
+    ids, positions, rows = [], [], []
     start = 0
     for unit in units:
         prompt, place = unit[0].prompt, start + unit[0].prompt
@@ -188,10 +191,9 @@ def collate_shared(sequences: list[Sequence], device: torch.device) -> Tokens:
             predicting = [start + prompt - 1, *range(place, place + response - 1)]
             rows.append(np.array(predicting[-s.response :] if s.response else [], dtype=np.int64))
             place += response
-        lengths.append(place - start)
         start = place
-    inputs = _packed_inputs(ids, positions, lengths, device)
-    inputs["branches"] = [(unit[0].prompt, *(len(s.ids) - s.prompt for s in unit)) for unit in units]
+    parts = [(unit[0].prompt, *(len(s.ids) - s.prompt for s in unit)) for unit in units]
+    inputs = _packed_inputs(ids, positions, parts, device)
     return _tokens(sequences, inputs, rows, start, 0, device)
 
 
@@ -199,17 +201,21 @@ def collate_packed(sequences: list[Sequence], device: torch.device) -> Tokens:
     """All sequences behind one another in one row, with their borders: not one position is padding."""
     lengths = [len(s.ids) for s in sequences]
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    inputs = _packed_inputs([s.ids for s in sequences], [np.arange(n) for n in lengths], lengths, device)
+    parts = [(0, n) for n in lengths]
+    inputs = _packed_inputs([s.ids for s in sequences], [np.arange(n) for n in lengths], parts, device)
     return _tokens(sequences, inputs, _predicting(sequences, starts[:-1]), int(starts[-1]), 0, device)
 
 
 def _packed_inputs(
-    ids: list[np.ndarray], positions: list[np.ndarray], lengths: list[int], device: torch.device
+    ids: list[np.ndarray], positions: list[np.ndarray], parts: list[tuple[int, ...]], device: torch.device
 ) -> dict[str, Any]:
-    borders = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
+    """`packing` is for our own attention, the borders for that of transformers, where no prompt is shared."""
+    lengths = [sum(part) for part in parts]
+    borders = upload(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
     return {
         "input_ids": _row(np.concatenate(ids), device),
         "position_ids": _row(np.concatenate(positions), device),
+        "packing": Packing.of(parts, device),
         "cu_seq_lens_q": borders,
         "cu_seq_lens_k": borders,
         "max_length_q": max(lengths),
@@ -226,8 +232,8 @@ def collate_padded(sequences: list[Sequence], device: torch.device) -> Tokens:
         ids[row, : len(sequence.ids)] = sequence.ids
         mask[row, : len(sequence.ids)] = 1
     inputs = {
-        "input_ids": torch.from_numpy(ids).to(device),
-        "attention_mask": torch.from_numpy(mask).to(device),
+        "input_ids": upload(ids, device),
+        "attention_mask": upload(mask, device),
     }
     rows = _predicting(sequences, np.arange(len(sequences)) * width)
     return _tokens(sequences, inputs, rows, ids.size, ids.size - int(mask.sum()), device)
@@ -259,7 +265,7 @@ def _tokens(
 
 
 def _long(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64)).to(device)
+    return upload(values.astype(np.int64), device)
 
 
 def _row(values: np.ndarray, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from ple_data.progress import Progress
 from ple_train.batches import Layout, MicroBatch, Stream, micro_batches
 from ple_train.checkpoint import Checkpoints
 from schemas.errors import PleError, UsageError
+
+STEPS_AHEAD = {"cuda": 1}
+"""Steps that may be at work when an earlier one is read: a GPU never waits for the host; elsewhere there is no queue."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,16 @@ class LoopSettings:
 
 
 class Objective(Protocol):
-    """A loss on micro-batches. `sums` are added up over micro-batches and processes; `summarise` makes metrics."""
+    """A loss on micro-batches, and what to add up over micro-batches and processes; `summarise` makes metrics of it.
+
+    A call gives the loss and [sums] float64, both on the model's device, and never waits for it.
+    """
 
     sums: tuple[str, ...]
     layout: Layout  # how the sequences of a micro-batch lie
     remedy: str  # what may help when the loss stops being finite
 
-    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]: ...
+    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]: ...
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]: ...
 
@@ -105,7 +112,8 @@ def train_loop(
 ) -> list[dict[str, Any]]:
     """Train to the end, going on from the newest checkpoint → metrics of every step.
 
-    Raises PleError when the loss or the gradient is not finite; the last good checkpoint stays.
+    A GPU is never waited for: what a step measured is read while the GPU works on the next one. Raises PleError when
+    the loss or the gradient is not finite; the last good checkpoint stays.
     """
     decay = settings.weight_decay
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=decay)
@@ -115,7 +123,9 @@ def train_loop(
     model.train()
 
     main = accelerator.is_main_process
+    device: torch.device = accelerator.device
     with Progress("training", total, "steps", done=done) if main else nullcontext() as progress:
+        ledger = _Ledger(objective, history, checkpoints, report, progress)
         while done < total:
             epoch, start = divmod(done, stream.steps_per_epoch)
             for sequences, divisor in stream.batches(epoch, start):
@@ -132,57 +142,117 @@ def train_loop(
                 rate = learning_rate_at(done, total, settings)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                sums = dict.fromkeys(("loss", *objective.sums), 0.0)
+                sums = torch.zeros(1 + len(objective.sums), dtype=torch.float64, device=device)
                 for number, batch in enumerate(mine, start=1):
                     with accelerator.no_sync(model) if number < len(mine) else nullcontext():
-                        with torch.autocast(
-                            accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16"
-                        ):
+                        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                             loss, parts = objective(model, batch, done)
                         (loss * accelerator.num_processes).backward()  # processes average: make it a sum
-                    sums["loss"] += loss.item()
-                    for name, value in parts.items():
-                        sums[name] += value
-                sums = _over_processes(sums, accelerator)
-                norm = float(accelerator.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm))
-                if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
-                    raise PleError(_not_finite(done, sums["loss"], norm, checkpoints.newest(), objective.remedy))
+                    sums[0] += loss.detach()
+                    sums[1:] += parts
+                if accelerator.num_processes > 1:
+                    sums = accelerator.reduce(sums, "sum")
+                norm = accelerator.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
                 done += 1
-                metrics = {
-                    "step": done,
-                    "epoch": epoch,
-                    "learning_rate": rate,
-                    "loss": sums["loss"],
-                    "grad_norm": norm,
-                    "seconds": time.perf_counter() - began,
-                    **objective.summarise(sums),
-                }
-                metrics["tokens_per_second"] = sum(len(s.ids) for s in sequences) / metrics["seconds"]
-                history.append(metrics)
-                report(metrics)
-                if progress:
-                    progress.advance(1, f"loss {metrics['loss']:.4f}")
-                due = done % settings.checkpoint_every == 0
-                if main and (due or done == total):
-                    checkpoints.save(done, parameters, optimizer, history)
+                numbers = Reading(torch.cat([sums, norm.double()[None]]))
+                tokens = sum(len(s.ids) for s in sequences)
+                ledger.enter(_Step(done, epoch, rate, tokens, began, numbers))
+                if done % settings.checkpoint_every == 0 or done == total:
+                    ledger.read()
+                    if main:
+                        checkpoints.save(done, parameters, optimizer, history)
+                else:
+                    ledger.read(but=STEPS_AHEAD.get(device.type, 0))
     accelerator.wait_for_everyone()
     return history
+
+
+class Reading:
+    """Numbers on their way to the host: from a GPU they are copied when it gets there, and waited for when read."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event = None
+        self._host = values
+        if values.device.type == "cuda":
+            self._host = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[float]:
+        """The numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that may still be at work; `numbers` are its loss, the objective's sums and the gradient's norm."""
+
+    number: int
+    epoch: int
+    learning_rate: float
+    tokens: int
+    began: float
+    numbers: Reading
+
+
+class _Ledger:
+    """The steps in order: those that are still at work, and the metrics of those that were read."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        history: list[dict[str, Any]],
+        checkpoints: Checkpoints,
+        report: Callable[[dict[str, Any]], None],
+        progress: Progress | None,
+    ) -> None:
+        self._objective, self._history, self._checkpoints = objective, history, checkpoints
+        self._report, self._progress = report, progress
+        self._at_work: deque[_Step] = deque()
+        self._last_read = time.perf_counter()
+
+    def enter(self, step: _Step) -> None:
+        """A step whose work was handed to the device."""
+        self._at_work.append(step)
+
+    def read(self, *, but: int = 0) -> None:
+        """Take in what the steps measured, but for the last `but`. Raises PleError where a number is not finite."""
+        while len(self._at_work) > but:
+            metrics = self._metrics(self._at_work.popleft())
+            self._history.append(metrics)
+            self._report(metrics)
+            if self._progress:
+                self._progress.advance(1, f"loss {metrics['loss']:.4f}")
+
+    def _metrics(self, step: _Step) -> dict[str, Any]:
+        loss, *sums, norm = step.numbers.read()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            newest = self._checkpoints.newest()
+            raise PleError(_not_finite(step.number, loss, norm, newest, self._objective.remedy))
+        now = time.perf_counter()
+        seconds, self._last_read = now - max(step.began, self._last_read), now
+        return {
+            "step": step.number,
+            "epoch": step.epoch,
+            "learning_rate": step.learning_rate,
+            "loss": loss,
+            "grad_norm": norm,
+            "seconds": seconds,
+            **self._objective.summarise(dict(zip(self._objective.sums, sums, strict=True))),
+            "tokens_per_second": step.tokens / seconds,
+        }
 
 
 def _step_seed(seed: int, step: int, process: int) -> int:
     return int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0])
 
 
-def _over_processes(sums: dict[str, float], accelerator: Any) -> dict[str, float]:
-    if accelerator.num_processes == 1:
-        return sums
-    values = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
-    return dict(zip(sums, accelerator.reduce(values, "sum").tolist(), strict=True))
-
-
 def _not_finite(step: int, loss: float, norm: float, newest: Path | None, remedy: str) -> str:
     kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint had been written yet"
-    return f"step {step + 1}: the loss is {loss} and its gradient's norm {norm}; stopped, {kept}. {remedy}"
+    return f"step {step}: the loss is {loss} and its gradient's norm {norm}; stopped, {kept}. {remedy}"

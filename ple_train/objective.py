@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ple_train.batches import MicroBatch
+from ple_data.device import upload
+from ple_train.batches import MicroBatch, Tokens
 from ple_train.log import print_to_log
 from ple_train.loss import sum_by_response, trust_region, weighted_loss
 from ple_train.policy import Policy
@@ -43,16 +45,15 @@ class PairObjective:
 
     def __init__(self, policy: Policy, delta: float | None) -> None:
         self.policy, self.delta, self.layout = policy, delta, policy.layout
+        self._places = {name: place for place, name in enumerate(self.sums)}
         self.warned = False
 
-    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]:
         tokens = self.policy.collate(batch.sequences)
         logps = model(tokens)
         sum_logps = sum_by_response(logps, tokens.responses, len(batch.sequences))
         means = sum_logps.detach() / tokens.lengths
-        coefficients = torch.tensor(
-            [s.tag.coefficient for s in batch.sequences], device=logps.device, dtype=logps.dtype
-        )
+        coefficients = upload(np.array([s.tag.coefficient for s in batch.sequences]), logps.device).to(logps.dtype)
         drift = None
         if self.policy.has_start_policy and (self.delta is not None or step % DRIFT_EVERY == 0):
             drift = means - self._start_means(tokens, len(batch.sequences))
@@ -61,44 +62,41 @@ class PairObjective:
             kept = trust_region(coefficients, drift, self.delta)
         loss = weighted_loss(sum_logps, kept, batch.total) * batch.weight
         if batch.weight == 0:
-            return loss, {}
-        return loss, self._sums(
-            batch, tokens, sum_logps.detach() * -kept / batch.total, means, coefficients, kept, drift
-        )
+            return loss, torch.zeros(len(self.sums), dtype=torch.float64, device=logps.device)
+        losses = sum_logps.detach() * -kept / batch.total
+        gated = ((coefficients != 0) & (kept == 0)).sum()
+        return loss, self._sums(batch, tokens, losses, means, gated, drift)
 
-    def _start_means(self, tokens: Any, responses: int) -> Tensor:
+    def _start_means(self, tokens: Tokens, responses: int) -> Tensor:
         with self.policy.as_start_policy():
             return sum_by_response(self.policy(tokens), tokens.responses, responses) / tokens.lengths
 
     def _sums(
-        self,
-        batch: MicroBatch,
-        tokens: Any,
-        losses: Tensor,
-        means: Tensor,
-        coefficients: Tensor,
-        kept: Tensor,
-        drift: Tensor | None,
-    ) -> dict[str, float]:
-        sums = dict.fromkeys(self.sums, 0.0)
-        sums["trained_tokens"] = sum(s.response for s in batch.sequences if s.tag.coefficient != 0)
-        sums["positions"], sums["padding"] = tokens.positions, tokens.padding
-        sums["gated"] = float(((coefficients != 0) & (kept == 0)).sum())
-        drifts = drift.tolist() if drift is not None else [None] * len(batch.sequences)
-        for sequence, loss, mean, moved in zip(batch.sequences, losses.tolist(), means.tolist(), drifts, strict=True):
-            tag = sequence.tag
-            group = f"{tag.set}_{tag.arm}"
-            sums[f"loss_{tag.set}"] += loss
-            sums[f"logps_{group}"] += mean
-            sums[f"count_{group}"] += 1
-            if moved is not None:
-                aged = f"{group}_age{AGES[min(tag.age, 2)]}"
-                sums[f"drift_{aged}"] += moved
-                sums[f"drifted_{aged}"] += 1
-                if tag.coefficient < 0:
-                    sums["pushed_down_drift"] += moved
-                    sums["pushed_down"] += 1
-        return sums
+        self, batch: MicroBatch, tokens: Tokens, losses: Tensor, means: Tensor, gated: Tensor, drift: Tensor | None
+    ) -> Tensor:
+        """[sums]: what the host knows is counted there, what the device measured of each response is added there."""
+        tags = [sequence.tag for sequence in batch.sequences]
+        counted = dict.fromkeys(self.sums, 0.0)
+        counted["trained_tokens"] = sum(s.response for s in batch.sequences if s.tag.coefficient != 0)
+        counted["positions"], counted["padding"] = tokens.positions, tokens.padding
+        for tag in tags:
+            counted[f"count_{tag.set}_{tag.arm}"] += 1
+        measured = [
+            (gated[None], ["gated"]),
+            (losses, [f"loss_{tag.set}" for tag in tags]),
+            (means, [f"logps_{tag.set}_{tag.arm}" for tag in tags]),
+        ]
+        if drift is not None:
+            aged = [f"{tag.set}_{tag.arm}_age{AGES[min(tag.age, 2)]}" for tag in tags]
+            down = np.array([at for at, tag in enumerate(tags) if tag.coefficient < 0], dtype=np.int64)
+            for name in aged:
+                counted[f"drifted_{name}"] += 1
+            counted["pushed_down"] = len(down)
+            measured.append((drift, [f"drift_{name}" for name in aged]))
+            measured.append((drift.index_select(0, upload(down, drift.device)), ["pushed_down_drift"] * len(down)))
+        sums = upload(np.array([*counted.values()], dtype=np.float64), losses.device)
+        places = upload(np.array([self._places[name] for _, names in measured for name in names]), losses.device)
+        return sums.index_add_(0, places, torch.cat([values.double() for values, _ in measured]))
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
         """Metrics of a step; NaN-free: a group without responses has no value (null in the Parquet file)."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ple_data.device import default_device, natural_dtype, placement
 from ple_data.models import check_adapter, check_model
 from ple_train import attention as packed
 from ple_train import probe
@@ -41,6 +42,7 @@ class Policy(nn.Module):
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         self.layout: Layout = "packed"
+        self.attention: str = base.config._attn_implementation
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +58,7 @@ class Policy(nn.Module):
         hidden = base.get_decoder()(**tokens.inputs, use_cache=False).last_hidden_state
         head = base.get_output_embeddings()
         return token_logps(
-            hidden.flatten(0, 1)[tokens.rows],
+            hidden.flatten(0, 1).index_select(0, tokens.rows),
             head.weight,
             tokens.targets,
             getattr(head, "bias", None),
@@ -120,10 +122,10 @@ class Policy(nn.Module):
     def _answers(self, implementation: str, layout: Layout) -> Tensor:
         """The probe's answers in a layout, which stays set."""
         self._base[0].set_attn_implementation(implementation)
-        self.layout = layout
+        self.attention, self.layout = implementation, layout
         with packed.windows() as seen:
             found = probe.answers(lambda sequences: self(self.collate(sequences)), self.vocabulary)
-        if implementation == packed.PACKED_ATTENTION and self._window and not any(seen):
+        if implementation in packed.OURS and self._window and not any(seen):
             raise ValueError("this model keeps its window of attention in a mask")
         return found
 
@@ -157,10 +159,10 @@ class Policy(nn.Module):
 
 
 def resolve_precision(precision: str) -> str:
-    """`auto` → bf16 on a GPU, float32 elsewhere."""
+    """`auto` → bf16 on a GPU that computes in it, float32 elsewhere."""
     if precision != "auto":
         return precision
-    return "bf16" if torch.cuda.is_available() else "float32"
+    return "bf16" if natural_dtype(default_device()) == torch.bfloat16 else "float32"
 
 
 def load_policy(
@@ -192,9 +194,7 @@ def load_policy(
         seed=seed,
     )
     fuse(causal)
-    policy = Policy(causal)
-    if torch.cuda.is_available():
-        policy.to(torch.device("cuda", torch.cuda.current_device()))
+    policy = Policy(causal).to(default_device())  # what peft left on the host
     policy.prepare(attention, resolve_precision(precision))
     return policy
 
@@ -244,13 +244,18 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 def load_causal_lm(model: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
-    """`AutoModelForCausalLM`, safetensors only. Raises UsageError where there is no model."""
+    """`AutoModelForCausalLM` on this process's device, safetensors only. Raises UsageError where there is no model."""
     from transformers import AutoModelForCausalLM
 
     check_model(model)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            model,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **placement(default_device()),
         )
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--model {model}: no causal language model there ({first_line(error)})") from error
@@ -278,11 +283,13 @@ def _candidates(attention: str, own: str, device: torch.device, precision: str) 
     """Attention and layout in the order of their cost; the first that the model keeps is taken."""
     from transformers.utils import is_flash_attn_2_available
 
-    ours: list[tuple[str, Layout]] = [(packed.PACKED_ATTENTION, "shared"), (packed.PACKED_ATTENTION, "packed")]
-    if attention == packed.PACKED_ATTENTION:
-        return ours
-    if attention != "auto":
+    if attention not in ("auto", *packed.OURS):
         return [(attention, "packed"), (attention, "padded")]
-    flash = device.type == "cuda" and precision == "bf16" and is_flash_attn_2_available()
-    first: list[tuple[str, Layout]] = [("flash_attention_2", "packed")] if flash else []
-    return [*first, *ours, (own, "padded")]
+    half = device.type == "cuda" and precision == "bf16"
+    names = [attention] if attention != "auto" else [name for name in packed.OURS if name != packed.VARLEN or half]
+    layouts: tuple[Layout, ...] = ("shared", "packed")
+    ours = [(name, layout) for name in names for layout in layouts]
+    if attention != "auto":
+        return ours
+    flash: list[tuple[str, Layout]] = [("flash_attention_2", "packed")] if half and is_flash_attn_2_available() else []
+    return [*ours, *flash, (own, "padded")]

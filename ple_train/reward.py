@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ple_data.device import default_device, placement, upload
 from ple_data.digests import policy_name
 from ple_data.models import check_model, load_tokenizer
 from ple_data.readers import read_rows
@@ -45,8 +46,8 @@ class RewardModel(nn.Module):
             ids[row, : len(sequence.ids)] = sequence.ids
             mask[row, : len(sequence.ids)] = 1
         inputs = {
-            "input_ids": torch.from_numpy(ids).to(device),
-            "attention_mask": torch.from_numpy(mask).to(device),
+            "input_ids": upload(ids, device),
+            "attention_mask": upload(mask, device),
         }
         return self.model(**inputs).logits.float()
 
@@ -58,12 +59,12 @@ class LabelObjective:
     layout: Layout = "padded"
     remedy = "Lower --learning-rate."
 
-    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]:
         logits = model(batch.sequences)
-        labels = torch.tensor([s.tag for s in batch.sequences], device=logits.device)
+        labels = upload(np.array([s.tag for s in batch.sequences]), logits.device)
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum") / batch.total * batch.weight
-        right = float((logits.argmax(1) == labels).sum())
-        return loss, {"right": right * batch.weight, "rows": len(labels) * batch.weight}
+        right = logits.argmax(1) == labels
+        return loss, _added(right, torch.ones_like(right)) * batch.weight
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
         return {"accuracy": sums["right"] / sums["rows"]}
@@ -76,16 +77,20 @@ class PreferenceObjective:
     layout: Layout = "padded"
     remedy = "Lower --learning-rate."
 
-    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]:
         rewards = model([*batch.sequences, *(s.beside for s in batch.sequences)])[:, 0]
         chosen, rejected = rewards.chunk(2)
         loss = preference_loss(chosen, rejected, batch.total) * batch.weight
         margins = (chosen - rejected).detach()
-        sums = {"right": float((margins > 0).sum()), "rows": len(margins), "margin": float(margins.sum())}
-        return loss, {name: value * batch.weight for name, value in sums.items()}
+        return loss, _added(margins > 0, torch.ones_like(margins), margins) * batch.weight
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
         return {"accuracy": sums["right"] / sums["rows"], "margin": sums["margin"] / sums["rows"]}
+
+
+def _added(*by_row: Tensor) -> Tensor:
+    """Each of the [rows] added up, [values] float64."""
+    return torch.stack([values.double() for values in by_row]).sum(1)
 
 
 def train_reward(
@@ -131,9 +136,7 @@ def train_reward(
         if labels:
             tokenizer.chat_template = None  # it read plain texts, so scoring must not render chats
         classifier = _load_classifier(model, revision, labels or 1, tokenizer.pad_token_id, seed)
-        wrapped = RewardModel(classifier, tokenizer.pad_token_id)
-        if torch.cuda.is_available():
-            wrapped.to(torch.device("cuda", torch.cuda.current_device()))
+        wrapped = RewardModel(classifier, tokenizer.pad_token_id).to(default_device())
         stream = ShuffledSequences(sequences, batch_size, seed, divisor=len)
         loop = LoopSettings(
             learning_rate=learning_rate,
@@ -206,6 +209,7 @@ def _load_classifier(model: str, revision: str | None, labels: int, pad: int, se
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
+            **placement(default_device()),
         )
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from ple_data.device import upload
 from ple_data.digests import policy_name
 from ple_data.models import check_model, load_tokenizer
 from ple_data.principles import PromptFormat, render
@@ -37,15 +38,11 @@ class SftObjective:
     def __init__(self, policy: Policy) -> None:
         self.policy, self.layout = policy, policy.layout
 
-    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]:
         tokens = self.policy.collate(batch.sequences)
         loss = sft_loss(model(tokens), batch.total) * batch.weight
-        counts = {
-            "response_tokens": len(tokens.targets),
-            "positions": tokens.positions,
-            "padding": tokens.padding,
-        }
-        return loss, {name: count * batch.weight for name, count in counts.items()}
+        counts = np.array([len(tokens.targets), tokens.positions, tokens.padding]) * batch.weight
+        return loss, upload(counts, loss.device)
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
         return {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ple_train.attention import packed_attention
+from ple_train.attention import Packing, packed_attention
 
 HEADS, WIDTH = 4, 8
 PARTS = [(5, 7, 3), (0, 6), (2, 1, 4, 4)]
@@ -44,11 +44,9 @@ def test_packed_branches_equal_plain_attention_one_by_one(dtype, tolerance, kv_h
     leaves = [torch.randn(1, heads, tokens, WIDTH).to(dtype).requires_grad_() for heads in (HEADS, kv_heads, kv_heads)]
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     weights = torch.randn(1, tokens, HEADS, WIDTH)
-    borders = torch.tensor([0, *torch.tensor([sum(part) for part in PARTS]).cumsum(0)])
+    packing = Packing.of(PARTS, torch.device("cpu"))
 
-    found, _ = packed_attention(
-        torch.nn.Identity(), *leaves, None, cu_seq_lens_q=borders, branches=PARTS, sliding_window=window
-    )
+    found, _ = packed_attention(torch.nn.Identity(), *leaves, None, packing=packing, sliding_window=window)
     expected = one_by_one(*exact, window)
 
     assert found.dtype == dtype

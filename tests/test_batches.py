@@ -76,7 +76,7 @@ def test_a_shared_prompt_stands_once_and_both_responses_begin_behind_it():
     assert tokens.inputs["input_ids"].tolist() == [[7, 8, 1, 2, 3, 9, 4, 5, 6]]
     assert tokens.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 0, 1]]
     assert tokens.inputs["cu_seq_lens_q"].tolist() == [0, 5, 7, 9]
-    assert tokens.inputs["branches"] == [(2, 2, 1), (1, 1), (0, 2)]
+    assert tokens.inputs["packing"].parts == ((2, 2, 1), (1, 1), (0, 2))
     assert tokens.rows.tolist() == [1, 2, 1, 5, 7]
     assert tokens.targets.tolist() == [1, 2, 3, 4, 6]
     assert tokens.responses.tolist() == [0, 0, 1, 2, 3]
@@ -88,9 +88,9 @@ def test_a_pair_over_the_budget_is_taken_apart():
     """x of 4 and responses of 6: 16 tokens together, 10 each; what lies in two micro-batches never joins again."""
     pair = [Sequence(np.arange(10, dtype=np.int32), 4, query=0) for _ in range(2)]
 
-    def shapes(budget: int) -> list[list[int]]:
+    def shapes(budget: int) -> list[tuple[tuple[int, ...], ...]]:
         batches = micro_batches(pair, 1, budget, 1, 0, layout="shared")
-        return [collate_shared(batch.sequences, torch.device("cpu")).inputs["branches"] for batch in batches]
+        return [collate_shared(batch.sequences, torch.device("cpu")).inputs["packing"].parts for batch in batches]
 
-    assert shapes(16) == [[(4, 6, 6)]]
-    assert shapes(15) == [[(4, 6)], [(4, 6)]]
+    assert shapes(16) == [((4, 6, 6),)]
+    assert shapes(15) == [((4, 6),), ((4, 6),)]

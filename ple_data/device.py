@@ -1,0 +1,41 @@
+"""Which device the work goes to and in which number type: the one room that asks torch what the machine has."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+AMPERE = (8, 0)
+"""The first compute capability of NVIDIA that multiplies bfloat16 by itself; older cards emulate it, slowly."""
+
+
+def default_device() -> torch.device:
+    """This process's GPU where there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def natural_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that computes in it, else float32. Never float16: its range is too small to train in."""
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) >= AMPERE):
+        return torch.bfloat16
+    return torch.float32
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for messages and records."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+
+
+def placement(device: torch.device) -> dict[str, dict[str, torch.device]]:
+    """Arguments of `from_pretrained` that load each weight straight to a GPU, never all of them to the host first."""
+    return {} if device.type == "cpu" else {"device_map": {"": device}}
+
+
+def upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """Host values as a tensor there; a GPU fetches them from pinned memory while the host goes on."""
+    host = torch.from_numpy(values)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
