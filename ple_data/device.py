@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from schemas.errors import UsageError
+
 AMPERE = (8, 0)
 """The first compute capability of NVIDIA that multiplies bfloat16 by itself; older cards emulate it, slowly."""
 
@@ -13,6 +15,20 @@ AMPERE = (8, 0)
 def default_device() -> torch.device:
     """This process's GPU where there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def chosen_device(name: str | None, option: str) -> torch.device:
+    """The device of that name, `default_device` for None and `auto`. Raises UsageError where there is no such one."""
+    if name in (None, "auto"):
+        return default_device()
+    try:
+        device = torch.device(str(name))
+    except RuntimeError as error:
+        raise UsageError(f"{option} {name}: torch knows no such device; give cpu, cuda or cuda:N") from error
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UsageError(f"{option} {name}: torch finds {gpus} GPUs here; leave it out to take what there is")
+    return device
 
 
 def natural_dtype(device: torch.device) -> torch.dtype:

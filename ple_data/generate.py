@@ -24,6 +24,7 @@ from ple_data.engines import (
     check_engine_args,
     choose_engine,
     make_engine,
+    resolve_machine,
 )
 from ple_data.models import check_adapter, check_model, end_ids, load_tokenizer, max_positions
 from ple_data.principles import PromptFormat, load_principle, uses_chat
@@ -152,6 +153,7 @@ def generate(
     _check_length(plan, max_positions(model, revision), model)
     if dry_run:
         return GenerateSummary(rows=plan.rows, counts=counts, dry_run=_show(plan, tokenizer))
+    dtype, device = resolve_machine(engine_name, dtype, arguments)
     spec = EngineSpec(
         model=model,
         revision=revision,
@@ -163,9 +165,8 @@ def generate(
     )
     found = Reuse(reuse, plan, data) if reuse else None
     _freeze(store, plan, {"model": str(model), "adapter": adapter, "queries": query_set.source, "engine": engine_name})
-    return sample_round(
-        store, plan, lambda: make_engine(engine_name, spec, arguments), plan.provenance(engine_name, dtype), found
-    )
+    provenance = plan.provenance(engine_name, dtype, device)
+    return sample_round(store, plan, lambda: make_engine(engine_name, spec, arguments), provenance, found)
 
 
 def sample_round(
@@ -182,7 +183,7 @@ def sample_round(
     arms = len(plan.arms)
     with (
         Progress("generate", arms * plan.rows, "responses", done=arms * summary.rows_done_before) as progress,
-        _EngineHolder(start_engine, progress) as engine,
+        _EngineHolder(start_engine, progress, "{engine} in {dtype} on {device}".format(**provenance)) as engine,
     ):
         announced: set[str] = set()
         while pending:
@@ -202,8 +203,8 @@ def sample_round(
 class _EngineHolder:
     """Starts the engine with the first unit that needs it, so that a finished round starts none."""
 
-    def __init__(self, start: Callable[[], Engine], progress: Progress) -> None:
-        self._start, self._progress = start, progress
+    def __init__(self, start: Callable[[], Engine], progress: Progress, name: str) -> None:
+        self._start, self._progress, self._name = start, progress, name
         self._engine: Engine | None = None
         self.started = time.monotonic()
 
@@ -213,7 +214,7 @@ class _EngineHolder:
             return
         if self._engine is None:
             self._engine = self._start()
-            self._progress.note(f"engine started in {time.monotonic() - self.started:.0f} s")
+            self._progress.note(f"engine {self._name}, started in {time.monotonic() - self.started:.0f} s")
             self._progress.restart_clock()
             self.started = time.monotonic()
         yield from self._engine.sample(itertools.chain([first], units), sampling)

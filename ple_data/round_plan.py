@@ -100,8 +100,11 @@ class Plan:
         """The record that freezes the round's settings."""
         return RoundManifest(round=self.round, settings=self.settings, counts=self.counts, notes=notes)
 
-    def provenance(self, engine: str, dtype: str) -> dict[str, Any]:
-        """What the metadata of each of the round's files says about where its rows come from."""
+    def provenance(self, engine: str, dtype: str, device: str) -> dict[str, Any]:
+        """What the metadata of each of the round's files says about where its rows come from.
+
+        dtype, device: what the engine samples with (`ple_data.engines.resolve_machine`).
+        """
         return {
             "policy": self.policy,
             **({"principle": {"name": self.principle.name, "digest": self.principle.digest}} if self.principle else {}),
@@ -109,6 +112,7 @@ class Plan:
             "seed": self.seed,
             "engine": engine,
             "dtype": dtype,
+            "device": device,
             "packages": package_versions(),
         }
 

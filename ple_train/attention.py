@@ -7,10 +7,10 @@ which sees the prompt and itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from typing import Any
 
@@ -42,7 +42,7 @@ class Packing:
     longest_k: int
 
     @classmethod
-    def of(cls, parts: list[tuple[int, ...]], device: torch.device) -> Packing:
+    def of(cls, parts: Sequence[tuple[int, ...]], device: torch.device) -> Packing:
         """The packing of a row made of these parts, its tensors on the device."""
         queries, keys, seen = [], [], []
         start = 0
@@ -67,6 +67,11 @@ class Packing:
             longest_q=max(queries),
             longest_k=max(keys),
         )
+
+    @property
+    def borders(self) -> tuple[Tensor, Tensor, int, int]:
+        """Borders of queries and keys, and the longest span of each, as kernels take them."""
+        return self.borders_q, self.borders_k, self.longest_q, self.longest_k
 
 
 def _borders(lengths: list[int]) -> np.ndarray:
@@ -111,36 +116,39 @@ has fewer queries than keys, they are those of the last of the keys' positions."
 
 @cache
 def varlen_kernel() -> Kernel | None:
-    """torch's own kernel where it has one that scales and knows windows, else flash-attention's, else None.
+    """torch's own kernel where it has one that scales and knows windows, else flash-attention's, else None."""
+    return _torchs_kernel() or _flash_attentions_kernel()
 
-    https://docs.pytorch.org/docs/stable/nn.attention.varlen.html, https://github.com/Dao-AILab/flash-attention
-    """
+
+def _torchs_kernel() -> Kernel | None:
+    """https://docs.pytorch.org/docs/stable/nn.attention.varlen.html"""
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        from torch.nn.attention import varlen
     except ImportError:
-        known = set()
-    else:
-        known = signature(varlen_attn).parameters.keys()
-    if known >= {"scale", "window_size"}:
-        grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
+        return None
+    known = signature(varlen.varlen_attn).parameters.keys()
+    if not known >= {"scale", "window_size"}:
+        return None
+    attend: Any = partial(varlen.varlen_attn, enable_gqa=True) if "enable_gqa" in known else varlen.varlen_attn
 
-        def torchs(q: Tensor, k: Tensor, v: Tensor, at: Packing, scale: float | None, window: int | None) -> Tensor:
-            borders = (at.borders_q, at.borders_k, at.longest_q, at.longest_k)
-            return varlen_attn(q, k, v, *borders, scale=scale, window_size=_window(window), **grouped)
+    def kernel(q: Tensor, k: Tensor, v: Tensor, at: Packing, scale: float | None, window: int | None) -> Tensor:
+        return attend(q, k, v, *at.borders, scale=scale, window_size=_window(window))
 
-        return torchs
+    return kernel
+
+
+def _flash_attentions_kernel() -> Kernel | None:
+    """https://github.com/Dao-AILab/flash-attention"""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
         return None
 
-    def flash(q: Tensor, k: Tensor, v: Tensor, at: Packing, scale: float | None, window: int | None) -> Tensor:
-        borders = (at.borders_q, at.borders_k, at.longest_q, at.longest_k)
-        return flash_attn_varlen_func(
-            q, k, v, *borders, softmax_scale=scale, causal=True, window_size=_window(window)
-        )
+    def kernel(q: Tensor, k: Tensor, v: Tensor, at: Packing, scale: float | None, window: int | None) -> Tensor:
+        how = {"softmax_scale": scale, "causal": True, "window_size": _window(window)}
+        return flash_attn_varlen_func(q, k, v, *at.borders, **how)
 
-    return flash
+    return kernel
 
 
 def _window(size: int | None) -> tuple[int, int]:

@@ -127,6 +127,7 @@ def baseline(
             if method == "raft":
                 note_principle(scan_shards("pairs", [part.shard for part in snapshot]))
         stream = ShuffledSequences(sequences, batch_size, seed, divisor=lambda batch: sum(s.response for s in batch))
+        out.note_machine(resolve_precision(precision), attention=policy.attention, layout=policy.layout)
         loop = LoopSettings(
             learning_rate=learning_rate,
             epochs=epochs,

@@ -207,7 +207,7 @@ def collate_packed(sequences: list[Sequence], device: torch.device) -> Tokens:
 
 
 def _packed_inputs(
-    ids: list[np.ndarray], positions: list[np.ndarray], parts: list[tuple[int, ...]], device: torch.device
+    ids: list[np.ndarray], positions: list[np.ndarray], parts: ListLike[tuple[int, ...]], device: torch.device
 ) -> dict[str, Any]:
     """`packing` is for our own attention, the borders for that of transformers, where no prompt is shared."""
     lengths = [sum(part) for part in parts]

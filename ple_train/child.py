@@ -23,11 +23,19 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import NamedTuple, NoReturn, Self
 
 GRACE_SECONDS = 45.0  # torchrun gives its workers 30 s
 PROGRAMS = ("ple", "ple-gen", "ple-score", "ple-train")
 _GPU_DEVICES = ("/dev/nvidia", "/dev/kfd")
+
+
+class Ended(NamedTuple):
+    """How a command ended: its exit code (128 + N when signal N ended it) and the most memory, in bytes, that the
+    largest of its processes held (0 where nobody knows)."""
+
+    code: int
+    memory: int
 
 
 class Launcher:
@@ -47,15 +55,15 @@ class Launcher:
             pass_fds=tuple(keep_open),
         )
 
-    def run(self, command: Sequence[str]) -> int:
-        """The command's exit code (128 + N when signal N ended it), its stdout sent to our stderr."""
+    def run(self, command: Sequence[str]) -> Ended:
+        """Run the command to its end, its stdout sent to our stderr."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(list(command)) + "\n")
             self._process.stdin.flush()
         answer = self._process.stdout.readline()
-        return int(answer) if answer else 128 + signal.SIGKILL  # the launcher itself was killed
+        return Ended(*map(int, answer.split())) if answer else Ended(128 + signal.SIGKILL, 0)  # it was killed itself
 
     def __enter__(self) -> Self:
         return self
@@ -68,9 +76,9 @@ class Launcher:
 
 
 def run_child(command: Sequence[str]) -> int:
-    """`Launcher.run` of one command."""
+    """The exit code of one command, by a launcher of its own."""
     with Launcher() as launcher:
-        return launcher.run(command)
+        return launcher.run(command).code
 
 
 # The launcher
@@ -82,9 +90,9 @@ def _serve() -> None:
     while line := sys.stdin.readline():
         command = json.loads(line)
         pid = _fork(command) if _may_fork(command) and _warm_up() else _spawn(command)
-        code = _wait(pid)
+        ended = _wait(pid)
         with contextlib.suppress(BrokenPipeError):  # the caller is dead
-            os.write(1, b"%d\n" % (code if code >= 0 else 128 - code))
+            os.write(1, b"%d %d\n" % ended)
 
 
 def _may_fork(command: Sequence[str]) -> bool:
@@ -145,8 +153,8 @@ def _become(command: Sequence[str]) -> NoReturn:
     sys.exit(script.load()())
 
 
-def _wait(pid: int) -> int:
-    """The exit code of the command; ends it, and the launcher, when the caller lets go."""
+def _wait(pid: int) -> Ended:
+    """How the command ended; ends it, and the launcher, when the caller lets go."""
     ended = os.pidfd_open(pid)
     waiting = select.poll()
     waiting.register(ended, select.POLLIN)
@@ -158,9 +166,10 @@ def _wait(pid: int) -> int:
         waiting.poll(1000 * GRACE_SECONDS)
         _end_group(pid, signal.SIGKILL)
     os.close(ended)
-    _, status = os.waitpid(pid, 0)
+    _, status, usage = os.wait4(pid, 0)
     _end_group(pid, signal.SIGKILL)  # a worker that its command left behind
-    return os.waitstatus_to_exitcode(status)
+    code = os.waitstatus_to_exitcode(status)
+    return Ended(code if code >= 0 else 128 - code, usage.ru_maxrss * 1024)
 
 
 def _end_group(group: int, number: signal.Signals) -> None:

@@ -23,7 +23,7 @@ from ple_train.log import print_to_log
 from ple_train.loop import make_accelerator
 from ple_train.output import Output
 from ple_train.pairs import read_rows, refuse_foreign_ids, sampled_by_round
-from ple_train.policy import load_trainable
+from ple_train.policy import load_trainable, resolve_precision
 from ple_train.train import frozen_snapshot, note_later_pairs, refuse_doubled_stores, refuse_other_lora
 from ple_train.trl_tools import (
     VERSION,
@@ -101,6 +101,7 @@ def dpo(
             seed=seed,
         )
         refuse_foreign_pairs(pairs, policy)
+        out.note_machine(resolve_precision(precision))
         scratch = out.private / "trl"
         with quiet_trl():
             history = _train(

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ple_data.device import default_device
 from ple_data.progress import Progress
 from ple_train.batches import Layout, MicroBatch, Stream, micro_batches
 from ple_train.checkpoint import Checkpoints
 from schemas.errors import PleError, UsageError
 
 STEPS_AHEAD = {"cuda": 1}
-"""Steps that may be at work when an earlier one is read: a GPU never waits for the host; elsewhere there is no queue."""
+"""Steps at work while an earlier one is read, so that a GPU never waits for the host; a CPU has no queue."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
     broadcast = DistributedDataParallelKwargs(broadcast_buffers=False)
     return Accelerator(
         mixed_precision="no",  # autocast is the loop's own: one process may train in several precisions
-        cpu=not torch.cuda.is_available(),
+        cpu=default_device().type == "cpu",
         kwargs_handlers=[broadcast],
         log_with=report_to,
         project_dir=directory,

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ple_data.device import describe
 from ple_train.checkpoint import Checkpoints, refuse_other_settings, saving
 from ple_train.cost import describe_cost
 from ple_train.log import print_to_log
@@ -50,6 +51,7 @@ class Output:
         self.private = self.directory / ".ple"
         self.checkpoints = Checkpoints(self.private / "checkpoints", self.settings)
         self.finished = False
+        self.machine: dict[str, str] = {}
         self._lock: TextIO | None = None
 
     def __enter__(self) -> Output:
@@ -70,6 +72,12 @@ class Output:
         elif self.accelerator.log_with:
             self.accelerator.init_trackers("ple", config={k: str(v) for k, v in self.settings.items()})
         return self
+
+    def note_machine(self, precision: str, **more: str) -> None:
+        """Say on stderr, and keep for the record, what was chosen for this machine: device, precision and `more`."""
+        self.machine = {"device": describe(self.accelerator.device), "precision": precision, **more}
+        choices = ", ".join(f"{name} {value}" for name, value in more.items())
+        print_to_log(f"training on {self.machine['device']} in {precision}" + (f": {choices}" if choices else ""))
 
     def _refuse_own_input(self) -> None:
         for name in ("model", "adapter"):
@@ -127,6 +135,7 @@ class Output:
                 "kind": self.kind,
                 "settings": self.settings,
                 "steps": len(history),
+                "machine": self.machine,
                 **({"cost": cost} if cost else {}),
                 "files": hashes,
                 "packages": {name: importlib.metadata.version(name) for name in PACKAGES},

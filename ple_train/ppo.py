@@ -30,7 +30,7 @@ from ple_train.cost import training_cost
 from ple_train.log import print_to_log
 from ple_train.loop import make_accelerator
 from ple_train.output import Output
-from ple_train.policy import load_trainable, switch_off_dropout
+from ple_train.policy import load_trainable, resolve_precision, switch_off_dropout
 from ple_train.train import refuse_other_lora
 from ple_train.trl_tools import (
     VERSION,
@@ -136,6 +136,7 @@ def ppo(
         _refuse_too_long(policy, max(map(len, texts)) + max_new_tokens, model)
         scorer = RewardScorer(rewards, tokenizer, texts)
         at_once = largest_divisor(batch_size, microbatch_tokens // (max(map(len, texts)) + max_new_tokens))
+        out.note_machine(resolve_precision(precision))
         scratch = out.private / "trl"
         arguments = training_arguments(scratch, learning_rate=learning_rate, seed=seed) | {
             "max_grad_norm": max_grad_norm,

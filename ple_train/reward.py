@@ -138,6 +138,7 @@ def train_reward(
         classifier = _load_classifier(model, revision, labels or 1, tokenizer.pad_token_id, seed)
         wrapped = RewardModel(classifier, tokenizer.pad_token_id).to(default_device())
         stream = ShuffledSequences(sequences, batch_size, seed, divisor=len)
+        out.note_machine(resolve_precision(precision))
         loop = LoopSettings(
             learning_rate=learning_rate,
             epochs=epochs,

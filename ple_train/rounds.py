@@ -22,7 +22,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from ple_data.rewards import recorded_spec
-from ple_train.child import GRACE_SECONDS, Launcher
+from ple_train.child import GRACE_SECONDS, Ended, Launcher
+from ple_train.gpu_watch import GpuWatch, gibibytes
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from schemas.files import write_atomic
 from schemas.recipe import BaselineStage, Recipe, differences, dump_recipe, parse_recipe
@@ -101,7 +102,7 @@ def run(recipe: Recipe) -> None:
     stages = plan(recipe)
     _refuse_missing_programs(stages)
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory) as lock, Launcher(keep_open=[lock]) as launcher:
+    with _locked(directory) as lock, Launcher(keep_open=[lock]) as launcher, GpuWatch() as gpus:
         _freeze(recipe, stages, directory)
         for number, stage in enumerate(stages, start=1):
             records = _load_records(directory)
@@ -110,11 +111,11 @@ def run(recipe: Recipe) -> None:
                 _log(f"{place}: done before")
             else:
                 _log(f"{place}: {stage.shell_line}")
-                seconds = _run_stage(stage, directory, records, launcher)
-                _log(f"{place}: done in {seconds:.1f} s")
+                _log(f"{place}: {_run_stage(stage, directory, records, launcher, gpus)}")
 
 
-def _run_stage(stage: Stage, directory: Path, records: list[dict[str, Any]], launcher: Launcher) -> float:
+def _run_stage(stage: Stage, directory: Path, records: list[dict[str, Any]], launcher: Launcher, gpus: GpuWatch) -> str:
+    """Run a stage and keep its record → what became of it, in words. What it held of the GPUs is free again then."""
     record: dict[str, Any] = {
         "stage": stage.name,
         "round": stage.round,
@@ -126,19 +127,29 @@ def _run_stage(stage: Stage, directory: Path, records: list[dict[str, Any]], lau
     }
     records.append(record)
     _save_records(directory, records)
+    gpus.begin()
     start = time.monotonic()
-    code: int | None = None
+    ended: Ended | None = None
     try:
-        code = launcher.run(stage.command)
+        ended = launcher.run(stage.command)
     except KeyboardInterrupt:
-        code = 130
+        ended = Ended(130, 0)
         raise
     finally:
         seconds = time.monotonic() - start
-        record |= {"end": _now(), "seconds": round(seconds, 3), "exit_code": code}
+        record |= {"end": _now(), "seconds": round(seconds, 3)}
+        record |= {"exit_code": ended.code, "memory_bytes": ended.memory} if ended else {}
         _save_records(directory, records)
-    refuse_failure(stage.title, code)
-    return seconds
+    most, left = gpus.end()
+    if most:
+        record["gpu_memory_bytes"] = {str(gpu): bytes for gpu, bytes in most.items()}
+        _save_records(directory, records)
+    refuse_failure(stage.title, ended.code)
+    for gpu, bytes in left.items():
+        more = f"{gibibytes(bytes)} more of GPU {gpu} are in use than before {stage.title}"
+        _log(f"warning: {more}; nvidia-smi tells by which process")
+    held = [f"{gibibytes(ended.memory)} of memory", *(f"{gibibytes(most[gpu])} of GPU {gpu}" for gpu in most)]
+    return f"done in {seconds:.1f} s, held at most {', '.join(held)}"
 
 
 def refuse_failure(title: str, code: int) -> None:

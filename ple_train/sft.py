@@ -109,6 +109,7 @@ def sft(
         )
         refuse_too_long(sequences, policy.positions, model)
         stream = ShuffledSequences(sequences, batch_size, seed, divisor=lambda batch: sum(s.response for s in batch))
+        out.note_machine(resolve_precision(precision), attention=policy.attention, layout=policy.layout)
         loop = LoopSettings(
             learning_rate=learning_rate,
             epochs=epochs,

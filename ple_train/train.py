@@ -132,6 +132,7 @@ def train(
         )
         if not out.checkpoints.newest():
             refuse_unfit_pairs(snapshot, policy, max_length, settings["weights"])
+        out.note_machine(resolve_precision(precision), attention=policy.attention, layout=policy.layout)
         loop = LoopSettings(
             learning_rate=learning_rate,
             epochs=epochs,

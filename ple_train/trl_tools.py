@@ -57,8 +57,9 @@ def refuse_many_processes(accelerator: Any) -> None:
 
 def training_arguments(directory: Path, *, learning_rate: float, seed: int) -> dict[str, Any]:
     """Arguments of every TRL configuration: ple-train's optimizer, a metric each step, no checkpoints, no reports."""
-    import torch
+    from ple_data.device import default_device
 
+    on_gpu = default_device().type == "cuda"
     return {
         "output_dir": str(directory),
         "learning_rate": learning_rate,
@@ -67,8 +68,8 @@ def training_arguments(directory: Path, *, learning_rate: float, seed: int) -> d
         "weight_decay": 0.0,
         "seed": seed,
         "bf16": False,  # no autocast: frozen weights are in bfloat16 as they were loaded, the adapter in float32
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not on_gpu,
+        "dataloader_pin_memory": on_gpu,
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,

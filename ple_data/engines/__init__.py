@@ -66,7 +66,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What an engine is made from, checked before: model, tokenizer, end token ids, longest sequence needed."""
+    """What an engine is made from, checked before: model, tokenizer, end token ids, longest sequence needed.
+
+    dtype: a number type, or `auto` for what `resolve_machine` chooses.
+    """
 
     model: str
     revision: str | None
@@ -113,6 +116,21 @@ def check_engine_args(name: str, engine_args: Mapping[str, Any], adapter: Adapte
         from ple_data.engines import hf
 
         refuse_unknown(engine_args, hf.ENGINE_ARGS, name)
+
+
+def resolve_machine(name: str, dtype: str, engine_args: Mapping[str, Any]) -> tuple[str, str]:
+    """Number type and device, in words, that an engine will sample with.
+
+    `auto` is bfloat16 where the device computes in it, else float32; never float16, which nobody would notice.
+    Raises UsageError for a number type that there is not.
+    """
+    if name == "vllm":
+        from ple_data.engines import vllm
+
+        return vllm.resolve_machine(dtype)
+    from ple_data.engines import hf
+
+    return hf.resolve_machine(dtype, engine_args)
 
 
 def make_engine(name: str, spec: EngineSpec, engine_args: Mapping[str, Any]) -> Engine:

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from ple_data.device import chosen_device, describe, natural_dtype, placement
 from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode
 from schemas.errors import PleError, UsageError
 
@@ -31,13 +32,12 @@ class HfEngine:
     """transformers on one device. Engine arguments: batch_size, device, attn_implementation."""
 
     def __init__(self, spec: EngineSpec, engine_args: Mapping[str, Any]) -> None:
-        """Load the model (float32 on CPU and bfloat16 on a GPU, where `spec.dtype` is auto) and its adapter."""
+        """Load the model straight to its device, and its adapter."""
         self._tokenizer = spec.tokenizer
         self._batch_size = int(engine_args.get("batch_size", DEFAULT_BATCH))
         if self._batch_size < 1:
             raise UsageError(f"--engine-arg batch_size must be at least 1, not {self._batch_size}")
-        device = engine_args.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._device = torch.device(device)
+        self._device = _device(engine_args)
         self._end_ids = spec.end_ids
         disable_progress_bar()
         options = {}
@@ -50,6 +50,7 @@ class HfEngine:
                 dtype=_dtype(spec.dtype, self._device),
                 use_safetensors=True,
                 trust_remote_code=False,
+                **placement(self._device),
                 **options,
             )
         except (OSError, ValueError, ImportError) as error:
@@ -176,9 +177,19 @@ def _first_length_with_stop(tokenizer: Any, ids: list[int], stop: Sequence[str])
     )
 
 
+def resolve_machine(dtype: str, engine_args: Mapping[str, Any]) -> tuple[str, str]:
+    """Number type and device, in words, that the engine will sample with."""
+    device = _device(engine_args)
+    return str(_dtype(dtype, device)).removeprefix("torch."), describe(device)
+
+
+def _device(engine_args: Mapping[str, Any]) -> torch.device:
+    return chosen_device(engine_args.get("device"), "--engine-arg device")
+
+
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return natural_dtype(device)
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(f"--dtype must be auto, float32, bfloat16 or float16, not {name}")

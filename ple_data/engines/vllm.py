@@ -179,6 +179,16 @@ class VllmEngine:
         return Completion(ids, text, output.finish_reason, logps)
 
 
+def resolve_machine(dtype: str) -> tuple[str, str]:
+    """Number type and device, in words, that vLLM will sample with. Its own `auto` may be float16: ours never is."""
+    import torch
+    from vllm.platforms import current_platform
+
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.bfloat16 in current_platform.supported_dtypes else "float32"
+    return dtype, current_platform.get_device_name() or current_platform.device_type
+
+
 def _engine_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[str, Any]:
     """vLLM's arguments: the user's over our defaults."""
     from vllm.platforms import current_platform
@@ -186,7 +196,7 @@ def _engine_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[
     arguments: dict[str, Any] = {
         "model": local_path(spec.model),
         "revision": spec.revision,
-        "dtype": spec.dtype,
+        "dtype": resolve_machine(spec.dtype)[0],
         "max_model_len": spec.max_length,
         "load_format": "safetensors",
         "trust_remote_code": False,

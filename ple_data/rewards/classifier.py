@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from ple_data.digests import policy_name
 from ple_data.rewards.texts import Encoded, encode, resolve_join
 from schemas.errors import PleError, UsageError, first_line
@@ -40,10 +42,10 @@ class ClassifierReward:
         """Load the model. Raises UsageError where it is no classifier or the output to use is not clear."""
         import torch
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._tokenizer, self._model = _load(model, dtype=getattr(torch, dtype), device=device)
-        self._device = device
+        from ple_data.device import chosen_device
+
+        self._device = chosen_device(device, "--reward-device")
+        self._tokenizer, self._model = _load(model, dtype=getattr(torch, dtype), device=self._device)
         config = self._model.config
         self._index = choose_output(config, output_index, model)
         self._join = resolve_join(join, self._tokenizer)
@@ -77,6 +79,8 @@ class ClassifierReward:
         """Rewards of one batch; the arrays are (rows, longest row)."""
         import torch
 
+        from ple_data.device import upload
+
         left = self._tokenizer.padding_side == "left"
         longest = max(len(item.ids) for item in batch)
         pad_id = self._pad_id if self._pad_id is not None else self._free_pad_id(batch)
@@ -84,7 +88,7 @@ class ClassifierReward:
         def padded(rows: list[list[int]], fill: int) -> Any:
             gaps = [[fill] * (longest - len(row)) for row in rows]
             full = [gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)]
-            return torch.tensor(full, device=self._device)
+            return upload(np.array(full), self._device)
 
         ids = [item.ids for item in batch]
         inputs = {
@@ -121,10 +125,12 @@ class ClassifierReward:
         return pad_id
 
 
-def _load(model: str, *, dtype: Any, device: str) -> tuple[Any, Any]:
+def _load(model: str, *, dtype: Any, device: Any) -> tuple[Any, Any]:
     """Tokenizer and model, in evaluation mode, on the device."""
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from ple_data.device import placement
 
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UsageError(f"reward model {model}: the directory has no config.json, so it is no model")
@@ -132,7 +138,12 @@ def _load(model: str, *, dtype: Any, device: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         with _quiet():
             loaded, info = AutoModelForSequenceClassification.from_pretrained(
-                model, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                model,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **placement(device),
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(

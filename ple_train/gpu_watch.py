@@ -1,0 +1,114 @@
+"""How much memory of each GPU is in use, as the driver sees it: whatever process holds it, vLLM's workers included.
+
+`nvidia-smi`, which comes with the driver, tells it four times a second. Without one nothing is watched. This never
+opens a GPU itself.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections import Counter
+from typing import Self
+
+QUERY = ("--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits", "--loop-ms=250")
+NEWS_SECONDS = 5.0
+"""How long the driver's next word is waited for."""
+RELEASE_SECONDS = 30.0
+"""How long the driver may take to free what an ended process held."""
+SLACK = 256 * 2**20
+"""Bytes that may come and go without a stage of ours."""
+
+
+class GpuWatch:
+    """Bytes in use of each GPU that CUDA_VISIBLE_DEVICES leaves visible, by its index. A context manager."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._listening = False
+        self._news = threading.Condition()
+        self._words: Counter[int] = Counter()
+        self._now: dict[int, int] = {}
+        self._before: dict[int, int] = {}
+        self._most: dict[int, int] = {}
+
+    def __enter__(self) -> Self:
+        if program := shutil.which("nvidia-smi"):
+            self._process = subprocess.Popen(
+                [program, *QUERY],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            self._listening = True
+            threading.Thread(target=self._listen, args=[self._process], daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+    def begin(self) -> None:
+        """A stage begins: what is in use now is not its own."""
+        if not self._words:
+            self._await_news()
+        with self._news:
+            self._before, self._most = dict(self._now), dict(self._now)
+
+    def end(self) -> tuple[dict[int, int], dict[int, int]]:
+        """The stage has ended → the most that was in use meanwhile, and what is still in use beyond what was before,
+        after `RELEASE_SECONDS` at most; of the GPUs alone where that is more than `SLACK`."""
+        deadline = time.monotonic() + RELEASE_SECONDS
+        while True:
+            self._await_news()
+            with self._news:
+                left = self._beyond(self._now)
+                if not left or time.monotonic() > deadline:
+                    return {gpu: self._most[gpu] for gpu in self._beyond(self._most)}, left
+
+    def _beyond(self, used: dict[int, int]) -> dict[int, int]:
+        more = {gpu: bytes - self._before.get(gpu, 0) for gpu, bytes in used.items()}
+        return {gpu: bytes for gpu, bytes in more.items() if bytes > SLACK}
+
+    def _await_news(self) -> None:
+        """Until every GPU was heard of twice: the first word may have been on its way. At once where none speaks."""
+        with self._news:
+            old = dict(self._words)
+            self._news.wait_for(lambda: self._has_news_since(old) or not self._listening, NEWS_SECONDS)
+
+    def _has_news_since(self, old: dict[int, int]) -> bool:
+        return bool(self._words) and all(words >= old.get(gpu, 0) + 2 for gpu, words in self._words.items())
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        visible = _visible()
+        assert process.stdout is not None
+        for line in process.stdout:
+            index, uuid, used = [word.strip() for word in [*line.split(","), "", ""][:3]]
+            if not index.isdecimal():
+                continue  # an error in words
+            with self._news:
+                gpu = int(index)
+                self._words[gpu] += 1
+                if used.isdecimal() and (visible is None or index in visible or uuid in visible):
+                    self._now[gpu] = int(used) * 2**20
+                    self._most[gpu] = max(self._now[gpu], self._most.get(gpu, 0))
+                self._news.notify_all()
+        with self._news:
+            self._listening = False
+            self._news.notify_all()
+
+
+def _visible() -> set[str] | None:
+    """Indices or UUIDs of the GPUs that a process may see; None: all."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if named is None else {word.strip() for word in named.split(",")}
+
+
+def gibibytes(bytes: int) -> str:
+    """A size for a person."""
+    return f"{bytes / 2**30:.1f} GiB"
