@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from ple_data.device import upload
 
 PACKED, VARLEN = "ple_packed", "ple_varlen"
-HALF = (torch.bfloat16, torch.float16)
-"""What the kernels compute in."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +99,29 @@ def varlen_attention(
     if torch.is_autocast_enabled(device):
         kind = torch.get_autocast_dtype(device)
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
-    if kernel is None or device != "cuda" or value.dtype not in HALF or dropout:
+    if kernel is None or not kernels_take(value) or dropout:
         raise ValueError(f"{VARLEN} needs a GPU, bfloat16 and no dropout")
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if packing.keys is not None:
-        k, v = k.index_select(0, packing.keys), v.index_select(0, packing.keys)
-    return kernel(q, k, v, packing, scaling, sliding_window)[None], None
+    return in_one_call(kernel, query, key, value, packing, scaling, sliding_window), None
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Packing, float | None, int | None], Tensor]
 """query [n, heads, d], key and value [keys, kv heads, d], packing, scale, window → [n, heads, d]. Causal; where a span
 has fewer queries than keys, they are those of the last of the keys' positions."""
+
+
+def kernels_take(values: Tensor) -> bool:
+    """Whether the kernels are made for the place and number type of these values."""
+    return values.device.type == "cuda" and values.dtype in (torch.bfloat16, torch.float16)
+
+
+def in_one_call(
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None, window: int | None
+) -> Tensor:
+    """query [1, heads, tokens, d], key and value [1, kv heads, tokens, d] → [1, tokens, heads, d]."""
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if packing.keys is not None:
+        k, v = k.index_select(0, packing.keys), v.index_select(0, packing.keys)
+    return kernel(q, k, v, packing, scale, window)[None]
 
 
 @cache

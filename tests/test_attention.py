@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ple_train.attention import Packing, packed_attention
+from ple_train.attention import Packing, in_one_call, packed_attention, varlen_attention, varlen_kernel
 
 HEADS, WIDTH = 4, 8
 PARTS = [(5, 7, 3), (0, 6), (2, 1, 4, 4)]
@@ -57,8 +57,83 @@ def test_packed_branches_equal_plain_attention_one_by_one(dtype, tolerance, kv_h
         assert (own - other).norm() <= 2 * tolerance * other.norm()
 
 
+def plain_kernel(query, key, value, packing, scale, window):
+    """What `Kernel` promises, in a loop. It stands in for the real kernels, which need a GPU."""
+    key, value = (tensor.repeat_interleave(HEADS // tensor.shape[1], dim=1) for tensor in (key, value))
+    outputs = []
+    for at in range(len(packing.borders_q) - 1):
+        own = slice(*packing.borders_q[at : at + 2].tolist())
+        seen = slice(*packing.borders_k[at : at + 2].tolist())
+        q, k, v = (tensor.transpose(0, 1) for tensor in (query[own], key[seen], value[seen]))
+        queries, keys = q.shape[1], k.shape[1]
+        assert queries <= packing.longest_q
+        assert keys <= packing.longest_k
+        distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+        hidden = (distance < 0) | (distance >= (window or keys))
+        outputs.append(((q @ k.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    assert packing.borders_q.dtype == packing.borders_k.dtype == torch.int32
+    return torch.cat(outputs)
+
+
+def both_ways(parts, attend_packed, attend_varlen, dtype, device="cpu"):
+    """Values and gradients of the loop and of one call on the same random numbers."""
+    torch.manual_seed(0)
+    tokens, packing = sum(map(sum, parts)), Packing.of(parts, torch.device(device))
+    leaves = [torch.randn(1, heads, tokens, WIDTH, device=device, dtype=dtype) for heads in (HEADS, 2, 2)]
+    weights = torch.randn(1, tokens, HEADS, WIDTH, device=device, dtype=dtype)
+    found = []
+    for attend in (attend_packed, attend_varlen):
+        own = [leaf.clone().requires_grad_() for leaf in leaves]
+        values = attend(*own, packing)
+        found.append([values, *torch.autograd.grad((values * weights).sum(), own)])
+    return found
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("parts", [PARTS, [(0, 7), (3, 2)], [(5, 1, 1, 1, 1), (0, 1)]])
+def test_one_call_sees_what_the_loop_sees(parts, window):
+    """Which keys each span is given, and where its queries stand among them; the kernel is a plain one, in float64."""
+
+    def loop(q, k, v, packing):
+        return packed_attention(torch.nn.Identity(), q, k, v, None, packing=packing, sliding_window=window)[0]
+
+    def once(q, k, v, packing):
+        return in_one_call(plain_kernel, q, k, v, packing, WIDTH**-0.5, window)
+
+    expected, found = both_ways(parts, loop, once, torch.float64)
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
+
+
+def test_without_shared_prompts_no_key_is_copied():
+    assert Packing.of([(0, 7), (3, 2)], torch.device("cpu")).keys is None
+    assert Packing.of([(2, 1, 3)], torch.device("cpu")).keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or varlen_kernel() is None, reason="needs a GPU and its kernels")
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_kernel_of_a_gpu_equals_the_loop(window):
+    def loop(q, k, v, packing):
+        return packed_attention(torch.nn.Identity(), q, k, v, None, packing=packing, sliding_window=window)[0]
+
+    def once(q, k, v, packing):
+        return varlen_attention(torch.nn.Identity(), q, k, v, None, packing=packing, sliding_window=window)[0]
+
+    expected, found = both_ways(PARTS, loop, once, torch.bfloat16, "cuda")
+    for own, other in zip(found, expected, strict=True):
+        assert (own - other).norm() <= 0.01 * other.norm()
+
+
+def test_one_call_is_refused_where_there_is_no_kernel():
+    q, packing = torch.zeros(1, HEADS, 3, WIDTH), Packing.of([(0, 3)], torch.device("cpu"))
+    with pytest.raises(ValueError, match="needs a GPU"):
+        varlen_attention(torch.nn.Identity(), q, q, q, None, packing=packing)
+
+
 def test_what_it_does_not_know_is_refused():
     q = torch.zeros(1, HEADS, 3, WIDTH)
     for unknown in ({"softcap": 1.0}, {"s_aux": q}, {"attention_mask": q}):
         with pytest.raises(ValueError, match="does not know"):
             packed_attention(torch.nn.Identity(), q, q, q, **{"attention_mask": None, **unknown})
+        with pytest.raises(ValueError, match="does not know"):
+            varlen_attention(torch.nn.Identity(), q, q, q, **{"attention_mask": None, **unknown})

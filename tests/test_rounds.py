@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -349,11 +350,42 @@ def test_run_child_reports_a_signal_as_the_shell_does() -> None:
 def test_a_launcher_forks_our_commands_and_starts_others() -> None:
     ours, other = rounds.find_program("ple"), [sys.executable, "-c", "raise SystemExit(5)"]
     with Launcher() as launcher:
-        assert launcher.run(other) == 5
-        assert launcher.run([ours, "--version"]) == 0
-        codes = [launcher.run([ours, *words]) for words in (["--help"], ["inspect", "/none"], ["no-such-command"])]
+        assert launcher.run(other).code == 5
+        assert launcher.run([ours, "--version"]).code == 0
+        codes = [launcher.run([ours, *words]).code for words in (["--help"], ["inspect", "/none"], ["no-such-command"])]
         assert codes == [0, 2, 2]
-        assert launcher.run(other) == 5
+        assert launcher.run(other).code == 5
+
+
+def test_a_launcher_knows_the_most_memory_of_the_largest_process() -> None:
+    """50 MiB in the command itself, 200 MiB in a child of it that has gone."""
+    child = "b'x' * (200 << 20)"
+    command = f"import subprocess, sys; b'x' * (50 << 20); subprocess.run([sys.executable, '-c', {child!r}])"
+    with Launcher() as launcher:
+        assert 200 <= launcher.run([sys.executable, "-c", command]).memory / 2**20 <= 300
+
+
+def test_a_run_says_and_records_what_each_stage_held(bench: Bench, tmp_path: Path, monkeypatch, capfd) -> None:
+    """The driver is a script that says 100 MiB, 40,000 while a stage runs, as `nvidia-smi` would (no GPU here)."""
+    driver = tmp_path / "nvidia-smi"
+    calls = bench.folder / "calls.jsonl"
+    driver.write_text(
+        f"#!/bin/sh\nwhile sleep 0.02; do grep -qs . {calls}.now && echo 0, GPU-0, 40000 || echo 0, GPU-0, 100; done\n"
+    )
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    slow = STAND_IN.replace(
+        'if "--output"',
+        f"now = pathlib.Path('{calls}.now'); now.write_text('x'); time.sleep(0.3); now.unlink()\nif \"--output\"",
+    )
+    (bench.folder / "stand_in.py").write_text(slow)
+    rounds.run(bench.recipe)
+    said = capfd.readouterr().err
+    assert len(re.findall(r"done in \d+\.\d s, held at most 0\.\d GiB of memory, 39\.1 GiB of GPU 0\n", said)) == 6
+    assert "warning" not in said
+    assert all(record["gpu_memory_bytes"] == {"0": 40_000 * 2**20} for record in bench.records())
+    assert all(2**20 < record["memory_bytes"] < 2**30 for record in bench.records())
 
 
 def test_damaged_record_of_stages_is_named(bench: Bench) -> None:
