@@ -295,7 +295,7 @@ _engine_options = _all(
         section="Engine",
         type=_DTYPES,
         default="auto",
-        help="Number type of the weights.",
+        help="Number type of the weights; auto: bfloat16 where the device computes in it, never float16.",
     ),
 )
 _REWARD_OPTIONS = ("output_index", "join", "batch_tokens", "reward_device", "reward_dtype")
@@ -336,7 +336,7 @@ def _training(
             "--precision",
             type=click.Choice(["auto", "float32", "bf16"]),
             default="auto",
-            help="auto: bf16 on a GPU, float32 elsewhere.",
+            help="auto: bf16 on a GPU that computes in it, else float32.",
         ),
         _machine(
             "--microbatch-tokens",
@@ -355,7 +355,11 @@ _lora = _all(
     _size("--lora-rank", type=_POSITIVE, default=8, help="Rank of the LoRA adapter."),
     _size("--lora-alpha", type=_ABOVE_ZERO, default=16, help="Scale of the LoRA adapter."),
     _size("--full/--no-full", default=False, help="Train all weights instead of an adapter."),
-    _machine("--attention", default="auto", help="Attention implementation, as transformers names them."),
+    _machine(
+        "--attention",
+        default="auto",
+        help="Ours, or one that transformers names; auto: the cheapest that the model keeps.",
+    ),
     _machine("--gradient-checkpointing/--no-gradient-checkpointing", default=False, help="Less memory, more time."),
 )
 _trl = _all(
@@ -365,7 +369,7 @@ _trl = _all(
         "--precision",
         type=click.Choice(["auto", "float32", "bf16"]),
         default="auto",
-        help="auto: bf16 on a GPU, float32 elsewhere.",
+        help="auto: bf16 on a GPU that computes in it, else float32.",
     ),
     _machine("--microbatch-tokens", type=_POSITIVE, default=8192, help="Tokens in memory at once, padding counted."),
     _machine("--resume/--no-resume", default=True, help="Keep a finished --output, or start over."),
@@ -992,7 +996,7 @@ _trained_with = _judging(
     "--precision",
     type=click.Choice(["auto", "float32", "bf16"]),
     default="auto",
-    help="Number type of the perplexity; auto: bf16 on a GPU, float32 elsewhere.",
+    help="Number type of the perplexity; auto: bf16 on a GPU that computes in it, else float32.",
 )
 @_machine(
     "--microbatch-tokens",
@@ -1063,7 +1067,7 @@ def cases(**options: Any) -> None:
     "--precision",
     type=click.Choice(["auto", "float32", "bf16"]),
     default="auto",
-    help="auto: bf16 on a GPU, float32 elsewhere.",
+    help="auto: bf16 on a GPU that computes in it, else float32.",
 )
 @_machine("--microbatch-tokens", type=_POSITIVE, default=8192, help="Tokens in memory at once.")
 def purity(**options: Any) -> None:

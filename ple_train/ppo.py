@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ple_data.device import default_device, placement
 from ple_data.digests import policy_name
 from ple_data.engines import decode
 from ple_data.models import check_adapter, check_model, load_tokenizer
@@ -219,7 +220,12 @@ def value_model(model: str, revision: str | None, lora_rank: int, lora_alpha: in
 
     torch.manual_seed(seed)
     critic: Any = AutoModelForSequenceClassification.from_pretrained(
-        model, revision=revision, num_labels=1, dtype=torch.float32, use_safetensors=True
+        model,
+        revision=revision,
+        num_labels=1,
+        dtype=torch.float32,
+        use_safetensors=True,
+        **placement(default_device()),
     )
     config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear")
     inject_adapter_in_model(config, getattr(critic, critic.base_model_prefix))

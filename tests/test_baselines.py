@@ -162,6 +162,7 @@ def test_the_loss_is_eq_1_on_the_chosen_responses(run, plain, policy, method):
     assert first_loss(output) == pytest.approx(expected, rel=1e-5)
     assert record(output)["kind"] == "baseline"
     assert record(output)["settings"]["method"] == method
+    assert record(output)["machine"]["precision"] == "float32"
     sampled = {
         "sft": (0, 0),
         "context-distillation": tuple(sum(len(r["y_prompt_ids"]) for r in ROUNDS[t]) for t in (1, 0)),

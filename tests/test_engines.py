@@ -430,6 +430,12 @@ def test_vllm_seeds_hold_in_other_batches(probe: dict[str, Any]) -> None:
 
 
 @pytest.mark.vllm
+def test_vllm_is_never_left_to_choose_float16(probe: dict[str, Any]) -> None:
+    assert probe["machine"] == ["bfloat16", "cpu"]
+    assert probe["on an older card"] == "float32"  # vLLM itself would take float16
+
+
+@pytest.mark.vllm
 def test_vllm_stop_strings(probe: dict[str, Any], trap: Path) -> None:
     tokenizer = load_tokenizer(trap)
     stopped = [

@@ -146,7 +146,7 @@ def test_rows_hold_everything(run: Any, rows: Any, policy: Path, tmp_path: Path)
         "max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "stop": [], "logprobs": True,
     }  # fmt: skip
     assert provenance["policy"] == table["policy"][0]
-    assert provenance["engine"] == "hf"
+    assert (provenance["engine"], provenance["dtype"], provenance["device"]) == ("hf", "float32", "cpu")
     assert provenance["principle"] == {"name": "imdb", "digest": load_principle("imdb").digest}
     assert {"torch", "transformers"} <= provenance["packages"].keys()
 

@@ -371,7 +371,10 @@ def test_the_output_is_a_peft_adapter_that_continues_in_the_next_round(run, poli
     assert AutoTokenizer.from_pretrained(first).eos_token_id is not None
     card = (first / "README.md").read_text()
     assert "library_name: peft" in card
-    assert json.loads((first / "ple.json").read_text())["settings"]["round"] == 0
+    record = json.loads((first / "ple.json").read_text())
+    assert record["settings"]["round"] == 0
+    chosen = {"device": "cpu", "precision": "float32", "attention": "ple_packed", "layout": "shared"}
+    assert record["machine"] == chosen
     second = run("second", round=1, adapter=str(first))
     assert any(not torch.equal(weights(first)[name], value) for name, value in weights(second).items())
 

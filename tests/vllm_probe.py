@@ -6,9 +6,14 @@ messages of arguments that must be refused.
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import torch
 
 from ple_data.engines import EngineSpec, Request, Sampling, vllm
 from ple_data.models import AdapterInfo, end_ids, load_tokenizer
@@ -26,6 +31,16 @@ def refused(engine_args: dict[str, Any], adapter: AdapterInfo | None = None) -> 
     return "not refused"
 
 
+@contextmanager
+def card_of(dtypes: list[torch.dtype]) -> Iterator[None]:
+    """The platform says that it computes in these number types alone, as vLLM's does for a Turing card."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    with patch.object(platform, "supported_dtypes", dtypes):
+        yield
+
+
 def main(job: dict[str, Any]) -> dict[str, Any]:
     """All answers."""
     tokenizer = load_tokenizer(job["model"])
@@ -41,6 +56,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         "rank over vllm's limit": refused({}, AdapterInfo(Path("a"), 4096, {})),
         "dora": refused({}, AdapterInfo(Path("a"), 8, {"use_dora": True})),
     }
+    answers["machine"] = vllm.resolve_machine("auto")
+    with card_of([torch.float16, torch.float32]):
+        answers["on an older card"] = vllm.resolve_machine("auto")[0]
     try:
         vllm.VllmEngine(spec, {"max_model_len": longest})
     except UsageError as error:
