@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ple_data.device import default_device, placement
 from ple_data.digests import policy_name
 from ple_data.engines import decode
 from ple_data.models import check_adapter, check_model, load_tokenizer
@@ -225,7 +224,6 @@ def value_model(model: str, revision: str | None, lora_rank: int, lora_alpha: in
         num_labels=1,
         dtype=torch.float32,
         use_safetensors=True,
-        **placement(default_device()),
     )
     config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear")
     inject_adapter_in_model(config, getattr(critic, critic.base_model_prefix))

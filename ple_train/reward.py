@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ple_data.device import default_device, placement, upload
+from ple_data.device import default_device, upload
 from ple_data.digests import policy_name
 from ple_data.models import check_model, load_tokenizer
 from ple_data.readers import read_rows
@@ -196,6 +196,7 @@ def _encode(tokenizer: Any, xs: list[str], ys: list[str], max_length: int, join:
 
 
 def _load_classifier(model: str, revision: str | None, labels: int, pad: int, seed: int) -> Any:
+    """On the host: a new head is drawn there, since a GPU's generator would give other numbers."""
     from transformers import AutoModelForSequenceClassification
 
     check_model(model)
@@ -210,7 +211,6 @@ def _load_classifier(model: str, revision: str | None, labels: int, pad: int, se
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
-            **placement(default_device()),
         )
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
