@@ -33,6 +33,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -115,9 +116,12 @@ def main() -> None:
 
 
 class Bench:
-    """The pairs, the model, and a training of each contender on them."""
+    """The pairs, the model, and a training of each contender on them.
 
-    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+    in_memory: a model too large to write is made anew, where it computes, for each contender.
+    """
+
+    def __init__(self, folder: Path, options: argparse.Namespace, *, in_memory: bool = False) -> None:
         import torch
 
         from ple_train.policy import resolve_precision
@@ -136,15 +140,40 @@ class Bench:
             )
             if value
         }
-        self.weights = write_model(self.model, shape, self.dtype) if not self.model.exists() else None
+        self.shape, self.in_memory = shape, in_memory
+        self.weights: tuple[int, int] | None = None
+        if in_memory and not self.model.exists():
+            write_tokenizer(self.model, shape["vocab_size"])
+        elif not self.model.exists():
+            self.weights = write_model(self.model, shape, self.dtype)
         self.pairs = random_pairs(options, shape["vocab_size"])
         self.useful = sum(len(x) * 2 + len(y) + len(y_prompt) for x, y, y_prompt in self.pairs)
         self.number = 0
+        self.step_ends: list[float] = []
+
+    def load(self) -> Any:
+        """The model, not wrapped."""
+        from transformers import AutoModelForCausalLM
+
+        if not self.in_memory:
+            return AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype)
+        model = random_model(self.shape, self.dtype)
+        self.weights = weights_of(model)
+        return model
+
+    def note_step_end(self) -> None:
+        """To be called as the first step begins and as each one ends."""
+        import torch
+
+        if self.gpu:
+            torch.cuda.synchronize()
+        self.step_ends.append(time.perf_counter())
 
     def run(self, name: str) -> float:
         """Seconds of the steps of one epoch."""
         self.clear()
         self.number += 1
+        self.step_ends = []
         output = self.folder / f"{name}-{self.number}"
         with contextlib.redirect_stdout(sys.stderr):
             return CONTENDERS[name](self, output)
@@ -152,11 +181,10 @@ class Bench:
     def loaded_alone(self) -> int:
         """What this process holds with nothing but the model loaded; `peak` counts from here."""
         import torch
-        from transformers import AutoModelForCausalLM
 
         device = "cuda" if self.gpu else "cpu"
         self.clear()
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype).to(device)
+        model = self.load().to(device)
         forget_peak()
         held = torch.cuda.memory_allocated() if self.gpu else peak_bytes()
         del model
@@ -183,19 +211,30 @@ class Bench:
 
 
 def write_model(directory: Path, shape: dict[str, Any], dtype: Any) -> tuple[int, int]:
-    """A random Llama or Qwen2 whose tokenizer has a word for every id, so that text and ids are the same thing.
+    """A random model and its tokenizer → weights in its layers, and in its output layer."""
+    write_tokenizer(directory, shape["vocab_size"])
+    model = random_model(shape, dtype)
+    model.save_pretrained(directory)
+    return weights_of(model)
 
-    → weights in its layers, and in its output layer.
-    """
-    import torch
+
+def write_tokenizer(directory: Path, vocabulary: int) -> None:
+    """A tokenizer that has a word for every id, so that text and ids are the same thing."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+    from transformers import PreTrainedTokenizerFast
 
-    vocabulary, hidden = shape["vocab_size"], shape["hidden_size"]
     words = {"<pad>": 0, "<end>": 1, **{f"w{at}": at for at in range(2, vocabulary)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(directory)
+
+
+def random_model(shape: dict[str, Any], dtype: Any) -> Any:
+    """A Llama, or a Qwen2 where the shape has all its sizes; on a GPU where there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+    hidden = shape["hidden_size"]
     small = {
         "intermediate_size": 4 * hidden,
         "num_attention_heads": hidden // 64,
@@ -205,10 +244,13 @@ def write_model(directory: Path, shape: dict[str, Any], dtype: Any) -> tuple[int
     kind = Qwen2Config if "intermediate_size" in shape else LlamaConfig
     config = kind(**(small | shape), max_position_embeddings=2 * 4096, pad_token_id=0, eos_token_id=1)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.save_pretrained(directory)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def weights_of(model: Any) -> tuple[int, int]:
+    """Weights in its layers, and in its output layer."""
     layers = sum(weight.numel() for name, weight in model.model.named_parameters() if "embed" not in name)
-    return layers, vocabulary * hidden
+    return layers, model.get_output_embeddings().weight.numel()
 
 
 def random_pairs(options: argparse.Namespace, vocabulary: int) -> list[tuple[list[int], list[int], list[int]]]:
@@ -225,29 +267,35 @@ def random_pairs(options: argparse.Namespace, vocabulary: int) -> list[tuple[lis
     return [(ids(options.prompt, PROMPT_SPREAD), response(), response()) for _ in range(options.pairs)]
 
 
-def utilisation(bench: Bench, seconds: float, name: str) -> str:
-    """The fewest operations that this training needs, over those that a product of two matrices does in the same time.
+def operations(bench: Bench) -> float:
+    """The fewest that one epoch needs: two for each weight and token forward and two backward (frozen weights have no
+    gradient); each x once, the output layer for responses alone; attention and the adapter left out."""
+    assert bench.weights
+    layers, head = bench.weights
+    responses = sum(len(y) + len(y_prompt) for _, y, y_prompt in bench.pairs)
+    return 4 * (layers * (responses + sum(len(x) for x, _, _ in bench.pairs)) + head * responses)
 
-    Two for each weight and token forward and two backward (frozen weights have no gradient); each x once, the output
-    layer for responses alone; attention and the adapter left out.
-    """
+
+def product_rate(dtype: Any, size: int) -> float:
+    """Operations a second of a product of two square matrices, on a GPU where there is one."""
     import torch
 
-    device = "cuda" if bench.gpu else "cpu"
-    size = 8192 if bench.gpu else 1024
-    left, right = (torch.randn(size, size, device=device, dtype=bench.dtype) for _ in range(2))
+    gpu = torch.cuda.is_available()
+    left, right = (torch.randn(size, size, device="cuda" if gpu else "cpu", dtype=dtype) for _ in range(2))
 
     def product() -> None:
         for _ in range(10):
             left @ right
-        if bench.gpu:
+        if gpu:
             torch.cuda.synchronize()
 
-    measured = 10 * 2 * size**3 / min(seconds_of(product) for _ in range(5))
-    assert bench.weights
-    layers, head = bench.weights
-    responses = sum(len(y) + len(y_prompt) for _, y, y_prompt in bench.pairs)
-    needed = 4 * (layers * (responses + sum(len(x) for x, _, _ in bench.pairs)) + head * responses) / seconds
+    return 10 * 2 * size**3 / min(seconds_of(product) for _ in range(5))
+
+
+def utilisation(bench: Bench, seconds: float, name: str) -> str:
+    """The fewest operations that this training needs, over those that a product of two matrices does in that time."""
+    size = 8192 if bench.gpu else 1024
+    measured, needed = product_rate(bench.dtype, size), operations(bench) / seconds
     return (
         f"{name}: {needed / 1e9:,.0f} GFLOP/s of {measured / 1e9:,.0f} in a product of matrices of {size} "
         f"({str(bench.dtype).removeprefix('torch.')}): utilisation {100 * needed / measured:.0f} %"
@@ -279,16 +327,37 @@ def print_profile(name: str, bench: Bench) -> None:
 
 
 def ours(bench: Bench, output: Path, *, shared: bool = True) -> float:
+    policy = our_policy(bench)
+    if not shared:
+        policy.layout = "packed"
+    return train_ours(bench, policy, output)
+
+
+def our_policy(bench: Bench, *, gradient_checkpointing: bool = False) -> Any:
+    """What `ple-train` trains, with a fresh adapter."""
     from ple_train import policy as policies
+
+    def load(*_: Any, **__: Any) -> Any:
+        return bench.load()
+
+    with mock.patch.object(policies, "load_causal_lm", load) if bench.in_memory else contextlib.nullcontext():
+        return policies.load_policy(
+            str(bench.model),
+            lora_rank=RANK,
+            lora_alpha=ALPHA,
+            precision=bench.precision,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+
+
+def train_ours(bench: Bench, policy: Any, output: Path, delta: float | None = None) -> float:
+    """One epoch of our loop, with a trust region where `delta` is given → its seconds."""
     from ple_train.batches import Sequence
     from ple_train.checkpoint import Checkpoints
     from ple_train.loop import LoopSettings, make_accelerator, train_loop
     from ple_train.objective import PairObjective
     from ple_train.pairs import Response
 
-    policy = policies.load_policy(str(bench.model), lora_rank=RANK, lora_alpha=ALPHA, precision=bench.precision)
-    if not shared:
-        policy.layout = "packed"
     margins = np.random.default_rng(1).normal(size=len(bench.pairs))
     steps = -(-len(bench.pairs) // BATCH)
 
@@ -303,14 +372,16 @@ def ours(bench: Bench, output: Path, *, shared: bool = True) -> float:
                         sign = 1.0 if (arm == "y_prompt") == (margins[at] > 0) else -1.0
                         tag = Response(arm, "rank" if abs(margins[at]) > 1 else "wsft", 0, sign / len(y))
                         sequences.append(Sequence(np.array(x + y, dtype=np.int32), len(x), tag, query=at))
+                bench.note_step_end()
                 yield sequences, BATCH
+            bench.note_step_end()
 
     settings = LoopSettings(
         learning_rate=RATE, epochs=1, seed=0, precision=bench.precision,
         microbatch_tokens=bench.options.microbatch_tokens, max_grad_norm=1.0,
         checkpoint_every=10**9,
     )  # fmt: skip
-    objective = PairObjective(policy, None)
+    objective = PairObjective(policy, delta)
     checkpoints = Checkpoints(output, {})
     accelerator = make_accelerator(None, output)
     began = time.perf_counter()
@@ -327,13 +398,17 @@ def peer(bench: Bench, trainer_name: str, output: Path, rows: dict[str, list[str
     import trl
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
 
     class Clock(TrainerCallback):
         began = ended = 0.0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.began = time.perf_counter()
+            bench.note_step_end()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            bench.note_step_end()
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             self.ended = time.perf_counter()
@@ -346,7 +421,7 @@ def peer(bench: Bench, trainer_name: str, output: Path, rows: dict[str, list[str
         **{"max_length": 2 * 4096, **arguments},
     )  # fmt: skip
     trainer = getattr(trl, f"{trainer_name}Trainer")(
-        model=AutoModelForCausalLM.from_pretrained(bench.model, dtype=bench.dtype),
+        model=bench.load(),
         args=settings,
         train_dataset=Dataset.from_dict(rows),
         processing_class=AutoTokenizer.from_pretrained(bench.model),
