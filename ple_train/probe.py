@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ple_train.batches import Sequence
 
-TOLERANCE = {"float32": 1e-3, "bf16": 0.1}
-"""Mean difference in nats from the model's own log-probabilities that is forgiven, by precision."""
+TOLERANCE = {"float32": 1e-4, "bf16": 0.03}
+"""Mean difference from the model's own log-probabilities that is forgiven, over their mean size: rounding grows with
+what is rounded. Ids at random have log-probabilities of -15 in real models; bfloat16 moved them by 0.03 to 0.16 nats
+(SmolLM2-135M, Qwen2.5-0.5B, by way of attention), where a context is worth 1.4."""
 STILL = 1e-6
 """Movement in nats of a response that nothing should have moved, beyond twice that in padded rows."""
 PROMPT, RESPONSE, SIBLING, OTHER = 3, 9, 6, 5
@@ -47,7 +49,7 @@ def sequences(vocabulary: int, change: str = "") -> list[Sequence]:
 
 def agree(found: Tensor, expected: Tensor, precision: str) -> bool:
     """Whether log-probabilities are the same up to the rounding of the precision."""
-    return bool((found - expected).abs().mean() <= TOLERANCE[precision])
+    return bool((found - expected).abs().mean() <= TOLERANCE[precision] * expected.abs().mean())
 
 
 def keeps_apart(found: Tensor, padded: Tensor) -> bool:

@@ -189,6 +189,22 @@ def test_bf16_stays_near_float32_and_runs_in_bf16(policy, adapter, monkeypatch):
     assert 0 < (found["bf16"] - found["float32"]).abs().mean() < 0.05
 
 
+def test_rounding_of_sure_models_is_no_reason_to_pad(policy):
+    """bfloat16 moves log-probabilities of -38 by more than 0.1 nats on average: real models have as large ones."""
+    model = LlamaForCausalLM.from_pretrained(policy, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    sure = Policy(model)
+    with torch.no_grad():
+        own = probe.answers(sure._one_by_one, sure.vocabulary)
+    sure.prepare("auto", "bf16")
+    with torch.no_grad():
+        found = probe.answers(lambda sequences: sure(sure.collate(sequences)), sure.vocabulary)
+    assert sure.layout == "shared"
+    assert (found - own).abs().mean() > 0.1
+    assert not probe.agree(found, own.roll(1, 0), "bf16")  # the answers to other prompts
+
+
 def test_an_output_layer_that_hidden_states_do_not_explain_is_refused(policy):
     class Shifted(LlamaForCausalLM):
         def forward(self, *args, **kwargs):
