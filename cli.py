@@ -358,7 +358,7 @@ _lora = _all(
     _machine(
         "--attention",
         default="auto",
-        help="Ours, or one that transformers names; auto: the cheapest that the model keeps.",
+        help="ple_varlen, ple_packed, or a name of transformers; auto: the cheapest that the model keeps.",
     ),
     _machine("--gradient-checkpointing/--no-gradient-checkpointing", default=False, help="Less memory, more time."),
 )

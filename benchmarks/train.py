@@ -201,7 +201,8 @@ class Bench:
         if self.gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        forget_peak()
+        else:
+            forget_peak()
 
     def peak(self) -> int:
         """The most memory held so far: of the GPU where there is one, else of the process."""
@@ -350,8 +351,9 @@ def our_policy(bench: Bench, *, gradient_checkpointing: bool = False) -> Any:
         )
 
 
-def train_ours(bench: Bench, policy: Any, output: Path, delta: float | None = None) -> float:
-    """One epoch of our loop, with a trust region where `delta` is given → its seconds."""
+def train_ours(bench: Bench, policy: Any, output: Path, delta: float | None = None, *, saved: bool = True) -> float:
+    """One epoch of our loop, with a trust region where `delta` is given → its seconds. saved: the last step writes a
+    checkpoint, as `ple-train` does."""
     from ple_train.batches import Sequence
     from ple_train.checkpoint import Checkpoints
     from ple_train.loop import LoopSettings, make_accelerator, train_loop
@@ -385,7 +387,8 @@ def train_ours(bench: Bench, policy: Any, output: Path, delta: float | None = No
     checkpoints = Checkpoints(output, {})
     accelerator = make_accelerator(None, output)
     began = time.perf_counter()
-    train_loop(accelerator, policy, policy.trainable(), Stream(), objective, settings, checkpoints)
+    with contextlib.nullcontext() if saved else mock.patch.object(Checkpoints, "save"):
+        train_loop(accelerator, policy, policy.trainable(), Stream(), objective, settings, checkpoints)
     return time.perf_counter() - began
 
 

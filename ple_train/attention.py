@@ -55,12 +55,12 @@ class Packing:
                 seen += [np.arange(start, start + prompt), np.arange(place, place + length)]
                 place += length
             start = place
-        borders_q = upload(_borders(queries), device)
+        borders_q = upload(borders_of(queries), device)
         repeated = len(queries) > len(parts)
         return cls(
             parts=tuple(parts),
             borders_q=borders_q,
-            borders_k=upload(_borders(keys), device) if repeated else borders_q,
+            borders_k=upload(borders_of(keys), device) if repeated else borders_q,
             keys=upload(np.concatenate(seen), device) if repeated else None,
             longest_q=max(queries),
             longest_k=max(keys),
@@ -72,7 +72,8 @@ class Packing:
         return self.borders_q, self.borders_k, self.longest_q, self.longest_k
 
 
-def _borders(lengths: list[int]) -> np.ndarray:
+def borders_of(lengths: list[int]) -> np.ndarray:
+    """Where each of these lengths begins, behind one another, and where the last one ends: [lengths + 1] int32."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
@@ -255,8 +256,10 @@ def _attend(
         mask = ones.tril(keys - queries)
         if window is not None:
             mask &= ones.triu(keys - queries + 1 - window)
-        if (repeats := query.shape[1] // key.shape[1]) > 1:  # with a mask, GPU kernels take no grouped heads
-            key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1 and (mask is not None or (query.device.type == "cuda" and query.dtype == torch.float32)):
+        # else a GPU would take its slowest kernel, which keeps all scores: the others know no grouped heads there
+        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     with torch.autocast("cpu", enabled=False):
         return nn.functional.scaled_dot_product_attention(
             query,

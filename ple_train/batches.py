@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ple_data.device import upload
-from ple_train.attention import Packing
+from ple_train.attention import Packing, borders_of
 
 Layout = Literal["padded", "packed", "shared"]
 
@@ -210,12 +210,13 @@ def _packed_inputs(
     ids: list[np.ndarray], positions: list[np.ndarray], parts: ListLike[tuple[int, ...]], device: torch.device
 ) -> dict[str, Any]:
     """`packing` is for our own attention, the borders for that of transformers, where no prompt is shared."""
+    packing = Packing.of(parts, device)
     lengths = [sum(part) for part in parts]
-    borders = upload(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
+    borders = packing.borders_q if packing.keys is None else upload(borders_of(lengths), device)
     return {
         "input_ids": _row(np.concatenate(ids), device),
         "position_ids": _row(np.concatenate(positions), device),
-        "packing": Packing.of(parts, device),
+        "packing": packing,
         "cu_seq_lens_q": borders,
         "cu_seq_lens_k": borders,
         "max_length_q": max(lengths),

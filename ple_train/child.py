@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -32,7 +33,8 @@ _GPU_DEVICES = ("/dev/nvidia", "/dev/kfd")
 
 class Ended(NamedTuple):
     """How a command ended: its exit code (128 + N when signal N ended it) and the most memory, in bytes, that the
-    largest of its processes held (0 where nobody knows)."""
+    largest of its processes held; 0 where nobody knows, as of one that was started anew and held less than the
+    launcher, whose peak it inherits."""
 
     code: int
     memory: int
@@ -89,8 +91,11 @@ def _serve() -> None:
         signal.signal(number, lambda *_: None)  # signals are for the command; a handler is not inherited
     while line := sys.stdin.readline():
         command = json.loads(line)
-        pid = _fork(command) if _may_fork(command) and _warm_up() else _spawn(command)
-        ended = _wait(pid)
+        forked = _may_fork(command) and _warm_up()
+        ended = _wait(_fork(command) if forked else _spawn(command))
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if not forked and ended.memory <= own:
+            ended = ended._replace(memory=0)
         with contextlib.suppress(BrokenPipeError):  # the caller is dead
             os.write(1, b"%d %d\n" % ended)
 

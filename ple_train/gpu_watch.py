@@ -6,6 +6,7 @@ opens a GPU itself.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -50,8 +51,9 @@ class GpuWatch:
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
+            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs holds it
+                self._process.wait(NEWS_SECONDS)
 
     def begin(self) -> None:
         """A stage begins: what is in use now is not its own."""
@@ -72,14 +74,15 @@ class GpuWatch:
                     return {gpu: self._most[gpu] for gpu in self._beyond(self._most)}, left
 
     def _beyond(self, used: dict[int, int]) -> dict[int, int]:
-        more = {gpu: bytes - self._before.get(gpu, 0) for gpu, bytes in used.items()}
-        return {gpu: bytes for gpu, bytes in more.items() if bytes > SLACK}
+        more = {gpu: size - self._before.get(gpu, 0) for gpu, size in used.items()}
+        return {gpu: size for gpu, size in more.items() if size > SLACK}
 
     def _await_news(self) -> None:
         """Until every GPU was heard of twice: the first word may have been on its way. At once where none speaks."""
         with self._news:
             old = dict(self._words)
             self._news.wait_for(lambda: self._has_news_since(old) or not self._listening, NEWS_SECONDS)
+            self._listening = self._listening and bool(self._words)  # one that never speaks is not waited for again
 
     def _has_news_since(self, old: dict[int, int]) -> bool:
         return bool(self._words) and all(words >= old.get(gpu, 0) + 2 for gpu, words in self._words.items())
@@ -94,7 +97,7 @@ class GpuWatch:
             with self._news:
                 gpu = int(index)
                 self._words[gpu] += 1
-                if used.isdecimal() and (visible is None or index in visible or uuid in visible):
+                if used.isdecimal() and (visible is None or index in visible or uuid.startswith(tuple(visible))):
                     self._now[gpu] = int(used) * 2**20
                     self._most[gpu] = max(self._now[gpu], self._most.get(gpu, 0))
                 self._news.notify_all()
@@ -104,11 +107,12 @@ class GpuWatch:
 
 
 def _visible() -> set[str] | None:
-    """Indices or UUIDs of the GPUs that a process may see; None: all."""
+    """Indices of the GPUs that a process may see, or beginnings of their UUIDs; None: all. Indices count as the driver
+    does, and so as CUDA does on a machine whose GPUs are alike, or with CUDA_DEVICE_ORDER=PCI_BUS_ID."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return None if named is None else {word.strip() for word in named.split(",")}
+    return None if named is None else {word.strip() for word in named.split(",")} - {""}
 
 
-def gibibytes(bytes: int) -> str:
-    """A size for a person."""
-    return f"{bytes / 2**30:.1f} GiB"
+def gibibytes(size: int) -> str:
+    """Bytes for a person."""
+    return f"{size / 2**30:.1f} GiB"

@@ -158,7 +158,8 @@ def train_loop(
                 optimizer.zero_grad(set_to_none=True)
 
                 done += 1
-                numbers = Reading(torch.cat([sums, norm.double()[None]]))
+                norm = norm.to(device, torch.float64)  # of no gradients at all, a 0 of the host
+                numbers = Reading(torch.cat([sums, norm[None]]))
                 tokens = sum(len(s.ids) for s in sequences)
                 ledger.enter(_Step(done, epoch, rate, tokens, began, numbers))
                 if done % settings.checkpoint_every == 0 or done == total:

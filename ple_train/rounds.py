@@ -142,14 +142,15 @@ def _run_stage(stage: Stage, directory: Path, records: list[dict[str, Any]], lau
         _save_records(directory, records)
     most, left = gpus.end()
     if most:
-        record["gpu_memory_bytes"] = {str(gpu): bytes for gpu, bytes in most.items()}
+        record["gpu_memory_bytes"] = {str(gpu): size for gpu, size in most.items()}
         _save_records(directory, records)
     refuse_failure(stage.title, ended.code)
-    for gpu, bytes in left.items():
-        more = f"{gibibytes(bytes)} more of GPU {gpu} are in use than before {stage.title}"
+    for gpu, size in left.items():
+        more = f"{gibibytes(size)} more of GPU {gpu} are in use than before {stage.title}"
         _log(f"warning: {more}; nvidia-smi tells by which process")
-    held = [f"{gibibytes(ended.memory)} of memory", *(f"{gibibytes(most[gpu])} of GPU {gpu}" for gpu in most)]
-    return f"done in {seconds:.1f} s, held at most {', '.join(held)}"
+    held = [f"{gibibytes(ended.memory)} of memory"] if ended.memory else []
+    held += [f"{gibibytes(size)} of GPU {gpu}" for gpu, size in most.items()]
+    return f"done in {seconds:.1f} s" + (f", held at most {', '.join(held)}" if held else "")
 
 
 def refuse_failure(title: str, code: int) -> None:

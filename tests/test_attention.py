@@ -1,8 +1,12 @@
 """`ple_train.attention` against plain float64 attention, one sequence at a time: values and gradients."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
+from ple_train import attention
 from ple_train.attention import Packing, in_one_call, packed_attention, varlen_attention, varlen_kernel
 
 HEADS, WIDTH = 4, 8
@@ -108,6 +112,45 @@ def test_one_call_sees_what_the_loop_sees(parts, window):
 def test_without_shared_prompts_no_key_is_copied():
     assert Packing.of([(0, 7), (3, 2)], torch.device("cpu")).keys is None
     assert Packing.of([(2, 1, 3)], torch.device("cpu")).keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5]
+
+
+def called(kernel, window):
+    """With what a kernel's function is called, its tensors left out."""
+    packing = Packing.of([(2, 1, 3)], torch.device("cpu"))
+    q, k, v, *borders, more = kernel("q", "k", "v", packing, 0.5, window)
+    assert (q, k, v) == ("q", "k", "v")
+    assert [border.tolist() for border in borders[:2]] == [[0, 3, 6], [0, 3, 8]]
+    assert borders[2:] == [3, 5]
+    return more
+
+
+@pytest.mark.parametrize(("window", "sides"), [(None, (-1, 0)), (4, (3, 0))])
+def test_kernels_are_asked_for_causal_attention_in_the_models_window(monkeypatch, window, sides):
+    """Of torch 2.10, which cannot scale, 2.11, which takes grouped heads unasked, and 2.13; and flash-attention's."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+
+    def of_2_13(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        return q, k, v, cu_q, cu_k, max_q, max_k, {"scale": scale, "window_size": window_size, "gqa": enable_gqa}
+
+    def of_2_11(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return q, k, v, cu_q, cu_k, max_q, max_k, {"scale": scale, "window_size": window_size}
+
+    def of_2_10(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False):
+        raise AssertionError
+
+    expected = {"scale": 0.5, "window_size": sides}
+    monkeypatch.setattr(varlen, "varlen_attn", of_2_13)
+    assert called(attention._torchs_kernel(), window) == expected | {"gqa": True}
+    monkeypatch.setattr(varlen, "varlen_attn", of_2_11)
+    assert called(attention._torchs_kernel(), window) == expected
+    monkeypatch.setattr(varlen, "varlen_attn", of_2_10)
+    assert attention._torchs_kernel() is None
+
+    flash = ModuleType("flash_attn")
+    flash.flash_attn_varlen_func = lambda *given, **more: (*given, more)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash)
+    expected = {"softmax_scale": 0.5, "causal": True, "window_size": sides}
+    assert called(attention._flash_attentions_kernel(), window) == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or varlen_kernel() is None, reason="needs a GPU and its kernels")

@@ -1,7 +1,8 @@
 """What holds on a GPU, as far as a machine without one can show it: choice of device and number type, nothing that
 waits for the device inside a step, steps that are read late. `benchmarks/gpu.py` is for where there is a GPU.
 
-The device `meta` has shapes and no values: whatever would wait for a number of a GPU raises an error there.
+The device `meta` has shapes and no values: whatever would wait for a number of a GPU raises an error there. Copies to a
+GPU, which wait unless they come from pinned memory, are shown with stand-ins for what torch does.
 """
 
 from contextlib import nullcontext
@@ -12,10 +13,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ple_data import device as devices
 from ple_data.engines import hf
+from ple_data.rewards.classifier import ClassifierReward
 from ple_train import attention, loss
 from ple_train import loop as loops
 from ple_train.batches import MicroBatch, Sequence
@@ -27,6 +30,7 @@ from ple_train.pairs import Response
 from ple_train.policy import Policy, load_causal_lm, load_policy, resolve_precision
 from ple_train.sft import SftObjective
 from schemas.errors import PleError, UsageError
+from tests.test_engines import spec_of
 
 META = torch.device("meta")
 
@@ -137,14 +141,15 @@ def kernels_on_meta(monkeypatch):
 
 
 class Operations(TorchDispatchMode):
-    """The names of all operations that run, backward passes and optimizers included."""
+    """The names of all operations that run on the device, backward passes and optimizers included."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
+        if any(isinstance(value, torch.Tensor) and value.device == META for value in tree_leaves((args, kwargs))):
+            self.names.append(str(func))  # AdamW asks for its count of steps, which lies on the host
         return func(*args, **(kwargs or {}))
 
     def count(self, name: str) -> int:
@@ -173,6 +178,7 @@ def test_a_training_step_waits_for_nothing(kernels_on_meta, layout, name, delta,
         found, sums = objective(policy, MicroBatch(pairs(), 3), step=0)
         found.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
     assert all(parameter.grad is not None and parameter.grad.device == META for parameter in parameters)
     assert sums.shape == (len(objective.sums),)
     assert {found.device, sums.device, norm.device} == {META}
@@ -181,7 +187,106 @@ def test_a_training_step_waits_for_nothing(kernels_on_meta, layout, name, delta,
         assert ran.count("_varlen_attn.default") == 3 * (2 + checkpointing)
         assert ran.count("_varlen_attn_backward") == 3
         assert ran.count("scaled_dot_product") == 0
-    optimizer.step()
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_the_loop_waits_for_nothing_but_its_readings(kernels_on_meta, tmp_path, monkeypatch, empty):
+    """Also where a step has no gradient at all: torch's norm of nothing lies on the host."""
+    policy = meta_policy()
+    policy.model.get_base_model().set_attn_implementation(attention.VARLEN)
+    policy.layout = "shared"
+    stand_in = SimpleNamespace(
+        device=META,
+        num_processes=1,
+        process_index=0,
+        is_main_process=True,
+        prepare=lambda *parts: parts,
+        no_sync=lambda model: nullcontext(),
+        clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
+        wait_for_everyone=lambda: None,
+    )
+    found = []
+    numbers = 2 + len(PairObjective.sums)
+    monkeypatch.setattr(Reading, "read", lambda reading: found.append(reading) or [0.0] * numbers)
+    monkeypatch.setattr(Checkpoints, "save", lambda *_: None)
+    stream = Batches()
+    if empty:
+        stream.batches = lambda epoch, start: iter([([], 3)] * (stream.steps_per_epoch - start))
+    settings = LoopSettings(learning_rate=1e-3, microbatch_tokens=16)
+    objective = PairObjective(policy, 0.3)
+    train_loop(stand_in, policy, policy.trainable(), stream, objective, settings, Checkpoints(tmp_path, {}))
+    assert len(found) == stream.steps_per_epoch
+    assert {(reading._host.device, len(reading._host)) for reading in found} == {(META, numbers)}
+
+
+class Card:
+    """What torch would do with a GPU, written down: this machine's memory takes its place."""
+
+    type = "cuda"
+
+    def __init__(self, monkeypatch) -> None:
+        self.did: list[str] = []
+        pinned = set()
+        copied, listed = torch.Tensor.copy_, torch.Tensor.tolist
+
+        def pin(tensor):
+            pinned.add(tensor.data_ptr())
+            return tensor
+
+        def to(tensor, device, non_blocking=False):
+            self.did.append(f"{'pinned' if tensor.data_ptr() in pinned else 'pageable'}, waiting {not non_blocking}")
+            return tensor
+
+        def copy_(tensor, other, non_blocking=False):
+            self.did.append(f"copied, waiting {not non_blocking}")
+            return copied(tensor, other)
+
+        def tolist(tensor):
+            self.did.append("listed")
+            return listed(tensor)
+
+        event = SimpleNamespace(
+            record=lambda: self.did.append("event"), synchronize=lambda: self.did.append("waited for the event")
+        )
+        for name, stand_in in (("pin_memory", pin), ("to", to), ("copy_", copy_), ("tolist", tolist)):
+            monkeypatch.setattr(torch.Tensor, name, stand_in)
+        monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+
+
+def test_batches_go_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch):
+    card = Card(monkeypatch)
+    devices.upload(np.arange(3), card)
+    assert card.did == ["pinned, waiting False"]
+
+
+def test_numbers_come_back_without_waiting_until_they_are_read(monkeypatch):
+    empty = torch.empty_like
+    card = Card(monkeypatch)
+    monkeypatch.setattr(torch, "empty_like", lambda like, device, pin_memory: empty(torch.zeros(2)))
+    values = SimpleNamespace(device=card)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda tensor, other, non_blocking: card.did.append(non_blocking))
+    reading = Reading(values)
+    assert card.did == [True, "event"]
+    reading.read()
+    assert card.did == [True, "event", "waited for the event", "listed"]
+
+
+def test_every_loader_places_the_weights_itself(policy, adapter, reward, monkeypatch):
+    """With `device_map`, so that no weight takes a way over the host."""
+    asked = []
+    placed = devices.placement
+
+    def placement(device):
+        asked.append(device.type)
+        return placed(torch.device("cpu"))
+
+    for room in ("ple_data.engines.hf", "ple_train.policy", "ple_data.device"):
+        monkeypatch.setattr(f"{room}.placement", placement)
+    hf.HfEngine(spec_of(policy, adapter), {})
+    ClassifierReward(str(reward))
+    load_policy(str(policy))
+    assert asked == ["cpu", "cpu", "cpu"]
+    assert placed(torch.device("cuda", 1)) == {"device_map": {"": torch.device("cuda", 1)}}
 
 
 def test_the_other_objectives_wait_for_nothing_either(kernels_on_meta):
@@ -313,10 +418,13 @@ def test_the_machine_is_said_and_recorded(card, capsys, tmp_path):
         ("eager", ["eager", "eager"]),
     ],
 )
-def test_a_gpu_in_bf16_tries_one_call_first(asked, expected):
+def test_a_gpu_in_bf16_tries_one_call_first(asked, expected, monkeypatch):
     from ple_train.policy import _candidates
 
-    found = _candidates(asked, "sdpa", torch.device("cuda"), "bf16")
-    assert [name for name, _ in found if name != "flash_attention_2"] == expected
+    for installed in (False, True):
+        monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda there=installed: there)
+        found = [name for name, _ in _candidates(asked, "sdpa", torch.device("cuda"), "bf16")]
+        theirs = ["flash_attention_2"] if installed and asked == "auto" else []
+        assert found == [*expected[:4], *theirs, *expected[4:]]
     assert all(name != attention.VARLEN for name, _ in _candidates("auto", "sdpa", torch.device("cuda"), "float32"))
     assert all(name != attention.VARLEN for name, _ in _candidates("auto", "sdpa", torch.device("cpu"), "bf16"))

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def test_what_only_a_gpu_can_do_is_named_and_is_no_failure(whole: tuple[Path, An
 
 
 def test_a_limit_that_is_too_short_costs_one_section_and_keeps_what_it_measured(tmp_path: Path) -> None:
-    ended = measure(tmp_path, "--only", "a,c", "--limit", "a=8")
+    ended = measure(tmp_path, "--only", "a,c", "--limit", "a=12", "--archive", tmp_path / "all.tar.gz")
     assert ended.returncode == 1
     found = results(tmp_path)
     assert list(found) == ["runs", "head"]
@@ -90,6 +91,8 @@ def test_a_limit_that_is_too_short_costs_one_section_and_keeps_what_it_measured(
     assert "machine" in found["runs"]["parts"]
     assert found["head"]["complete"]
     assert "a runs: STOPPED" in (tmp_path / "summary.txt").read_text()
+    with tarfile.open(tmp_path / "all.tar.gz") as kept:
+        assert {f"{tmp_path.name}/{name}" for name in ("a-runs.json", "c-head.log")} <= set(kept.getnames())
 
 
 def test_a_section_without_results_is_said_to_have_none(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_stage_ends_when_the_driver_has_freed_what_it_held(driver, monkeypatch
         assert watch.end() == ({0: 40_000 * MIB}, {})
 
 
-@pytest.mark.parametrize("named", ["1", "GPU-1abc"])
+@pytest.mark.parametrize("named", ["1", "GPU-1abc", "GPU-1"])
 def test_only_visible_gpus_count(driver, monkeypatch, named):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     driver(0, 0)

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import train
 from benchmarks.on_gpu import sampling, training
 from benchmarks.on_gpu.sections import Results, Setting, room_for
-from benchmarks.on_gpu.timing import clear, need_gpu, on_gpu, wait
+from benchmarks.on_gpu.timing import need_gpu, on_gpu, wait
 
 ROWS = 30
 CASE = training.Case("qwen2.5-0.5b", 1024, 16)
@@ -32,9 +32,9 @@ def measure(results: Results, setting: Setting) -> None:
     with room_for(4) as folder:
         bench = (SMALL_CASE if setting.cpu else CASE).bench(folder / "training")
         profile_training(results, setting, bench)
-        clear()
+        bench.clear()
         train.write_model(folder / "sampling", bench.shape, torch.bfloat16 if on_gpu() else torch.float32)
-        clear()
+        bench.clear()
         profile_sampling(results, setting, folder / "sampling", bench.shape["vocab_size"])
 
 
@@ -43,7 +43,7 @@ def profile_training(results: Results, setting: Setting, bench: train.Bench) -> 
     numbers = count()
 
     def step(delta: float | None = None) -> None:
-        train.train_ours(bench, policy, bench.folder / f"output-{next(numbers)}", delta)
+        train.train_ours(bench, policy, bench.folder / f"output-{next(numbers)}", delta, saved=False)
 
     results.say(layout=policy.layout, attention=policy.attention)
     step()
@@ -93,7 +93,8 @@ def kernels(events: Any) -> list[Any]:
     """What ran on the GPU itself, where there is one, so that no time is counted twice."""
     if not on_gpu():
         return list(events)
-    return [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    ran = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [event for event in ran if not getattr(event, "is_user_annotation", False)]
 
 
 def waits(work: Callable[[], Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a CPU and a GPU must agree on in float32: the commands, run on either, and the comparison of what they left.
 
-`python -m benchmarks.on_gpu.reference NAME=FOLDER …` runs the CPU's side of each world. Judges nothing but the numbers.
+`python -m benchmarks.on_gpu.reference WORLD` (as JSON) runs the CPU's side of a world. Judges nothing but the numbers.
 """
 
 import json
@@ -145,20 +145,19 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
     return apart if np.isfinite(apart) else float("inf")
 
 
-def main(named: list[str]) -> None:
+def main(text: str) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     no_progress_bars()
-    for text in named:
-        world = World(**json.loads(text) | {"folder": Path(json.loads(text)["folder"])})
-        for name, words in commands(world, "cpu").items():
-            try:
-                call(words)
-            except BaseException:
-                traceback.print_exc()
-                failed = world.folder / "cpu" / f"{name}.traceback"
-                failed.parent.mkdir(exist_ok=True)
-                failed.write_text(traceback.format_exc(), encoding="utf-8")
+    world = World(**json.loads(text) | {"folder": Path(json.loads(text)["folder"])})
+    for name, words in commands(world, "cpu").items():
+        try:
+            call(words)
+        except BaseException:
+            traceback.print_exc()
+            failed = world.folder / "cpu" / f"{name}.traceback"
+            failed.parent.mkdir(exist_ok=True)
+            failed.write_text(traceback.format_exc(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1])

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -22,7 +23,7 @@ from benchmarks import train
 from benchmarks.on_gpu import kills, reference
 from benchmarks.on_gpu.reference import call
 from benchmarks.on_gpu.sections import Results, Setting, room_for
-from benchmarks.on_gpu.timing import on_gpu
+from benchmarks.on_gpu.timing import need_gpu, on_gpu
 from benchmarks.on_gpu.worlds import World, make_world
 
 BF16_TOLERANCE = 0.05
@@ -33,7 +34,8 @@ BF16_STEPS = 12
 
 def measure(results: Results, setting: Setting) -> None:
     results.attempt("machine", machine)
-    with room_for(3) as folder, ThreadPoolExecutor(4) as threads:
+    results.attempt("what the driver says of memory", driver)
+    with room_for(3) as folder, ThreadPoolExecutor(6) as threads:
         kinds: dict[str, Path | None] = {"llama": None, "qwen2": None}
         if setting.model:
             kinds["given"] = setting.model
@@ -49,7 +51,7 @@ def measure(results: Results, setting: Setting) -> None:
             "ple run killed and resumed": threads.submit(kills.run_again, first, setting.cpu),
         }
         whole = worlds[:1] if setting.cpu else worlds
-        cpu_side = threads.submit(cpu_reference, whole, setting.output)
+        cpu_sides = {world.name: threads.submit(cpu_reference, world, setting.output) for world in whole}
         for world in worlds:
             few = None if world in whole else ("train",)
             for name, words in reference.commands(world, "gpu").items():
@@ -61,8 +63,8 @@ def measure(results: Results, setting: Setting) -> None:
             results.attempt(f"{first.name}: {name}", future.result)
         alike = partial(kills.same_as_unkilled, first)
         results.attempt(f"{first.name}: ple-train resumed as if never killed", alike)
-        results.attempt("the CPU's side", cpu_side.result)
         for world in whole:
+            results.attempt(f"{world.name}: the CPU's side", cpu_sides[world.name].result)
             for name in reference.commands(world, "gpu"):
                 work = partial(reference.compare, name, world)
                 results.attempt(f"{world.name}: {name} as on the CPU", work)
@@ -81,6 +83,22 @@ def machine() -> dict[str, Any]:
         "free_gib": free / 2**30, "total_gib": total / 2**30, "cuda": torch.version.cuda,
         "bf16_tflops": train.product_rate(torch.bfloat16, 8192) / 1e12,
     }  # fmt: skip
+
+
+def driver() -> dict[str, Any]:
+    """Whether `ple run` learns from the driver what a stage holds: 2 GiB are taken and given back."""
+    from ple_train.gpu_watch import GpuWatch
+
+    need_gpu()
+    with GpuWatch() as watch:
+        watch.begin()
+        held = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+        time.sleep(1)
+        del held
+        torch.cuda.empty_cache()
+        most, left = watch.end()
+    assert most, "nvidia-smi said nothing, or not soon enough"
+    return {"most_gib": max(most.values()) / 2**30, "left_gib": max(left.values(), default=0) / 2**30}
 
 
 def begin(results: Results, setting: Setting, kind: str, folder: Path, given: Path | None) -> World | None:
@@ -126,11 +144,10 @@ def one_step(world: World, precision: str) -> dict[str, Any]:
     return {"attention": policy.attention, "layout": policy.layout, "loss": loss.item()}
 
 
-def cpu_reference(worlds: list[World], output: Path) -> dict[str, Any]:
+def cpu_reference(world: World, output: Path) -> dict[str, Any]:
     """The CPU's side in a process of its own that sees no GPU."""
-    texts = [json.dumps(dataclasses.asdict(world), default=str) for world in worlds]
-    command = [sys.executable, "-m", "benchmarks.on_gpu.reference", *texts]
-    log = output / "a-runs-cpu.log"
+    command = [sys.executable, "-m", "benchmarks.on_gpu.reference", json.dumps(dataclasses.asdict(world), default=str)]
+    log = output / f"a-runs-cpu-{world.name}.log"
     with log.open("wb") as file:
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 4))}  # the others want some, too
         environment = threads | os.environ | {"CUDA_VISIBLE_DEVICES": ""}

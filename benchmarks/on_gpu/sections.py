@@ -121,12 +121,28 @@ def line_of(part: str, values: dict[str, Any], width: int = 200) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
+PLACES = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+"""Where a section may have room: in memory first."""
+
+
+def room_prefix(group: int) -> str:
+    """Of the folders of one section, by its process group."""
+    return f"ple-benchmark-{group}-"
+
+
+def remove_rooms(group: int) -> None:
+    """What a section that was killed has left."""
+    for place in PLACES:
+        for folder in place.glob(f"{room_prefix(group)}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def room_for(gib: float) -> Iterator[Path]:
     """A temporary folder with that much room, in memory where it can be. Raises NotHere where there is none."""
-    for place in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+    for place in PLACES:
         if place.is_dir() and os.access(place, os.W_OK) and shutil.disk_usage(place).free > (gib + 1) * 2**30:
-            with tempfile.TemporaryDirectory(dir=place) as folder:
+            with tempfile.TemporaryDirectory(dir=place, prefix=room_prefix(os.getpgid(0))) as folder:
                 yield Path(folder)
             return
     raise NotHere(f"no {gib:.1f} GiB of room in /dev/shm or {tempfile.gettempdir()}")

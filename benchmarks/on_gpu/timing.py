@@ -75,7 +75,8 @@ def clear() -> None:
         wait()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    forget_peak()
+    else:
+        forget_peak()
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -7,6 +7,7 @@ after a kill is the same to the bit (float32 on CPU). Never trains and never mer
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -18,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from ple_data.device import chosen_device, describe, natural_dtype, placement
+from ple_data.device import chosen_device, describe, natural_dtype, placement, upload
 from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode
 from schemas.errors import PleError, UsageError
 
@@ -58,7 +59,8 @@ class HfEngine:
         if spec.adapter is not None:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, str(spec.adapter.path)).get_base_model()
+            on = str(self._device)
+            model = PeftModel.from_pretrained(model, str(spec.adapter.path), torch_device=on).get_base_model()
         self._model = model.to(self._device).eval()
         # generate() fills what a call leaves open from here: a model's own sampling defaults must not slip in
         self._model.generation_config = GenerationConfig(
@@ -97,12 +99,12 @@ class HfEngine:
 
     def _left_padded(self, batch: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(len(request.prompt_ids) for request in batch)
-        ids = torch.full((len(batch), width), self._tokenizer.pad_token_id, dtype=torch.long)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        ids = np.full((len(batch), width), self._tokenizer.pad_token_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
         for row, request in enumerate(batch):
-            ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            ids[row, width - len(request.prompt_ids) :] = request.prompt_ids
             mask[row, width - len(request.prompt_ids) :] = 1
-        return ids.to(self._device), mask.to(self._device)
+        return upload(ids, self._device), upload(mask, self._device)
 
     def _completion(self, ids: list[int], logps: list[float] | None, sampling: Sampling) -> Completion:
         """Cut a row of the batch where its response ended: after its first end token or completed stop string."""
