@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                         # in an environment where the project is installed
     python benchmarks/gpu.py --wheels wheels         # elsewhere, with what gpu_pack.py has gathered
     python benchmarks/gpu.py --only b,f --minutes 4  # some sections, in less time
-    python benchmarks/gpu.py --cpu                   # a rehearsal in small, without a GPU
+    python benchmarks/gpu.py --cpu                   # a rehearsal in small, as where there is no GPU
 
 Sections run in the order of their worth, each in a process of its own with a limit of its own; what one leaves of its
 time the next ones may use. OUTPUT/a-runs.json and so on hold what each has measured, written after every measurement,

@@ -35,9 +35,9 @@ STEPS_OF_A = (
 )
 
 
-def measure(output: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/gpu.py", "--cpu", "--output", output, *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def measure(output: Path, *words: str, cpu: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "benchmarks/gpu.py", *(["--cpu"] if cpu else []), "--output", output, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -80,6 +80,13 @@ def test_what_only_a_gpu_can_do_is_named_and_is_no_failure(whole: tuple[Path, An
     one_call = [part for part in found["attention"]["parts"] if part.endswith(": one call")]
     assert one_call
     assert {found["attention"]["parts"][part]["not_here"] for part in one_call} == {NEEDS_GPU}
+
+
+def test_without_a_gpu_it_falls_back_to_small_sizes_on_the_cpu(tmp_path: Path) -> None:
+    ended = measure(tmp_path, "--only", "c", cpu=False)
+    assert ended.returncode == 0, ended.stdout
+    assert results(tmp_path)["head"]["vocabulary"] < 10_000
+    assert "torch finds no GPU: small sizes on the CPU" in (tmp_path / "c-head.log").read_text()
 
 
 def test_a_limit_that_is_too_short_costs_one_section_and_keeps_what_it_measured(tmp_path: Path) -> None:

@@ -28,8 +28,13 @@ def main() -> int:
     if options.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     no_progress_bars()
-    setting = Setting(options.cpu, options.output, time.monotonic() + options.seconds, options.model)
+    ends = time.monotonic() + options.seconds
     if results.attempt("start", lambda: start(results, section.module)):
+        from benchmarks.on_gpu.timing import on_gpu
+
+        setting = Setting(not on_gpu(), options.output, ends, options.model)
+        if setting.cpu and not options.cpu:
+            print("torch finds no GPU: small sizes on the CPU", flush=True)
         measure = importlib.import_module(section.module).measure
         if results.attempt("whole section", lambda: measure(results, setting)):
             results.end()
