@@ -69,7 +69,7 @@ class GpuWatch:
         while True:
             self._await_news()
             with self._news:
-                left = self._beyond(self._now)
+                left = self._beyond(self._now) if self._listening else {}
                 if not left or time.monotonic() > deadline:
                     return {gpu: self._most[gpu] for gpu in self._beyond(self._most)}, left
 

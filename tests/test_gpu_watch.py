@@ -1,6 +1,8 @@
 """`ple_train.gpu_watch` beside a stand-in for `nvidia-smi`: a script that says what a file says, as the real one does
 (no GPU here; `benchmarks/gpu.py` runs the real one)."""
 
+import time
+
 import pytest
 
 from ple_train import gpu_watch
@@ -73,6 +75,18 @@ def test_only_visible_gpus_count(driver, monkeypatch, named):
         watch._await_news()
         driver(70_000, 0)
         assert watch.end() == ({1: 30_000 * MIB}, {})
+
+
+def test_a_driver_that_dies_leaves_nothing_to_wait_for(driver):
+    with GpuWatch() as watch:
+        watch.begin()
+        driver(40_000)
+        watch._await_news()
+        watch._process.kill()
+        watch._process.wait()
+        began = time.monotonic()
+        assert watch.end() == ({0: 40_000 * MIB}, {})
+        assert time.monotonic() - began < gpu_watch.RELEASE_SECONDS / 2
 
 
 def test_without_a_driver_nothing_is_watched(tmp_path, monkeypatch):
