@@ -13,7 +13,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import resource
 import select
 import shutil
 import signal
@@ -93,8 +92,7 @@ def _serve() -> None:
         command = json.loads(line)
         forked = _may_fork(command) and _warm_up()
         ended = _wait(_fork(command) if forked else _spawn(command))
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if not forked and ended.memory <= own:
+        if not forked and ended.memory <= _own_peak():
             ended = ended._replace(memory=0)
         with contextlib.suppress(BrokenPipeError):  # the caller is dead
             os.write(1, b"%d %d\n" % ended)
@@ -118,6 +116,11 @@ def _warm_up() -> bool:
     for name in ("AutoTokenizer", "LlamaForCausalLM", "LlamaForSequenceClassification"):
         getattr(transformers, name)  # transformers imports late
     return not any(path.startswith(_GPU_DEVICES) for path in _open_files())
+
+
+def _own_peak() -> int:
+    """The most memory that this program has held, in bytes; what its process held before it was this one left out."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def _open_files() -> list[str]:
