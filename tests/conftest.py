@@ -12,7 +12,7 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parent.parent
 LONG_FILES = [
     *("generate", "rounds", "gpu_benchmark", "demo", "docs", "kill", "judge_vllm", "engines", "baselines", "train"),
-    "bad_input",
+    *("bad_input", "old_outputs"),
 ]
 """Minutes each; they go first, so that no worker is left with one at the end (with --no-loadscope-reorder)."""
 
