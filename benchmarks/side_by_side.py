@@ -1,5 +1,6 @@
 """Contenders timed in turns, and their ratios with the spread: what every benchmark here prints."""
 
+import gc
 import os
 import platform
 import statistics
@@ -63,6 +64,26 @@ def gpu() -> str:
 def peak_bytes() -> int:
     """The most resident memory that this process has held (Linux)."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def clear_memory() -> None:
+    """Give back what is not in use; `most_memory` counts from here."""
+    import torch
+
+    gc.collect()
+    if not torch.cuda.is_available():
+        forget_peak()
+        return
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def most_memory() -> int:
+    """The most bytes held so far: of the GPU where there is one, else of the process."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_bytes()
 
 
 def forget_peak() -> None:

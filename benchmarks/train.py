@@ -21,7 +21,6 @@ real shapes; utilisation is then against a product of two bf16 matrices that is 
 
 import argparse
 import contextlib
-import gc
 import importlib.util
 import json
 import statistics
@@ -37,7 +36,16 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.side_by_side import forget_peak, made_with, peak_bytes, ratio_table, seconds_of, timed_in_turns
+from benchmarks.side_by_side import (
+    clear_memory,
+    forget_peak,
+    made_with,
+    most_memory,
+    peak_bytes,
+    ratio_table,
+    seconds_of,
+    timed_in_turns,
+)
 
 RESPONSE_SPREAD, PROMPT_SPREAD = 0.7, 0.6
 """Standard deviations of the logarithm of a length."""
@@ -179,7 +187,7 @@ class Bench:
             return CONTENDERS[name](self, output)
 
     def loaded_alone(self) -> int:
-        """What this process holds with nothing but the model loaded; `peak` counts from here."""
+        """What this process holds with nothing but the model loaded; `most_memory` counts from here."""
         import torch
 
         device = "cuda" if self.gpu else "cpu"
@@ -192,23 +200,11 @@ class Bench:
         return held
 
     def clear(self) -> None:
-        """Give back what finished contenders held, their precision too; `peak` counts from here."""
-        import torch
+        """Give back what finished contenders held, their precision too; `most_memory` counts from here."""
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
-        gc.collect()
-        if self.gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            forget_peak()
-
-    def peak(self) -> int:
-        """The most memory held so far: of the GPU where there is one, else of the process."""
-        import torch
-
-        return torch.cuda.max_memory_allocated() if self.gpu else peak_bytes()
+        clear_memory()
 
 
 def write_model(directory: Path, shape: dict[str, Any], dtype: Any) -> tuple[int, int]:
@@ -481,7 +477,7 @@ def print_measured(name: str, bench: Bench) -> None:
         importlib.import_module("trl.trainer.dpo_trainer")
         importlib.import_module("trl.trainer.sft_trainer")
     loaded = bench.loaded_alone()
-    answer = {"seconds": bench.run(name), "tokens": bench.useful, "loaded": loaded, "peak": bench.peak()}
+    answer = {"seconds": bench.run(name), "tokens": bench.useful, "loaded": loaded, "peak": most_memory()}
     sys.stdout.write(json.dumps(answer) + "\n")  # in one piece: processes share the stream
 
 

@@ -97,9 +97,8 @@ def varlen_attention(
     if packing is None:
         return packed_attention(module, query, key, value, None, dropout, scaling, sliding_window)
     kernel, device = varlen_kernel(), query.device.type
-    if torch.is_autocast_enabled(device):
-        kind = torch.get_autocast_dtype(device)
-        query, key, value = query.to(kind), key.to(kind), value.to(kind)
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query, key, value = query.to(kind), key.to(kind), value.to(kind)  # norms and rotations may leave float32
     if kernel is None or not kernels_take(value) or dropout:
         raise ValueError(f"{VARLEN} needs a GPU, bfloat16 and no dropout")
     return in_one_call(kernel, query, key, value, packing, scaling, sliding_window), None

@@ -15,7 +15,8 @@ import torch
 
 from benchmarks import train
 from benchmarks.on_gpu.sections import NotHere, Results, Setting, room_for
-from benchmarks.on_gpu.timing import clear, most_bytes, on_gpu, wait
+from benchmarks.on_gpu.timing import on_gpu, wait
+from benchmarks.side_by_side import clear_memory, most_memory
 
 BATCHES, PROMPT, RESPONSE = (64, 256, 16), 128, 128
 SMALL_BATCHES, SMALL_LENGTH = (2, 8), 8
@@ -31,12 +32,12 @@ def measure(results: Results, setting: Setting) -> None:
         if setting.cpu:
             shape = shape | {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 1}
         train.write_model(model, shape, torch.bfloat16 if on_gpu() else torch.float32)
-        clear()
+        clear_memory()
         engine = start("hf", model, {})
         for batch in SMALL_BATCHES if setting.cpu else BATCHES:
             results.attempt(f"hf, {batch} at once", partial(hf, engine, batch, shape["vocab_size"], setting.cpu))
         engine.close()
-        clear()
+        clear_memory()
         for seeded in (True, False):
             name = f"vllm, {'a seed on every request' if seeded else 'no seeds'}"
             results.attempt(name, partial(vllm, model, seeded, shape["vocab_size"], setting))
@@ -59,7 +60,7 @@ def hf(engine: Any, batch: int, vocabulary: int, small: bool) -> dict[str, Any]:
 
     prompt, response = (SMALL_LENGTH, SMALL_LENGTH) if small else (PROMPT, RESPONSE)
     requests = requests_of(batch, prompt, vocabulary)
-    clear()
+    clear_memory()
     seconds, tokens = {}, {}
     for name, temperature in {"warm up": 1.0, "sampled": 1.0, "greedy": 0.0}.items():
         length = response if name != "warm up" else 4
@@ -73,7 +74,7 @@ def hf(engine: Any, batch: int, vocabulary: int, small: bool) -> dict[str, Any]:
         "greedy_tokens_per_second": tokens["greedy"] / seconds["greedy"],
         "share_of_noise": 1 - seconds["greedy"] / tokens["greedy"] * tokens["sampled"] / seconds["sampled"],
         "ms_a_token_of_a_row": 1000 * seconds["sampled"] / response,
-        "peak_gib": most_bytes() / 2**30,
+        "peak_gib": most_memory() / 2**30,
     }
 
 

@@ -1,6 +1,5 @@
 """Seconds and peak memory of a piece of work, on a GPU by its own clock. Never decides what is measured."""
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.on_gpu.sections import NotHere
-from benchmarks.side_by_side import forget_peak, peak_bytes
+from benchmarks.side_by_side import clear_memory, most_memory, peak_bytes
 
 Work = Callable[[], Any]
 
@@ -57,26 +56,10 @@ def _once(work: Work) -> float:
 
 def peak_gib(work: Work) -> float:
     """The most memory of one call, less what was held before it: of the GPU where there is one."""
-    clear()
+    clear_memory()
     held = torch.cuda.memory_allocated() if on_gpu() else peak_bytes()
     work()
-    return (most_bytes() - held) / 2**30
-
-
-def most_bytes() -> int:
-    """The most memory held since `clear`."""
-    return torch.cuda.max_memory_allocated() if on_gpu() else peak_bytes()
-
-
-def clear() -> None:
-    """Give back what is not in use; peaks count from here."""
-    gc.collect()
-    if on_gpu():
-        wait()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        forget_peak()
+    return (most_memory() - held) / 2**30
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -17,7 +17,8 @@ import torch
 
 from benchmarks import train
 from benchmarks.on_gpu.sections import NotHere, Results, Setting, room_for
-from benchmarks.on_gpu.timing import most_bytes, on_gpu
+from benchmarks.on_gpu.timing import on_gpu
+from benchmarks.side_by_side import most_memory
 
 LAYERS_OF_7B = 8
 WHOLE_7B_SECONDS = 75
@@ -143,7 +144,7 @@ def numbers(bench: train.Bench, rate: float, case: Case) -> dict[str, Any]:
     every = [after - before for before, after in pairwise(bench.step_ends)]
     steps, count = every[1:] or every, len(every)
     seconds = statistics.median(steps)
-    peak = most_bytes() / 2**30
+    peak = most_memory() / 2**30
     values: dict[str, Any] = {
         "tokens_per_second": bench.useful / count / seconds,
         "seconds_a_step": seconds,
