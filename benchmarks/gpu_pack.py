@@ -48,7 +48,7 @@ def main(words: list[str] | None = None) -> int:
         old.unlink()
     wanted = [name for name in LACKING if name not in options.without.split(",")]
     gather(wanted, pinned((ROOT / "constraints.txt").read_text()) | INSTEAD, options.python, options.output)
-    tree = working_tree()
+    tree = [name for name in working_tree() if options.output.resolve() not in (ROOT / name).parents]
     build_own(tree, options.output)
     sizes = {file.name: file.stat().st_size for file in sorted(options.output.glob("*.whl"))}
     sizes["the working tree"] = sum((ROOT / file).stat().st_size for file in tree)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ple_data.device import default_device, natural_dtype, placement
+from ple_data.device import default_device, load_weights, natural_dtype
 from ple_data.models import check_adapter, check_model
 from ple_train import attention as packed
 from ple_train import probe
@@ -21,6 +21,7 @@ from ple_train.batches import Layout, Sequence, Tokens, collate_packed, collate_
 from ple_train.log import print_to_log
 from ple_train.lora import fuse
 from ple_train.loss import token_logps
+from ple_train.norms import fuse_norms
 from schemas.errors import UsageError, first_line
 
 RANDOM_PARTS = ("drop", "jitter_noise")
@@ -195,6 +196,8 @@ def load_policy(
     )
     fuse(causal)
     policy = Policy(causal).to(default_device())  # what peft left on the host
+    if policy.device.type == "cuda":  # on a CPU it is not faster, and would round otherwise
+        fuse_norms(causal)
     policy.prepare(attention, resolve_precision(precision))
     return policy
 
@@ -249,14 +252,7 @@ def load_causal_lm(model: str, revision: str | None = None, dtype: torch.dtype =
 
     check_model(model)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            model,
-            revision=revision,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **placement(default_device()),
-        )
+        return load_weights(AutoModelForCausalLM, model, default_device(), revision=revision, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--model {model}: no causal language model there ({first_line(error)})") from error
 

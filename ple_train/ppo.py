@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ple_data.device import load_weights
 from ple_data.digests import policy_name
 from ple_data.engines import decode
 from ple_data.models import check_adapter, check_model, load_tokenizer
@@ -218,12 +219,13 @@ def value_model(model: str, revision: str | None, lora_rank: int, lora_alpha: in
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(seed)
-    critic: Any = AutoModelForSequenceClassification.from_pretrained(
+    critic = load_weights(
+        AutoModelForSequenceClassification,
         model,
+        torch.device("cpu"),
         revision=revision,
         num_labels=1,
         dtype=torch.float32,
-        use_safetensors=True,
     )
     config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear")
     inject_adapter_in_model(config, getattr(critic, critic.base_model_prefix))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ple_data.device import default_device, upload
+from ple_data.device import default_device, load_weights, upload
 from ple_data.digests import policy_name
 from ple_data.models import check_model, load_tokenizer
 from ple_data.readers import read_rows
@@ -202,15 +202,15 @@ def _load_classifier(model: str, revision: str | None, labels: int, pad: int, se
     check_model(model)
     torch.manual_seed(seed)
     try:
-        classifier = AutoModelForSequenceClassification.from_pretrained(
+        classifier = load_weights(
+            AutoModelForSequenceClassification,
             model,
+            torch.device("cpu"),
             revision=revision,
             id2label={label: f"LABEL_{label}" for label in range(labels)},
             label2id={f"LABEL_{label}": label for label in range(labels)},
             ignore_mismatched_sizes=True,  # a head for another number of labels is replaced by a new one
             dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0]

@@ -271,22 +271,34 @@ def test_numbers_come_back_without_waiting_until_they_are_read(monkeypatch):
     assert card.did == [True, "event", "waited for the event", "listed"]
 
 
-def test_every_loader_places_the_weights_itself(policy, adapter, reward, monkeypatch):
-    """With `device_map`, so that no weight takes a way over the host."""
+def test_every_loader_puts_the_weights_straight_where_they_compute(policy, adapter, reward, monkeypatch):
     asked = []
-    placed = devices.placement
+    load = devices.load_weights
 
-    def placement(device):
+    def loading(kind, model, device, **options):
         asked.append(device.type)
-        return placed(torch.device("cpu"))
+        return load(kind, model, device, **options)
 
     for room in ("ple_data.engines.hf", "ple_train.policy", "ple_data.device"):
-        monkeypatch.setattr(f"{room}.placement", placement)
+        monkeypatch.setattr(f"{room}.load_weights", loading)
     hf.HfEngine(spec_of(policy, adapter), {})
     ClassifierReward(str(reward))
     load_policy(str(policy))
     assert asked == ["cpu", "cpu", "cpu"]
-    assert placed(torch.device("cuda", 1)) == {"device_map": {"": torch.device("cuda", 1)}}
+
+
+def test_weights_go_straight_to_a_gpu_whose_attention_knows_any_length(monkeypatch):
+    """cuDNN's attention makes a plan for every length that it has not seen, 120 ms each on an H100."""
+    cudnn = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnn.append)
+    kind = SimpleNamespace(from_pretrained=lambda model, **options: options)
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    assert devices.load_weights(kind, "m", torch.device("cpu"), dtype=1) == safe | {"dtype": 1}
+    assert cudnn == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_gpu = devices.load_weights(kind, "m", torch.device("cuda", 1))
+    assert on_gpu == safe | {"device_map": {"": torch.device("cuda", 1)}}
+    assert cudnn == [False]
 
 
 def test_kernels_get_one_number_type_without_autocast_too(kernels_on_meta, monkeypatch):

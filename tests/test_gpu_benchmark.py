@@ -76,7 +76,7 @@ def test_every_named_step_of_the_first_section_passes(whole: tuple[Path, Any]) -
 
 def test_what_only_a_gpu_can_do_is_named_and_is_no_failure(whole: tuple[Path, Any]) -> None:
     found = results(whole[0])
-    assert found["profile"]["parts"]["training step waits"]["not_here"] == NEEDS_GPU
+    assert found["profile"]["parts"]["small: training step waits"]["not_here"] == NEEDS_GPU
     one_call = [part for part in found["attention"]["parts"] if part.endswith(": one call")]
     assert one_call
     assert {found["attention"]["parts"][part]["not_here"] for part in one_call} == {NEEDS_GPU}

@@ -4,6 +4,8 @@ With the heads of Qwen2.5-7B, and prompts kept once for all their responses or r
 the one call gives what the loop gives. Never runs a model.
 """
 
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.on_gpu.sections import NotHere, Results, Setting
-from benchmarks.on_gpu.timing import device, median_seconds, need_gpu, on_gpu, peak_gib, relative_error
+from benchmarks.on_gpu.timing import device, median_seconds, need_gpu, on_gpu, peak_gib, relative_error, wait
 
 HEADS, KV_HEADS, SIZE = 28, 4, 128
 SMALL_HEADS = (4, 2, 16)
@@ -23,6 +25,7 @@ CASES = {"1,280": (4, 256, 1024), "4,096": (1, 256, 3840), "short": (64, 33, 66)
 """Queries, and tokens of a prompt and of a response; about 9,000 tokens in all."""
 SMALL_CASES = {"short": (3, 5, 9)}
 WINDOWS = (None, 512)
+NEW_LENGTHS = 16
 TOLERANCE = 1e-2
 """Of the relative error, in bfloat16."""
 
@@ -36,6 +39,9 @@ def measure(results: Results, setting: Setting) -> None:
     kernel = attention.varlen_kernel()
     results.say(heads=heads, kernel=f"{kernel.__module__}.{kernel.__qualname__}" if kernel else None)
     cases = SMALL_CASES if setting.cpu else CASES
+    for cudnn in (True, False):
+        name = f"torch on a length that is new, {'with' if cudnn else 'without'} cuDNN"
+        results.attempt(name, partial(new_lengths, heads, cudnn))
     for case, shape in cases.items():
         for layout in ("shared", "packed"):
             inputs = collate(layout, *shape)
@@ -114,6 +120,28 @@ def flash(inputs: dict[str, Any], tensors: list[Tensor]) -> dict[str, Any]:
     module = SimpleNamespace(is_causal=True, config=SimpleNamespace(_attn_implementation="flash_attention_2"))
     borders = {name: value for name, value in inputs.items() if name.startswith(("cu_seq", "max_length"))}
     return timed(partial(flash_attention_forward, module, *tensors, None, **borders), tensors)
+
+
+def new_lengths(heads: tuple[int, int, int], cudnn: bool) -> dict[str, Any]:
+    """Median time of forward and backward where no two calls are of one length, causal and with a mask."""
+    need_gpu()
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    seconds: dict[str, list[float]] = {"causal": [], "mask": []}
+    try:
+        for length in range(700, 700 + 8 * NEW_LENGTHS, 8):
+            q, k, v = random_tensors(length, *heads, rows=4)
+            mask = torch.ones(4, 1, length, length, dtype=torch.bool, device=q.device).tril()
+            for name, how in {"causal": {"is_causal": True}, "mask": {"attn_mask": mask}}.items():
+                wait()
+                began = time.perf_counter()
+                out = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, **how)
+                torch.autograd.grad(out.sum(), (q, k, v))
+                wait()
+                seconds[name].append(time.perf_counter() - began)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    return {f"ms_{name}": 1000 * statistics.median(found) for name, found in seconds.items()} | {"was_on": before}
 
 
 def rows(shape: tuple[int, int, int], heads: tuple[int, int, int]) -> dict[str, Any]:

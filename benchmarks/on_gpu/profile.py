@@ -21,7 +21,8 @@ from benchmarks.on_gpu.sections import Results, Setting, room_for
 from benchmarks.on_gpu.timing import need_gpu, on_gpu, wait
 
 ROWS = 30
-CASE = training.Case("qwen2.5-0.5b", 1024, 16)
+CASES = {"0.5b": training.Case("qwen2.5-0.5b", 1024, 3), "7b": training.Case("qwen2.5-7b", 1024, 3, 4)}
+"""One micro-batch each."""
 SMALL_CASE = training.Case("small", 12, 16, 1, 4, "--vocabulary 512 --hidden 64")
 STEPS, ROWS_AT_ONCE, PROMPT = 8, 64, 128
 PLACES = 12
@@ -30,15 +31,17 @@ PLACES = 12
 
 def measure(results: Results, setting: Setting) -> None:
     with room_for(4) as folder:
-        bench = (SMALL_CASE if setting.cpu else CASE).bench(folder / "training")
-        profile_training(results, setting, bench)
-        bench.clear()
+        for name, case in ({"small": SMALL_CASE} if setting.cpu else CASES).items():
+            bench = case.bench(folder / f"training-{name}")
+            profile_training(results, setting, bench, name)
+            bench.clear()
+        bench = (SMALL_CASE if setting.cpu else CASES["0.5b"]).bench(folder / "shape")
         train.write_model(folder / "sampling", bench.shape, torch.bfloat16 if on_gpu() else torch.float32)
         bench.clear()
         profile_sampling(results, setting, folder / "sampling", bench.shape["vocab_size"])
 
 
-def profile_training(results: Results, setting: Setting, bench: train.Bench) -> None:
+def profile_training(results: Results, setting: Setting, bench: train.Bench, name: str) -> None:
     policy = train.our_policy(bench)
     numbers = count()
 
@@ -47,9 +50,9 @@ def profile_training(results: Results, setting: Setting, bench: train.Bench) -> 
 
     results.say(layout=policy.layout, attention=policy.attention)
     step()
-    results.attempt("training step", partial(table, step, setting.output / "f-profile-training.txt"))
-    results.attempt("training step waits", partial(waits, step))
-    results.attempt("training step with a trust region waits", partial(waits, partial(step, 0.3)))
+    results.attempt(f"{name}: training step", partial(table, step, setting.output / f"f-profile-training-{name}.txt"))
+    results.attempt(f"{name}: training step waits", partial(waits, step))
+    results.attempt(f"{name}: training step with a trust region waits", partial(waits, partial(step, 0.3)))
 
 
 def profile_sampling(results: Results, setting: Setting, model: Path, vocabulary: int) -> None:
@@ -75,12 +78,12 @@ def table(work: Callable[[], Any], file: Path) -> dict[str, Any]:
     work()
     wait()
     alone = time.perf_counter() - began
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu() else [])]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu() else ProfilerActivity.CPU]) as profiled:
         work()
         wait()
     events = profiled.key_averages()
     device = "device" if on_gpu() else "cpu"
-    text = events.table(sort_by=f"self_{device}_time_total", row_limit=ROWS, max_name_column_width=60)
+    text = events.table(sort_by=f"self_{device}_time_total", row_limit=ROWS, max_name_column_width=100)
     file.write_text(text + "\n", encoding="utf-8")
     print(text)
     busy = sum(getattr(event, f"self_{device}_time_total") for event in kernels(events)) / 1e6

@@ -15,11 +15,12 @@ import torch
 
 from benchmarks import train
 from benchmarks.on_gpu.sections import NotHere, Results, Setting, room_for
-from benchmarks.on_gpu.timing import on_gpu, wait
+from benchmarks.on_gpu.timing import need_gpu, on_gpu, wait
 from benchmarks.side_by_side import clear_memory, most_memory
 
 BATCHES, PROMPT, RESPONSE = (64, 256, 16), 128, 128
 SMALL_BATCHES, SMALL_LENGTH = (2, 8), 8
+NEW_LENGTHS = 48
 VLLM_REQUESTS, VLLM_RESPONSE = 512, 256
 VLLM_SECONDS = 30
 """What vLLM needs to start; with less left it is not tried."""
@@ -34,6 +35,9 @@ def measure(results: Results, setting: Setting) -> None:
         train.write_model(model, shape, torch.bfloat16 if on_gpu() else torch.float32)
         clear_memory()
         engine = start("hf", model, {})
+        for cudnn in (True, False):
+            name = f"hf, new lengths, {'with' if cudnn else 'without'} cuDNN's attention"
+            results.attempt(name, partial(new_lengths, engine, cudnn, shape["vocab_size"], setting.cpu))
         for batch in SMALL_BATCHES if setting.cpu else BATCHES:
             results.attempt(f"hf, {batch} at once", partial(hf, engine, batch, shape["vocab_size"], setting.cpu))
         engine.close()
@@ -76,6 +80,28 @@ def hf(engine: Any, batch: int, vocabulary: int, small: bool) -> dict[str, Any]:
         "ms_a_token_of_a_row": 1000 * seconds["sampled"] / response,
         "peak_gib": most_memory() / 2**30,
     }
+
+
+def new_lengths(engine: Any, cudnn: bool, vocabulary: int, small: bool) -> dict[str, Any]:
+    """The same batch twice: the first time every step's length is a new one, for which cuDNN makes a plan."""
+    from ple_data.engines import Sampling
+
+    need_gpu()
+    length = SMALL_LENGTH if small else NEW_LENGTHS
+    requests = requests_of(BATCHES[0], length, vocabulary)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    seconds = []
+    try:
+        for _ in range(2):
+            wait()
+            began = time.perf_counter()
+            list(engine.sample(iter([requests]), Sampling(max_new_tokens=length)))
+            seconds.append(time.perf_counter() - began)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    first, second = (1000 * each / length for each in seconds)
+    return {"ms_a_step": first, "ms_a_step_seen_before": second, "was_on": before}
 
 
 def requests_of(count: int, prompt: int, vocabulary: int) -> list[Any]:

@@ -1,17 +1,18 @@
 """Section b: training of random weights of real shapes: tokens a second, peak memory and utilisation.
 
-Ours on each shape and length first, then TRL's DPO and packed SFT where TRL is installed, then the whole 7B model if
-there is time left, then the rest of TRL: before the whole model, 8 of its 28 layers stand for it. Useful tokens are
-those of benchmarks/train.py.
+On each shape and length ours, then TRL's DPO and packed SFT where TRL is installed; 8 of its 28 layers stand for the
+whole 7B model, which is tried once too. Useful tokens are those of benchmarks/train.py.
 """
 
 import importlib.util
 import statistics
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -21,6 +22,7 @@ from benchmarks.on_gpu.timing import on_gpu
 from benchmarks.side_by_side import most_memory
 
 LAYERS_OF_7B = 8
+DEFAULT_AT_ONCE = 8192
 WHOLE_7B_SECONDS = 75
 
 
@@ -49,15 +51,18 @@ class Case:
 
 WAYS: dict[str, dict[str, Any]] = {
     "": {},
+    "transformers' norms": {"norms": "transformers"},
+    "Liger's norms, rotation and gate": {"norms": "liger"},
+    "32,768 tokens at once": {"at_once": 32_768},
     "gradient checkpointing": {"checkpointing": True},
     "trust region": {"delta": 0.3},
     "prompts repeated": {"shared": False},
 }
 CASES = {
-    Case("qwen2.5-0.5b", 1024, 80): list(WAYS),
-    Case("qwen2.5-7b", 1024, 48, LAYERS_OF_7B): list(WAYS)[:2],
-    Case("qwen2.5-0.5b", 3840, 48): [""],
+    Case("qwen2.5-7b", 1024, 48, LAYERS_OF_7B): [*list(WAYS)[:3], "gradient checkpointing"],
     Case("qwen2.5-7b", 3840, 48, LAYERS_OF_7B): [""],
+    Case("qwen2.5-0.5b", 1024, 80): list(WAYS),
+    Case("qwen2.5-0.5b", 3840, 48): [""],
 }
 """With the ways of each. At least three steps of 16 pairs: the first warms up."""
 WHOLE = Case("qwen2.5-7b", 1024, 48)
@@ -85,13 +90,10 @@ def measure(results: Results, setting: Setting) -> None:
                 name = f"{case.name}: ours" + (f", {way}" if way else "")
                 output = folder / f"ours-{number}-{way}"
                 results.attempt(name, partial(ours, bench(case), output, rate, case, **WAYS[way]))
-        first, *others = cases
-        attempt_peers(first, PEERS)
-        if not setting.cpu:
-            results.attempt(f"{WHOLE.name}: ours", partial(whole, folder / "whole", rate, setting))
-            for case in others:
-                attempt_peers(case, PEERS)
-            attempt_peers(first, SLOWER_PEERS)
+            attempt_peers(case, PEERS)
+            if not (setting.cpu or number):
+                results.attempt(f"{WHOLE.name}: ours", partial(whole, folder / "whole", rate, setting))
+        attempt_peers(next(iter(cases)), SLOWER_PEERS)
 
 
 def ours(
@@ -103,16 +105,32 @@ def ours(
     shared: bool = True,
     delta: float | None = None,
     checkpointing: bool = False,
+    norms: str = "",
+    at_once: int | None = None,
 ) -> dict[str, Any]:
+    if bench.options.microbatch_tokens == DEFAULT_AT_ONCE and at_once:
+        bench.options.microbatch_tokens = at_once
     bench.clear()
     bench.step_ends = []
-    policy = train.our_policy(bench, gradient_checkpointing=checkpointing)
+    with mock.patch("ple_train.policy.fuse_norms") if norms else nullcontext():
+        policy = train.our_policy(bench, gradient_checkpointing=checkpointing)
+    if norms == "liger":
+        apply_liger(policy)
     found = {"attention": policy.attention, "layout": policy.layout if shared else "packed"}
     if not shared:
         policy.layout = "packed"
     train.train_ours(bench, policy, output, delta, saved=False)
     del policy
     return numbers(bench, rate, case) | found
+
+
+def apply_liger(policy: Any) -> None:
+    """Its output layer and loss stay ours. Raises NotHere."""
+    if not (on_gpu() and importlib.util.find_spec("liger_kernel")):
+        raise NotHere("liger_kernel is not installed, or no GPU")
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance as apply
+
+    apply(policy.model.get_base_model(), fused_linear_cross_entropy=False, cross_entropy=False)
 
 
 def whole(folder: Path, rate: float, setting: Setting) -> dict[str, Any]:

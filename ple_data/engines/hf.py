@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from ple_data.device import chosen_device, describe, natural_dtype, placement, upload
+from ple_data.device import chosen_device, describe, load_weights, natural_dtype, upload
 from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode
 from schemas.errors import PleError, UsageError
 
@@ -45,14 +45,9 @@ class HfEngine:
         if "attn_implementation" in engine_args:
             options["attn_implementation"] = engine_args["attn_implementation"]
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                spec.model,
-                revision=spec.revision,
-                dtype=_dtype(spec.dtype, self._device),
-                use_safetensors=True,
-                trust_remote_code=False,
-                **placement(self._device),
-                **options,
+            dtype = _dtype(spec.dtype, self._device)
+            model = load_weights(
+                AutoModelForCausalLM, spec.model, self._device, revision=spec.revision, dtype=dtype, **options
             )
         except (OSError, ValueError, ImportError) as error:
             raise PleError(f"cannot load the model {spec.model}: {error}") from error

@@ -130,20 +130,15 @@ def _load(model: str, *, dtype: Any, device: Any) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from ple_data.device import placement
+    from ple_data.device import load_weights
 
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UsageError(f"reward model {model}: the directory has no config.json, so it is no model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         with _quiet():
-            loaded, info = AutoModelForSequenceClassification.from_pretrained(
-                model,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **placement(device),
+            loaded, info = load_weights(
+                AutoModelForSequenceClassification, model, device, dtype=dtype, output_loading_info=True
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(
