@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.side_by_side import made_with
+from schemas.options import Gen
 
 WORDS = ["the", "a", "film", "story", "actor", "scene", "was", "is", "seems", "great", "bad", "funny", "slow", "never"]
 
@@ -66,7 +67,7 @@ def main() -> None:
     import vllm
 
     from ple_data import generate as stage
-    from ple_data.engines import Sampling, make_engine, parse_engine_args
+    from ple_data.engines import Sampling, make_engine
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -90,10 +91,10 @@ def main() -> None:
             requests.clear()
             begin = time.perf_counter()
             summary = stage.generate(
-                model=str(model), data=work / repeat, queries=str(work / "queries.jsonl"), principles="imdb", round=0,
-                sampling=sampling, engine="vllm", engine_args=parse_engine_args(options.engine_arg),
+                Gen(model=str(model), data=work / repeat, queries=str(work / "queries.jsonl"), principles="imdb", round=0,
+                **sampling.values(), engine="vllm", engine_arg=options.engine_arg,
                 dtype=options.dtype,
-            )  # fmt: skip
+            ))  # fmt: skip
             return time.perf_counter() - begin, summary.tokens
 
         def bare() -> float:

@@ -102,30 +102,23 @@ def write_store(root: Path, rows: int, rounds: int, unit: int | None = None) -> 
 
 def open_stream(root: Path) -> dict[str, float]:
     """Seconds from the freezing of the snapshot to the first batch, imports done, and this process's peak memory."""
-    from ple_data.partition import tau
     from ple_data.store import Store
-    from ple_train.pairs import (
-        PairStream,
-        Partition,
-        freeze,
-        refuse_unfit_pairs,
-        snapshot_record,
-        warn_of_another_sampler,
-        warn_of_unfinished_rounds,
-    )
+    from ple_train.snapshot import freeze, record_of, warn_of_another_sampler, warn_of_unfinished_rounds
+    from ple_train.stream import PairStream, Partition, refuse_unfit_pairs
     from ple_train.train import print_partition
+    from schemas.options import Train
 
     last = max(shard.round for shard in Store(root).shards("pairs"))
     began = time.perf_counter()
     snapshot = freeze([root], last, None)
-    json.dumps(snapshot_record(snapshot), indent=1)
+    record_of(snapshot, {}).to_json()
     warn_of_unfinished_rounds(snapshot)
     warn_of_another_sampler(snapshot, last, POLICY)
-    print_partition(snapshot, last, 0.2, 0.9, None)
-    refuse_unfit_pairs(snapshot, SimpleNamespace(vocabulary=VOCABULARY, positions=4096), None, POLICY)
-    stream = PairStream(
-        snapshot, last, Partition(tau(0.2, 0.9, last)), batch_size=16, seed=0, max_length=None, vocabulary=VOCABULARY
-    )
+    options = Train(model="m", data=[root], round=last, output="none")
+    print_partition(snapshot, options)
+    limits = SimpleNamespace(vocabulary=VOCABULARY, positions=4096)
+    refuse_unfit_pairs(snapshot, limits, None, POLICY)
+    stream = PairStream(snapshot, Partition.of(options), options, limits)
     next(iter(stream.batches(0, 0)))
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "peak": peak_bytes()}

@@ -46,6 +46,7 @@ from benchmarks.side_by_side import (
     seconds_of,
     timed_in_turns,
 )
+from schemas.options import Loop, Trainable
 
 RESPONSE_SPREAD, PROMPT_SPREAD = 0.7, 0.6
 """Standard deviations of the logarithm of a length."""
@@ -340,10 +341,8 @@ def our_policy(bench: Bench, *, gradient_checkpointing: bool = False) -> Any:
     with mock.patch.object(policies, "load_causal_lm", load) if bench.in_memory else contextlib.nullcontext():
         return policies.load_policy(
             str(bench.model),
-            lora_rank=RANK,
-            lora_alpha=ALPHA,
+            Trainable(lora_rank=RANK, lora_alpha=ALPHA, gradient_checkpointing=gradient_checkpointing),
             precision=bench.precision,
-            gradient_checkpointing=gradient_checkpointing,
         )
 
 
@@ -352,9 +351,9 @@ def train_ours(bench: Bench, policy: Any, output: Path, delta: float | None = No
     checkpoint, as `ple-train` does."""
     from ple_train.batches import Sequence
     from ple_train.checkpoint import Checkpoints
-    from ple_train.loop import LoopSettings, make_accelerator, train_loop
+    from ple_train.loop import make_accelerator, train_loop
     from ple_train.objective import PairObjective
-    from ple_train.pairs import Response
+    from ple_train.stream import Response
 
     margins = np.random.default_rng(1).normal(size=len(bench.pairs))
     steps = -(-len(bench.pairs) // BATCH)
@@ -374,7 +373,7 @@ def train_ours(bench: Bench, policy: Any, output: Path, delta: float | None = No
                 yield sequences, BATCH
             bench.note_step_end()
 
-    settings = LoopSettings(
+    settings = Loop(
         learning_rate=RATE, epochs=1, seed=0, precision=bench.precision,
         microbatch_tokens=bench.options.microbatch_tokens, max_grad_norm=1.0,
         checkpoint_every=10**9,

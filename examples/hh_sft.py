@@ -7,7 +7,8 @@ import json
 import sys
 
 from ple_data.queries import load_queries
+from schemas.options import Reading
 
-for query in load_queries(sys.argv[1], reader="hh", chat=True).queries:
+for query in load_queries(sys.argv[1], Reading(reader="hh"), chat=True).queries:
     if query.reference:
         print(json.dumps({"x": query.x, "y": query.reference}, ensure_ascii=False))

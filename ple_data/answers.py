@@ -4,28 +4,32 @@ Each policy's answers lie in a store of their own, OUTPUT/answers/DIGEST, whose 
 the same question is never sampled twice, and another one never meets them.
 """
 
-import inspect
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from ple_data.common.settings import as_json, counted
 from ple_data.digests import digests_of, json_digest
+from ple_data.engines import parse_engine_args
 from ple_data.generate import generate
 from ple_data.models import load_tokenizer
 from ple_data.policies import NamedPolicy
 from ple_data.principles import uses_chat
-from ple_data.queries import QuerySet, load_queries
+from ple_data.queries import load_queries
 from ple_data.store import Store, collect
 from schemas.errors import UsageError
+from schemas.options import Asked, Gen
 
 _COLUMNS = ["query_id", "round", "sample", "x", "y", "x_ids", "reference", "policy"]
-_NOT_ASKED = ("engine", "engine_args", "queries")
-_NOT_FOR_EVALUATION = ("adapter", "revision", "reuse", "dry_run")
-_READING = ("reader", "query_column", "prefix_words", "split")
+KEPT_APART = (
+    *("samples", "seed", "shuffle", "skip", "limit", "unit_size", "dtype", "prompt_format", "max_query_tokens"),
+    *("reader", "query_column", "prefix_words", "split", "max_new_tokens", "temperature", "top_p", "stop", "logprobs"),
+)
+"""Options whose value is in the name of every folder of answers."""
 _ONLY_FASTER = {
     *("batch_size", "device", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "enforce_eager"),
     *("kv_cache_memory_bytes", "swap_space", "cpu_offload_gb", "max_model_len"),
@@ -49,50 +53,39 @@ class Answers:
         return found
 
 
-def sample_answers(policies: Sequence[NamedPolicy], output: Path, generation: Mapping[str, Any]) -> list[Answers]:
+def sample_answers(policies: Sequence[NamedPolicy], output: Path, source: str, asked: Asked) -> list[Answers]:
     """Each policy's answers to the same queries with the same seeds; only what is not there yet is sampled.
 
-    generation: what `ple_data.generate.generate` takes, but for the policy, `data`, `principles` and `round`.
-    References are those that stand beside the queries now.
+    source: file or hub id of the queries. References are those that stand beside the queries now.
     """
-    settings = resolved_settings(generation)
-    asked = {name: value for name, value in settings.items() if name not in _NOT_ASKED}
-    asked["engine_args"] = {k: v for k, v in settings["engine_args"].items() if k not in _ONLY_FASTER}
     found = []
     for policy in policies:
         tokenizer = load_tokenizer(policy.model, policy.revision, note=lambda _: None)
-        queries = read_queries(generation, chat=uses_chat(tokenizer, settings["prompt_format"]))
-        key = json_digest([digests_of(policy.name), asked | {"queries": queries.asked_digest}])
+        queries = load_queries(source, asked, chat=uses_chat(tokenizer, asked.prompt_format))
+        key = json_digest([digests_of(policy.name), _told_apart(asked) | {"queries": queries.asked_digest}])
         data = output / "answers" / key
         print(f"{policy.label}: answers of {policy.name} in {data}", file=sys.stderr, flush=True)
-        generate(
-            model=policy.model,
-            revision=policy.revision,
-            adapter=policy.adapter,
-            data=data,
-            principles=None,
-            round=0,
-            **generation,
-        )
+        start: dict[str, Any] = {"model": policy.model, "revision": policy.revision, "adapter": policy.adapter}
+        generate(Gen(**start, **asked.part(Asked).values(), queries=source, data=data, principles=None, round=0))
         rows = collect(_answers(Store(data), "answers")).to_dicts()
         references = {query.id: query.reference for query in queries.queries}
         found.append(Answers(policy, [row | {"reference": references[row["query_id"]]} for row in rows]))
     return found
 
 
-def resolved_settings(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """What sampling is asked, as JSON values, with the defaults of what is not given."""
-    parameters = inspect.signature(generate).parameters.values()
-    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
-    settings = {name: value for name, value in {**defaults, **generation}.items() if name not in _NOT_FOR_EVALUATION}
-    sampling = settings.pop("sampling")
-    return settings | asdict(sampling) | {"stop": list(sampling.stop), "engine_args": settings["engine_args"] or {}}
+def _told_apart(asked: Asked) -> dict[str, Any]:
+    arguments = parse_engine_args(asked.engine_arg)
+    engine_args = {name: value for name, value in arguments.items() if name not in _ONLY_FASTER}
+    counts = counted(asked.part(Asked), always=KEPT_APART)
+    return {name: value for name, value in counts.items() if name not in ("engine", "engine_arg")} | {
+        "engine_args": engine_args
+    }
 
 
-def read_queries(generation: Mapping[str, Any], *, chat: bool) -> QuerySet:
-    """The queries that sampling is asked, as a model with or without a chat template takes them."""
-    options = {name: generation[name] for name in _READING if generation.get(name) is not None}
-    return load_queries(generation["queries"], chat=chat, **options)
+def asked_settings(asked: Asked, source: str) -> dict[str, Any]:
+    """What sampling was asked, as JSON values, for a report."""
+    values = {name: as_json(value) for name, value in asked.part(Asked).values().items()}
+    return values | {"engine_args": parse_engine_args(values.pop("engine_arg")), "queries": source}
 
 
 def stored_answers(policies: Sequence[NamedPolicy], stores: Sequence[Path], round: int | None) -> list[Answers]:

@@ -5,7 +5,6 @@ is escaped wherever it is shown.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ple_data.answers import Answers, sample_answers
@@ -17,6 +16,7 @@ from ple_data.references import by_query_id
 from ple_data.scored import check_reward_models, score_answers
 from ple_data.textwidth import clipped, printable, shorten, shown, side_by_side
 from schemas.errors import UsageError
+from schemas.options import Cases
 from schemas.tables import CASES
 
 TABLE = "cases.parquet"
@@ -26,41 +26,29 @@ ABREAST = 3
 _TEXT_LINES = 20  # lines of a text that are shown
 
 
-def cases(
-    *,
-    policy: Sequence[str],
-    queries: str,
-    output: Path,
-    query_column: str | None = None,
-    reward_model: Sequence[str] = (),
-    trained_with: Sequence[str] = (),
-    reward_options: Mapping[str, Any] | None = None,
-    **generation: Any,
-) -> str:
+def cases(options: Cases) -> str:
     """Answer `queries` with each policy (`NAME=MODEL[,ADAPTER]`), write cases.parquet and give the text to print.
 
-    queries: rows with `query` (or what `ple-gen` reads), and `id` and `kind` where there are any. `trained_with`:
-    those of `reward_model` that trained a policy. `generation`: what `ple_data.generate.generate` takes beside the
-    policy, `data`, `principles` and `round`. Raises UsageError.
+    queries: rows with `query` (or what `ple-gen` reads), and `id` and `kind` where there are any. Raises UsageError.
     """
-    policies = parse_policies(policy)
-    check_reward_models(reward_model, reward_options or {}, trained_with)
-    rows = read_rows(queries, generation.get("split"))
-    if query_column is None and "query" in rows.columns and not {*TEXT_COLUMNS, "messages"} & set(rows.columns):
-        query_column = "query"
-    asked = {**generation, "queries": queries, "query_column": query_column}
-    answers = sample_answers(policies, output, asked)
-    names = score_answers(answers, reward_model, output, reward_options or {})
-    kinds = by_query_id(_kinds(rows), asked) if "kind" in rows.columns else {}
+    policies = parse_policies(options.policy)
+    check_reward_models(options)
+    rows = read_rows(options.queries, options.split)
+    named = options.query_column is not None or {*TEXT_COLUMNS, "messages"} & set(rows.columns)
+    if "query" in rows.columns and not named:
+        options = options.but(query_column="query")
+    answers = sample_answers(policies, options.output, options.queries, options)
+    names = score_answers(answers, options, options.output)
+    kinds = by_query_id(_kinds(rows), options.queries, options) if "kind" in rows.columns else {}
     found = [
         {name: row[name] for name in CASES.names if name in row}
         | {"label": each.policy.label, "policy": each.policy.name, "kind": kinds.get(row["query_id"])}
         for each in answers
         for row in each.rows
     ]
-    trained = [name for name, spec in zip(names, reward_model, strict=True) if spec in trained_with]
-    provenance = {"queries": queries, "reward_models": names, "trained_with": trained}
-    save_rows(output / TABLE, "cases", found, provenance)
+    trained = [n for n, spec in zip(names, options.reward_model, strict=True) if spec in options.trained_with]
+    provenance = {"queries": options.queries, "reward_models": names, "trained_with": trained}
+    save_rows(options.output / TABLE, "cases", found, provenance)
     return _format(answers, kinds, names, trained)
 
 

@@ -9,164 +9,110 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 from ple_data.collector import Collector, GenerateSummary
+from ple_data.common.settings import as_json, counted
 from ple_data.digests import digests_of, policy_name
 from ple_data.engines import (
     Completion,
     Engine,
     EngineSpec,
     Request,
-    Sampling,
     check_engine_args,
     choose_engine,
     make_engine,
+    parse_engine_args,
     resolve_machine,
 )
 from ple_data.models import check_adapter, check_model, end_ids, load_tokenizer, max_positions
-from ple_data.principles import PromptFormat, load_principle, uses_chat
+from ple_data.principles import load_principle, uses_chat
 from ple_data.progress import Progress
-from ple_data.queries import DEFAULT_PREFIX_WORDS, Reader, load_queries
+from ple_data.queries import load_queries
 from ple_data.reuse import Reuse
-from ple_data.round_plan import Plan, Unit, check_numbers, default_unit_size, make_prompts, make_units
+from ple_data.round_plan import Plan, Unit, default_unit_size, make_prompts, make_units
 from ple_data.store import Store
 from ple_data.textwidth import printable
 from schemas.errors import UsageError
+from schemas.options import Gen, Queries, Sampling
 from schemas.records import RoundManifest
 
+SAMPLED = ("max_new_tokens", "temperature", "top_p", "stop", "logprobs")
+READ = ("reader", "query_column", "prefix_words", "prompt_format", "max_query_tokens", "shuffle", "skip", "limit")
+"""Options that are in every round's settings, those that it samples by also in the identity of its units."""
 POLL_SECONDS = 0.5
 """How often a unit that another process holds is looked at again."""
 
 
-def generate(
-    *,
-    model: str,
-    data: Path,
-    queries: str,
-    principles: str | None,
-    round: int,
-    sampling: Sampling,
-    adapter: str | None = None,
-    revision: str | None = None,
-    engine: str | None = None,
-    engine_args: Mapping[str, Any] | None = None,
-    dtype: str = "auto",
-    samples: int = 1,
-    seed: int = 0,
-    reader: Reader = "auto",
-    query_column: str | None = None,
-    prefix_words: int | None = None,
-    split: str | None = None,
-    prompt_format: PromptFormat = "auto",
-    max_query_tokens: int = 256,
-    shuffle: bool = False,
-    skip: int = 0,
-    limit: int | None = None,
-    unit_size: int | None = None,
-    reuse: Sequence[Path] = (),
-    dry_run: bool = False,
-) -> GenerateSummary:
+def generate(options: Gen) -> GenerateSummary:
     """Sample `samples` pairs of responses to each query and commit them to `data` as round `round`.
 
     Resumes where an earlier call stopped; calls in other processes share the work. `dry_run` samples and writes nothing
     and returns what the prompts look like. Raises UsageError for anything wrong with the input, before an engine is
     started, or where the round was begun with other settings.
 
-    Without `principles` the plain responses alone are sampled, and committed as `answers`: for evaluation. Their
+    Without `principles` (None) the plain responses alone are sampled, and committed as `answers`: for evaluation. Their
     settings name the bytes of the policy and the texts of the queries: both may move, and the file gain columns.
-
-    unit_size: queries of one unit, which is one file and what a kill can cost; None: `default_unit_size`.
     """
-    check_numbers(samples=samples, max_query_tokens=max_query_tokens, unit_size=unit_size, limit=limit)
-    if not -(2**63) <= seed < 2**63:
-        raise UsageError(f"--seed must fit 64 bits, which {seed} does not")
-    if samples > 1 and sampling.temperature == 0:
-        raise UsageError(f"--samples {samples} with --temperature 0 would sample the same response {samples} times")
-    engine_name, arguments = choose_engine(engine), dict(engine_args or {})
+    if options.samples > 1 and options.temperature == 0:
+        raise UsageError(
+            f"--samples {options.samples} with --temperature 0 would sample the same response {options.samples} times"
+        )
+    model, revision = options.model, options.revision
+    engine_name, arguments = choose_engine(options.engine), parse_engine_args(options.engine_arg)
     check_model(model)
-    adapter_info = check_adapter(adapter, model) if adapter else None
-    check_engine_args(engine_name, arguments, adapter_info)
+    adapter = check_adapter(options.adapter, model) if options.adapter else None
+    check_engine_args(engine_name, arguments, adapter)
     tokenizer = load_tokenizer(model, revision, note=_say)
-    principle = load_principle(principles) if principles is not None else None
-    query_set = load_queries(
-        queries,
-        reader=reader,
-        query_column=query_column,
-        prefix_words=prefix_words or DEFAULT_PREFIX_WORDS,
-        split=split,
-        chat=uses_chat(tokenizer, prompt_format),
-    )
-    prompts, counts = make_prompts(
-        tokenizer,
-        query_set.queries,
-        principle,
-        prompt_format=prompt_format,
-        max_query_tokens=max_query_tokens,
-        shuffle_seed=seed if shuffle else None,
-        skip=skip,
-        limit=limit,
-    )
+    store = Store(options.data)
+    plan, source = make_plan(options, tokenizer, store)
+    _check_length(plan, max_positions(model, revision), model)
+    if options.dry_run:
+        return GenerateSummary(rows=plan.rows, counts=plan.counts, dry_run=_show(plan, tokenizer))
+    dtype, device = resolve_machine(engine_name, options.dtype, arguments)
+    ends = end_ids(model, tokenizer, revision)
+    spec = EngineSpec(model, revision, adapter, tokenizer, ends, max_length=plan.longest, dtype=dtype)
+    found = Reuse(options.reuse, plan, options.data) if options.reuse else None
+    _freeze(store, plan, {"model": model, "adapter": options.adapter, "queries": source, "engine": engine_name})
+    provenance = plan.provenance(engine_name, dtype, device)
+    return sample_round(store, plan, lambda: make_engine(engine_name, spec, arguments), provenance, found)
+
+
+def make_plan(options: Gen, tokenizer: Any, store: Store) -> tuple[Plan, str]:
+    """The plan of a round, and where its queries come from. Raises UsageError where no query is left."""
+    principle = load_principle(options.principles) if options.principles is not None else None
+    query_set = load_queries(options.queries, options, chat=uses_chat(tokenizer, options.prompt_format))
+    prompts, counts = make_prompts(tokenizer, query_set.queries, principle, options, options.seed)
+    longest = options.max_query_tokens
     _say(
         f"{counts['queries_read']} queries read from {query_set.source}, {counts['queries_looked_at']} tokenised, "
-        f"{counts['queries_too_long']} with more than {max_query_tokens} tokens dropped, {len(prompts)} taken"
+        f"{counts['queries_too_long']} with more than {longest} tokens dropped, {len(prompts)} taken"
     )
     if not prompts:
-        raise UsageError(f"no query of {query_set.source} is left; raise --max-query-tokens ({max_query_tokens})")
-    policy = policy_name(model, adapter, revision)
-    store = Store(data)
-    unit_size = unit_size or default_unit_size(len(prompts), store.load_manifest(round))
+        raise UsageError(f"no query of {query_set.source} is left; raise --max-query-tokens ({longest})")
+    policy = policy_name(options.model, options.adapter, options.revision)
+    unit_size = options.unit_size or default_unit_size(len(prompts), store.load_manifest(options.round))
     identity = {
-        "round": round,
         "policy": policy if principle else digests_of(policy),
         "principle": principle.digest if principle else None,
-        "samples": samples,
-        "seed": seed,
-        **asdict(sampling),
+        **{name: getattr(options, name) for name in ("round", "samples", "seed")},
+        **counted(options.part(Sampling), always=SAMPLED),
     }
+    read = counted(options.part(Queries), always=READ) | {"unit_size": unit_size}
+    read["queries"] = query_set.digest if principle else query_set.asked_digest
     plan = Plan(
-        round=round,
-        seed=seed,
-        samples=samples,
-        sampling=sampling,
+        round=options.round,
+        seed=options.seed,
+        samples=options.samples,
+        sampling=options.part(Sampling),
         policy=policy,
         principle=principle,
         units=make_units(prompts, unit_size, identity),
-        settings={
-            **identity,
-            "stop": list(sampling.stop),
-            "queries": query_set.digest if principle else query_set.asked_digest,
-            "reader": reader,
-            "query_column": query_column,
-            "prefix_words": prefix_words,
-            "prompt_format": prompt_format,
-            "max_query_tokens": max_query_tokens,
-            "shuffle": shuffle,
-            "skip": skip,
-            "limit": limit,
-            "unit_size": unit_size,
-        },
+        settings=identity | read,
         counts=counts,
     )
-    _check_length(plan, max_positions(model, revision), model)
-    if dry_run:
-        return GenerateSummary(rows=plan.rows, counts=counts, dry_run=_show(plan, tokenizer))
-    dtype, device = resolve_machine(engine_name, dtype, arguments)
-    spec = EngineSpec(
-        model=model,
-        revision=revision,
-        adapter=adapter_info,
-        tokenizer=tokenizer,
-        end_ids=end_ids(model, tokenizer, revision),
-        max_length=plan.longest,
-        dtype=dtype,
-    )
-    found = Reuse(reuse, plan, data) if reuse else None
-    _freeze(store, plan, {"model": str(model), "adapter": adapter, "queries": query_set.source, "engine": engine_name})
-    provenance = plan.provenance(engine_name, dtype, device)
-    return sample_round(store, plan, lambda: make_engine(engine_name, spec, arguments), provenance, found)
+    return plan, query_set.source
 
 
 def sample_round(
@@ -231,7 +177,8 @@ def _freeze(store: Store, plan: Plan, notes: dict[str, Any]) -> None:
     """Freeze the round's settings at its first start; later starts must have the same."""
     ours = plan.manifest({**notes, "machine": f"{platform.machine()}, {platform.system()}"})
     theirs = store.save_manifest(ours)
-    if differences := ours.differences(theirs):
+    defaults = {option.name: as_json(option.default) for option in fields(Gen)}
+    if differences := ours.differences(theirs, defaults):
         advice = "use the same settings, another --round or another --data"
         names = [difference.split(":")[0] for difference in differences]
         if "queries" in names:

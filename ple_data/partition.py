@@ -7,14 +7,13 @@ computes them again. This room reads no file and keeps no rows.
 """
 
 import math
-from typing import Literal
 
 import polars as pl
 
 from ple_data.store import collect
 from schemas.errors import UsageError
+from schemas.options import Without
 
-Without = Literal["rank", "wsft"]
 QUANTILES = {"margin_q05": 0.05, "margin_q25": 0.25, "margin_q50": 0.5, "margin_q75": 0.75, "margin_q95": 0.95}
 
 

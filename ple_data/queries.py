@@ -16,6 +16,7 @@ from ple_data.digests import json_digest, text_digest
 from ple_data.principles import Message
 from ple_data.readers import Rows, read_rows
 from schemas.errors import UsageError
+from schemas.options import Reading
 
 Reader = Literal["auto", "hh", "imdb", "tldr"]
 TEXT_COLUMNS = ("x", "prompt")
@@ -52,15 +53,7 @@ class QuerySet:
         return json_digest([[query.id, to_text(query.x)] for query in self.queries])
 
 
-def load_queries(
-    source: str | Path,
-    *,
-    reader: Reader = "auto",
-    query_column: str | None = None,
-    prefix_words: int = DEFAULT_PREFIX_WORDS,
-    split: str | None = None,
-    chat: bool = False,
-) -> QuerySet:
+def load_queries(source: str | Path, how: Reading | None = None, *, chat: bool = False) -> QuerySet:
     """Queries from a Parquet, JSONL, JSON or CSV file or a hub dataset id.
 
     reader: `auto` takes `query_column`, else `x`, else `prompt`, else chat `messages`; `hh` the dialogue up to the last
@@ -68,9 +61,10 @@ def load_queries(
     chat: the model has a chat template, so `hh` gives messages instead of one text.
     Raises UsageError that names the rows where a query is empty, of a wrong type or has the id of another one.
     """
-    rows = read_rows(source, split)
-    read = {"auto": _auto, "hh": _hh, "imdb": _imdb, "tldr": _tldr}[reader]
-    found = read(_Source(rows, query_column, prefix_words, chat))
+    how = how or Reading()
+    rows = read_rows(source, how.split)
+    read = {"auto": _auto, "hh": _hh, "imdb": _imdb, "tldr": _tldr}[how.reader]
+    found = read(_Source(rows, how.query_column, how.prefix_words or DEFAULT_PREFIX_WORDS, chat))
     _refuse_empty(rows, [x for x, _ in found])
     ids = _ids(rows, [x for x, _ in found])
     queries = [Query(id, x, reference) for id, (x, reference) in zip(ids, found, strict=True)]

@@ -4,25 +4,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ple_data.answers import Answers, read_queries
+from ple_data.answers import Answers
+from ple_data.queries import load_queries
 from ple_data.readers import FORMATS, Rows, read_rows
 from schemas.errors import UsageError
+from schemas.options import Reading
 
 References = dict[str, str]
 """Reference by query id; queries without one, or with white space alone, are not in it."""
 
 
-def load_references(where: str, generation: Mapping[str, Any]) -> References:
-    """The references in a file with `id` and `reference`, or in a column of the queries.
+def load_references(where: str, source: str | None, how: Reading) -> References:
+    """The references in a file with `id` and `reference`, or in a column of the queries at `source`, if there are any.
 
     Raises UsageError for a file or column that is not there or holds no text, or whose ids are those of no query.
     """
     if Path(where).suffix in FORMATS or Path(where).exists():
         found = _from_file(where)
-        if generation:
-            refuse_strangers(where, found, by_query_id(None, generation))
-    elif generation:
-        found = _from_column(where, generation)
+        if source is not None:
+            refuse_strangers(where, found, by_query_id(None, source, how))
+    elif source is not None:
+        found = _from_column(where, source, how)
     else:
         raise UsageError(f"--references {where}: there is no such file, and a column needs --queries")
     return _told(found)
@@ -67,20 +69,20 @@ def _from_file(where: str) -> dict[str, str | None]:
     return found
 
 
-def _from_column(name: str, generation: Mapping[str, Any]) -> dict[str, str | None]:
-    rows = read_rows(generation["queries"], generation.get("split"))
+def _from_column(name: str, source: str, how: Reading) -> dict[str, str | None]:
+    rows = read_rows(source, how.split)
     if name not in rows.columns:
         raise UsageError(
             f"--references {name} is neither a file nor a column of {rows.source}, which has {', '.join(rows.columns)}"
         )
-    return by_query_id(_texts(rows, name), generation)
+    return by_query_id(_texts(rows, name), source, how)
 
 
-def by_query_id(values: Sequence[str | None] | None, generation: Mapping[str, Any]) -> dict[str, str | None]:
+def by_query_id(values: Sequence[str | None] | None, source: str, how: Reading) -> dict[str, str | None]:
     """Values of the rows of a query source (None: nothing), by the ids that its queries have."""
     found: dict[str, str | None] = {}
     for chat in (False, True):  # without an id column, the id of a dialogue depends on how the model takes it
-        queries = read_queries(generation, chat=chat).queries
+        queries = load_queries(source, how, chat=chat).queries
         found |= {query.id: value for query, value in zip(queries, values or [None] * len(queries), strict=True)}
     return found
 

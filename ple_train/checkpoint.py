@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -23,12 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from schemas.errors import DamagedError, PleError, UsageError
+from ple_data.common.settings import Settings
+from schemas.errors import DamagedError, PleError
 from schemas.files import explained, fsync_dir, fsync_file
-
-VERSION = 1
-MACHINE_SETTINGS = {"microbatch_tokens", "attention", "gradient_checkpointing"}
-"""How the work fits the machine: what is learned does not depend on it beyond rounding, so it may change on the way."""
+from schemas.records import read_record
+from schemas.training import CheckpointState
 
 
 @contextmanager
@@ -46,16 +44,21 @@ def saving(temporary: Path) -> Iterator[None]:
 
 
 class Checkpoints:
-    """The checkpoints in one directory, written for one set of settings (a JSON object)."""
+    """The checkpoints in one directory, written with one command's settings; `machine` is kept beside them."""
 
-    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
-        self.directory = directory
-        self.settings = json.loads(json.dumps(settings))
+    def __init__(self, directory: Path, settings: Settings, machine: dict[str, Any] | None = None) -> None:
+        self.directory, self.settings = directory, settings
+        self.machine = {} if machine is None else machine
 
     def newest(self) -> Path | None:
         """The last complete checkpoint."""
-        found = [p for p in self.directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{8}", p.name)]
-        return max(found, default=None, key=lambda p: p.name)
+        return _newest(self.directory)
+
+    @staticmethod
+    def newest_state(directory: Path) -> CheckpointState | None:
+        """What the last complete checkpoint of a directory says. Raises DamagedError."""
+        newest = _newest(directory)
+        return read_record(CheckpointState, newest / "state.json", _advice(newest)) if newest else None
 
     def save(
         self,
@@ -79,8 +82,8 @@ class Checkpoints:
             )
             save_file(_optimizer_tensors(parameters, optimizer), writing / "optimizer.safetensors")
             pq.write_table(pa.Table.from_pylist(metrics), writing / "metrics.parquet")
-            state = {"version": VERSION, "step": step, "settings": self.settings}
-            (writing / "state.json").write_text(json.dumps(state, indent=2))
+            state = CheckpointState(step=step, settings=self.settings.values, machine=self.machine)
+            (writing / "state.json").write_text(state.to_json())
         for file in writing.iterdir():
             fsync_file(file)
         fsync_dir(writing)
@@ -100,33 +103,32 @@ class Checkpoints:
         newest = self.newest()
         if newest is None:
             return 0, []
+        state = read_record(CheckpointState, newest / "state.json", _advice(newest))
         try:
-            state = json.loads((newest / "state.json").read_text())
             weights = load_file(newest / "weights.safetensors")
             moments = load_file(newest / "optimizer.safetensors")
             metrics = pq.ParquetFile(newest / "metrics.parquet").read().to_pylist()
         except Exception as error:
-            raise DamagedError(f"{newest} cannot be read ({error}); delete it, or rerun with --no-resume") from error
-        refuse_other_settings(self.settings, state["settings"], newest)
+            raise DamagedError(f"{newest} cannot be read ({error}): {_advice(newest)}") from error
+        self.settings.refuse_other(state.settings, newest)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
         _restore_optimizer(parameters, optimizer, moments)
-        return state["step"], metrics
+        return state.step, metrics
 
     def clear(self) -> None:
         """Forget all checkpoints."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def refuse_other_settings(now: dict[str, Any], then: dict[str, Any], where: Path) -> None:
-    """Raise UsageError that lists every setting that differs from those that `where` was made with."""
-    keys = sorted(k for k in (now.keys() | then.keys()) - MACHINE_SETTINGS if now.get(k) != then.get(k))
-    if keys:
-        changes = "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in keys)
-        raise UsageError(
-            f"{where} was made with other settings ({changes}); use another --output, or --no-resume to start again"
-        )
+def _newest(directory: Path) -> Path | None:
+    found = [p for p in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{8}", p.name)]
+    return max(found, default=None, key=lambda p: p.name)
+
+
+def _advice(checkpoint: Path) -> str:
+    return f"delete {checkpoint.name}, or rerun with --no-resume"
 
 
 def _optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

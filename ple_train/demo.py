@@ -19,6 +19,7 @@ from ple_data.intervals import bootstrap_mean
 from ple_train import toyworld
 from ple_train.child import run_child
 from ple_train.rounds import find_program, refuse_failure
+from schemas.options import Rewards
 from schemas.reports import Estimate
 
 SEED = 0
@@ -142,7 +143,7 @@ def _measured(output: Path, t: int) -> Measure:
     start, adapter = str(output / "run" / "sft"), None if t < 0 else str(output / "run" / "policy" / name)
     queries = [json.loads(line)["x"] for line in (output / "data" / "unseen.jsonl").read_text().splitlines()]
     responses = sample_responses(start, queries, adapter=adapter, engine="hf", max_new_tokens=MAX_NEW_TOKENS, seed=SEED)
-    rewards = load_reward_model(str(output / "run" / "reward"), output_index=1).score(
+    rewards = load_reward_model(str(output / "run" / "reward"), Rewards(output_index=1)).score(
         list(zip(queries, responses, strict=True))
     )
     verdicts = [toyworld.judge(response) for response in responses]
@@ -169,7 +170,9 @@ def _accuracy(output: Path) -> float:
 
     rows = [json.loads(line) for line in (output / "data" / "unseen-labels.jsonl").read_text().splitlines()]
     texts = [("", row["text"]) for row in rows]
-    blame, praise = (load_reward_model(str(output / "run" / "reward"), output_index=i).score(texts) for i in (0, 1))
+    blame, praise = (
+        load_reward_model(str(output / "run" / "reward"), Rewards(output_index=i)).score(texts) for i in (0, 1)
+    )
     found = [int(p > b) for b, p in zip(blame, praise, strict=True)]
     return sum(label == row["label"] for label, row in zip(found, rows, strict=True)) / len(rows)
 

@@ -8,23 +8,24 @@ checkpoints are pickles, which this project does not read.
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from ple_data import selection
-from ple_data.digests import policy_name
-from ple_data.models import check_adapter, check_model, load_tokenizer
 from ple_data.progress import Progress
-from ple_train.baseline import COLUMNS, LEARNING_RATE, title
+from ple_train.baseline import COLUMNS, title
 from ple_train.cost import training_cost
 from ple_train.log import print_to_log
-from ple_train.loop import make_accelerator
-from ple_train.output import Output
-from ple_train.pairs import read_rows, refuse_foreign_ids, sampled_by_round
-from ple_train.policy import load_trainable, resolve_precision
-from ple_train.train import frozen_snapshot, note_later_pairs, refuse_doubled_stores, refuse_other_lora
+from ple_train.session import Session
+from ple_train.snapshot import (
+    check_finished,
+    frozen_snapshot,
+    read_rows,
+    refuse_doubled_stores,
+    sampled_by_round,
+)
+from ple_train.stream import refuse_foreign_ids
 from ple_train.trl_tools import (
     VERSION,
     largest_divisor,
@@ -37,88 +38,43 @@ from ple_train.trl_tools import (
     with_float32_logits,
 )
 from schemas.errors import UsageError
+from schemas.options import Dpo
 
-BETA = 0.1
 IDS = ["x_ids", "chosen_ids", "rejected_ids"]
 
 
-def dpo(
-    *,
-    model: str,
-    data: list[Path],
-    output: Path,
-    round: int,
-    adapter: str | None = None,
-    revision: str | None = None,
-    beta: float = BETA,
-    lora_rank: int = 8,
-    lora_alpha: int = 16,
-    learning_rate: float = LEARNING_RATE,
-    epochs: int = 1,
-    batch_size: int = 16,
-    max_length: int | None = None,
-    max_grad_norm: float = 1.0,
-    seed: int = 0,
-    resume: bool = True,
-    precision: str = "auto",
-    gradient_checkpointing: bool = False,
-    microbatch_tokens: int = 8192,
-    metrics: Path | None = None,
-) -> None:
+def dpo(options: Dpo) -> None:
     """Direct Preference Optimization (Rafailov et al. 2023) on the pairs of all rounds ≤ `round`; writes `output`.
 
     Pairs with equal rewards are left out, and counted on stderr. `batch_size` is in pairs. `beta` scales the
     log-ratio to the start policy. Raises UsageError, DamagedError (a shard), LockedError, PleError (NaN).
     """
-    settings: dict[str, Any] = {"method": "dpo", **locals()}
-    for name in ("output", "resume", "metrics"):
-        del settings[name]
     require_trl()
-    check_model(model)
-    if adapter:
-        refuse_other_lora(check_adapter(adapter, model), lora_rank, lora_alpha)
-    refuse_doubled_stores(data)
-    settings |= {"data": [str(path) for path in data], "trl": VERSION}
-    settings["weights"] = policy_name(model, adapter, revision)
-
-    accelerator = make_accelerator()
-    refuse_many_processes(accelerator)
-    with Output(output, "baseline", settings, accelerator, resume=resume, metrics=metrics) as out:
-        if out.finished:
-            note_later_pairs(out, data, round)
+    refuse_doubled_stores(options.data)
+    with Session("baseline", options, more={"method": "dpo", "trl": VERSION}, elsewhere=["data"]) as session:
+        refuse_many_processes(session.accelerator)
+        if session.finished:
+            check_finished(session.out, options.data, options.round)
             return
-        snapshot = frozen_snapshot(out, data, round, max_length)
-        frames = [selection.preferences(read_rows(part, COLUMNS, max_length)) for part in snapshot]
+        snapshot = frozen_snapshot(session.out, options.data, options.round, options.max_length)
+        frames = [selection.preferences(read_rows(part, COLUMNS, options.max_length)) for part in snapshot]
         pairs = preference_pairs(frames, snapshot)
-        tokenizer = load_tokenizer(model, revision, note=print_to_log)
-        policy = load_trainable(
-            model,
-            adapter=adapter,
-            revision=revision,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            precision=precision,
-            seed=seed,
-        )
+        tokenizer, policy = session.load_tokenizer(), session.load_causal_lm()
         refuse_foreign_pairs(pairs, policy)
-        out.note_machine(resolve_precision(precision))
-        scratch = out.private / "trl"
+        scratch = session.out.private / "trl"
+        arguments = (
+            training_arguments(scratch, options)
+            | {"num_train_epochs": options.epochs, "gradient_checkpointing": options.gradient_checkpointing}
+            | micro_batching(pairs, options.batch_size, options.microbatch_tokens)
+        )
         with quiet_trl():
-            history = _train(
-                policy,
-                pairs,
-                tokenizer,
-                beta=beta,
-                gradient_checkpointing=gradient_checkpointing,
-                arguments=training_arguments(scratch, learning_rate=learning_rate, seed=seed)
-                | {"num_train_epochs": epochs, "max_grad_norm": max_grad_norm}
-                | micro_batching(pairs, batch_size, microbatch_tokens),
-            )
+            history = _train(policy, pairs, tokenizer, beta=options.beta, arguments=arguments)
         shutil.rmtree(scratch, ignore_errors=True)
         sampled = sampled_by_round(snapshot, ("y_ids", "y_prompt_ids"))
-        trained = epochs * pairs.select(pl.sum_horizontal(pl.col(name).list.len() for name in IDS[1:]).sum()).item()
-        cost = training_cost(history, sampled=sampled.pop(round, 0), reused=sum(sampled.values()), trained=trained)
-        out.finish(policy, tokenizer, history, title=title(model, "dpo", round), cost=cost)
+        lengths = pairs.select(pl.sum_horizontal(pl.col(name).list.len() for name in IDS[1:]).sum()).item()
+        reused = {"sampled": sampled.pop(options.round, 0), "reused": sum(sampled.values())}
+        cost = training_cost(history, **reused, trained=options.epochs * lengths)
+        session.finish(policy, history, title("dpo", options.round), cost=cost)
 
 
 def preference_pairs(frames: list[pl.DataFrame], snapshot: Any) -> pl.DataFrame:
@@ -162,7 +118,6 @@ def _train(
     tokenizer: Any,
     *,
     beta: float,
-    gradient_checkpointing: bool,
     arguments: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Run TRL's trainer over the stored ids, in place → metrics of every step."""
@@ -177,7 +132,7 @@ def _train(
             return dataset
 
     names = {"x_ids": "prompt_ids", "chosen_ids": "chosen_ids", "rejected_ids": "rejected_ids"}
-    config = DPOConfig(**arguments | {"gradient_checkpointing": gradient_checkpointing}, beta=beta, max_length=None)
+    config = DPOConfig(**arguments, beta=beta, max_length=None)
     trainer = IdsTrainer(
         model=with_float32_logits(policy),
         args=one_device(config),

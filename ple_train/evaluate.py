@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from ple_data.answers import Answers, resolved_settings, sample_answers, stored_answers
+from ple_data.answers import Answers, asked_settings, sample_answers, stored_answers
 from ple_data.judge.sources import named, same_query
 from ple_data.metrics import Mean, Metric, Perplexity, bleu, distinct
 from ple_data.parquet import save_rows
 from ple_data.policies import parse_policies
 from ple_data.references import References, load_references, references_beside, refuse_strangers
-from ple_data.rewards import resolved_options
 from ple_data.scored import check_reward_models, score_answers
 from ple_train.log import print_to_log
-from ple_train.perplexity import BATCH_TOKENS, score_references
+from ple_train.perplexity import score_references
 from ple_train.policy import resolve_precision
 from schemas.errors import UsageError
 from schemas.files import write_atomic
+from schemas.options import Evaluate, Rewards
 from schemas.reports import Comparison, EvalReport, PolicyResult, RewardModelUse
 from schemas.tables import EVALUATION
 
@@ -42,57 +42,40 @@ class _Measured:
     likelihoods: dict[str, tuple[float, int]]
 
 
-def evaluate(
-    *,
-    policy: Sequence[str],
-    output: Path,
-    queries: str | None = None,
-    data: Sequence[Path] = (),
-    round: int | None = None,
-    reward_model: Sequence[str] = (),
-    trained_with: Sequence[str] = (),
-    references: str | None = None,
-    seed: int = 0,
-    precision: str = "auto",
-    microbatch_tokens: int = BATCH_TOKENS,
-    reward_options: Mapping[str, Any] | None = None,
-    **generation: Any,
-) -> EvalReport:
+def evaluate(options: Evaluate) -> EvalReport:
     """Measure each policy (`NAME=MODEL[,ADAPTER]`) and its difference from the first; write eval.json and eval.parquet.
 
-    Answers are sampled to `queries` (`generation`: what `ple_data.generate.generate` takes beside the policy, `data`,
-    `principles` and `round`), or are the rows of each policy in the stores `data`. `trained_with`: those of
-    `reward_model` that trained a policy. microbatch_tokens: of the perplexity, in memory at once. Raises UsageError for
+    Answers are sampled to `queries`, or are the rows of each policy in the stores `data`. Raises UsageError for
     anything wrong with the input, before anything is sampled.
     """
-    if (queries is None) == (not data):
+    data, source, output, seed = options.data, options.queries, options.output, options.seed
+    if (source is None) == (not data):
         raise UsageError("give either --queries, to sample responses, or --data, to take those of a store")
-    if round is not None and not data:
+    if options.round is not None and not data:
         raise UsageError("--round is for --data; responses to --queries have no round")
-    if data and generation:
-        raise UsageError(f"{', '.join(generation)}: not with --data, which takes responses as they are; leave it out")
-    policies = parse_policies(policy)
-    check_reward_models(reward_model, reward_options or {}, trained_with)
-    asked = {**generation, "queries": queries, "seed": seed} if queries is not None else {}
-    given = load_references(references, asked) if references is not None else None
-    answers = sample_answers(policies, output, asked) if asked else stored_answers(policies, data, round)
+    policies = parse_policies(options.policy)
+    check_reward_models(options)
+    where = options.references
+    given = load_references(where, source, options) if where is not None else None
+    if source is not None:
+        answers = sample_answers(policies, output, source, options)
+    else:
+        answers = stored_answers(policies, data, options.round)
     rows = _common_rows(answers)
-    if references is not None and given is not None:
-        refuse_strangers(references, given, {query[0]["query_id"]: None for query in rows[0]})
+    if where is not None and given is not None:
+        refuse_strangers(where, given, {query[0]["query_id"]: None for query in rows[0]})
     beside = references_beside(answers) if given is None else [given] * len(answers)
-    measured = [
-        _measure(each, own, known, output, precision, microbatch_tokens)
-        for each, own, known in zip(answers, rows, beside, strict=True)
-    ]
+    measured = [_measure(each, own, known, options) for each, own, known in zip(answers, rows, beside, strict=True)]
     shown = [
         Answers(each.policy, [row for query in own for row in query]) for each, own in zip(answers, rows, strict=True)
     ]
-    names = score_answers(shown, reward_model, output, reward_options or {})
-    uses = [RewardModelUse(name=n, trained=s in trained_with) for n, s in zip(names, reward_model, strict=True)]
+    names = score_answers(shown, options, output)
+    specs = zip(names, options.reward_model, strict=True)
+    uses = [RewardModelUse(name=name, trained=spec in options.trained_with) for name, spec in specs]
     metrics, signature = _metrics(measured, uses)
     _note_unequal_tokens(measured)
     report = EvalReport(
-        queries=queries or ", ".join(map(str, data)),
+        queries=source or ", ".join(map(str, data)),
         seed=seed,
         reward_models=uses,
         bleu_signature=signature,
@@ -107,11 +90,11 @@ def evaluate(
         comparisons=_comparisons([p.label for p in policies], metrics, seed),
         settings={
             "data": [str(path) for path in data],
-            "round": round,
-            "references": references,
-            "precision": resolve_precision(precision),
-            "reward_options": resolved_options(reward_options or {}),
-            **(resolved_settings(asked) if asked else {}),
+            "round": options.round,
+            "references": where,
+            "precision": resolve_precision(options.precision),
+            "reward_options": options.part(Rewards).values(),
+            **(asked_settings(options, source) if source is not None else {}),
         },
     )
     _save(output, report, measured)
@@ -147,14 +130,12 @@ def _measure(
     answers: Answers,
     rows: list[list[dict[str, Any]]],
     known: References,
-    output: Path,
-    precision: str,
-    microbatch_tokens: int,
+    options: Evaluate,
 ) -> _Measured:
     """The references of the queries that are compared, and how likely the policy finds them."""
     ids = (query[0]["query_id"] for query in rows)
     references = {id: known[id] for id in ids if id in known}
-    likelihoods = score_references(answers, references, output, precision, microbatch_tokens)
+    likelihoods = score_references(answers, references, options.output, options.precision, options.microbatch_tokens)
     return _Measured(answers, rows, references, likelihoods)
 
 

@@ -24,25 +24,10 @@ from ple_data.progress import Progress
 from ple_train.batches import Layout, MicroBatch, Stream, micro_batches
 from ple_train.checkpoint import Checkpoints
 from schemas.errors import PleError, UsageError
+from schemas.options import Loop
 
 STEPS_AHEAD = {"cuda": 1}
 """Steps at work while an earlier one is read, so that a GPU never waits for the host; a CPU has no queue."""
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """How to step. `schedule` is `constant` or `cosine` (to 0 at the last step), after a linear warm-up."""
-
-    learning_rate: float
-    epochs: int = 1
-    seed: int = 0
-    precision: str = "float32"
-    microbatch_tokens: int = 8192
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    schedule: str = "constant"
-    checkpoint_every: int = 100
 
 
 class Objective(Protocol):
@@ -60,7 +45,7 @@ class Objective(Protocol):
     def summarise(self, sums: dict[str, float]) -> dict[str, float]: ...
 
 
-def learning_rate_at(step: int, total: int, settings: LoopSettings) -> float:
+def learning_rate_at(step: int, total: int, settings: Loop) -> float:
     """Learning rate of a step counted from 0."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
@@ -107,11 +92,14 @@ def train_loop(
     parameters: dict[str, nn.Parameter],
     stream: Stream,
     objective: Objective,
-    settings: LoopSettings,
+    settings: Loop,
     checkpoints: Checkpoints,
     report: Callable[[dict[str, Any]], None] = lambda metrics: None,
 ) -> list[dict[str, Any]]:
     """Train to the end, going on from the newest checkpoint → metrics of every step.
+
+    settings: its precision is resolved. `schedule` is `constant` or `cosine` (to 0 at the last step), after a linear
+    warm-up.
 
     A GPU is never waited for: what a step measured is read while the GPU works on the next one. Raises PleError when
     the loss or the gradient is not finite; the last good checkpoint stays.

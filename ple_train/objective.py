@@ -18,11 +18,12 @@ from ple_train.batches import MicroBatch, Tokens
 from ple_train.log import print_to_log
 from ple_train.loss import sum_by_response, trust_region, weighted_loss
 from ple_train.policy import Policy
+from schemas.tables import ARMS
 
 DRIFT_EVERY = 10
 RUNAWAY_DRIFT = -1.0
 """Nats/token below the start policy at which pushed-down responses are said to run away."""
-SETS, ARMS, AGES = ("rank", "wsft"), ("y", "y_prompt"), ("0", "1", "2plus")
+SETS, AGES = ("rank", "wsft"), ("0", "1", "2plus")
 GROUPS = tuple(f"{name}_{arm}" for name in SETS for arm in ARMS)
 DRIFT_GROUPS = tuple(f"{group}_age{age}" for group in GROUPS for age in AGES)
 

@@ -5,27 +5,30 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
 import shutil
-import socket
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ple_data.common.settings import Settings
 from ple_data.device import describe
-from ple_train.checkpoint import Checkpoints, refuse_other_settings, saving
+from ple_train.checkpoint import Checkpoints, saving
 from ple_train.cost import describe_cost
 from ple_train.log import print_to_log
+from schemas import records
 from schemas.errors import LockedError, PleError, UsageError
-from schemas.files import fsync_dir, fsync_file, sha256_file, write_atomic
+from schemas.files import fsync_dir, fsync_file, locked, sha256_file, write_atomic
+from schemas.options import Written
 from schemas.records import TRAINED
+from schemas.training import METRICS, Trained
 
-RECORD_VERSION = 1
+Kind = Literal["ple", "sft", "reward", "baseline"]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 LAST = ("adapter_config.json", "config.json")
 """Moved into place after the other files: their presence is what other tools take for a finished model."""
@@ -34,25 +37,15 @@ LAST = ("adapter_config.json", "config.json")
 class Output:
     """One output directory as a context manager: takes the lock, offers checkpoints, publishes the result."""
 
-    def __init__(
-        self,
-        directory: Path,
-        kind: str,
-        settings: dict[str, Any],
-        accelerator: Any,
-        *,
-        resume: bool,
-        metrics: Path | None,
-    ) -> None:
-        self.directory, self.kind, self.accelerator = Path(directory), kind, accelerator
-        self.settings = json.loads(json.dumps(settings))
-        self.resume = resume
-        self.metrics = Path(metrics) if metrics else self.directory / "metrics.parquet"
+    def __init__(self, settings: Settings, kind: Kind, options: Written, accelerator: Any) -> None:
+        self.directory, self.kind, self.accelerator = options.output, kind, accelerator
+        self.settings, self.resume = settings, options.resume
+        self.metrics = options.metrics or self.directory / "metrics.parquet"
         self.private = self.directory / ".ple"
-        self.checkpoints = Checkpoints(self.private / "checkpoints", self.settings)
+        self.machine: dict[str, Any] = {}
+        self.checkpoints = Checkpoints(self.private / "checkpoints", settings, self.machine)
         self.finished = False
-        self.machine: dict[str, str] = {}
-        self._lock: TextIO | None = None
+        self._lock = ExitStack()
 
     def __enter__(self) -> Output:
         main = self.accelerator.is_main_process
@@ -65,37 +58,34 @@ class Output:
         self.accelerator.wait_for_everyone()
         record = read_record(self.directory)
         if record is not None:
-            refuse_other_settings(self.settings, record["settings"], self.directory)
+            self.settings.refuse_other(record.settings, self.directory)
             self.finished = True
             if main:
-                print_to_log(f"{self.directory} is complete already ({record['steps']} steps); nothing to do")
+                print_to_log(f"{self.directory} is complete already ({record.steps} steps); nothing to do")
         elif self.accelerator.log_with:
-            self.accelerator.init_trackers("ple", config={k: str(v) for k, v in self.settings.items()})
+            self.accelerator.init_trackers("ple", config={k: str(v) for k, v in self.settings.values.items()})
         return self
 
     def note_machine(self, precision: str, **more: str) -> None:
         """Say on stderr, and keep for the record, what was chosen for this machine: device, precision and `more`."""
-        self.machine = {"device": describe(self.accelerator.device), "precision": precision, **more}
+        self.machine |= {"device": describe(self.accelerator.device), "precision": precision, **more}
         choices = ", ".join(f"{name} {value}" for name, value in more.items())
         print_to_log(f"training on {self.machine['device']} in {precision}" + (f": {choices}" if choices else ""))
 
     def _refuse_own_input(self) -> None:
         for name in ("model", "adapter"):
-            given = self.settings.get(name)
+            given = self.settings.values.get(name)
             if given and Path(given).resolve() == self.directory.resolve():
                 raise UsageError(f"--output {self.directory} is the --{name} itself: use another --output")
 
     def _refuse_other_kind(self) -> None:
         record = read_record(self.directory)
-        if record is not None and record["kind"] != self.kind:
-            raise UsageError(
-                f"{self.directory} is the result of another command ({record['kind']}): use another --output"
-            )
+        if record is not None and record.kind != self.kind:
+            raise UsageError(f"{self.directory} is the result of another command ({record.kind}): use another --output")
 
     def __exit__(self, *exception: object) -> None:
         self.accelerator.end_training()
-        if self._lock:
-            self._lock.close()
+        self._lock.close()
 
     def report(self, metrics: dict[str, Any]) -> None:
         """Send one step's metrics to the tracker, where one was asked for."""
@@ -122,7 +112,7 @@ class Output:
             with saving(writing):
                 model.save_pretrained(writing)
                 tokenizer.save_pretrained(writing)
-                (writing / "README.md").write_text(model_card(title, self.settings, history))
+                (writing / "README.md").write_text(model_card(title, self.settings.values, history))
             names = sorted((p.name for p in writing.iterdir() if p.is_file()), key=lambda name: (name in LAST, name))
             hashes = {name: sha256_file(writing / name) for name in names}
             for name in names:
@@ -130,17 +120,16 @@ class Output:
                 os.replace(writing / name, self.directory / name)
             fsync_dir(self.directory)
             self._write_metrics(history)
-            record = {
-                "version": RECORD_VERSION,
-                "kind": self.kind,
-                "settings": self.settings,
-                "steps": len(history),
-                "machine": self.machine,
-                **({"cost": cost} if cost else {}),
-                "files": hashes,
-                "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-            }
-            write_atomic(self.directory / TRAINED, json.dumps(record, indent=2) + "\n")
+            record = Trained(
+                kind=self.kind,
+                settings=self.settings.values,
+                steps=len(history),
+                machine=self.machine,
+                cost=cost or {},
+                files=hashes,
+                packages={name: importlib.metadata.version(name) for name in PACKAGES},
+            )
+            write_atomic(self.directory / TRAINED, record.to_json())
             self.checkpoints.clear()
             shutil.rmtree(writing, ignore_errors=True)
             if cost:
@@ -150,7 +139,7 @@ class Output:
     def _forget(self) -> None:
         """Remove what an earlier training left here: an old adapter beside a new model would be loaded with it."""
         record = read_record(self.directory)
-        for name in (TRAINED, *LAST, *(record["files"] if record else ())):
+        for name in (TRAINED, *LAST, *(record.files if record else ())):
             (self.directory / name).unlink(missing_ok=True)
         self.checkpoints.clear()
 
@@ -162,34 +151,26 @@ class Output:
 
     def _take_lock(self) -> None:
         try:
-            self.private.mkdir(parents=True, exist_ok=True)
-            lock = open(self.private / "lock", "a+")  # noqa: SIM115 (held until exit)
-        except OSError as error:
-            raise PleError(f"--output {self.directory} cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            lock.close()
-            raise LockedError(f"--output {self.directory} is locked by {holder}; wait for it to end") from error
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        self._lock = lock
+            self._lock.enter_context(locked(self.private / "lock", f"--output {self.directory}"))
+        except LockedError:
+            raise
+        except PleError as error:
+            raise PleError(f"--output {self.directory} cannot be written: {error}") from error
 
 
-def read_record(directory: Path) -> dict[str, Any] | None:
-    """`ple.json` of a finished output directory, else None. Raises UsageError where it is newer than this program."""
-    try:
-        record = json.loads((directory / TRAINED).read_text())
-    except FileNotFoundError:
-        return None
-    if record["version"] > RECORD_VERSION:
-        raise UsageError(
-            f"{directory / TRAINED} has version {record['version']}; this ple reads {RECORD_VERSION}: update it"
-        )
-    return record
+def read_record(directory: Path) -> Trained | None:
+    """`ple.json` of a finished output directory, else None. Raises DamagedError."""
+    path = directory / TRAINED
+    return records.read_record(Trained, path, "restore it, or rerun with --no-resume") if path.exists() else None
+
+
+def kept_precision(directory: Path, resume: bool) -> str | None:
+    """The number type with which an output was begun: `auto` goes on in it. None where nothing was begun."""
+    record = read_record(directory) if resume else None
+    state = Checkpoints.newest_state(directory / ".ple" / "checkpoints") if resume and record is None else None
+    begun = record or state
+    kept = begun.machine.get("precision", begun.settings.get("precision")) if begun else None
+    return None if kept in (None, "auto") else str(kept)
 
 
 def metrics_table(history: list[dict[str, Any]]) -> pa.Table:
@@ -200,7 +181,7 @@ def metrics_table(history: list[dict[str, Any]]) -> pa.Table:
             field.type
         ):  # nothing of this kind in this round: still a number to whoever reads rounds together
             table = table.set_column(at, field.name, table[field.name].cast(pa.float64()))
-    return table.replace_schema_metadata({b"ple": json.dumps({"kind": "train_metrics", "version": 1}).encode()})
+    return table.replace_schema_metadata({b"ple": json.dumps(METRICS).encode()})
 
 
 def model_card(title: str, settings: dict[str, Any], history: list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from ple_train.lora import fuse
 from ple_train.loss import token_logps
 from ple_train.norms import fuse_norms
 from schemas.errors import UsageError, first_line
+from schemas.options import Lora, Trainable
 
 RANDOM_PARTS = ("drop", "jitter_noise")
 """Parts of the names under which models keep the rates of what is random in training."""
@@ -168,50 +169,34 @@ def resolve_precision(precision: str) -> str:
 
 def load_policy(
     model: str,
+    options: Trainable | None = None,
     *,
     adapter: str | None = None,
     revision: str | None = None,
-    full: bool = False,
-    lora_rank: int = 8,
-    lora_alpha: int = 16,
     precision: str = "auto",
-    attention: str = "auto",
-    gradient_checkpointing: bool = False,
     seed: int = 0,
 ) -> Policy:
     """The policy to train: `load_trainable`, checked and wrapped so that it answers with log-probabilities.
 
     Raises UsageError for a directory that holds no model, or an adapter that does not fit it.
     """
-    causal = load_trainable(
-        model,
-        adapter=adapter,
-        revision=revision,
-        full=full,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        precision=precision,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
-    )
+    options = options or Trainable()
+    causal = load_trainable(model, options, adapter=adapter, revision=revision, precision=precision, seed=seed)
     fuse(causal)
     policy = Policy(causal).to(default_device())  # what peft left on the host
     if policy.device.type == "cuda":  # on a CPU it is not faster, and would round otherwise
         fuse_norms(causal)
-    policy.prepare(attention, resolve_precision(precision))
+    policy.prepare(options.attention, resolve_precision(precision))
     return policy
 
 
 def load_trainable(
     model: str,
+    options: Lora,
     *,
     adapter: str | None = None,
     revision: str | None = None,
-    full: bool = False,
-    lora_rank: int = 8,
-    lora_alpha: int = 16,
     precision: str = "auto",
-    gradient_checkpointing: bool = False,
     seed: int = 0,
 ) -> Any:
     """The model to train: with a fresh LoRA adapter on all linear modules, with `adapter` to go on from, or whole.
@@ -221,14 +206,15 @@ def load_trainable(
     """
     if adapter:
         check_adapter(adapter, model)
+    full = isinstance(options, Trainable) and options.full
     frozen_bf16 = resolve_precision(precision) == "bf16" and not full
     causal = load_causal_lm(model, revision, torch.bfloat16 if frozen_bf16 else torch.float32)
-    if gradient_checkpointing:
+    if isinstance(options, Trainable) and options.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if full and adapter:
         causal = load_adapter(causal, adapter, trainable=False).merge_and_unload()
     if not full:
-        causal = load_adapter(causal, adapter) if adapter else _fresh_lora(causal, lora_rank, lora_alpha, seed)
+        causal = load_adapter(causal, adapter) if adapter else _fresh_lora(causal, options, seed)
     else:
         causal.requires_grad_(True)
     switch_off_dropout(causal)
@@ -267,10 +253,11 @@ def load_adapter(causal: Any, adapter: str, *, trainable: bool = True) -> Any:
         raise UsageError(f"--adapter {adapter} does not fit this --model ({first_line(error)})") from error
 
 
-def _fresh_lora(causal: Any, rank: int, alpha: int, seed: int) -> Any:
+def _fresh_lora(causal: Any, options: Lora, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
+    rank, alpha = options.lora_rank, cast(int, options.lora_alpha)  # any number will do
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(causal, config)
 

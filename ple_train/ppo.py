@@ -10,29 +10,25 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ple_data.device import load_weights
-from ple_data.digests import policy_name
 from ple_data.engines import decode
-from ple_data.models import check_adapter, check_model, load_tokenizer
-from ple_data.principles import PromptFormat, uses_chat
+from ple_data.models import check_model, load_tokenizer
+from ple_data.principles import uses_chat
 from ple_data.progress import Progress
-from ple_data.queries import DEFAULT_PREFIX_WORDS, Reader, load_queries, to_text
+from ple_data.queries import load_queries, to_text
 from ple_data.rewards import RewardModel, load_reward_model, recorded_spec
-from ple_data.round_plan import check_numbers, make_prompts
-from ple_train.baseline import LEARNING_RATE, title
+from ple_data.round_plan import make_prompts
+from ple_train.baseline import title
 from ple_train.cost import training_cost
 from ple_train.log import print_to_log
-from ple_train.loop import make_accelerator
-from ple_train.output import Output
-from ple_train.policy import load_trainable, resolve_precision, switch_off_dropout
-from ple_train.train import refuse_other_lora
+from ple_train.policy import switch_off_dropout
+from ple_train.session import Session
 from ple_train.trl_tools import (
     VERSION,
     largest_divisor,
@@ -45,119 +41,60 @@ from ple_train.trl_tools import (
     with_float32_logits,
 )
 from schemas.errors import PleError, UsageError
-
-KL_COEF = 0.05
-PPO_EPOCHS = 4
+from schemas.options import Ppo
 
 
-def ppo(
-    *,
-    model: str,
-    queries: str,
-    reward_model: str,
-    output: Path,
-    sampled_tokens: int,
-    adapter: str | None = None,
-    revision: str | None = None,
-    reward_options: Mapping[str, Any] | None = None,
-    reader: Reader = "auto",
-    query_column: str | None = None,
-    prefix_words: int | None = None,
-    split: str | None = None,
-    prompt_format: PromptFormat = "auto",
-    max_query_tokens: int = 256,
-    max_new_tokens: int = 1024,
-    temperature: float = 1.0,
-    kl_coef: float = KL_COEF,
-    ppo_epochs: int = PPO_EPOCHS,
-    lora_rank: int = 8,
-    lora_alpha: int = 16,
-    learning_rate: float = LEARNING_RATE,
-    batch_size: int = 64,
-    max_grad_norm: float = 1.0,
-    seed: int = 0,
-    resume: bool = True,
-    precision: str = "auto",
-    microbatch_tokens: int = 8192,
-    metrics: Path | None = None,
-) -> None:
+def ppo(options: Ppo) -> None:
     """Proximal Policy Optimization (Schulman et al. 2017; for language models Ziegler et al. 2019); writes `output`.
 
     Samples `batch_size` responses a step to the queries in shuffled order, until `sampled_tokens` response tokens have
     been sampled: the step that reaches them is the last. Each batch is trained on `ppo_epochs` times. `kl_coef` weighs
-    the penalty per token for leaving the start policy. `reward_options` are those of `load_reward_model`.
+    the penalty per token for leaving the start policy.
     Raises UsageError, LockedError (another process writes `output`), PleError (a loss or reward that is not finite).
     """
-    settings: dict[str, Any] = {"method": "ppo", **locals(), "trl": VERSION}
-    for name in ("output", "resume", "metrics"):
-        del settings[name]
-    settings["reward_model"] = recorded_spec(reward_model)
     require_trl()
-    check_numbers(sampled_tokens=sampled_tokens, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    check_model(model)
-    if adapter:
-        refuse_other_lora(check_adapter(adapter, model), lora_rank, lora_alpha)
-    tokenizer = load_tokenizer(model, revision, note=print_to_log)
-    query_set = load_queries(
-        queries,
-        reader=reader,
-        query_column=query_column,
-        prefix_words=prefix_words or DEFAULT_PREFIX_WORDS,
-        split=split,
-        chat=uses_chat(tokenizer, prompt_format),
-    )
-    prompts, _ = make_prompts(
-        tokenizer, query_set.queries, None, prompt_format=prompt_format, max_query_tokens=max_query_tokens
-    )
+    check_model(options.model)
+    tokenizer = load_tokenizer(options.model, options.revision, note=print_to_log)
+    query_set = load_queries(options.queries, options, chat=uses_chat(tokenizer, options.prompt_format))
+    prompts, _ = make_prompts(tokenizer, query_set.queries, None, options)
     texts = {tuple(prompt.x_ids): to_text(prompt.query.x) for prompt in prompts}
-    if len(texts) < batch_size:
+    if len(texts) < options.batch_size:
         raise UsageError(
-            f"{queries} has {len(texts)} different queries of at most {max_query_tokens} tokens, fewer than one batch; "
-            f"lower --batch-size ({batch_size}) or raise --max-query-tokens"
+            f"{options.queries} has {len(texts)} different queries of at most {options.max_query_tokens} tokens, fewer "
+            f"than one batch; lower --batch-size ({options.batch_size}) or raise --max-query-tokens"
         )
-    rewards = load_reward_model(reward_model, **dict(reward_options or {}))
-    settings |= {"weights": policy_name(model, adapter, revision), "queries_digest": query_set.digest}
-    settings["reward"] = rewards.name
-
-    accelerator = make_accelerator()
-    refuse_many_processes(accelerator)
-    with Output(output, "baseline", settings, accelerator, resume=resume, metrics=metrics) as out:
-        if out.finished:
+    rewards = load_reward_model(options.reward_model, options)
+    more = {"method": "ppo", "trl": VERSION, "queries_digest": query_set.digest, "reward": rewards.name}
+    recorded = options.but(reward_model=recorded_spec(options.reward_model))
+    with Session("baseline", recorded, more=more) as session:
+        refuse_many_processes(session.accelerator)
+        if session.finished:
             return
-        print_to_log(f"ppo: {len(texts)} queries, {sampled_tokens:,} tokens to sample")
-        policy = load_trainable(
-            model,
-            adapter=adapter,
-            revision=revision,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            precision=precision,
-            seed=seed,
-        )
-        _refuse_too_long(policy, max(map(len, texts)) + max_new_tokens, model)
-        scorer = RewardScorer(rewards, tokenizer, texts)
-        at_once = largest_divisor(batch_size, microbatch_tokens // (max(map(len, texts)) + max_new_tokens))
-        out.note_machine(resolve_precision(precision))
-        scratch = out.private / "trl"
-        arguments = training_arguments(scratch, learning_rate=learning_rate, seed=seed) | {
-            "max_grad_norm": max_grad_norm,
+        print_to_log(f"ppo: {len(texts)} queries, {options.sampled_tokens:,} tokens to sample")
+        policy = session.load_causal_lm()
+        longest = max(map(len, texts)) + options.max_new_tokens
+        _refuse_too_long(policy, longest, options.model)
+        scorer = RewardScorer(rewards, session.load_tokenizer(), texts)
+        at_once = largest_divisor(options.batch_size, options.microbatch_tokens // longest)
+        scratch = session.out.private / "trl"
+        arguments = training_arguments(scratch, options) | {
             "per_device_train_batch_size": at_once,
-            "gradient_accumulation_steps": batch_size // at_once,
+            "gradient_accumulation_steps": options.batch_size // at_once,
             "local_rollout_forward_batch_size": at_once,
             "num_sample_generations": 0,
-            "total_episodes": sampled_tokens,
-            "num_ppo_epochs": ppo_epochs,
-            "kl_coef": kl_coef,
-            "temperature": temperature,
-            "response_length": max_new_tokens,
+            "total_episodes": options.sampled_tokens,
+            "num_ppo_epochs": options.ppo_epochs,
+            "kl_coef": options.kl_coef,
+            "temperature": options.temperature,
+            "response_length": options.max_new_tokens,
             "stop_token": "eos",
         }
         with quiet_trl():
-            value = value_model(model, revision, lora_rank, lora_alpha, seed)
-            history = _train(policy, value, scorer, tokenizer, sampled_tokens, arguments)
+            value = value_model(options)
+            history = _train(policy, value, scorer, session.tokenizer, options.sampled_tokens, arguments)
         shutil.rmtree(scratch, ignore_errors=True)
-        cost = training_cost(history, sampled=scorer.tokens, trained=ppo_epochs * scorer.tokens)
-        out.finish(policy, tokenizer, history, title=title(model, "ppo", None), cost=cost)
+        cost = training_cost(history, sampled=scorer.tokens, trained=options.ppo_epochs * scorer.tokens)
+        session.finish(policy, history, title("ppo", None), cost=cost)
 
 
 def _refuse_too_long(policy: Any, longest: int, model: str) -> None:
@@ -213,21 +150,21 @@ class RewardScorer(nn.Module):
         return max(set.intersection(*found))  # a query may begin with another one
 
 
-def value_model(model: str, revision: str | None, lora_rank: int, lora_alpha: int, seed: int) -> Any:
+def value_model(options: Ppo) -> Any:
     """The critic: the start policy's body with a fresh LoRA adapter, and a linear head to one number a token."""
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import AutoModelForSequenceClassification
 
-    torch.manual_seed(seed)
+    torch.manual_seed(options.seed)
     critic = load_weights(
         AutoModelForSequenceClassification,
-        model,
+        options.model,
         torch.device("cpu"),
-        revision=revision,
+        revision=options.revision,
         num_labels=1,
         dtype=torch.float32,
     )
-    config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear")
+    config = LoraConfig(r=options.lora_rank, lora_alpha=cast(int, options.lora_alpha), target_modules="all-linear")
     inject_adapter_in_model(config, getattr(critic, critic.base_model_prefix))
     switch_off_dropout(critic)
     return critic

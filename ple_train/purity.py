@@ -30,13 +30,13 @@ from ple_train.policy import Policy, load_policy, resolve_precision
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
 from schemas.files import write_atomic
+from schemas.options import Purity
 from schemas.recipe import load_recipe
 from schemas.reports import PurityPolicy, PurityReport
+from schemas.tables import ARMS
 
-MICROBATCH_TOKENS = 8192
 PAIRS_AT_ONCE = 256
 KIND = "purity_logps"
-ARMS = ("y", "y_prompt")
 COLUMNS = ["query_id", "round", "sample", "s", "s_prompt", "x_ids", "y_ids", "y_prompt_ids"]
 _ROUND = re.compile(r"round=(\d+)$")
 
@@ -56,28 +56,15 @@ class Source:
         return policy_name(self.model, self.adapter, self.revision)
 
 
-def purity(
-    *,
-    run: Path | None = None,
-    model: str | None = None,
-    adapter: tuple[str, ...] = (),
-    revision: str | None = None,
-    data: tuple[Path, ...] = (),
-    round: tuple[int, ...] = (),
-    output: Path | None = None,
-    normalized: bool = False,
-    precision: str = "auto",
-    microbatch_tokens: int = MICROBATCH_TOKENS,
-) -> str:
+def purity(options: Purity) -> str:
     """Measure every policy on the same pairs; write purity.json and purity.parquet to `output`; give the tables.
 
     Either `run` (a directory of `ple run`: its start policy, that of each finished round, its data, RUN/purity), or
     `model` with `data` and `output` and the adapters in the order in which they were trained. `round` restricts the
-    pairs (not the policies). `normalized` compares means over tokens instead of sums. `precision`: auto (bf16 on a
-    GPU), float32 or bf16. `microbatch_tokens` are in memory at once.
-    Raises UsageError, DamagedError (a shard or a kept file).
+    pairs (not the policies). Raises UsageError, DamagedError (a shard or a kept file).
     """
-    sources, stores, output = _what(run, model, adapter, revision, data, output)
+    sources, stores, output = _what(options)
+    round, normalized = options.round, options.normalized
     shards = [(store, shard) for store in stores for shard in store.shards("pairs")]
     missing = sorted(set(round) - {shard.round for _, shard in shards})
     if missing:
@@ -86,10 +73,10 @@ def purity(
     if not any(shard.rows for _, shard in shards):
         raise UsageError(f"no pairs in {_names(stores)}: generate and score them first")
 
-    resolved = resolve_precision(precision)
+    resolved = resolve_precision(options.precision)
     measured, vocabulary = [], 0
     for source in sources:
-        pieces, vocabulary = _measure(source, shards, output, resolved, microbatch_tokens)
+        pieces, vocabulary = _measure(source, shards, output, resolved, options.microbatch_tokens)
         measured.append(pa.concat_tables(pieces))
     report = _report(sources, measured, vocabulary, normalized, resolved, stores)
     whole = pa.concat_tables(measured)
@@ -99,32 +86,26 @@ def purity(
     return format_purity(report)
 
 
-def _what(
-    run: Path | None,
-    model: str | None,
-    adapter: tuple[str, ...],
-    revision: str | None,
-    data: tuple[Path, ...],
-    output: Path | None,
-) -> tuple[list[Source], list[Store], Path]:
+def _what(options: Purity) -> tuple[list[Source], list[Store], Path]:
     """Policies, stores and output directory; existence and fit of every model are checked before any is loaded."""
-    if (run is None) == (model is None):
+    run, data, output = options.run, options.data, options.output
+    if (run is None) == (options.model is None):
         raise UsageError("give either --run RUN, or --model with --data and --output")
     if run is not None:
-        if adapter or revision:
+        if options.adapter or options.revision:
             raise UsageError("--run finds the policies itself: leave out --adapter and --revision")
-        sources = _policies_of_run(Path(run))
-        data = data or (Path(run) / "data",)
-        output = output or Path(run) / "purity"
+        sources = _policies_of_run(run)
+        data = data or (run / "data",)
+        output = output or run / "purity"
     else:
         if not data or output is None:
             raise UsageError("--model needs --data and --output")
-        sources = _policies_given(str(model), adapter, revision)
+        sources = _policies_given(str(options.model), options.adapter, options.revision)
     for source in sources:
         check_model(source.model)
         if source.adapter:
             check_adapter(source.adapter, source.model)
-    return sources, [Store(root) for root in data], Path(output)
+    return sources, [Store(root) for root in data], output
 
 
 def _names(stores: list[Store]) -> str:

@@ -14,23 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ple_data.device import default_device, load_weights, upload
-from ple_data.digests import policy_name
-from ple_data.models import check_model, load_tokenizer
 from ple_data.readers import read_rows
 from ple_data.rewards.texts import encode
 from ple_train.batches import Layout, MicroBatch, Sequence
-from ple_train.log import print_to_log
-from ple_train.loop import LoopSettings, Objective, make_accelerator, train_loop
+from ple_train.loop import Objective
 from ple_train.loss import preference_loss
-from ple_train.output import Output
-from ple_train.policy import resolve_precision
+from ple_train.session import Session
 from ple_train.tabular import ShuffledSequences, column, file_digest
-from schemas.errors import UsageError
+from schemas.errors import UsageError, first_line
+from schemas.options import Reward
 
-LEARNING_RATE = 5e-5
 
-
-class RewardModel(nn.Module):
+class PaddedClassifier(nn.Module):
     """A sequence classifier that takes a list of sequences → logits [sequences, labels]."""
 
     def __init__(self, model: Any, pad: int) -> None:
@@ -93,67 +88,29 @@ def _added(*by_row: Tensor) -> Tensor:
     return torch.stack([values.double() for values in by_row]).sum(1)
 
 
-def train_reward(
-    *,
-    model: str,
-    data: Path,
-    output: Path,
-    revision: str | None = None,
-    learning_rate: float = LEARNING_RATE,
-    epochs: int = 1,
-    batch_size: int = 32,
-    warmup_steps: int = 0,
-    schedule: str = "constant",
-    weight_decay: float = 0.0,
-    max_length: int = 512,
-    seed: int = 0,
-    resume: bool = True,
-    precision: str = "auto",
-    microbatch_tokens: int = 8192,
-    checkpoint_every: int = 100,
-    metrics: Path | None = None,
-    report_to: str | None = None,
-) -> None:
+def train_reward(options: Reward) -> None:
     """Train all weights of `model` as a reward model on `data`; write model and tokenizer to `output`.
 
     Columns text, label (0 .. k-1) make a classifier of k outputs; prompt, chosen, rejected a one-output model of the
     preferences. Texts are kept to their last `max_length` ids: the response stands at the end.
     Raises UsageError for bad data, LockedError while another process writes `output`.
     """
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
-    for name in ("output", "resume", "checkpoint_every", "metrics", "report_to"):
-        del settings[name]
-    check_model(model)
-    settings |= {"weights": policy_name(model, None, revision), "data_digest": file_digest(data)}
-    settings["full"] = True
-    accelerator = make_accelerator(report_to, Path(output))
-    with Output(output, "reward", settings, accelerator, resume=resume, metrics=metrics) as out:
-        if out.finished:
+    more = {"data_digest": file_digest(options.data), "full": True}
+    with Session("reward", options, more=more) as session:
+        if session.finished:
             return
-        tokenizer = load_tokenizer(model, revision, note=print_to_log)
-        sequences, labels = read_examples(data, tokenizer, max_length)
-        tokenizer.model_max_length = max_length  # scoring cuts where training did
+        tokenizer = session.load_tokenizer()
+        sequences, labels = read_examples(options.data, tokenizer, options.max_length)
+        tokenizer.model_max_length = options.max_length  # scoring cuts where training did
         if labels:
             tokenizer.chat_template = None  # it read plain texts, so scoring must not render chats
-        classifier = _load_classifier(model, revision, labels or 1, tokenizer.pad_token_id, seed)
-        wrapped = RewardModel(classifier, tokenizer.pad_token_id).to(default_device())
-        stream = ShuffledSequences(sequences, batch_size, seed, divisor=len)
-        out.note_machine(resolve_precision(precision))
-        loop = LoopSettings(
-            learning_rate=learning_rate,
-            epochs=epochs,
-            seed=seed,
-            precision=resolve_precision(precision),
-            microbatch_tokens=microbatch_tokens,
-            weight_decay=weight_decay,
-            warmup_steps=warmup_steps,
-            schedule=schedule,
-            checkpoint_every=checkpoint_every,
-        )
+        classifier = _load_classifier(options, labels or 1, tokenizer.pad_token_id)
+        wrapped = PaddedClassifier(classifier, tokenizer.pad_token_id).to(default_device())
+        stream = ShuffledSequences(sequences, options.batch_size, options.seed, divisor=len)
+        session.note_machine()
         objective: Objective = LabelObjective() if labels else PreferenceObjective()
-        parameters = dict(classifier.named_parameters())
-        history = train_loop(accelerator, wrapped, parameters, stream, objective, loop, out.checkpoints, out.report)
-        out.finish(classifier, tokenizer, history, title=f"{Path(model).name}, reward model")
+        history = session.fit(wrapped, stream, objective, dict(classifier.named_parameters()))
+        session.finish(classifier, history, "reward model")
 
 
 def read_examples(data: Path, tokenizer: Any, max_length: int) -> tuple[list[Sequence], int]:
@@ -195,25 +152,23 @@ def _encode(tokenizer: Any, xs: list[str], ys: list[str], max_length: int, join:
     return [np.array(e.ids, dtype=np.int32) for e in encoded]
 
 
-def _load_classifier(model: str, revision: str | None, labels: int, pad: int, seed: int) -> Any:
+def _load_classifier(options: Reward, labels: int, pad: int) -> Any:
     """On the host: a new head is drawn there, since a GPU's generator would give other numbers."""
     from transformers import AutoModelForSequenceClassification
 
-    check_model(model)
-    torch.manual_seed(seed)
+    torch.manual_seed(options.seed)
     try:
         classifier = load_weights(
             AutoModelForSequenceClassification,
-            model,
+            options.model,
             torch.device("cpu"),
-            revision=revision,
+            revision=options.revision,
             id2label={label: f"LABEL_{label}" for label in range(labels)},
             label2id={f"LABEL_{label}": label for label in range(labels)},
             ignore_mismatched_sizes=True,  # a head for another number of labels is replaced by a new one
             dtype=torch.float32,
         )
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise UsageError(f"--model {model}: no model there that can classify ({first})") from error
+        raise UsageError(f"--model {options.model}: no model there that can classify ({first_line(error)})") from error
     classifier.config.pad_token_id = pad
     return classifier

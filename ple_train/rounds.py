@@ -26,19 +26,21 @@ from ple_train.child import GRACE_SECONDS, Ended, Launcher
 from ple_train.gpu_watch import GpuWatch, gibibytes
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from schemas.files import write_atomic
-from schemas.recipe import BaselineStage, Recipe, differences, dump_recipe, parse_recipe
-from schemas.records import TRAINED
+from schemas.options import Baseline, Dpo, Gen, Reward, Score, Sft, Train, about, flag, kind_of
+from schemas.recipe import GIVEN, BaselineStage, Recipe, differences, dump_recipe, parse_recipe
+from schemas.records import TRAINED, read_record
+from schemas.training import StageRecord, Stages
 
 _DOCUMENTED_CODES = {1, 2, 3, 4, 130}
-MACHINE_OPTIONS = {
-    "--microbatch-tokens",
-    "--checkpoint-every",
-    "--attention",
-    "--batch-tokens",
-    "--reward-device",
-    "--unit-size",
+RUN_BY = (Gen, Score, Train, Sft, Reward, Baseline, Dpo)
+MACHINE_ONLY = {
+    word: kind_of(known)
+    for command in RUN_BY
+    for known in command.in_order()
+    if about(known).machine and known.name not in GIVEN
+    for word in (flag(known), f"--no-{flag(known)[2:]}")
 }
-"""They change how a stage runs, not what it makes: they may change between two starts of a run."""
+"""Options that may change between two starts of a run, and the type of their value."""
 
 
 @dataclass(frozen=True)
@@ -114,19 +116,11 @@ def run(recipe: Recipe) -> None:
                 _log(f"{place}: {_run_stage(stage, directory, records, launcher, gpus)}")
 
 
-def _run_stage(stage: Stage, directory: Path, records: list[dict[str, Any]], launcher: Launcher, gpus: GpuWatch) -> str:
+def _run_stage(stage: Stage, directory: Path, records: list[StageRecord], launcher: Launcher, gpus: GpuWatch) -> str:
     """Run a stage and keep its record → what became of it, in words. What it held of the GPUs is free again then."""
-    record: dict[str, Any] = {
-        "stage": stage.name,
-        "round": stage.round,
-        "command": stage.recorded,
-        "start": _now(),
-        "end": None,
-        "seconds": None,
-        "exit_code": None,
-    }
-    records.append(record)
-    _save_records(directory, records)
+    record = StageRecord(stage=stage.name, round=stage.round, command=stage.recorded, start=_now())
+    before = list(records)
+    _save_records(directory, [*before, record])
     gpus.begin()
     start = time.monotonic()
     ended: Ended | None = None
@@ -137,13 +131,13 @@ def _run_stage(stage: Stage, directory: Path, records: list[dict[str, Any]], lau
         raise
     finally:
         seconds = time.monotonic() - start
-        record |= {"end": _now(), "seconds": round(seconds, 3)}
-        record |= {"exit_code": ended.code, "memory_bytes": ended.memory} if ended else {}
-        _save_records(directory, records)
+        found = {"exit_code": ended.code, "memory_bytes": ended.memory} if ended else {}
+        record = record.model_copy(update={"end": _now(), "seconds": round(seconds, 3), **found})
+        _save_records(directory, [*before, record])
     most, left = gpus.end()
     if most:
-        record["gpu_memory_bytes"] = {str(gpu): size for gpu, size in most.items()}
-        _save_records(directory, records)
+        record = record.model_copy(update={"gpu_memory_bytes": {str(gpu): size for gpu, size in most.items()}})
+        _save_records(directory, [*before, record])
     refuse_failure(stage.title, ended.code)
     for gpu, size in left.items():
         more = f"{gibibytes(size)} more of GPU {gpu} are in use than before {stage.title}"
@@ -164,14 +158,14 @@ def refuse_failure(title: str, code: int) -> None:
         raise failure
 
 
-def _is_done(record: dict[str, Any], stage: Stage) -> bool:
+def _is_done(record: StageRecord, stage: Stage) -> bool:
     """Whether the stage ended well, and what it trained is still there."""
     whole = stage.output is None or (stage.output / TRAINED).exists()
-    return whole and _is_of(record, stage) and record["exit_code"] == 0
+    return whole and _is_of(record, stage) and record.exit_code == 0
 
 
-def _is_of(record: dict[str, Any], stage: Stage) -> bool:
-    return (record["stage"], record["round"]) == (stage.name, stage.round)
+def _is_of(record: StageRecord, stage: Stage) -> bool:
+    return (record.stage, record.round) == (stage.name, stage.round)
 
 
 def _reward_stage(recipe: Recipe, run: Path) -> Stage:
@@ -325,12 +319,12 @@ def _frozen(path: Path) -> Recipe:
         raise DamagedError(f"{path}: the frozen recipe does not read: {error}") from error
 
 
-def _done_otherwise(stages: list[Stage], records: list[dict[str, Any]]) -> str | None:
+def _done_otherwise(stages: list[Stage], records: list[StageRecord]) -> str | None:
     """The first stage that is done with words that the plan no longer has."""
     for record in records:
-        done = Stage(record["stage"], record["round"], tuple(record["command"]))
+        done = Stage(record.stage, record.round, tuple(record.command))
         planned = next((stage for stage in stages if _is_of(record, stage)), None)
-        same = planned is not None and _telling_words(planned.recorded) == _telling_words(record["command"])
+        same = planned is not None and _telling_words(planned.recorded) == _telling_words(record.command)
         if not same and _is_done(record, done):
             return done.title
     return None
@@ -340,10 +334,10 @@ def _telling_words(command: Sequence[str]) -> list[str]:
     """A command without its program and without the options that only say how the work fits the machine."""
     words, rest = [], iter(command[1:])
     for word in rest:
-        if word in MACHINE_OPTIONS:
-            next(rest)
-        elif word != "--gradient-checkpointing":
+        if word not in MACHINE_ONLY:
             words.append(word)
+        elif MACHINE_ONLY[word] is not bool:
+            next(rest)
     return words
 
 
@@ -387,21 +381,14 @@ def _is_alive(pid: str, host: str) -> bool:
     return True
 
 
-def _load_records(directory: Path) -> list[dict[str, Any]]:
+def _load_records(directory: Path) -> list[StageRecord]:
     path = directory / "stages.json"
-    if not path.exists():
-        return []
-    try:
-        records: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["stages"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedError(
-            f"{path}: not a record of stages ({error}); move it away to run every stage again: finished work is found"
-        ) from error
-    return records
+    advice = "move it away to run every stage again: finished work is found"
+    return read_record(Stages, path, advice).stages if path.exists() else []
 
 
-def _save_records(directory: Path, records: list[dict[str, Any]]) -> None:
-    write_atomic(directory / "stages.json", json.dumps({"stages": records}, indent=1) + "\n")
+def _save_records(directory: Path, records: list[StageRecord]) -> None:
+    write_atomic(directory / "stages.json", Stages(stages=records).to_json())
 
 
 def _now() -> str:

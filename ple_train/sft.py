@@ -13,20 +13,16 @@ import numpy as np
 from torch import Tensor, nn
 
 from ple_data.device import upload
-from ple_data.digests import policy_name
-from ple_data.models import check_model, load_tokenizer
-from ple_data.principles import PromptFormat, render
+from ple_data.principles import render
 from ple_data.readers import read_rows
 from ple_train.batches import MicroBatch, Sequence
 from ple_train.log import print_to_log
-from ple_train.loop import LoopSettings, make_accelerator, train_loop
 from ple_train.loss import sft_loss
-from ple_train.output import Output
-from ple_train.policy import Policy, load_policy, resolve_precision
+from ple_train.policy import Policy
+from ple_train.session import Session
 from ple_train.tabular import ShuffledSequences, column, file_digest, refuse_too_long
 from schemas.errors import UsageError
-
-LEARNING_RATE = 1e-4
+from schemas.options import PromptFormat, Sft
 
 
 class SftObjective:
@@ -51,82 +47,29 @@ class SftObjective:
         }
 
 
-def sft(
-    *,
-    model: str,
-    data: Path,
-    output: Path,
-    revision: str | None = None,
-    lora_rank: int = 8,
-    lora_alpha: int = 16,
-    full: bool = False,
-    merge: bool = True,
-    prompt_format: PromptFormat = "auto",
-    learning_rate: float = LEARNING_RATE,
-    epochs: int = 1,
-    batch_size: int = 32,
-    warmup_steps: int = 0,
-    schedule: str = "constant",
-    weight_decay: float = 0.0,
-    max_length: int | None = None,
-    seed: int = 0,
-    resume: bool = True,
-    precision: str = "auto",
-    attention: str = "auto",
-    gradient_checkpointing: bool = False,
-    microbatch_tokens: int = 8192,
-    checkpoint_every: int = 100,
-    metrics: Path | None = None,
-    report_to: str | None = None,
-) -> None:
+def sft(options: Sft) -> None:
     """Fine-tune `model` on `data` and write it to `output`: a full model with its tokenizer, or a LoRA adapter alone.
 
     A LoRA fine-tune is merged into its base unless `merge` is off, so that the result is the start policy pi_0.
-    Rows whose x and y together exceed `max_length` ids are left out, and counted on stderr.
     Raises UsageError for bad data or settings, LockedError while another process writes `output`.
     """
-    settings = {k: v if v is None else str(v) if isinstance(v, Path) else v for k, v in locals().items()}
-    for name in ("output", "resume", "checkpoint_every", "metrics", "report_to"):
-        del settings[name]
-    check_model(model)
-    settings |= {"weights": policy_name(model, None, revision), "data_digest": file_digest(data)}
-    accelerator = make_accelerator(report_to, output)
-    with Output(output, "sft", settings, accelerator, resume=resume, metrics=metrics) as out:
-        if out.finished:
+    with Session("sft", options, more={"data_digest": file_digest(options.data)}) as session:
+        if session.finished:
             return
-        tokenizer = load_tokenizer(model, revision, note=print_to_log)
-        sequences = read_sequences(data, tokenizer, max_length, prompt_format)
-        policy = load_policy(
-            model,
-            revision=revision,
-            full=full,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            precision=precision,
-            attention=attention,
-            gradient_checkpointing=gradient_checkpointing,
-            seed=seed,
-        )
-        refuse_too_long(sequences, policy.positions, model)
-        stream = ShuffledSequences(sequences, batch_size, seed, divisor=lambda batch: sum(s.response for s in batch))
-        out.note_machine(resolve_precision(precision), attention=policy.attention, layout=policy.layout)
-        loop = LoopSettings(
-            learning_rate=learning_rate,
-            epochs=epochs,
-            seed=seed,
-            precision=resolve_precision(precision),
-            microbatch_tokens=microbatch_tokens,
-            weight_decay=weight_decay,
-            warmup_steps=warmup_steps,
-            schedule=schedule,
-            checkpoint_every=checkpoint_every,
-        )
-        objective = SftObjective(policy)
-        history = train_loop(
-            accelerator, policy, policy.trainable(), stream, objective, loop, out.checkpoints, out.report
-        )
-        trained = policy.model if full or not merge else policy.model.merge_and_unload()
-        out.finish(trained, tokenizer, history, title=f"{Path(model).name}, supervised fine-tuning (Eq. 1)")
+        sequences = read_sequences(options.data, session.load_tokenizer(), options.max_length, options.prompt_format)
+        policy = session.load_policy()
+        stream = sequence_stream(sequences, policy, options)
+        history = session.fit(policy, stream, SftObjective(policy))
+        trained = policy.model if options.full or not options.merge else policy.model.merge_and_unload()
+        session.finish(trained, history, "supervised fine-tuning (Eq. 1)")
+
+
+def sequence_stream(sequences: list[Sequence], policy: Policy, options: Any) -> ShuffledSequences:
+    """Batches for Eq. 1. Raises UsageError where a sequence is longer than the model takes."""
+    refuse_too_long(sequences, policy.positions, options.model)
+    return ShuffledSequences(
+        sequences, options.batch_size, options.seed, divisor=lambda batch: sum(s.response for s in batch)
+    )
 
 
 def read_sequences(

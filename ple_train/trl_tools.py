@@ -55,18 +55,19 @@ def refuse_many_processes(accelerator: Any) -> None:
         raise UsageError("this baseline runs as one process; start it without torchrun or accelerate launch")
 
 
-def training_arguments(directory: Path, *, learning_rate: float, seed: int) -> dict[str, Any]:
+def training_arguments(directory: Path, options: Any) -> dict[str, Any]:
     """Arguments of every TRL configuration: ple-train's optimizer, a metric each step, no checkpoints, no reports."""
     from ple_data.device import default_device
 
     on_gpu = default_device().type == "cuda"
     return {
         "output_dir": str(directory),
-        "learning_rate": learning_rate,
+        "learning_rate": options.learning_rate,
+        "max_grad_norm": options.max_grad_norm,
         "lr_scheduler_type": "constant",
         "adam_beta2": 0.95,
         "weight_decay": 0.0,
-        "seed": seed,
+        "seed": options.seed,
         "bf16": False,  # no autocast: frozen weights are in bfloat16 as they were loaded, the adapter in float32
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,

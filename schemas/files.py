@@ -204,8 +204,10 @@ def _held_if_stale(path: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def locked(path: Path | str) -> Iterator[None]:
+def locked(path: Path | str, what: str | None = None) -> Iterator[None]:
     """Holds the lock file `path` for the time of the `with` block; the kernel drops it when the process dies.
+
+    `what` is locked, in the words of the message; the lock's folder where it is not given.
 
     Raises LockedError with its holder where another process has it, PleError where it cannot be written.
     """
@@ -218,7 +220,9 @@ def locked(path: Path | str) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.pread(fd, 300, 0).decode(errors="replace") or "a process that has just started"
-            raise LockedError(f"{path.parent} is locked by {holder}: wait for it, or give another folder") from error
+            raise LockedError(
+                f"{what or path.parent} is locked by {holder}; wait for it to end, or give another folder"
+            ) from error
         with explained(path):
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)

@@ -1,135 +1,102 @@
 """The recipe of a run: a small YAML file, checked whole before anything starts.
 
-`load_recipe` reads one, applies `--set key=value` and reports every fault at once with its path. The defaults of a
-stage's options are those of the command that runs it (a test compares them). This room starts nothing and reads
-nothing but the recipe.
+`load_recipe` reads one, applies `--set key=value` and reports every fault at once with its path. A stage's keys are the
+options of the command that runs it (`schemas.options`). This room starts nothing and reads nothing but the recipe.
 """
 
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
+from schemas import options
 from schemas.errors import UsageError
-
-Command = list[str]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class GenStage(_Strict):
+GIVEN = {
+    *("model", "revision", "adapter", "queries", "principles", "reward_model", "data", "round", "output", "metrics"),
+    *("seed", "shuffle", "skip", "limit", "reuse", "dry_run", "tau0", "alpha", "resume", "report_to", "merge"),
+}
+"""Options of a stage's command that the run itself gives."""
+OF_REWARDS = {known.name for known in options.Rewards.in_order()}
+
+
+def _stage(kind: type[options.Options], *command: str, without: Collection[str] = ()) -> Any:
+    """The keys of a stage: the options of its command that the run does not give, with their checks and defaults."""
+    keys: dict[str, Any] = {"command": (list[str], Field(default=list(command), min_length=1))}
+    for known in kind.in_order():
+        if known.name not in GIVEN and known.name not in without:
+            keys[known.name] = _mapping(known) if known.name == "engine_arg" else (_type(known), _field(known))
+    return create_model(kind.__name__, __base__=_Strict, **keys)
+
+
+def _type(known: Any) -> Any:
+    return list[options.kind_of(known)] if options.is_repeated(known) else known.type  # type: ignore[misc]
+
+
+def _field(known: Any) -> Any:
+    told = options.about(known)
+    limits = {"ge": told.least, "gt": told.above, "le": told.most, "lt": told.below}
+    given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    if options.is_repeated(known):
+        return Field(default_factory=list, description=told.help)
+    return Field(default=known.default, description=told.help, **given)
+
+
+def _mapping(known: Any) -> Any:
+    return dict[str, Any], Field(default_factory=dict, description=options.about(known).help)
+
+
+class GenStage(_stage(options.Gen, "ple-gen", without=OF_REWARDS)):  # type: ignore[misc]
     """Options of `ple-gen`; `command` may come from another environment, e.g. `[.venv-vllm/bin/ple-gen]`."""
 
-    command: Command = Field(default=["ple-gen"], min_length=1)
-    engine: Literal["vllm", "hf"] | None = None
-    engine_arg: dict[str, Any] = Field(default_factory=dict)
-    reader: Literal["auto", "hh", "imdb", "tldr"] = "auto"
-    query_column: str | None = None
-    prefix_words: int | None = Field(default=None, ge=1)
-    split: str | None = None
-    prompt_format: Literal["auto", "plain", "chat"] = "auto"
-    unit_size: int | None = Field(default=None, ge=1)
-    samples: int = Field(default=1, ge=1)
-    max_new_tokens: int = Field(default=1024, ge=1)
-    max_query_tokens: int = Field(default=256, ge=1)
-    temperature: float = Field(default=1.0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    stop: list[str] = Field(default_factory=list)
-    logprobs: bool = True
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
-
-class ScoreStage(_Strict):
+class ScoreStage(_stage(options.Score, "ple-score")):  # type: ignore[misc]
     """Options of `ple-score`."""
 
-    command: Command = Field(default=["ple-score"], min_length=1)
-    output_index: int | None = Field(default=None, ge=0)
-    join: Literal["auto", "text", "pair", "chat"] = "auto"
-    batch_tokens: int | None = Field(default=None, ge=1)
-    reward_device: str = "auto"
-    reward_dtype: Literal["float32", "bfloat16"] = "float32"
 
-
-class _Training(_Strict):
-    epochs: int = Field(default=1, ge=1)
-    precision: Literal["auto", "float32", "bf16"] = "auto"
-    microbatch_tokens: int = Field(default=8192, ge=1)
-    checkpoint_every: int = Field(default=100, ge=1)
-
-
-class _Lora(_Strict):
-    lora_rank: int = Field(default=8, ge=1)
-    lora_alpha: float = Field(default=16, gt=0)
-    full: bool = False
-    attention: str = "auto"
-    gradient_checkpointing: bool = False
-    max_length: int | None = Field(default=None, ge=1)
-
-
-class _Schedule(_Strict):
-    warmup_steps: int = Field(default=0, ge=0)
-    schedule: Literal["constant", "cosine"] = "constant"
-    weight_decay: float = Field(default=0.0, ge=0)
-
-
-class TrainStage(_Training, _Lora):
+class TrainStage(_stage(options.Train, "ple-train")):  # type: ignore[misc]
     """Options of `ple-train`."""
 
-    command: Command = Field(default=["ple-train"], min_length=1)
-    learning_rate: float = Field(default=1e-4, gt=0)
-    batch_size: int = Field(default=16, ge=1)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    trust_region: float | None = Field(default=None, gt=0)
-    normalize_wsft: bool = False
-    sft_anchor: float = Field(default=0.0, ge=0)
-    without: Literal["rank", "wsft"] | None = None
 
-
-class BaselineStage(_Training, _Lora):
+class BaselineStage(_stage(options.Baseline, "ple", "baseline")):  # type: ignore[misc]
     """Options of `ple baseline METHOD`, which takes the place of `ple-train` in every round.
 
     ppo is not among the methods: it samples for itself, so it has no rounds.
     """
 
-    command: Command = Field(default=["ple", "baseline"], min_length=1)
     method: Literal["sft", "context-distillation", "raft", "dpo"]
-    learning_rate: float = Field(default=1e-4, gt=0)
-    batch_size: int = Field(default=16, ge=1)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    beta: float = Field(default=0.1, gt=0)
+    beta: float = _field(options.Dpo.__dataclass_fields__["beta"])
 
     @model_validator(mode="after")
     def _options_of_the_method(self) -> "BaselineStage":
-        foreign = ("full", "attention", "checkpoint_every") if self.method == "dpo" else ("beta",)
-        for name in foreign:
-            if getattr(self, name) != type(self).model_fields[name].default:
+        kind = options.Dpo if self.method == "dpo" else options.Baseline
+        own = {known.name for known in kind.in_order()} | {"command", "method"}
+        for name, field in type(self).model_fields.items():
+            if name not in own and getattr(self, name) != field.get_default(call_default_factory=True):
                 raise ValueError(f"{name} is no option of {self.method}")
         return self
 
 
-class SftStage(_Training, _Lora, _Schedule):
-    """Options of `ple sft`; its output, RUN/sft, becomes the start policy."""
+class SftStage(_stage(options.Sft, "ple", "sft", without=["prompt_format"])):  # type: ignore[misc]
+    """Options of `ple sft`; its output, RUN/sft, becomes the start policy. It renders as `gen.prompt_format` says."""
 
-    command: Command = Field(default=["ple", "sft"], min_length=1)
     data: str
-    learning_rate: float = Field(default=1e-4, gt=0)
-    batch_size: int = Field(default=32, ge=1)
 
 
-class RewardStage(_Training, _Schedule):
+class RewardStage(_stage(options.Reward, "ple", "reward")):  # type: ignore[misc]
     """Options of `ple reward`; its output, RUN/reward, becomes the reward model."""
 
-    command: Command = Field(default=["ple", "reward"], min_length=1)
     model: str
     revision: str | None = None
     data: str
-    learning_rate: float = Field(default=5e-5, gt=0)
-    batch_size: int = Field(default=32, ge=1)
-    max_length: int = Field(default=512, ge=1)
 
 
 STAGES: dict[str, type[BaseModel]] = {
@@ -153,9 +120,9 @@ class Recipe(_Strict):
     run_dir: str
     rounds: int = Field(default=5, ge=1)
     queries_per_round: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
-    tau0: float = Field(default=0.2, ge=0)
-    alpha: float = Field(default=0.9, gt=0, lt=1)
+    seed: int = _field(options.Seed.__dataclass_fields__["seed"])
+    tau0: float = _field(options.Threshold.__dataclass_fields__["tau0"])
+    alpha: float = _field(options.Threshold.__dataclass_fields__["alpha"])
     reuse: list[str] = Field(default_factory=list)
     reward: RewardStage | None = None
     sft: SftStage | None = None

@@ -3,12 +3,14 @@
 Only their form and how they are read: `ple_data.store` writes them.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from schemas.errors import DamagedError, PleError
+from schemas.errors import DamagedError, NewerError, PleError
 
 TRAINED = "ple.json"
 """The record in the directory of a training command. It is written last: where it is, the training is finished."""
@@ -58,21 +60,33 @@ class RoundManifest(Record):
         queries, samples = self.counts.get("queries_taken"), self.settings.get("samples")
         return queries * samples if queries is not None and isinstance(samples, int) else None
 
-    def differences(self, other: "RoundManifest") -> list[str]:
-        """Each setting that differs, as 'name: this value, there that value'."""
+    def differences(self, other: "RoundManifest", defaults: Mapping[str, JsonValue]) -> list[str]:
+        """Each setting that differs, as 'name: this value, there that value'. One that is missing is its default."""
         names = sorted(self.settings.keys() | other.settings.keys())
+        ours, theirs = ({**defaults, **manifest.settings} for manifest in (self, other))
         return [
-            f"{name}: {_show(self.settings, name)}, there {_show(other.settings, name)}"
+            f"{name}: {ours.get(name)!r}, there {theirs.get(name)!r}"
             for name in names
-            if name not in self.settings or name not in other.settings or self.settings[name] != other.settings[name]
+            if ours.get(name) != theirs.get(name)
         ]
 
 
-def _show(settings: dict[str, Any], name: str) -> str:
-    return repr(settings[name]) if name in settings else "not set"
-
-
 R = TypeVar("R", bound=Record)
+
+
+def _refuse_newer(model: type[Record], path: Path, text: bytes) -> None:
+    known = model.model_fields["version"].default
+    found = json.loads(text).get("version", known) if text.startswith(b"{") and _is_json(text) else known
+    if isinstance(found, int) and found > known:
+        raise NewerError(f"{path} has version {found}; this ple reads {known}: update it")
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def read_record(model: type[R], path: Path, advice: str = "run `ple verify` on its data directory") -> R:
@@ -80,7 +94,9 @@ def read_record(model: type[R], path: Path, advice: str = "run `ple verify` on i
     cannot be read.
     """
     try:
-        return model.model_validate_json(path.read_bytes())
+        text = path.read_bytes()
+        _refuse_newer(model, path, text)
+        return model.model_validate_json(text)
     except OSError as error:
         raise PleError(f"{path}: cannot read ({error.strerror}): check its permissions and the disk") from error
     except ValidationError as error:

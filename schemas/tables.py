@@ -35,6 +35,8 @@ def _since(version: int, name: str, type_: pa.DataType) -> pa.Field:
     return pa.field(name, type_, nullable=True, metadata={b"since": str(version).encode()})
 
 
+ARMS = ("y", "y_prompt")
+"""The two responses of a pair: to x, and to x under the principle."""
 RESPONSES = pa.schema(
     [
         _required("query_id", pa.string()),

@@ -10,7 +10,11 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from ple_data.judge.judge import judge as run_judge
+from schemas.options import Judge
 
 _PART = re.compile(r"----- begin of (.*?) -----\n(.*?)\n----- end of", re.DOTALL)
 
@@ -112,3 +116,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def judge(a: Any, b: Any, spec: str, output: Path, *, request_args: dict[str, Any] | None = None, **more: Any) -> str:
+    """`ple judge`, fields of the request given as a dictionary."""
+    fields = [f"{name}={json.dumps(value)}" for name, value in (request_args or {}).items()]
+    return run_judge(Judge(a=str(a), b=str(b), spec=spec, output=output, request_args=fields, **more))

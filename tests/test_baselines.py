@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
@@ -25,9 +26,11 @@ from ple_train import dpo as dpo_room
 from ple_train import ppo as ppo_room
 from ple_train import rounds
 from ple_train import train as training
-from ple_train.pairs import PairStream, Partition, freeze
 from ple_train.sft import SftObjective
+from ple_train.snapshot import freeze
+from ple_train.stream import PairStream, Partition
 from schemas.errors import PleError, UsageError
+from schemas.options import Baseline, BaselineSft, Dpo, Ppo, Train, Trainable
 from schemas.recipe import BaselineStage, parse_recipe
 from tests import oracle, tiny
 from tests.tables import table
@@ -111,9 +114,9 @@ def run(policy, pairs, tmp_path):
     def run(method: str, name: str = "out", **more) -> Path:
         options = {"model": str(policy), "data": [pairs], "round": 1, "learning_rate": 1e-3, **more}
         if method == "dpo":
-            dpo_room.dpo(output=tmp_path / name, **options)
+            dpo_room.dpo(Dpo(output=tmp_path / name, **options))
         else:
-            baselines.baseline(method, output=tmp_path / name, **options)
+            baselines.baseline(method, Baseline(output=tmp_path / name, **options))
         return tmp_path / name
 
     return run
@@ -199,10 +202,12 @@ def test_rows_of_a_file_are_rendered_as_asked(chat_policy, tmp_path):
     for prompt_format in ("auto", "chat", "plain"):
         baselines.baseline(
             "sft",
-            model=str(chat_policy),
-            data=[rows],
-            output=tmp_path / prompt_format,
-            prompt_format=prompt_format,
+            BaselineSft(
+                model=str(chat_policy),
+                data=[rows],
+                output=tmp_path / prompt_format,
+                prompt_format=prompt_format,
+            ),
         )
         losses[prompt_format] = first_loss(tmp_path / prompt_format)
     assert losses["auto"] == losses["chat"] != losses["plain"]
@@ -268,7 +273,7 @@ def test_tokens_sampled_are_those_of_all_rows_also_of_those_left_out(run, policy
     """max_length 5 leaves out every pair with a response of more than 2 ids."""
     if method == "ple":
         output = tmp_path / "out"
-        training.train(model=str(policy), data=[pairs], round=1, output=output, tau0=0.2, max_length=5)
+        training.train(Train(model=str(policy), data=[pairs], round=1, output=output, tau0=0.2, max_length=5))
     else:
         output = run(method, max_length=5)
     arms = ("y_prompt_ids",) if method == "context-distillation" else ("y_ids", "y_prompt_ids")
@@ -422,12 +427,9 @@ def test_all_ties_and_foreign_ids_are_refused(run, tmp_path):
 def test_ablations_train_with_the_oracles_coefficients(policy, pairs, tmp_path, without):
     stream = PairStream(
         freeze([pairs], 1, None),
-        1,
         Partition(0.2, without=without),
-        batch_size=9,
-        seed=0,
-        max_length=None,
-        vocabulary=384,
+        SimpleNamespace(round=1, batch_size=9, seed=0, max_length=None),
+        SimpleNamespace(vocabulary=384, positions=None),
     )
     ((sequences, count),) = stream.batches(0, 0)
     found = {(s.tag.arm, *s.ids.tolist()): (s.tag.set, s.tag.coefficient) for s in sequences}
@@ -440,7 +442,9 @@ def test_ablations_train_with_the_oracles_coefficients(policy, pairs, tmp_path, 
     assert count == 6
     assert found == expected
     training.train(
-        model=str(policy), data=[pairs], round=1, output=tmp_path / "out", without=without, tau0=0.2, batch_size=9
+        Train(
+            model=str(policy), data=[pairs], round=1, output=tmp_path / "out", without=without, tau0=0.2, batch_size=9
+        )
     )
     assert record(tmp_path / "out")["settings"]["without"] == without
     tokens = sum(s.response for s in sequences)
@@ -544,7 +548,9 @@ def test_ppo_samples_to_its_budget_and_writes_an_adapter(policy, queries, letter
 
     output = tmp_path / "ppo"
     options = {"model": str(policy), "queries": str(queries), "reward_model": letters, "sampled_tokens": 40}
-    ppo_room.ppo(output=output, **options, max_new_tokens=6, batch_size=6, microbatch_tokens=64, learning_rate=1e-3)
+    ppo_room.ppo(
+        Ppo(output=output, **options, max_new_tokens=6, batch_size=6, microbatch_tokens=64, learning_rate=1e-3)
+    )
     assert capsys.readouterr().out == ""
     metrics = pl.read_parquet(output / "metrics.parquet")
     cost = record(output)["cost"]
@@ -556,7 +562,9 @@ def test_ppo_samples_to_its_budget_and_writes_an_adapter(policy, queries, letter
     assert any(value.abs().max() > 0 for name, value in tensors.items() if "lora_B" in name)
     assert len(sample_responses(str(policy), ["The film"], adapter=str(output), engine="hf", max_new_tokens=4)) == 1
 
-    ppo_room.ppo(output=output, **options, max_new_tokens=6, batch_size=6, microbatch_tokens=64, learning_rate=1e-3)
+    ppo_room.ppo(
+        Ppo(output=output, **options, max_new_tokens=6, batch_size=6, microbatch_tokens=64, learning_rate=1e-3)
+    )
     assert "is complete already" in capsys.readouterr().err
 
 
@@ -568,11 +576,13 @@ def run_ppo(policy, queries, letters, tmp_path):
         options = {"sampled_tokens": 40, "max_new_tokens": 6, "batch_size": 6, "microbatch_tokens": 64}
         options |= {"reward_model": letters, **more}
         ppo_room.ppo(
-            model=str(policy),
-            queries=str(queries),
-            output=tmp_path / name,
-            learning_rate=1e-3,
-            **options,
+            Ppo(
+                model=str(policy),
+                queries=str(queries),
+                output=tmp_path / name,
+                learning_rate=1e-3,
+                **options,
+            )
         )
         return tmp_path / name
 
@@ -604,7 +614,7 @@ def test_ppo_clips_gradients(run_ppo, norm, moves):
     """AdamW adds 1e-8 to the root of the second moment: gradients of a norm of 1e-12 move a weight by 1e-4 of the
     learning rate at most, other gradients by about the learning rate.
     """
-    weights = lora_weights(run_ppo("out", max_grad_norm=norm, sampled_tokens=1))
+    weights = lora_weights(run_ppo(Ppo("out", max_grad_norm=norm, sampled_tokens=1)))
     moved = max(weight.abs().max().item() for name, weight in weights.items() if "lora_B" in name)
     assert (moved > 1e-4) == moves
     assert moves or moved < 1e-6
@@ -627,7 +637,7 @@ def test_ppo_measures_against_the_start_policy_when_it_goes_on_from_an_adapter(
         return backbone(self, input_ids, attention_mask, **more)
 
     monkeypatch.setattr(ppo_room.RewardScorer, "backbone", watched)
-    output = run_ppo("out", adapter=str(adapter), sampled_tokens=1)
+    output = run_ppo(Ppo("out", adapter=str(adapter), sampled_tokens=1))
     begun = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy), adapter).double().eval()
     assert len(seen) == 6
     kl = sum(sum(logps(begun, x, y)) - sum(logps(plain, x, y)) for x, y in seen) / len(seen)
@@ -637,7 +647,7 @@ def test_ppo_measures_against_the_start_policy_when_it_goes_on_from_an_adapter(
 
 def test_ppo_keeps_no_secret_of_an_address(run_ppo, monkeypatch):
     monkeypatch.setattr(HttpReward, "score", lambda self, rows: [float(len(y)) for _, y in rows])
-    output = run_ppo("out", reward_model="https://h/r?token=sesame", sampled_tokens=1)
+    output = run_ppo(Ppo("out", reward_model="https://h/r?token=sesame", sampled_tokens=1))
     kept = f"https://h/r?{text_digest('token=sesame')}"
     assert [record(output)["settings"][name] for name in ("reward_model", "reward")] == [kept, kept]
     assert f"| reward_model | `{kept}` |" in (output / "README.md").read_text()
@@ -647,12 +657,12 @@ def test_ppo_keeps_no_secret_of_an_address(run_ppo, monkeypatch):
 def test_ppo_refuses_what_cannot_work(policy, queries, letters, tmp_path):
     options = {"model": str(policy), "queries": str(queries), "output": tmp_path / "ppo", "sampled_tokens": 40}
     with pytest.raises(UsageError, match="12 different queries of at most 256 tokens, fewer than one batch"):
-        ppo_room.ppo(**options, reward_model=letters)
+        ppo_room.ppo(Ppo(**options, reward_model=letters))
     with pytest.raises(UsageError, match="over the 2048 positions"):
-        ppo_room.ppo(**options, reward_model=letters, batch_size=4, max_new_tokens=4000)
+        ppo_room.ppo(Ppo(**options, reward_model=letters, batch_size=4, max_new_tokens=4000))
     (tmp_path / "nan.py").write_text("def score(xs, ys):\n    return [float('nan')] * len(xs)\n")
     with pytest.raises(PleError, match="gave nan to a response to the query"):
-        ppo_room.ppo(**options, reward_model=f"{tmp_path}/nan.py:score", batch_size=4, max_new_tokens=4)
+        ppo_room.ppo(Ppo(**options, reward_model=f"{tmp_path}/nan.py:score", batch_size=4, max_new_tokens=4))
 
 
 class Recorder:
@@ -703,7 +713,7 @@ def test_a_tokenizer_that_pads_with_its_end_gets_another_pad(tmp_path):
     tokenizer = load_tokenizer(model, note=lambda _: None)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     queries = [tuple(tokenizer(text).input_ids) for text in tiny.corpus()[:4]]
-    own = ppo_room.with_own_pad(tokenizer, load_trainable(model), queries)
+    own = ppo_room.with_own_pad(tokenizer, load_trainable(model, Trainable()), queries)
     assert own.pad_token_id not in {
         tokenizer.eos_token_id,
         tokenizer.bos_token_id,

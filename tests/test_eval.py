@@ -27,13 +27,14 @@ from ple_train.evaluate import evaluate
 from schemas import tables
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from schemas.files import locked
+from schemas.options import Evaluate, Rewards
 from schemas.records import read_record
 from schemas.reports import EvalReport
 from schemas.tables import read_metadata, read_table
 from tests import tiny
 from tests.tables import table
 
-GENERATION = {"sampling": Sampling(max_new_tokens=12, logprobs=False), "engine": "hf", "unit_size": 8}
+GENERATION = {"max_new_tokens": 12, "engine": "hf", "unit_size": 8}
 SENTENCES = tiny.corpus()[:14]
 JUDGE = "def score(xs, ys):\n    return [len(set(y)) - len(x) / 7 for x, y in zip(xs, ys)]\n"
 
@@ -64,7 +65,7 @@ def inputs(policy: Path, adapter: Path, reward: Path, tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="module")
 def report(inputs: dict) -> EvalReport:
-    return evaluate(**inputs)
+    return evaluate(Evaluate(**inputs))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,9 @@ def test_perplexity_of_a_chat_model_is_given_the_rendered_query(chat_policy: Pat
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     queries = write_rows(tmp_path / "q.jsonl", [{"x": "the film", "reference": "was great."}])
-    found = evaluate(policy=[f"chat={chat_policy}"], queries=str(queries), output=tmp_path / "out", **GENERATION)
+    found = evaluate(
+        Evaluate(policy=[f"chat={chat_policy}"], queries=str(queries), output=tmp_path / "out", **GENERATION)
+    )
     tokenizer = AutoTokenizer.from_pretrained(chat_policy)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "the film"}], tokenize=False, add_generation_prompt=True
@@ -276,7 +279,7 @@ def test_the_same_seed_asks_the_same_of_the_same_policy(report, inputs: dict, tm
     """Under another name and in another place: the same draws, so a difference of exactly 0."""
     base = inputs["policy"][0]
     given = inputs | {"reward_model": inputs["reward_model"][1:], "trained_with": [], "output": tmp_path}
-    again = evaluate(**given | {"policy": [base, base.replace("base", "same")]})
+    again = evaluate(Evaluate(**given | {"policy": [base, base.replace("base", "same")]}))
     assert metrics(again, "same") == metrics(again, "base")
     assert metrics(again, "base").items() <= metrics(report, "base").items()
     assert all((c.difference.mean, c.difference.low, c.difference.high) == (0, 0, 0) for c in again.comparisons)
@@ -294,7 +297,7 @@ def test_a_rerun_computes_nothing(report, inputs: dict, monkeypatch: pytest.Monk
     monkeypatch.setattr(ple_train.perplexity, "load_policy", refuse)
     monkeypatch.setattr("ple_data.rewards.classifier.ClassifierReward.stream", refuse)
     monkeypatch.setattr("ple_data.rewards.function.FunctionReward.score", refuse)
-    assert evaluate(**inputs) == report
+    assert evaluate(Evaluate(**inputs)) == report
 
 
 def counting_judge(place: Path, fail_after: int) -> str:
@@ -318,12 +321,12 @@ def test_stopped_while_scoring_it_goes_on(inputs: dict, tmp_path: Path, monkeypa
     judge = counting_judge(tmp_path, fail_after=10)
     given = inputs | {"policy": inputs["policy"][:1], "reward_model": [judge], "trained_with": []}
     with pytest.raises(PleError, match="the judge is gone"):
-        evaluate(**given)
+        evaluate(Evaluate(**given))
     monkeypatch.setattr(generate, "make_engine", refuse)
-    evaluate(**given)
+    evaluate(Evaluate(**given))
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == len(set(calls)) == 14
-    evaluate(**given | {"policy": inputs["policy"]})  # one more policy: its 14 responses alone
+    evaluate(Evaluate(**given | {"policy": inputs["policy"]}))  # one more policy: its 14 responses alone
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == len(set(calls)) == 28
 
@@ -332,10 +335,10 @@ def test_other_settings_are_other_answers(report, inputs: dict) -> None:
     """In the same folder, without a word: what was sampled before stays and serves again."""
     before = {path.name for path in (inputs["output"] / "answers").iterdir()}
     given = inputs | {"policy": inputs["policy"][:1], "reward_model": [], "trained_with": []}
-    other = evaluate(**given | {"limit": 5})
+    other = evaluate(Evaluate(**given | {"limit": 5}))
     assert other.policies[0].metrics["length"].count == 5
     assert before < {path.name for path in (inputs["output"] / "answers").iterdir()}
-    assert evaluate(**inputs) == report
+    assert evaluate(Evaluate(**inputs)) == report
 
 
 def cached(place: Path, keys: list[str], compute) -> list:
@@ -429,19 +432,19 @@ def test_only_what_changes_the_answers_asks_anew(inputs: dict, tmp_path: Path, m
     queries, rows = tmp_path / "q.jsonl", [{"id": "a", "x": "the film", "reference": " was bad."}]
     write_rows(queries, rows)
     given = {"queries": str(queries), "output": tmp_path / "out", **GENERATION}
-    first = evaluate(policy=[f"a={model}"], **given)
+    first = evaluate(Evaluate(policy=[f"a={model}"], **given))
     model = model.rename(tmp_path / "two")
     write_rows(queries, [rows[0] | {"reference": " was great.", "more": 1}])
     with monkeypatch.context() as patched:
         patched.setattr(generate, "make_engine", refuse)
-        again = evaluate(policy=[f"a={model}"], **given, engine_args={"batch_size": 1})
+        again = evaluate(Evaluate(policy=[f"a={model}"], **given, engine_arg=["batch_size=1"]))
         assert again.policies[0].metrics["length"] == first.policies[0].metrics["length"]
         assert read_table(tmp_path / "out" / "eval.parquet", "evaluation")["reference"].to_pylist() == [" was great."]
         write_rows(queries, rows)
         patched.setattr(ple_train.perplexity, "load_policy", refuse)
-        assert evaluate(policy=[f"a={model}"], **given).policies[0].metrics == first.policies[0].metrics
+        assert evaluate(Evaluate(policy=[f"a={model}"], **given)).policies[0].metrics == first.policies[0].metrics
     for change in ({"dtype": "bfloat16"}, {"engine_args": {"attn_implementation": "eager"}}):
-        evaluate(policy=[f"a={model}"], **given, **change)
+        evaluate(Evaluate(policy=[f"a={model}"], **given, **change))
     assert len(list((tmp_path / "out" / "answers").iterdir())) == 3
 
 
@@ -467,7 +470,9 @@ def test_the_perplexity_does_not_depend_on_the_tokens_in_memory(policy: Path, tm
     batches = ple_train.perplexity.micro_batches
     monkeypatch.setattr(ple_train.perplexity, "micro_batches", lambda *a, **k: asked.append(a[2]) or batches(*a, **k))
     values = [
-        evaluate(policy=[f"a={policy}"], data=[tmp_path / "data"], output=tmp_path / str(n), microbatch_tokens=n)
+        evaluate(
+            Evaluate(policy=[f"a={policy}"], data=[tmp_path / "data"], output=tmp_path / str(n), microbatch_tokens=n)
+        )
         .policies[0]
         .metrics["perplexity"]
         .mean
@@ -479,7 +484,7 @@ def test_the_perplexity_does_not_depend_on_the_tokens_in_memory(policy: Path, tm
 
 def test_rewards_in_bfloat16_are_other_rewards(reward: Path) -> None:
     assert load_reward_model(str(reward)).name == policy_name(reward)
-    assert load_reward_model(str(reward), dtype="bfloat16").name == f"{policy_name(reward)}+bfloat16"
+    assert load_reward_model(str(reward), Rewards(reward_dtype="bfloat16")).name == f"{policy_name(reward)}+bfloat16"
 
 
 # From a store
@@ -492,7 +497,7 @@ def test_a_row_in_two_stores_counts_once_and_another_answer_counts(policy: Path,
         rows = [{"policy": name, "y": y, "y_ids": [9] * len(y)}]
         Store(tmp_path / folder).commit("answers", 0, "00000-aa", table("answers", rows), {})
     stores = [tmp_path / folder for folder in ("one", "copy", "other")]
-    found = evaluate(policy=[f"a={policy}"], data=stores, output=tmp_path / "out")
+    found = evaluate(Evaluate(policy=[f"a={policy}"], data=stores, output=tmp_path / "out"))
     assert sorted(read_table(tmp_path / "out" / "eval.parquet", "evaluation")["y"].to_pylist()) == ["good", "so"]
     assert metrics(found, "a")["length"].mean == 3
 
@@ -506,10 +511,10 @@ def test_different_queries_under_one_id_are_refused(x: str, same: bool, policy: 
         store.commit("answers", round, f"0000{round}-aa", table("answers", rows, round), {})
     given = {"policy": [f"a={policy}", f"b={policy},{adapter}"], "data": [store.root], "output": tmp_path / "out"}
     if same:
-        assert evaluate(**given).policies[0].metrics["length"].count == 1
+        assert evaluate(Evaluate(**given)).policies[0].metrics["length"].count == 1
     else:
         with pytest.raises(UsageError, match="different queries x under the same id, in query 'a'"):
-            evaluate(**given)
+            evaluate(Evaluate(**given))
 
 
 def test_options_of_sampling_are_refused_with_a_store(policy: Path, tmp_path: Path) -> None:
@@ -531,15 +536,15 @@ def test_responses_of_a_store(kind: str, policy: Path, adapter: Path, tmp_path: 
         for each in {"pairs": ("responses", "pairs")}.get(kind, (kind,)):
             store.commit(each, round, f"0000{round}-aa", table(each, rows, round), {})
     given = {"policy": [f"a={policy}", f"b={policy},{adapter}"], "data": [store.root], "output": tmp_path / "out"}
-    found = evaluate(**given)
+    found = evaluate(Evaluate(**given))
     assert [metrics(found, label)["length"].count for label in "ab"] == [2, 2]
     assert metrics(found, "a")["truncated"].mean == 0.5
     assert metrics(found, "a")["perplexity"].count == 1
     assert metrics(found, "a")["distinct_1"].mean == 2 / 5  # so 0 so | so so
-    one = evaluate(**given | {"policy": given["policy"][:1], "round": 0})
+    one = evaluate(Evaluate(**given | {"policy": given["policy"][:1], "round": 0}))
     assert one.policies[0] == found.policies[0]
     with pytest.raises(UsageError, match=r"--policy b: .* \(round 0\) holds no responses of .*; it holds those of "):
-        evaluate(**given | {"round": 0})
+        evaluate(Evaluate(**given | {"round": 0}))
 
 
 def test_policies_are_compared_on_the_queries_that_both_answered(policy: Path, adapter: Path, tmp_path: Path, capsys):
@@ -548,7 +553,7 @@ def test_policies_are_compared_on_the_queries_that_both_answered(policy: Path, a
         rows = [{"policy": label, "query_id": id, "x": id, "y_ids": [ord(id)] * ord(id)} for id in ids]
         store.commit("answers", 0, label.replace("+", "-"), table("answers", rows), {})
     given = {"policy": [f"a={policy}", f"b={policy},{adapter}"], "data": [store.root], "output": tmp_path / "out"}
-    found = evaluate(**given)
+    found = evaluate(Evaluate(**given))
     assert "2 queries left out, which not every policy answered; 2 are compared" in capsys.readouterr().err
     assert metrics(found, "a")["length"].mean == metrics(found, "b")["length"].mean == (ord("b") + ord("c")) / 2
 
@@ -560,7 +565,7 @@ def test_several_samples_of_a_query_are_drawn_together(policy: Path, tmp_path: P
         for id, sample, n in (("a", 0, 1), ("a", 1, 3), ("b", 0, 5), ("b", 1, 7))
     ]
     Store(tmp_path / "data").commit("answers", 0, "00000-aa", table("answers", rows), {})
-    found = evaluate(policy=[f"a={policy}"], data=[tmp_path / "data"], output=tmp_path / "out")
+    found = evaluate(Evaluate(policy=[f"a={policy}"], data=[tmp_path / "data"], output=tmp_path / "out"))
     length = metrics(found, "a")["length"]
     assert (length.mean, length.low, length.high, length.count) == (4, 2, 6, 2)
 
@@ -569,12 +574,12 @@ def test_no_references_empty_responses_one_query(policy: Path, tmp_path: Path) -
     row = {"policy": policy_name(policy), "y": "", "y_ids": [1], "y_empty": True}
     Store(tmp_path / "data").commit("answers", 0, "00000-aa", table("answers", [row]), {})
     given = {"policy": [f"a={policy}", f"b={policy}"], "data": [tmp_path / "data"], "output": tmp_path / "out"}
-    found = evaluate(**given)
+    found = evaluate(Evaluate(**given))
     assert not {"perplexity", "bleu"} & set(metrics(found, "a"))
     assert metrics(found, "a")["distinct_1"].mean == 0
     assert "No references, so neither perplexity nor BLEU" in format_report(found)
     references = write_rows(tmp_path / "r.jsonl", [{"id": "q0", "reference": "so so"}])
-    found = evaluate(**given, references=str(references))
+    found = evaluate(Evaluate(**given, references=str(references)))
     assert metrics(found, "a")["bleu"].mean == 0
     assert read_table(tmp_path / "out" / "eval.parquet", "evaluation")["reference"].to_pylist() == ["so so"] * 2
 
@@ -582,7 +587,7 @@ def test_no_references_empty_responses_one_query(policy: Path, tmp_path: Path) -
 def test_references_longer_than_the_model_are_left_out(policy: Path, tmp_path: Path, capsys) -> None:
     rows = [{"policy": policy_name(policy), "reference": text} for text in ("so so", "so so " * 2000)]
     Store(tmp_path / "data").commit("answers", 0, "00000-aa", table("answers", rows), {})
-    found = evaluate(policy=[f"a={policy}"], data=[tmp_path / "data"], output=tmp_path / "out")
+    found = evaluate(Evaluate(policy=[f"a={policy}"], data=[tmp_path / "data"], output=tmp_path / "out"))
     assert (metrics(found, "a")["perplexity"].count, metrics(found, "a")["bleu"].count) == (1, 2)
     assert "a: 1 references left out of the perplexity: with x they exceed the 2048" in capsys.readouterr().err
     assert "perplexity is over the 1 queries that have a reference for it" in format_report(found)
@@ -641,7 +646,7 @@ def test_bad_input_is_one_sentence(change: dict, message: str, policy: Path, tmp
     given = {"policy": [f"a={policy}"], "queries": str(queries), "output": tmp_path / "out", "engine": "hf"}
     given |= {"sampling": Sampling(max_new_tokens=2, logprobs=False)}
     with pytest.raises(UsageError, match=message) as caught:
-        evaluate(**given | {name: filled(value) for name, value in change.items()})
+        evaluate(Evaluate(**given | {name: filled(value) for name, value in change.items()}))
     assert "\n" not in str(caught.value)
     assert "sesame" not in str(caught.value)
     assert not (tmp_path / "out").exists(), "refused only after something was sampled"
@@ -654,14 +659,16 @@ def test_rewards_that_are_no_numbers_are_named(policy: Path, tmp_path: Path) -> 
     with pytest.raises(
         PleError, match=r"judge\.py:score@\w+ gave values that are not finite: query 'q0' sample 0 = nan"
     ):
-        evaluate(**given, reward_model=[f"{tmp_path / 'judge.py'}:score"])
+        evaluate(Evaluate(**given, reward_model=[f"{tmp_path / 'judge.py'}:score"]))
 
 
 def test_an_output_of_a_classifier_may_be_part_of_its_name(tmp_path: Path) -> None:
     model = tiny.tiny_reward(tmp_path / "two", num_labels=2)
     pair = [("the film", " was great.")]
-    assert load_reward_model(f"{model}[1]").score(pair) == load_reward_model(str(model), output_index=1).score(pair)
-    assert load_reward_model(f"{model}[0]", output_index=1).name.endswith("[0]")
+    assert load_reward_model(f"{model}[1]").score(pair) == load_reward_model(str(model), Rewards(output_index=1)).score(
+        pair
+    )
+    assert load_reward_model(f"{model}[0]", Rewards(output_index=1)).name.endswith("[0]")
 
 
 # What is shown
@@ -699,7 +706,7 @@ def test_the_command_prints_a_table_or_json(report, inputs: dict) -> None:
 
 def test_three_policies_compare_the_last_two_as_well(report, inputs: dict) -> None:
     third = inputs["policy"][0].replace("base", "third")
-    found = evaluate(**inputs | {"policy": [*inputs["policy"], third]})
+    found = evaluate(Evaluate(**inputs | {"policy": [*inputs["policy"], third]}))
     assert {(c.label, c.baseline) for c in found.comparisons} == {
         ("tuned", "base"),
         ("third", "base"),

@@ -28,11 +28,10 @@ from ple_data.store import Store
 from ple_train.train import train
 from schemas import tables
 from schemas.errors import PleError, UsageError
+from schemas.options import Gen, Train
 from tests import tiny
 from tests.conftest import ROOT
 from tests.test_train import write_pairs
-
-SHORT = Sampling(max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +48,10 @@ def run(policy: Path, queries: Path, tmp_path: Path) -> Any:
 
     def call(data: str = "data", **options: Any) -> GenerateSummary:
         settings = {
-            "model": str(policy), "queries": str(queries), "principles": "imdb", "round": 0, "sampling": SHORT,
+            "model": str(policy), "queries": str(queries), "principles": "imdb", "round": 0, "max_new_tokens": 6,
             "engine": "hf", "unit_size": 4,
         } | options  # fmt: skip
-        return generate(data=tmp_path / data, **settings)
+        return generate(Gen(data=tmp_path / data, **settings))
 
     return call
 
@@ -191,7 +190,7 @@ def test_without_logprobs_and_empty_responses(run: Any, rows: Any, fake: Any) ->
     engine.sample = lambda units, sampling: (
         (request, Completion([1], "", "stop", None)) for unit in units for request in unit
     )
-    run(sampling=Sampling(max_new_tokens=6, logprobs=False))
+    run(max_new_tokens=6, logprobs=False)
     table = rows()
     assert table["y_empty"].all()
     assert table["y_prompt_empty"].all()
@@ -282,7 +281,7 @@ def test_other_settings_in_the_same_round_are_refused(run: Any, fake: Any, tmp_p
     with pytest.raises(UsageError, match=r"round 0 of .* begun with other settings: seed: 1, there 0; .* --round"):
         run(seed=1)
     with pytest.raises(UsageError, match=r"limit: 4, there None.*temperature: 0\.5, there 1\.0"):
-        run(sampling=Sampling(max_new_tokens=6, temperature=0.5), limit=4)
+        run(max_new_tokens=6, temperature=0.5, limit=4)
     run(round=1, seed=1)
     assert Store(tmp_path / "data").scan("responses").collect().height == 40
     fake(fail_after=0)
@@ -380,9 +379,9 @@ def test_rows_of_an_earlier_run_are_reused(run: Any, rows: Any, fake: Any, tmp_p
     "other",
     [
         {"principles": "hh"},
-        {"sampling": Sampling(max_new_tokens=6, temperature=0.5)},
-        {"sampling": Sampling(max_new_tokens=7)},
-        {"sampling": Sampling(max_new_tokens=6, stop=("a",))},
+        {"max_new_tokens": 6, "temperature": 0.5},
+        {"max_new_tokens": 7},
+        {"max_new_tokens": 6, "stop": ("a",)},
         {"prompt_format": "chat"},
     ],
     ids=lambda other: next(iter(other)),
@@ -411,10 +410,10 @@ def test_reuse_of_another_policy_or_of_nothing(
     run: Any, fake: Any, tmp_path: Path, adapter: Path, policy: Path
 ) -> None:
     fake()
-    run("old", sampling=Sampling(max_new_tokens=6, logprobs=False))
+    run("old", max_new_tokens=6, logprobs=False)
     assert run("a", reuse=[tmp_path / "old"], adapter=str(adapter)).rows_reused == 0
     assert run("b", reuse=[tmp_path / "old"]).rows_reused == 0  # it has no log-probabilities
-    assert run("c", reuse=[tmp_path / "b"], sampling=Sampling(max_new_tokens=6, logprobs=False)).rows_reused == 20
+    assert run("c", reuse=[tmp_path / "b"], max_new_tokens=6, logprobs=False).rows_reused == 20
     with pytest.raises(UsageError, match="has no committed responses"):
         run("d", reuse=[tmp_path / "none"])
     with pytest.raises(UsageError, match="is --data itself"):
@@ -439,9 +438,9 @@ def test_dry_run_shows_both_prompts_and_writes_nothing(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples": 2, "sampling": Sampling(temperature=0.0)}, "would sample the same response 2 times"),
+        ({"samples": 2, "temperature": 0.0}, "would sample the same response 2 times"),
         ({"max_query_tokens": 1}, "no query of .* is left; raise --max-query-tokens"),
-        ({"sampling": Sampling(max_new_tokens=2040)}, "over the 2048 positions of .*; lower --max-new-tokens"),
+        ({"max_new_tokens": 2040}, "over the 2048 positions of .*; lower --max-new-tokens"),
         ({"samples": 0}, "--samples must be at least 1"),
         ({"limit": 0}, "--limit must be at least 1"),
         ({"seed": 2**63}, "--seed must fit 64 bits"),
@@ -512,7 +511,7 @@ def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
 ) -> None:
     """kill -9 and Ctrl-C in the middle, then the same command to its end; with an adapter of ple-train."""
     adapter, pairs = tmp_path / "adapter", write_pairs(tmp_path / "pairs", rounds=1)
-    train(model=str(policy), data=[pairs], round=0, output=adapter, learning_rate=1e-2)
+    train(Train(model=str(policy), data=[pairs], round=0, output=adapter, learning_rate=1e-2))
     queries = tmp_path / "q.jsonl"
     texts = [f"{a} {b}" for a in tiny.corpus()[:10] for b in tiny.corpus()[:8]]
     queries.write_text("".join(json.dumps({"id": f"q{at}", "x": x}) + "\n" for at, x in enumerate(texts)))

@@ -23,13 +23,14 @@ from ple_train import attention, loss
 from ple_train import loop as loops
 from ple_train.batches import MicroBatch, Sequence
 from ple_train.checkpoint import Checkpoints
-from ple_train.loop import LoopSettings, Reading, make_accelerator, train_loop
+from ple_train.loop import Reading, make_accelerator, train_loop
 from ple_train.lora import fuse
 from ple_train.objective import PairObjective
-from ple_train.pairs import Response
 from ple_train.policy import Policy, load_causal_lm, load_policy, resolve_precision
 from ple_train.sft import SftObjective
+from ple_train.stream import Response
 from schemas.errors import PleError, UsageError
+from schemas.options import Loop, Sft, Train
 from tests.test_engines import spec_of
 
 META = torch.device("meta")
@@ -212,7 +213,7 @@ def test_the_loop_waits_for_nothing_but_its_readings(kernels_on_meta, tmp_path, 
     stream = Batches()
     if empty:
         stream.batches = lambda epoch, start: iter([([], 3)] * (stream.steps_per_epoch - start))
-    settings = LoopSettings(learning_rate=1e-3, microbatch_tokens=16)
+    settings = Loop(learning_rate=1e-3, microbatch_tokens=16)
     objective = PairObjective(policy, 0.3)
     train_loop(stand_in, policy, policy.trainable(), stream, objective, settings, Checkpoints(tmp_path, {}))
     assert len(found) == stream.steps_per_epoch
@@ -322,7 +323,7 @@ def test_the_other_objectives_wait_for_nothing_either(kernels_on_meta):
     policy = meta_policy()
     policy.model.get_base_model().set_attn_implementation(attention.VARLEN)
     sft = SftObjective(policy)
-    found, sums = sft(policy, MicroBatch(pairs(), 10), step=0)
+    found, sums = sft(Sft(policy, MicroBatch(pairs(), 10), step=0))
     found.backward()
     assert sums.shape == (len(sft.sums),)
 
@@ -391,7 +392,7 @@ def train(policy_dir, directory, *, ahead, broken=None):
             model.trainable(),
             Batches(),
             Watched(model, None),
-            LoopSettings(learning_rate=1e-2, epochs=2, checkpoint_every=4),
+            Loop(learning_rate=1e-2, epochs=2, checkpoint_every=4),
             Checkpoints(directory, {}),
         )
     times = ("seconds", "tokens_per_second")
@@ -401,8 +402,8 @@ def train(policy_dir, directory, *, ahead, broken=None):
 
 def test_steps_that_are_read_late_are_the_same_steps(policy, tmp_path):
     """With a queue the first step is read when the second was handed over, and so on; a checkpoint reads them all."""
-    at_once = train(policy, tmp_path / "a", ahead=0)
-    late = train(policy, tmp_path / "b", ahead=1)
+    at_once = train(Train(policy, tmp_path / "a", ahead=0))
+    late = train(Train(policy, tmp_path / "b", ahead=1))
     assert at_once[2] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     assert late[2] == [2, 3, 4, 4, 6, 7, 8, 8, 10, 10]
     assert late[0] == at_once[0]
@@ -414,7 +415,7 @@ def test_steps_that_are_read_late_are_the_same_steps(policy, tmp_path):
 def test_a_step_that_is_not_finite_is_named_and_its_checkpoint_is_never_written(policy, tmp_path, ahead):
     """Step 8 is due a checkpoint; step 7 is broken, and what came of it is not saved."""
     with pytest.raises(PleError, match=r"step 7: the loss is nan .*checkpoint-00000004"):
-        train(policy, tmp_path, ahead=ahead, broken=6)
+        train(Train(policy, tmp_path, ahead=ahead, broken=6))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000004"]
 
 

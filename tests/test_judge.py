@@ -24,7 +24,7 @@ import cli
 from ple_data.judge import judge as judging
 from ple_data.judge import llm
 from ple_data.judge.journal import Journal
-from ple_data.judge.judge import by_answers, judge
+from ple_data.judge.judge import by_answers
 from ple_data.judge.prompt import load_template, preference
 from ple_data.judge.results import win_rate
 from ple_data.judge.sources import Pair, choose, draw, load_pairs, load_responses, readable
@@ -35,7 +35,7 @@ from schemas.judging import Answer
 from schemas.records import read_record
 from schemas.reports import JudgeReport
 from tests.conftest import ROOT
-from tests.judgeserver import JudgeServer
+from tests.judgeserver import JudgeServer, judge
 from tests.tables import table
 
 Rows = list[dict[str, Any]]

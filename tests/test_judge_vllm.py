@@ -17,13 +17,13 @@ import httpx
 import pytest
 
 from ple_data.judge import llm
-from ple_data.judge.judge import judge
 from ple_data.judge.prompt import load_template
 from ple_data.models import load_tokenizer
 from schemas import tables
 from schemas.errors import UsageError
 from schemas.records import read_record
 from schemas.reports import JudgeReport
+from tests.judgeserver import judge
 
 pytestmark = pytest.mark.vllm
 START = 500

@@ -38,6 +38,7 @@ from ple_train import probe
 from ple_train.batches import Sequence, collate_padded
 from ple_train.policy import Policy, load_policy
 from schemas.errors import UsageError
+from schemas.options import Trainable
 from tests import tiny
 
 SMALL = {
@@ -165,7 +166,7 @@ def test_an_unusable_first_choice_leaves_our_packed_attention(policy, monkeypatc
 @pytest.mark.parametrize(("attention", "layout"), [("ple_packed", "shared"), ("eager", "packed"), ("sdpa", "packed")])
 def test_an_attention_that_is_asked_for_is_taken(policy, attention, layout):
     """transformers' own keep sequences apart by a mask, which it makes from positions that start again."""
-    loaded = load_policy(str(policy), attention=attention)
+    loaded = load_policy(str(policy), Trainable(attention=attention))
     assert (loaded.model.config._attn_implementation, loaded.layout) == (attention, layout)
 
 
@@ -242,7 +243,7 @@ def test_the_start_policy_is_the_model_with_its_adapter_off(policy, adapter):
 def test_gradient_checkpointing_gives_the_same_gradients(policy, adapter):
     grads = []
     for checkpointing in (False, True):
-        loaded = load_policy(str(policy), adapter=str(adapter), gradient_checkpointing=checkpointing).train()
+        loaded = load_policy(str(policy), Trainable(gradient_checkpointing=checkpointing), adapter=str(adapter)).train()
         (-loaded(loaded.collate(sequences(300))).sum()).backward()
         grads.append({name: p.grad for name, p in loaded.trainable().items()})
     torch.testing.assert_close(grads[0], grads[1])
@@ -289,7 +290,7 @@ def test_dropout_is_off_so_that_a_fresh_adapter_has_no_drift(tmp_path, name):
 
 def test_an_unknown_attention_is_refused(policy):
     with pytest.raises(UsageError, match="--attention no_such_attention"):
-        load_policy(str(policy), attention="no_such_attention")
+        load_policy(str(policy), Trainable(attention="no_such_attention"))
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path):

@@ -24,6 +24,7 @@ from ple_data.store import Store
 from ple_train.purity import purity
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
+from schemas.options import Purity
 from schemas.records import read_record
 from schemas.reports import PureSet, PurityBound, PurityReport
 from tests.run_dir import purity_report
@@ -244,7 +245,7 @@ def test_log_probabilities_are_those_of_a_plain_float64_loop(policy, adapters, d
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    text = purity(model=str(policy), adapter=adapters, data=(data,), output=tmp_path)
+    text = purity(Purity(model=str(policy), adapter=adapters, data=(data,), output=tmp_path))
     report = read_record(PurityReport, tmp_path / "purity.json")
     rows = tables.read_table(tmp_path / "purity.parquet", "purity_logps").to_pylist()
     pairs = Store(data).scan("pairs").collect().to_dicts()
@@ -283,7 +284,7 @@ def test_log_probabilities_are_those_of_a_plain_float64_loop(policy, adapters, d
 
 
 def test_normalized_compares_means(policy, data, tmp_path):
-    purity(model=str(policy), data=(data,), output=tmp_path, normalized=True)
+    purity(Purity(model=str(policy), data=(data,), output=tmp_path, normalized=True))
     report = read_record(PurityReport, tmp_path / "purity.json")
     rows = tables.read_table(tmp_path / "purity.parquet", "purity_logps").to_pylist()
     agree = sum(
@@ -325,14 +326,14 @@ def test_nothing_is_computed_twice_and_rounds_restrict_the_pairs(policy, adapter
     score = room._score
     monkeypatch.setattr(room, "_score", lambda *words: scored.append(words[3].parent.name) or score(*words))
     options = {"model": str(policy), "adapter": adapters[:1], "data": (data,), "output": tmp_path}
-    purity(**options, round=(0,))
+    purity(Purity(**options, round=(0,)))
     assert read_record(PurityReport, tmp_path / "purity.json").rounds == [0]
     assert pq.read_metadata(tmp_path / "purity.parquet").num_rows == 14
-    purity(**options)
+    purity(Purity(**options))
     assert scored == ["round=000"] * 2 + ["round=001"] * 2
     before = (tmp_path / "purity.json").read_bytes(), (tmp_path / "purity.parquet").read_bytes()
     monkeypatch.setattr(room, "load_policy", None)
-    purity(**options)
+    purity(Purity(**options))
     assert before == ((tmp_path / "purity.json").read_bytes(), (tmp_path / "purity.parquet").read_bytes())
 
 
@@ -370,11 +371,11 @@ def test_an_interrupted_measurement_goes_on_where_it_was(policy, data, tmp_path,
     monkeypatch.setattr(room, "_score", stop_at_round_1)
     options = {"model": str(policy), "data": (data,), "output": tmp_path}
     with pytest.raises(KeyboardInterrupt):
-        purity(**options)
+        purity(Purity(**options))
     assert [path.name for path in tmp_path.iterdir()] == ["logps"]
     scored = []
     monkeypatch.setattr(room, "_score", lambda *words: scored.append(words[3].parent.name) or score(*words))
-    purity(**options)
+    purity(Purity(**options))
     assert scored == ["round=001"]
 
 
@@ -430,23 +431,23 @@ def test_killed_with_sigkill_and_run_again_is_the_uninterrupted_measurement(poli
 )
 def test_wrong_options(options, message):
     with pytest.raises(UsageError, match=message):
-        purity(**options)
+        purity(Purity(**options))
 
 
 def test_wrong_data(policy, data, tmp_path):
     with pytest.raises(UsageError, match="--round 7: no pairs of that round"):
-        purity(model=str(policy), data=(data,), output=tmp_path, round=(7,))
+        purity(Purity(model=str(policy), data=(data,), output=tmp_path, round=(7,)))
     with pytest.raises(UsageError, match="no pairs in"):
-        purity(model=str(policy), data=(tmp_path / "none",), output=tmp_path)
+        purity(Purity(model=str(policy), data=(tmp_path / "none",), output=tmp_path))
     other = Store(tmp_path / "other")
     other.commit("pairs", 0, "00000-0123456789ab", table("pairs", [{"y_ids": [99_999]}]), {})
     with pytest.raises(UsageError, match="query 'q0' of round 0: y_ids holds token 99999"):
-        purity(model=str(policy), data=(other.root,), output=tmp_path)
+        purity(Purity(model=str(policy), data=(other.root,), output=tmp_path))
 
 
 def test_a_damaged_kept_file_is_named(policy, data, tmp_path):
-    purity(model=str(policy), data=(data,), output=tmp_path)
+    purity(Purity(model=str(policy), data=(data,), output=tmp_path))
     kept = next((tmp_path / "logps").rglob("*.parquet"))
     kept.write_bytes(kept.read_bytes()[:-9])
     with pytest.raises(DamagedError, match=kept.name):
-        purity(model=str(policy), data=(data,), output=tmp_path)
+        purity(Purity(model=str(policy), data=(data,), output=tmp_path))

@@ -11,6 +11,7 @@ from ple_data.principles import load_principle
 from ple_data.queries import Query, load_queries, to_messages, to_text
 from ple_data.round_plan import default_unit_size, make_prompts, make_units
 from schemas.errors import UsageError
+from schemas.options import Queries, Reading
 from schemas.records import RoundManifest
 from tests import tiny
 
@@ -51,7 +52,7 @@ def test_column_is_x_then_prompt_then_what_is_asked_for(tmp_path: Path) -> None:
     rows = [{"id": "a", "x": "from x", "prompt": "from prompt", "post": "from post"}]
     path = write(tmp_path / "q.jsonl", rows)
     assert load_queries(path).queries[0].x == "from x"
-    assert load_queries(path, query_column="post").queries[0].x == "from post"
+    assert load_queries(path, Reading(query_column="post")).queries[0].x == "from post"
     path = write(tmp_path / "p.jsonl", [{"prompt": "from prompt", "post": "from post"}])
     assert load_queries(path).queries[0].x == "from prompt"
 
@@ -66,7 +67,7 @@ def test_a_hub_dataset_is_read_by_its_id(monkeypatch: pytest.MonkeyPatch) -> Non
         return datasets.Dataset.from_list([{"prompt": "hello"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found = load_queries("owner/name:small", split="test")
+    found = load_queries("owner/name:small", Reading(split="test"))
     assert asked == [("owner/name", "small", "test")]
     assert [query.x for query in found.queries] == ["hello"]
     load_queries("owner/name")
@@ -97,9 +98,11 @@ def test_hh_from_prompt_and_from_chosen(tmp_path: Path) -> None:
     by_prompt = write(tmp_path / "p.jsonl", [{"id": "1", "prompt": HH, "chosen": "Oil it.", "rejected": "Eh."}])
     by_chosen = write(tmp_path / "c.jsonl", [{"id": "1", "chosen": f"{HH} Oil it.", "rejected": f"{HH} Eh."}])
     expected = [Query("1", HH, "Oil it.")]
-    assert load_queries(by_prompt, reader="hh").queries == expected
-    assert load_queries(by_chosen, reader="hh").queries == [Query("1", HH, " Oil it.")], "x and it make the file's text"
-    [chat] = load_queries(by_chosen, reader="hh", chat=True).queries
+    assert load_queries(by_prompt, Reading(reader="hh")).queries == expected
+    assert load_queries(by_chosen, Reading(reader="hh")).queries == [Query("1", HH, " Oil it.")], (
+        "x and it make the file's text"
+    )
+    [chat] = load_queries(by_chosen, Reading(reader="hh"), chat=True).queries
     assert chat.reference == "Oil it."
     assert chat.x == [
         {"role": "user", "content": "What is rust?"},
@@ -111,18 +114,18 @@ def test_hh_from_prompt_and_from_chosen(tmp_path: Path) -> None:
 def test_hh_text_without_turns_names_the_line(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", [{"prompt": HH}, {"prompt": "no turns at all"}])
     with pytest.raises(UsageError, match=r"q\.jsonl line 2: column prompt must be a dialogue.*no turns at all"):
-        load_queries(path, reader="hh")
+        load_queries(path, Reading(reader="hh"))
 
 
 def test_imdb_is_the_first_words_as_they_stand(tmp_path: Path) -> None:
     path = write(tmp_path / "q.parquet", [{"id": "1", "text": "A  fine\nfilm, I think."}, {"id": "2", "text": "Bad."}])
-    found = load_queries(path, reader="imdb", prefix_words=3).queries
+    found = load_queries(path, Reading(reader="imdb", prefix_words=3)).queries
     assert found == [Query("1", "A  fine\nfilm,", " I think."), Query("2", "Bad.", None)]
 
 
 def test_tldr_is_the_prompt(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", [{"prompt": "POST: a long story\n\nTL;DR:", "summary": "a story"}])
-    (query,) = load_queries(path, reader="tldr").queries
+    (query,) = load_queries(path, Reading(reader="tldr")).queries
     assert (query.x, query.reference) == ("POST: a long story\n\nTL;DR:", "a story")
 
 
@@ -187,16 +190,16 @@ def test_missing_file_directory_and_split_of_a_file(tmp_path: Path) -> None:
         load_queries(tmp_path)
     path = write(tmp_path / "q.jsonl", [{"x": "1"}])
     with pytest.raises(UsageError, match="--split is for a hub dataset"):
-        load_queries(path, split="test")
+        load_queries(path, Reading(split="test"))
     with pytest.raises(UsageError, match="no column post"):
-        load_queries(path, query_column="post")
+        load_queries(path, Reading(query_column="post"))
 
 
 def test_over_long_queries_are_dropped_and_counted() -> None:
     tokenizer = tiny.tiny_tokenizer()
     lengths = [len(tokenizer(text).input_ids) for text in ("a b", "a b c d e f", "a")]
     queries = [Query("1", "a b"), Query("2", "a b c d e f"), Query("3", "a")]
-    prompts, counts = make_prompts(tokenizer, queries, load_principle("hh"), max_query_tokens=lengths[0])
+    prompts, counts = make_prompts(tokenizer, queries, load_principle("hh"), Queries(max_query_tokens=lengths[0]))
     assert [prompt.query.id for prompt in prompts] == ["1", "3"]
     assert [len(prompt.x_ids) for prompt in prompts] == [lengths[0], lengths[2]]
     assert counts == {"queries_read": 3, "queries_looked_at": 3, "queries_too_long": 1, "queries_taken": 2}
@@ -207,11 +210,11 @@ def test_skip_limit_and_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, principle = tiny.tiny_tokenizer(), load_principle("hh")
     queries = [Query(str(i), f"query {i}") for i in range(10)]
 
-    def ids(**options: Any) -> list[int]:
+    def ids(seed: int = 0, **options: Any) -> list[int]:
         taken = []
         for at_once in (1, 3, 1000):
             monkeypatch.setattr("ple_data.round_plan.RENDERED_AT_ONCE", at_once)
-            prompts, _ = make_prompts(tokenizer, queries, principle, max_query_tokens=99, **options)
+            prompts, _ = make_prompts(tokenizer, queries, principle, Queries(max_query_tokens=99, **options), seed)
             taken.append([int(prompt.query.id) for prompt in prompts])
         assert taken[0] == taken[1] == taken[2]
         return taken[0]
@@ -221,18 +224,20 @@ def test_skip_limit_and_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ids(skip=8, limit=4) == [8, 9, 0, 1]
     assert ids(skip=23, limit=2) == [3, 4]
     assert ids(limit=99) == list(range(10))
-    shuffled = ids(shuffle_seed=1)
+    shuffled = ids(1, shuffle=True)
     assert shuffled != list(range(10))
     assert sorted(shuffled) == list(range(10))
-    assert ids(shuffle_seed=1) == shuffled != ids(shuffle_seed=2)
-    rounds = [ids(shuffle_seed=1, skip=4 * t, limit=4) for t in range(2)]
+    assert ids(1, shuffle=True) == shuffled != ids(2, shuffle=True)
+    rounds = [ids(1, shuffle=True, skip=4 * t, limit=4) for t in range(2)]
     assert not set(rounds[0]) & set(rounds[1])
 
 
 def test_a_limit_renders_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ple_data.round_plan.RENDERED_AT_ONCE", 4)
     queries = [Query(str(i), f"query {i}") for i in range(100)]
-    _, counts = make_prompts(tiny.tiny_tokenizer(), queries, load_principle("hh"), max_query_tokens=99, skip=3, limit=2)
+    _, counts = make_prompts(
+        tiny.tiny_tokenizer(), queries, load_principle("hh"), Queries(max_query_tokens=99, skip=3, limit=2)
+    )
     assert counts == {"queries_read": 100, "queries_looked_at": 8, "queries_too_long": 0, "queries_taken": 2}
 
 
@@ -246,7 +251,7 @@ def test_unit_ids_follow_content_and_not_what_comes_after() -> None:
     """A unit's id changes with its own queries or the round's identity, and with nothing else."""
     tokenizer = tiny.tiny_tokenizer()
     queries = [Query(str(i), f"query {i}") for i in range(5)]
-    prompts, _ = make_prompts(tokenizer, queries, load_principle("hh"), max_query_tokens=99)
+    prompts, _ = make_prompts(tokenizer, queries, load_principle("hh"), Queries(max_query_tokens=99))
     units = make_units(prompts, 2, {"seed": 0})
     assert [len(unit.prompts) for unit in units] == [2, 2, 1]
     assert [unit.id[:6] for unit in units] == ["00000-", "00001-", "00002-"]

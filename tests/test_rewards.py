@@ -15,6 +15,7 @@ from ple_data.rewards.classifier import ClassifierReward, _batches
 from ple_data.rewards.http import API_KEY_VARIABLE, HttpReward
 from ple_data.rewards.texts import as_chat, as_text, encode
 from schemas.errors import PleError, UsageError
+from schemas.options import Rewards
 from tests import tiny
 
 HH = "\n\nHuman: What is a film?\n\nAssistant: A story.\n\nHuman: Is it long?\n\nAssistant:"
@@ -269,7 +270,7 @@ def test_several_outputs_and_none_chosen_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match=r"2 outputs \(0 = bad, 1 = good\).*--output-index"):
         load_reward_model(str(directory))
     with pytest.raises(UsageError, match=r"no output 2"):
-        load_reward_model(str(directory), output_index=2)
+        load_reward_model(str(directory), Rewards(output_index=2))
 
 
 def test_a_language_model_is_no_reward_model(policy: Path):
@@ -286,7 +287,7 @@ def test_a_directory_that_is_no_model_is_refused(tmp_path: Path):
 
 def test_bfloat16_is_close_to_float32(reward: Path):
     exact = load_reward_model(str(reward)).score(ROWS)
-    rounded = load_reward_model(str(reward), dtype="bfloat16").score(ROWS)
+    rounded = load_reward_model(str(reward), Rewards(reward_dtype="bfloat16")).score(ROWS)
     assert exact != rounded
     assert rounded == pytest.approx(exact, abs=0.15)
 

@@ -13,6 +13,7 @@ from ple_data.rewards import load_reward_model
 from ple_train.reward import train_reward
 from ple_train.sft import read_sequences, sft
 from schemas.errors import UsageError
+from schemas.options import Reward, Rewards, Sft
 from tests import oracle
 
 
@@ -49,17 +50,17 @@ def test_prompts_are_rendered_as_the_rounds_render_them(chat_policy, tmp_path):
 
 
 def test_rows_that_changed_are_not_taken_for_the_ones_that_were_trained_on(policy, rows, tmp_path):
-    sft(model=str(policy), data=rows, output=tmp_path / "out")
+    sft(Sft(model=str(policy), data=rows, output=tmp_path / "out"))
     rows.write_text(rows.read_text() + '\n{"x": "more", "y": "rows"}')
     with pytest.raises(UsageError, match="data_digest"):
-        sft(model=str(policy), data=rows, output=tmp_path / "out")
+        sft(Sft(model=str(policy), data=rows, output=tmp_path / "out"))
 
 
 def test_rows_over_the_positions_are_counted(policy, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"x": "a", "y": "word " * 3000}))
     with pytest.raises(UsageError, match="1 rows are longer than the 2048 positions"):
-        sft(model=str(policy), data=path, output=tmp_path / "out")
+        sft(Sft(model=str(policy), data=path, output=tmp_path / "out"))
 
 
 def test_rows_over_max_length_are_counted(policy, rows, capsys):
@@ -72,7 +73,7 @@ def test_rows_over_max_length_are_counted(policy, rows, capsys):
 
 
 def test_the_first_loss_is_eq_1_per_response_token(policy, rows, tmp_path):
-    sft(model=str(policy), data=rows, output=tmp_path / "out", batch_size=24)
+    sft(Sft(model=str(policy), data=rows, output=tmp_path / "out", batch_size=24))
     model = AutoModelForCausalLM.from_pretrained(policy).double()
     logps = []
     for s in read_sequences(rows, AutoTokenizer.from_pretrained(policy), None):
@@ -87,8 +88,8 @@ def test_the_first_loss_is_eq_1_per_response_token(policy, rows, tmp_path):
 def test_lora_is_merged_into_a_start_policy_that_has_learned(policy, rows, tmp_path):
     merged, kept = tmp_path / "merged", tmp_path / "kept"
     options = {"model": str(policy), "data": rows, "epochs": 8, "learning_rate": 1e-2, "batch_size": 8}
-    sft(**options, output=merged)
-    sft(**options, output=kept, merge=False)
+    sft(Sft(**options, output=merged))
+    sft(Sft(**options, output=kept, merge=False))
     assert (kept / "adapter_config.json").is_file()
     assert not (merged / "adapter_config.json").exists()
     losses = pl.read_parquet(merged / "metrics.parquet")["loss"]
@@ -116,17 +117,19 @@ def test_bad_rows_are_named(policy, tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     with pytest.raises(UsageError, match=message):
-        sft(model=str(policy), data=path, output=tmp_path / "out")
+        sft(Sft(model=str(policy), data=path, output=tmp_path / "out"))
 
 
 def test_a_classifier_learns_labels_and_scores_what_it_learned(reward, tmp_path):
     texts = [f"The film {n} was {'great' if n % 2 else 'very bad'}." for n in range(40)]
     pl.DataFrame({"text": texts, "label": [n % 2 for n in range(40)]}).write_parquet(tmp_path / "labels.parquet")
     train_reward(
-        model=str(reward), data=tmp_path / "labels.parquet", output=tmp_path / "rm", epochs=6, learning_rate=1e-2
+        Reward(
+            model=str(reward), data=tmp_path / "labels.parquet", output=tmp_path / "rm", epochs=6, learning_rate=1e-2
+        )
     )
     assert pl.read_parquet(tmp_path / "rm" / "metrics.parquet")["accuracy"][-1] > 0.9
-    judge = load_reward_model(str(tmp_path / "rm"), output_index=1)
+    judge = load_reward_model(str(tmp_path / "rm"), Rewards(output_index=1))
     good, bad = judge.score([("The film 3", " was great."), ("The film 3", " was very bad.")])
     assert good > bad
 
@@ -135,7 +138,9 @@ def test_preferences_train_a_model_with_one_output(reward, tmp_path):
     rows = {"prompt": ["The film"] * 32, "chosen": [" was great."] * 32, "rejected": [" was very bad."] * 32}
     pl.DataFrame(rows).write_parquet(tmp_path / "pairs.parquet")
     output = tmp_path / "rm"
-    train_reward(model=str(reward), data=tmp_path / "pairs.parquet", output=output, epochs=4, learning_rate=1e-2)
+    train_reward(
+        Reward(model=str(reward), data=tmp_path / "pairs.parquet", output=output, epochs=4, learning_rate=1e-2)
+    )
     chosen, rejected = load_reward_model(str(output)).score(
         [("The film", " was great."), ("The film", " was very bad.")]
     )
@@ -153,4 +158,4 @@ def test_preferences_train_a_model_with_one_output(reward, tmp_path):
 def test_bad_labels_are_named(reward, tmp_path, columns, message):
     pl.DataFrame(columns).write_parquet(tmp_path / "bad.parquet")
     with pytest.raises(UsageError, match=message):
-        train_reward(model=str(reward), data=tmp_path / "bad.parquet", output=tmp_path / "out")
+        train_reward(Reward(model=str(reward), data=tmp_path / "bad.parquet", output=tmp_path / "out"))

@@ -21,9 +21,11 @@ from ple_train import loop, lora
 from ple_train import train as training
 from ple_train.batches import micro_batches
 from ple_train.objective import PairObjective
-from ple_train.pairs import PairStream, Partition, freeze, refuse_unfit_pairs
 from ple_train.policy import load_policy
+from ple_train.snapshot import freeze
+from ple_train.stream import PairStream, Partition, refuse_unfit_pairs
 from schemas.errors import LockedError, PleError, UsageError
+from schemas.options import Train
 from schemas.records import RoundManifest
 from tests import oracle
 from tests.conftest import ROOT
@@ -62,8 +64,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stream(data: Path, **more) -> PairStream:
-    options = {"batch_size": 8, "seed": 0, "max_length": None, "vocabulary": 300, **more}
-    return PairStream(freeze([data], 1, options["max_length"]), 1, Partition(0.2), **options)
+    options = SimpleNamespace(**{"round": 1, "batch_size": 8, "seed": 0, "max_length": None} | more)
+    limits = SimpleNamespace(vocabulary=more.get("vocabulary", 300), positions=None)
+    windows = {"window_rows": more["window_rows"]} if "window_rows" in more else {}
+    return PairStream(freeze([data], 1, options.max_length), Partition(0.2), options, limits, **windows)
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -76,7 +80,7 @@ def run(policy, pairs, tmp_path):
 
     def run(name: str, **more) -> Path:
         options = {"model": str(policy), "data": [pairs], "round": 1, "learning_rate": 1e-3, "batch_size": 8, **more}
-        training.train(output=tmp_path / name, **options)
+        training.train(Train(output=tmp_path / name, **options))
         return tmp_path / name
 
     return run
@@ -516,7 +520,7 @@ def test_a_tracker_that_is_not_installed_is_named(run, monkeypatch):
 
 def test_learning_rate_schedule_by_hand():
     """Warm-up 2 of 6 steps: 0.5, 1; then cosine over 4: 1, (1 + cos 45°)/2, 0.5, (1 - cos 45°)/2 of 1.0."""
-    settings = loop.LoopSettings(learning_rate=1.0, warmup_steps=2, schedule="cosine")
+    settings = loop.Loop(learning_rate=1.0, warmup_steps=2, schedule="cosine")
     rates = [loop.learning_rate_at(step, 6, settings) for step in range(6)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
 
@@ -588,7 +592,8 @@ def test_rounds_that_the_same_base_model_sampled_are_not_read_for_that(policy, a
     refuse_unfit_pairs(freeze([data], 0, None), limits, None, policy_name(policy))
     with pytest.raises(UsageError, match="query 'long' of round 0"):
         refuse_unfit_pairs(freeze([data], 0, None), limits, None, "other@0123456789ab")
-    late = PairStream(freeze([data], 0, None), 0, Partition(0.2), batch_size=8, seed=0, max_length=None, **vars(limits))
+    options = SimpleNamespace(round=0, batch_size=8, seed=0, max_length=None)
+    late = PairStream(freeze([data], 0, None), Partition(0.2), options, limits)
     with pytest.raises(UsageError, match="query 'long' of round 0"):
         list(late.batches(0, 0))
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from ple_data.models import AdapterInfo
 from schemas.errors import UsageError
+from schemas.options import Sampling
 
 Finish = Literal["stop", "length"]
 ENGINES = ("vllm", "hf")
@@ -26,27 +27,6 @@ class Request:
     key: Any
     prompt_ids: tuple[int, ...]
     seed: int
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are sampled. temperature 0 is greedy; `logprobs` keeps the log-probability of each token."""
-
-    max_new_tokens: int = 1024
-    temperature: float = 1.0
-    top_p: float = 1.0
-    stop: tuple[str, ...] = ()
-    logprobs: bool = True
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"--temperature must be 0 (greedy) or a positive number, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
-        if "" in self.stop:
-            raise UsageError("--stop must not be an empty text")
 
 
 @dataclass(frozen=True, slots=True)

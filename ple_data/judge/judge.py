@@ -2,48 +2,38 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from ple_data.digests import json_digest
 from ple_data.finite import refuse_non_finite
 from ple_data.judge import results
 from ple_data.judge.journal import Journal
-from ple_data.judge.llm import APIS, LanguageModelJudge
+from ple_data.judge.llm import APIS, LanguageModelJudge, parse_request_args
 from ple_data.judge.prompt import load_template, preference
 from ple_data.judge.results import REWARD, Outcome, Verdict
 from ple_data.judge.sources import Pair, choose, load_pairs, named
 from ple_data.progress import Progress
-from ple_data.rewards import RewardModel, load_reward_model, resolved_options, shown_spec
+from ple_data.rewards import RewardModel, load_reward_model, shown_spec
 from schemas.errors import UsageError
 from schemas.files import locked
 from schemas.judging import Answer, Order, Reward
+from schemas.options import Judge, Rewards
 
 CHUNK = 1024
 """Responses that a reward model is given together, so that it can batch them by length."""
 _CUT = {"length", "max_tokens"}  # finish reasons of an answer that the token limit ended
 
 
-def judge(
-    a: str,
-    b: str,
-    judge: str,
-    output: Path,
-    *,
-    endpoint: str | None = None,
-    template: Path | None = None,
-    request_args: dict[str, Any] | None = None,
-    concurrency: int = 8,
-    limit: int | None = None,
-    seed: int = 0,
-    reward_options: dict[str, Any] | None = None,
-) -> str:
+def judge(options: Judge) -> str:
     """Judges the responses of A and B to the same queries; gives back the report as text.
 
-    judge: `openai:MODEL`, `anthropic:MODEL` (at `endpoint`, if not the maker's own) or `reward:SPEC`. Writes
+    spec: `openai:MODEL`, `anthropic:MODEL` (at `endpoint`, if not the maker's own) or `reward:SPEC`. Writes
     `verdicts.parquet`, `judge.json` and `answers.jsonl` or `rewards.jsonl` into `output`; run again it asks only
     for what is not there yet. Raises UsageError, LockedError, PleError.
     """
+    a, b, output, seed, limit = options.a, options.b, options.output, options.seed or 0, options.limit
+    judge, endpoint, template = options.spec or "", options.endpoint, options.template
+    request_args = parse_request_args(options.request_args)
     kind, _, name = judge.partition(":")
     if kind not in (*APIS, REWARD) or not name:
         raise UsageError(f"--judge {shown_spec(judge)}: expected openai:MODEL, anthropic:MODEL or reward:SPEC")
@@ -55,18 +45,18 @@ def judge(
     chosen = choose(pairs.rows, limit, seed)
     with locked(output / ".lock"):
         if kind == REWARD:
-            reward_model = load_reward_model(name, **reward_options or {})
+            reward_model = load_reward_model(name, options)
             name, digest = f"{REWARD}:{reward_model.name}", None
-            settings["reward_options"], more = resolved_options(reward_options or {}), {}
+            settings["reward_options"], more = options.part(Rewards).values(), {}
             results.refuse_other(output, a, b, name, digest)
             with Journal(output / "rewards.jsonl", Reward) as journal:
                 verdicts = by_reward(reward_model, chosen, journal)
         else:
-            model = LanguageModelJudge(kind, name, endpoint, load_template(template), request_args or {})
+            model = LanguageModelJudge(kind, name, endpoint, load_template(template), request_args)
             name, digest = model.name, model.template.digest
             results.refuse_other(output, a, b, name, digest)
             with Journal(output / "answers.jsonl", Answer) as file:
-                answers = model.ask(chosen, file, concurrency)
+                answers = model.ask(chosen, file, options.concurrency)
             verdicts = [by_answers(pair, answers) for pair in chosen]
             paid = list({answer.request: answer for answer in answers.values()}.values())
             _warn_unparsed(verdicts)

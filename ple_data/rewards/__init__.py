@@ -3,15 +3,15 @@
 A reward model sees x and y and never the principle. Nothing here samples, trains or writes a file.
 """
 
-import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Protocol
+
+from schemas.options import Rewards
 
 _ADDRESS = ("http://", "https://")
 _OUTPUT = re.compile(r"\[(\d+)\]$")
-Join = Literal["auto", "text", "pair", "chat"]
 
 
 class RewardModel(Protocol):
@@ -74,15 +74,7 @@ def recorded_spec(spec: str) -> str:
     return recorded_address(spec)
 
 
-def load_reward_model(
-    spec: str,
-    *,
-    output_index: int | None = None,
-    join: Join = "auto",
-    batch_tokens: int | None = None,
-    device: str = "auto",
-    dtype: Literal["float32", "bfloat16"] = "float32",
-) -> RewardModel:
+def load_reward_model(spec: str, options: Rewards | None = None) -> RewardModel:
     """The reward model that `spec` names.
 
     - `http://...` or `https://...`: an endpoint (ple_data/rewards/http.py);
@@ -96,14 +88,15 @@ def load_reward_model(
     if _is_classifier(spec):
         from ple_data.rewards.classifier import DEFAULT_BATCH_TOKENS, ClassifierReward
 
-        model, output = _split_output(spec, output_index)
+        options = options or Rewards()
+        model, output = _split_output(spec, options.output_index)
         return ClassifierReward(
             model,
             output_index=output,
-            join=join,
-            batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS,
-            device=device,
-            dtype=dtype,
+            join=options.join,
+            batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS,
+            device=options.reward_device,
+            dtype=options.reward_dtype,
         )
     if spec.startswith(_ADDRESS):
         from ple_data.rewards.http import HttpReward
@@ -112,12 +105,6 @@ def load_reward_model(
     from ple_data.rewards.function import FunctionReward
 
     return FunctionReward(spec)
-
-
-def resolved_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `load_reward_model`, with the defaults of what is not given."""
-    parameters = inspect.signature(load_reward_model).parameters.values()
-    return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY} | dict(options)
 
 
 def _is_classifier(spec: str) -> bool:

@@ -1,0 +1,94 @@
+"""What a result depends on, as it is kept beside it and compared when a command is started again.
+
+It depends on the options that are not machine-only, on the digests of what they name, and on nothing else. An option
+that an older record does not know counts as its default; a model, adapter or file that was moved or renamed is the
+same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ple_data.digests import digests_of
+from schemas.errors import UsageError
+from schemas.options import Options, about
+
+DIGESTS = {
+    **dict.fromkeys(("model", "adapter", "revision"), "weights"),
+    "data": "data_digest",
+    "queries": "queries_digest",
+    "reward_model": "reward",
+}
+"""Where the digest of what an option names is kept. Where there is none (a hub dataset), its name counts."""
+NO_OPTIONS = ("method", *dict.fromkeys(DIGESTS.values()))
+"""What counts beside the options."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one command; `values` are JSON. `elsewhere`: options whose content is compared by other means."""
+
+    kind: type[Options]
+    values: dict[str, Any]
+    elsewhere: Collection[str] = ()
+
+    @classmethod
+    def of(cls, options: Options, *, elsewhere: Collection[str] = (), **more: Any) -> Settings:
+        """Those of a command's options that count, and `more` (`NO_OPTIONS`, or what is kept for people)."""
+        return cls(type(options), counted(options) | {name: as_json(value) for name, value in more.items()}, elsewhere)
+
+    def differences(self, then: Mapping[str, Any]) -> list[str]:
+        """Each setting that counts and differs from an older record's: 'name: old then, new now'."""
+        known = {option.name: option for option in fields(self.kind)}
+        found = []
+        for name in sorted(self.values.keys() | then.keys()):
+            option = known.get(name)
+            if name in self.elsewhere or (option is None and name not in NO_OPTIONS):
+                continue
+            if option is not None and (about(option).machine or self._by_digest(name, then)):
+                continue
+            default = as_json(option.default) if option is not None else None
+            now, before = self.values.get(name, default), then.get(name, default)
+            if name == "weights" and now and before:
+                now, before = digests_of(now), digests_of(before)
+            if now != before and not (name == "precision" and before == "auto"):  # a record of 0.1.0 is not resolved
+                found.append(f"{name}: {before!r} then, {now!r} now")
+        return found
+
+    def refuse_other(self, then: Mapping[str, Any], where: Path) -> None:
+        """Raise UsageError that lists every setting that differs from those that `where` was made with."""
+        if changes := self.differences(then):
+            raise UsageError(
+                f"{where} was made with other settings ({'; '.join(changes)}); use another --output, or --no-resume "
+                "to start again"
+            )
+
+    def _by_digest(self, name: str, then: Mapping[str, Any]) -> bool:
+        digest = DIGESTS.get(name, "")
+        return bool(self.values.get(digest) and then.get(digest))
+
+
+def counted(options: Options, always: Collection[str] = ()) -> dict[str, Any]:
+    """The values, as JSON, of the options that are not machine-only.
+
+    always: give those of these names in any case, and others only where they are not their defaults and name no place.
+    So a digest over them stays what it was before there was another option.
+    """
+    found = {}
+    for option in fields(options):
+        value = getattr(options, option.name)
+        told = about(option)
+        later = bool(always) and (told.place or value == option.default)
+        if option.name in always or not (told.machine or later):
+            found[option.name] = as_json(value)
+    return found
+
+
+def as_json(value: Any) -> Any:
+    """Paths as text, tuples as lists."""
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,167 @@
+"""Pairs of a frozen snapshot → global batches of weighted sequences. Reads committed shards; never writes.
+
+The order is a function of (seed, epoch) alone: shards are permuted, read a window at a time, and the rows of a
+window are permuted. Memory holds one window, however many rows there are. The partition (set, coefficients) comes
+from `ple_data.partition`, the one home of Eqs. 3 to 5 and 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import polars as pl
+
+from ple_data.partition import Without, partition, tau
+from ple_data.store import collect, scan_shards
+from ple_train.batches import Sequence
+from ple_train.snapshot import ID_COLUMNS, SnapshotShard, base_of, base_of_round, fits, read_rows
+from schemas.errors import UsageError
+from schemas.options import Train
+from schemas.tables import ARMS
+
+WINDOW_ROWS = 16_384
+COLUMNS = ["query_id", "round", "s", "s_prompt", *ID_COLUMNS]
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the PLE objective knows of a sequence: its arm, its pair's set and age in rounds, and its coefficient."""
+
+    arm: str
+    set: str
+    age: int
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How rows become coefficients: tau_t of this round and the options of `ple_data.partition.partition`."""
+
+    tau: float
+    normalize_wsft: bool = False
+    sft_anchor: float = 0.0
+    without: Without | None = None
+
+    @classmethod
+    def of(cls, options: Train) -> Partition:
+        """That of a training. Raises UsageError for a threshold that is none."""
+        threshold = tau(options.tau0, options.alpha, options.round)
+        return cls(threshold, options.normalize_wsft, options.sft_anchor, options.without)
+
+    def expressions(self) -> list[pl.Expr]:
+        """Columns set, c and c_prompt (and the rest of the partition)."""
+        return partition(self.tau, normalize_wsft=self.normalize_wsft, anchor=self.sft_anchor, without=self.without)
+
+
+class PairStream:
+    """Global batches of `batch_size` pairs (two sequences each); the last of an epoch is short, never dropped.
+
+    In an ablation (`Partition.without`) responses with the coefficient 0 stay out: they would cost and teach nothing.
+    """
+
+    def __init__(
+        self,
+        snapshot: list[SnapshotShard],
+        partition: Partition,
+        options: Train,
+        limits: Limits,
+        window_rows: int = WINDOW_ROWS,
+    ) -> None:
+        self.snapshot, self.round, self.partition = snapshot, options.round, partition
+        self.batch_size, self.seed, self.max_length = options.batch_size, options.seed, options.max_length
+        self.limits, self.window_rows = limits, window_rows
+        self.pairs = sum(s.rows for s in snapshot)
+        self.steps_per_epoch = -(-self.pairs // self.batch_size)
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[list[Sequence], int]]:
+        """The epoch's batches from the start-th on: sequences, and the number of pairs they come from."""
+        pending: list[pl.DataFrame] = []
+        rows_waiting = 0
+        for window in self._windows(epoch, start * self.batch_size):
+            pending.append(window)
+            rows_waiting += window.height
+            if rows_waiting < self.batch_size:
+                continue
+            rows = pl.concat(pending)
+            whole = rows.height - rows.height % self.batch_size
+            for first in range(0, whole, self.batch_size):
+                yield self._sequences(rows[first : first + self.batch_size])
+            pending, rows_waiting = [rows[whole:]], rows.height - whole
+        if rows_waiting:
+            yield self._sequences(pl.concat(pending))
+
+    def _windows(self, epoch: int, skip: int) -> Iterator[pl.DataFrame]:
+        """Shuffled windows of rows from the `skip`-th row of the epoch on; windows before it are not read."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.snapshot))
+        window: list[SnapshotShard] = []
+        number = 0
+        for place, index in enumerate(order):
+            window.append(self.snapshot[index])
+            rows = sum(s.rows for s in window)
+            if rows < self.window_rows and place + 1 < len(order):
+                continue
+            if skip < rows:
+                shuffle = np.random.default_rng([self.seed, epoch, number]).permutation(rows)[skip:]
+                frames = [read_rows(part, COLUMNS, self.max_length) for part in window]
+                yield pl.concat(frames)[shuffle].with_columns(self.partition.expressions())
+            skip = max(0, skip - rows)
+            window, number = [], number + 1
+
+    def _sequences(self, rows: pl.DataFrame) -> tuple[list[Sequence], int]:
+        sequences = []
+        for number, row in enumerate(rows.iter_rows(named=True)):
+            for arm, coefficient in zip(ARMS, (row["c"], row["c_prompt"]), strict=True):
+                if self.partition.without and coefficient == 0:
+                    continue
+                ids = np.array(row["x_ids"] + row[f"{arm}_ids"], dtype=np.int32)
+                refuse_foreign_ids(ids, f"query {row['query_id']!r} of round {row['round']}: x and {arm}", self.limits)
+                tag = Response(arm, row["set"], self.round - row["round"], coefficient)
+                sequence = Sequence(ids, len(row["x_ids"]), tag, query=number)
+                if sequence.response > 0:
+                    sequences.append(sequence)
+        return sequences, rows.height
+
+
+class Limits(Protocol):
+    """What a model can take: token ids below `vocabulary`, and at most `positions` of them where it has a limit."""
+
+    vocabulary: int
+    positions: int | None
+
+
+def refuse_foreign_ids(ids: np.ndarray, what: str, limits: Limits) -> None:
+    """Raise UsageError where stored ids [n] are not the model's, or more than it has positions; `what` names them."""
+    if ids.size and ids.max() >= limits.vocabulary:
+        raise UsageError(
+            f"{what} hold token {ids.max()}, but the model's vocabulary has {limits.vocabulary}; these pairs were made "
+            "with another tokenizer"
+        )
+    if limits.positions is not None and ids.size > limits.positions:
+        raise UsageError(
+            f"{what} have {ids.size} tokens, over the {limits.positions} positions of the model; use --max-length "
+            f"{limits.positions}"
+        )
+
+
+def refuse_unfit_pairs(parts: list[SnapshotShard], limits: Limits, max_length: int | None, policy: str) -> None:
+    """Raise UsageError where a pair that will be trained on is not for the model: see `refuse_foreign_ids`.
+
+    So that no training stops at such a pair after hours, the token ids of all rounds are read once; but not of rounds
+    that were begun with this very base model (`policy` is a name with digests), of which ple-gen has seen to it. What
+    was put among its files by hand is refused when its turn comes.
+    """
+    bases = {key: base_of_round(*key) for key in {(p.store, p.shard.round) for p in parts}}
+    foreign = [p.shard for p in parts if bases[p.store, p.shard.round] != base_of(policy)]
+    rows = scan_shards("pairs", foreign)
+    rows = rows if max_length is None else rows.filter(fits(max_length))
+    unfit = pl.any_horizontal(pl.col(name).list.max() >= limits.vocabulary for name in ID_COLUMNS)
+    if limits.positions is not None:
+        unfit |= ~fits(limits.positions)
+    columns = ["query_id", "round", *ID_COLUMNS]
+    for row in collect(rows.filter(unfit).head(1).select(columns)).iter_rows(named=True):
+        for arm in ARMS:
+            ids = np.array(row["x_ids"] + row[f"{arm}_ids"])
+            refuse_foreign_ids(ids, f"query {row['query_id']!r} of round {row['round']}: x and {arm}", limits)

@@ -1,0 +1,340 @@
+"""The options of every command: the groups that it takes, and its own, each stated once."""
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Literal
+
+from schemas.options.form import Options, option
+from schemas.options.groups import (
+    MACHINE,
+    METHOD,
+    RESPONSES,
+    REWARD,
+    TRAINING,
+    Asked,
+    Computing,
+    Loop,
+    Lora,
+    Model,
+    Passes,
+    Policy,
+    Prompting,
+    Reading,
+    Rewards,
+    Safeguards,
+    Seed,
+    Steps,
+    Threshold,
+    Tracked,
+    Trainable,
+    Without,
+    Written,
+)
+
+LLM, PEOPLE = "Language model", "People"
+HUB_OR_FILE = "Queries: Parquet, JSONL, JSON, CSV or a hub dataset id."
+PAIRS_DATA = "Folder of pairs; may be repeated."
+
+
+@dataclass(frozen=True)
+class Stores(Options):
+    """The pairs that a training sees."""
+
+    data: tuple[Path, ...] = option(MISSING, PAIRS_DATA, place=True)
+    round: int = option(MISSING, "Round T, counted from 0.", least=0)
+
+
+@dataclass(frozen=True)
+class Gen(Policy, Asked, Rewards):
+    """ple-gen"""
+
+    queries: str = option(MISSING, HUB_OR_FILE, place=True)
+    principles: str | None = option(MISSING, "hh, imdb or tldr (the paper's), a text file, or none (an ablation).")
+    reward_model: str | None = option(
+        None, "Score the responses as well, as ple-score does; without it, stop after sampling."
+    )
+    data: Path = option(MISSING, "Folder of the responses and pairs.", machine=True)
+    round: int = option(MISSING, "Round T, counted from 0.", least=0)
+    reuse: tuple[Path, ...] = option(
+        (),
+        "Take rows of this DATA where policy, query, principle and sampling match; may be repeated.",
+        RESPONSES,
+        machine=True,
+    )
+    dry_run: bool = option(
+        False,
+        "Show one rendered prompt of each arm with its token ids; sample nothing.",
+        names="--dry-run",
+        machine=True,
+    )
+
+
+@dataclass(frozen=True)
+class Score(Rewards):
+    """ple-score"""
+
+    data: Path = option(MISSING, "Folder of the responses.", machine=True)
+    reward_model: str = option(
+        MISSING,
+        "Classifier (directory or hub id; MODEL[1] for one of its outputs), file.py:function, module:function, or "
+        "http(s)://address.",
+    )
+    round: int | None = option(None, "Score this round only.", least=0)
+    output: Path | None = option(
+        None, "Write the pairs to another DATA, so that two reward models stay apart.", machine=True
+    )
+
+
+@dataclass(frozen=True)
+class Train(Policy, Stores, Threshold, Safeguards, Loop, Trainable, Tracked):
+    """ple-train"""
+
+    without: Without | None = option(
+        None,
+        "Ablation: leave out a term of equation 6. rank: every pair is weighted SFT; wsft: rank pairs alone.",
+        METHOD,
+    )
+    dry_run: bool = option(
+        False, "Show rows, margins and the partition by round; train nothing.", names="--dry-run", machine=True
+    )
+
+
+@dataclass(frozen=True)
+class Sft(Model, Prompting, Loop, Trainable, Tracked):
+    """ple sft"""
+
+    data: Path = option(MISSING, "Rows with x and y (or prompt and response).", place=True)
+    output: Path = option(MISSING, "Folder of the new model.", machine=True)
+    merge: bool = option(True, "Merge the adapter into the model, or keep it apart.")
+    batch_size: int = option(32, "Rows of one step, over all processes.", TRAINING, least=1)
+
+
+@dataclass(frozen=True)
+class Reward(Model, Loop, Tracked):
+    """ple reward"""
+
+    data: Path = option(MISSING, "Rows with text and label, or with prompt, chosen and rejected.", place=True)
+    output: Path = option(MISSING, "Folder of the reward model.", machine=True)
+    learning_rate: float = option(5e-5, "AdamW's learning rate.", TRAINING, above=0)
+    batch_size: int = option(32, "Rows of one step, over all processes.", TRAINING, least=1)
+    max_length: int = option(512, "Keep the last N token ids.", TRAINING, least=1)
+
+
+@dataclass(frozen=True)
+class Baseline(Policy, Stores, Loop, Trainable, Tracked):
+    """ple baseline context-distillation, raft"""
+
+    batch_size: int = option(16, "Responses of one step, over all processes.", TRAINING, least=1)
+
+
+@dataclass(frozen=True)
+class BaselineSft(Prompting, Baseline):
+    """ple baseline sft"""
+
+    data: tuple[Path, ...] = option(
+        MISSING,
+        "Folder of pairs whose queries came with references, or a file of (x, y) rows; may be repeated.",
+        place=True,
+    )
+    round: int = option(None, "Round T of a folder: its pairs of rounds up to T.", least=0)
+
+
+@dataclass(frozen=True)
+class Dpo(Policy, Stores, Seed, Passes, Lora, Computing, Written):
+    """ple baseline dpo"""
+
+    beta: float = option(0.1, "Weight of the log-ratio to the start policy.", METHOD, above=0)
+    batch_size: int = option(16, "Pairs of one step.", TRAINING, least=1)
+    gradient_checkpointing: bool = option(False, "Less memory, more time.", MACHINE, machine=True)
+
+
+@dataclass(frozen=True)
+class Ppo(Policy, Seed, Reading, Steps, Lora, Rewards, Computing, Written):
+    """ple baseline ppo"""
+
+    queries: str = option(MISSING, HUB_OR_FILE, place=True)
+    reward_model: str = option(
+        MISSING, "Classifier (directory or hub id), file.py:function, module:function, or http(s)://address."
+    )
+    sampled_tokens: int = option(MISSING, "Stop with the step that has sampled so many tokens.", least=1)
+    max_new_tokens: int = option(1024, "Longest response.", RESPONSES, least=1)
+    temperature: float = option(1.0, "Of the responses it trains on.", RESPONSES, above=0)
+    kl_coef: float = option(0.05, "Penalty for leaving the start policy.", METHOD, least=0)
+    ppo_epochs: int = option(4, "Passes over each batch of responses.", METHOD, least=1)
+    batch_size: int = option(64, "Responses of one step.", TRAINING, least=1)
+
+
+@dataclass(frozen=True)
+class Run(Options):
+    """ple run"""
+
+    recipe: Path = option(MISSING, "The recipe, a YAML file.", positional=True)
+    overrides: tuple[str, ...] = option(
+        (), "Change a key, e.g. train.epochs=2; may be repeated.", names="--set", metavar="KEY=VALUE"
+    )
+    dry_run: bool = option(False, "Print the commands as shell lines; start nothing.", names="--dry-run")
+
+
+@dataclass(frozen=True)
+class Inspect(Threshold):
+    """ple inspect"""
+
+    data: Path = option(MISSING, "Folder of pairs.", positional=True)
+    sort: Literal["margin"] | None = option(None, "Show pairs, the largest margin first.")
+    rows: int = option(0, "Show this many pairs.", least=0)
+    as_json: bool = option(False, "Print one JSON object.", names="--json")
+
+
+@dataclass(frozen=True)
+class Judge(Rewards):
+    """ple judge"""
+
+    a: str = option(MISSING, "Responses of A.", positional=True)
+    b: str = option(MISSING, "Responses of B.", positional=True)
+    spec: str | None = option(
+        None,
+        "openai:MODEL, anthropic:MODEL or reward:SPEC (as --reward-model of ple-score).",
+        names="--judge",
+        metavar="SPEC",
+    )
+    human: bool = option(
+        False, "Write a page on which people compare blindly, instead of asking a judge.", names="--human"
+    )
+    output: Path = option(MISSING, "Folder of the verdicts, or of the page.")
+    limit: int | None = option(None, "Judge at most N queries, drawn by --seed.", least=1)
+    seed: int | None = option(
+        None,
+        "Seed of everything that is drawn. Default: 0; a page's order and sides are drawn at random.",
+        least=0,
+    )
+    endpoint: str | None = option(
+        None, "Address of an OpenAI-compatible or Anthropic-compatible server, up to and with /v1.", LLM
+    )
+    template: Path | None = option(None, "File of the question with {query}, {response_1} and {response_2}.", LLM)
+    concurrency: int = option(8, "Requests in flight at once.", LLM, least=1)
+    request_args: tuple[str, ...] = option(
+        (),
+        "Put a field into every request, e.g. reasoning_effort=low; null leaves one out; may be repeated.",
+        LLM,
+        names="--request-arg",
+        metavar="NAME=VALUE",
+    )
+    exports: tuple[Path, ...] = option(
+        (), "Read an annotator's export, or a folder of them, back; may be repeated.", PEOPLE, names="--read"
+    )
+    label_studio: Path | None = option(
+        None, "Also write the tasks for Label Studio here (JSON), and its labelling config.", PEOPLE
+    )
+
+
+@dataclass(frozen=True)
+class Export(Options):
+    """ple export"""
+
+    data: Path = option(MISSING, "Folder of pairs.", positional=True)
+    format: Literal["trl-preference", "sft", "messages", "alpacaeval"] = option(
+        MISSING,
+        "prompt, chosen, rejected; prompt, completion (the best response); the same as chat; instruction, output.",
+    )
+    round: int | None = option(None, "This round only; alpacaeval: the newest if not given.", least=0)
+    output: str = option(MISSING, "File: .jsonl or .parquet (alpacaeval: .json), or - for stdout.")
+
+
+@dataclass(frozen=True)
+class Verify(Options):
+    """ple verify"""
+
+    data: Path = option(MISSING, "Folder of responses and pairs.", positional=True)
+
+
+@dataclass(frozen=True)
+class Judged(Rewards):
+    """Several reward models, of which some trained a policy."""
+
+    reward_model: tuple[str, ...] = option(
+        (),
+        "Classifier (one of its outputs: MODEL[1]), file.py:function, module:function or http(s)://address; may be "
+        "repeated.",
+        REWARD,
+    )
+    trained_with: tuple[str, ...] = option(
+        (), "The --reward-model that trained a policy: it is marked; may be repeated.", REWARD
+    )
+
+
+@dataclass(frozen=True)
+class Answering(Asked):
+    """How several policies are asked the same queries."""
+
+    policy: tuple[str, ...] = option(
+        MISSING,
+        "A policy and its name in the tables; may be repeated. A hub id may end with @ and a revision.",
+        metavar="NAME=MODEL[,ADAPTER]",
+    )
+    logprobs: bool = option(False, "Not kept.", RESPONSES, offered=False)
+
+
+@dataclass(frozen=True)
+class Evaluate(Answering, Judged, Computing):
+    """ple eval"""
+
+    queries: str | None = option(None, "Queries to sample responses to: Parquet, JSONL, JSON, CSV or a hub dataset id.")
+    data: tuple[Path, ...] = option((), "Take each policy's plain responses from this DATA; may be repeated.")
+    round: int | None = option(None, "Take those of this round only.", least=0)
+    output: Path = option(MISSING, "Folder of the results, and of all that is kept for a rerun.")
+    references: str | None = option(
+        None, "File with id and reference, or a column of the queries; else what the reader finds beside a query."
+    )
+    samples: int = option(1, "Responses a query.", RESPONSES, least=1)
+    as_json: bool = option(False, "Print the report as one JSON object.", names="--json")
+
+
+@dataclass(frozen=True)
+class Cases(Answering, Judged):
+    """ple cases"""
+
+    queries: str = option(MISSING, "Rows with query, x or prompt, and id and kind where there are any.")
+    output: Path = option(MISSING, "Folder of cases.parquet, and of all that is kept for a rerun.")
+    samples: int = option(1, "Responses a query.", RESPONSES, offered=False)
+
+
+@dataclass(frozen=True)
+class Purity(Computing):
+    """ple purity"""
+
+    run: Path | None = option(None, "Directory of ple run: its start policy and that of every round, and its data.")
+    model: str | None = option(None, "Start policy: a directory or a hub id. Instead of --run.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub model.")
+    adapter: tuple[str, ...] = option((), "LoRA adapter of a later policy, in the order of training; may be repeated.")
+    data: tuple[Path, ...] = option((), "Folder of pairs; may be repeated. Default: RUN/data.")
+    round: tuple[int, ...] = option((), "Take the pairs of this round only; may be repeated.", least=0)
+    output: Path | None = option(None, "Folder of the results. Default: RUN/purity.")
+    normalized: bool = option(
+        False, "Compare mean log-probabilities of a token, or sums as in the paper.", names="--normalized/--sum"
+    )
+
+
+@dataclass(frozen=True)
+class Report(Options):
+    """ple report"""
+
+    run: Path = option(MISSING, "Directory of ple run, or a DATA folder.", positional=True)
+    evals: tuple[Path, ...] = option((), "Folder of ple eval; may be repeated.", names="--eval")
+    judges: tuple[Path, ...] = option((), "Folder of ple judge; may be repeated.", names="--judge")
+    purity: Path | None = option(None, "Folder of ple purity. Default: RUN/purity where it is there.")
+    cases: Path | None = option(None, "Folder of ple cases.")
+    output: Path | None = option(
+        None, "The page; NAME-figures/ beside it takes the PNG files. Default: RUN/report.html."
+    )
+    tau0: float | None = option(None, "Threshold of round 0. Default: the recipe's, else 0.2.", METHOD, least=0)
+    alpha: float | None = option(
+        None, "Decay of the threshold. Default: the recipe's, else 0.9.", METHOD, above=0, below=1
+    )
+
+
+@dataclass(frozen=True)
+class Demo(Options):
+    """ple demo"""
+
+    output: Path = option(Path("demo"), "Folder of everything that the demo makes.")
+    rounds: int = option(3, "Rounds of PLE.", least=1)

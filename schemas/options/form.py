@@ -1,0 +1,125 @@
+"""What an option is: a field of a frozen dataclass that says its default, bounds, help and heading. States none."""
+
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin
+
+from schemas.errors import UsageError
+
+
+@dataclass(frozen=True)
+class About:
+    """What a field says of its option.
+
+    above, below: bounds that are not allowed themselves. machine: it does not change what is learned or sampled, beyond
+    rounding. place: a path or hub id, whose content counts (by its digest) and not where it lies. names: on the command
+    line, where they are not made from the field's name. positional: an argument, not an option. offered: no option of
+    the command, where it has its one value.
+    """
+
+    help: str
+    section: str = "Options"
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    machine: bool = False
+    place: bool = False
+    names: str | None = None
+    metavar: str | None = None
+    positional: bool = False
+    offered: bool = True
+
+
+def option(default: Any, help: str, section: str = "Options", **about: Any) -> Any:
+    """A dataclass field that is an option; `default` is MISSING where it must be given."""
+    return field(default=default, kw_only=True, metadata={"about": About(help, section, **about)})
+
+
+def about(known: "Field[Any]") -> About:
+    """What a field of these dataclasses says of its option."""
+    found: About = known.metadata["about"]
+    return found
+
+
+def flag(known: "Field[Any]") -> str:
+    """The option's name on the command line."""
+    names = about(known).names
+    return names.split("/")[0] if names else "--" + known.name.replace("_", "-")
+
+
+def kind_of(known: "Field[Any]") -> Any:
+    """The type of one value: of `tuple[Path, ...] | None` and of `Path | None` it is Path."""
+    kind = known.type
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    return get_args(kind)[0] if get_origin(kind) is tuple else kind
+
+
+def is_repeated(known: "Field[Any]") -> bool:
+    """Whether the option may be given several times."""
+    return get_origin(known.type) is tuple
+
+
+O = TypeVar("O", bound="Options")  # noqa: E741
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a command or of a part of it. Raises UsageError for a value that its option does not take."""
+
+    def __post_init__(self) -> None:
+        for known in self.in_order():
+            value = getattr(self, known.name)
+            if kind_of(known) is Path and isinstance(value, str):
+                value = Path(value)
+            elif is_repeated(known) and value is not None:
+                value = tuple(Path(item) if kind_of(known) is Path else item for item in value)
+            object.__setattr__(self, known.name, value)
+            for item in value if is_repeated(known) else (value,):
+                _check(known, item)
+
+    @classmethod
+    def in_order(cls) -> "list[Field[Any]]":
+        """Its options as help shows them: its own, then those of its groups from left to right."""
+        all_of_it = {known.name: known for known in fields(cls)}
+        names = [*vars(cls).get("__annotations__", {})]
+        names += [known.name for group in cls.__bases__ if issubclass(group, Options) for known in group.in_order()]
+        return [all_of_it[name] for name in dict.fromkeys(names)]
+
+    @classmethod
+    def default_of(cls, name: str) -> Any:
+        """The default of the option of that name."""
+        return cls.__dataclass_fields__[name].default
+
+    def part(self, kind: type[O]) -> O:
+        """Its options of one group alone."""
+        return kind(**{known.name: getattr(self, known.name) for known in fields(kind)})
+
+    def values(self) -> dict[str, Any]:
+        """Its values by name."""
+        return {known.name: getattr(self, known.name) for known in fields(self)}
+
+    def but(self, **changed: Any) -> Self:
+        """The same with other values."""
+        return type(self)(**(self.values() | changed))
+
+
+def _check(known: "Field[Any]", value: Any) -> None:
+    if value is None:
+        return
+    limits, kind = about(known), kind_of(known)
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise UsageError(f"{flag(known)} must be one of {', '.join(get_args(kind))}, not {value}")
+    if kind not in (int, float) or isinstance(value, bool):
+        return
+    checks = {
+        f"at least {limits.least}": limits.least is None or value >= limits.least,
+        f"above {limits.above}": limits.above is None or value > limits.above,
+        f"at most {limits.most}": limits.most is None or value <= limits.most,
+        f"below {limits.below}": limits.below is None or value < limits.below,
+        "a finite number": value - value == 0,
+    }
+    if failed := [words for words, holds in checks.items() if not holds]:
+        raise UsageError(f"{flag(known)} must be {' and '.join(failed)}, not {value}")
