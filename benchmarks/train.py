@@ -349,6 +349,7 @@ def our_policy(bench: Bench, *, gradient_checkpointing: bool = False) -> Any:
 def train_ours(bench: Bench, policy: Any, output: Path, delta: float | None = None, *, saved: bool = True) -> float:
     """One epoch of our loop, with a trust region where `delta` is given → its seconds. saved: the last step writes a
     checkpoint, as `ple-train` does."""
+    from ple_data.common.settings import Settings
     from ple_train.batches import Sequence
     from ple_train.checkpoint import Checkpoints
     from ple_train.loop import make_accelerator, train_loop
@@ -379,7 +380,7 @@ def train_ours(bench: Bench, policy: Any, output: Path, delta: float | None = No
         checkpoint_every=10**9,
     )  # fmt: skip
     objective = PairObjective(policy, delta)
-    checkpoints = Checkpoints(output, {})
+    checkpoints = Checkpoints(output, Settings(Loop, {}))
     accelerator = make_accelerator(None, output)
     began = time.perf_counter()
     with contextlib.nullcontext() if saved else mock.patch.object(Checkpoints, "save"):

@@ -73,8 +73,8 @@ def thaw(frozen: Snapshot, data: Sequence[Path]) -> list[SnapshotShard]:
         key = (part.round, part.unit, part.sha256)
         if key not in found:
             raise UsageError(
-                f"{', '.join(map(str, data))}: shard {part.unit} of round {part.round} is gone or changed since this "
-                "training began; put it back, or start again with --no-resume"
+                f"--data {', '.join(map(str, data))}: shard {part.unit} of round {part.round} is gone or changed since "
+                "this training began; put it back, use another --output, or start again with --no-resume"
             )
         root, shard = found[key]
         parts.append(SnapshotShard(Path(root), shard, part.rows))

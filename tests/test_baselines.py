@@ -1,7 +1,6 @@
 """Baselines and ablations on tiny real models: what each chooses, its loss by the oracle, resume, cost, the recipe."""
 
 import importlib.metadata
-import inspect
 import json
 import math
 from pathlib import Path
@@ -31,10 +30,9 @@ from ple_train.snapshot import freeze
 from ple_train.stream import PairStream, Partition
 from schemas.errors import PleError, UsageError
 from schemas.options import Baseline, BaselineSft, Dpo, Ppo, Train, Trainable
-from schemas.recipe import BaselineStage, parse_recipe
+from schemas.recipe import parse_recipe
 from tests import oracle, tiny
 from tests.tables import table
-from tests.test_cli import default, options_of
 
 
 def frame(rows: list[dict], round: int = 0) -> pl.DataFrame:
@@ -452,36 +450,6 @@ def test_ablations_train_with_the_oracles_coefficients(policy, pairs, tmp_path, 
 
 
 # --- the command line and the recipe -------------------------------------------------------------------------------
-
-
-def test_ppos_options_are_the_functions_parameters():
-    options = options_of(cli.baseline.commands["ppo"])
-    parameters = inspect.signature(ppo_room.ppo).parameters
-    assert set(options) - set(parameters) == set(cli._REWARD_OPTIONS)
-    assert set(parameters) - set(options) == {"reward_options"}
-    for name in set(options) & set(parameters):
-        needed = parameters[name].default is inspect.Parameter.empty
-        assert options[name].required == needed, name
-        assert needed or default(options[name]) == parameters[name].default, name
-
-
-@pytest.mark.parametrize("method", ["sft", "context-distillation", "raft", "dpo"])
-def test_options_are_the_functions_parameters_and_the_recipes(method):
-    options = options_of(cli.baseline.commands[method])
-    function = dpo_room.dpo if method == "dpo" else baselines.baseline
-    parameters = dict(inspect.signature(function).parameters)
-    parameters.pop("method", None)
-    if method != "sft":
-        parameters.pop("prompt_format", None)
-    assert set(options) == set(parameters)
-    for name, parameter in parameters.items():
-        if options[name].required:
-            assert parameter.default is inspect.Parameter.empty or name == "round"
-        else:
-            assert default(options[name]) == parameter.default, name
-    for name, field in BaselineStage.model_fields.items():
-        if name in options:
-            assert field.default == default(options[name]), name
 
 
 def values(**baseline) -> dict:

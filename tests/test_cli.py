@@ -1,7 +1,5 @@
 """The command line: quick help that teaches, options that match the functions, errors as one line and a code."""
 
-import enum
-import inspect
 import os
 import re
 import resource
@@ -10,7 +8,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from importlib import import_module
 from pathlib import Path
 
 import click
@@ -21,7 +18,6 @@ from click.testing import CliRunner
 
 import cli
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
-from schemas.recipe import STAGES
 from tests.conftest import ROOT
 
 HEAVY = {"torch", "transformers", "peft", "vllm", "polars", "pyarrow", "pydantic", "numpy", "datasets", "matplotlib"}
@@ -92,65 +88,6 @@ def test_shell_completion() -> None:
         [sys.executable, "-m", "cli"], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=60
     )
     assert found.stdout == "plain,inspect\n"
-
-
-@pytest.mark.parametrize(
-    ("command", "function", "only_here", "only_there"),
-    [
-        (
-            cli.gen,
-            "ple_data.generate.generate",
-            {"reward_model", *cli._REWARD_OPTIONS, "max_new_tokens", "temperature", "top_p", "stop", "logprobs"}
-            | {"engine_arg"},
-            {"sampling", "engine_args"},
-        ),
-        (cli.train, "ple_train.train.train", {"dry_run"}, set()),
-        (cli.sft, "ple_train.sft.sft", set(), set()),
-        (cli.reward, "ple_train.reward.train_reward", set(), set()),
-        (cli.inspect, "ple_data.inspect.inspect", set(), set()),
-        (cli.export, "ple_data.export.export", set(), set()),
-        (cli.purity, "ple_train.purity.purity", set(), set()),
-        (cli.report, "ple_data.report.page.report", set(), set()),
-    ],
-    ids=lambda value: getattr(value, "name", None),
-)
-def test_options_are_the_functions_parameters(
-    command: click.Command, function: str, only_here: set[str], only_there: set[str]
-) -> None:
-    module, _, name = function.rpartition(".")
-    parameters = inspect.signature(getattr(import_module(module), name)).parameters
-    options = options_of(command)
-    assert set(options) - set(parameters) == only_here
-    assert set(parameters) - set(options) == only_there
-    for name in set(options) & set(parameters):
-        needed = parameters[name].default is inspect.Parameter.empty
-        assert options[name].required == needed, name
-        assert needed or default(options[name]) == parameters[name].default, name
-
-
-def test_sampling_defaults_are_the_engines() -> None:
-    from ple_data.engines import Sampling
-
-    for name in inspect.signature(Sampling).parameters:
-        assert default(options_of(cli.gen)[name]) == getattr(Sampling(), name)
-
-
-def default(option: click.Parameter) -> object:
-    value = option.get_default(click.Context(cli.ple))
-    return (() if option.multiple else None) if isinstance(value, enum.Enum) else value  # click's mark for "not given"
-
-
-@pytest.mark.parametrize("stage", sorted(STAGES.keys() - {"baseline"}))
-def test_recipe_stages_have_the_commands_options_and_defaults(stage: str) -> None:
-    options = options_of(cli.ple.commands[stage])
-    for name, field in STAGES[stage].model_fields.items():
-        if name == "command":
-            assert field.default == (["ple", stage] if stage in ("sft", "reward") else [f"ple-{stage}"])
-        elif not field.is_required():
-            value = field.get_default(call_default_factory=True)
-            assert (tuple(value) if isinstance(value, list | dict) else value) == default(options[name]), name
-        else:
-            assert options[name].required, name
 
 
 # Errors

@@ -17,7 +17,6 @@ import cli
 import ple_train.perplexity
 from ple_data import generate, intervals, score_cache
 from ple_data.digests import policy_name
-from ple_data.engines import Sampling
 from ple_data.eval_table import WIDTH, format_report
 from ple_data.intervals import bootstrap_mean
 from ple_data.metrics import bleu, distinct
@@ -443,7 +442,7 @@ def test_only_what_changes_the_answers_asks_anew(inputs: dict, tmp_path: Path, m
         write_rows(queries, rows)
         patched.setattr(ple_train.perplexity, "load_policy", refuse)
         assert evaluate(Evaluate(policy=[f"a={model}"], **given)).policies[0].metrics == first.policies[0].metrics
-    for change in ({"dtype": "bfloat16"}, {"engine_args": {"attn_implementation": "eager"}}):
+    for change in ({"dtype": "bfloat16"}, {"engine_arg": ["attn_implementation=eager"]}):
         evaluate(Evaluate(policy=[f"a={model}"], **given, **change))
     assert len(list((tmp_path / "out" / "answers").iterdir())) == 3
 
@@ -458,7 +457,7 @@ def test_the_report_says_what_it_was_made_with(report, inputs: dict, policy: Pat
         "seed": 3,
     }
     assert expected.items() <= report.settings.items()
-    assert report.settings["reward_options"]["dtype"] == "float32"
+    assert report.settings["reward_options"]["reward_dtype"] == "float32"
     old = {name: value for name, value in json.loads(report.to_json()).items() if name != "settings"}
     assert EvalReport.model_validate_json(json.dumps(old)).settings == {}
 
@@ -644,7 +643,7 @@ def test_bad_input_is_one_sentence(change: dict, message: str, policy: Path, tmp
         return value
 
     given = {"policy": [f"a={policy}"], "queries": str(queries), "output": tmp_path / "out", "engine": "hf"}
-    given |= {"sampling": Sampling(max_new_tokens=2, logprobs=False)}
+    given |= {"max_new_tokens": 2}
     with pytest.raises(UsageError, match=message) as caught:
         evaluate(Evaluate(**given | {name: filled(value) for name, value in change.items()}))
     assert "\n" not in str(caught.value)

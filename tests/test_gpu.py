@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ple_data import device as devices
+from ple_data.common.settings import Settings
 from ple_data.engines import hf
 from ple_data.rewards.classifier import ClassifierReward
 from ple_train import attention, loss
@@ -30,7 +31,7 @@ from ple_train.policy import Policy, load_causal_lm, load_policy, resolve_precis
 from ple_train.sft import SftObjective
 from ple_train.stream import Response
 from schemas.errors import PleError, UsageError
-from schemas.options import Loop, Sft, Train
+from schemas.options import Loop, Written
 from tests.test_engines import spec_of
 
 META = torch.device("meta")
@@ -215,7 +216,9 @@ def test_the_loop_waits_for_nothing_but_its_readings(kernels_on_meta, tmp_path, 
         stream.batches = lambda epoch, start: iter([([], 3)] * (stream.steps_per_epoch - start))
     settings = Loop(learning_rate=1e-3, microbatch_tokens=16)
     objective = PairObjective(policy, 0.3)
-    train_loop(stand_in, policy, policy.trainable(), stream, objective, settings, Checkpoints(tmp_path, {}))
+    train_loop(
+        stand_in, policy, policy.trainable(), stream, objective, settings, Checkpoints(tmp_path, Settings(Loop, {}))
+    )
     assert len(found) == stream.steps_per_epoch
     assert {(reading._host.device, len(reading._host)) for reading in found} == {(META, numbers)}
 
@@ -393,7 +396,7 @@ def train(policy_dir, directory, *, ahead, broken=None):
             Batches(),
             Watched(model, None),
             Loop(learning_rate=1e-2, epochs=2, checkpoint_every=4),
-            Checkpoints(directory, {}),
+            Checkpoints(directory, Settings(Loop, {})),
         )
     times = ("seconds", "tokens_per_second")
     weights = {name: p.detach().clone() for name, p in model.trainable().items()}
@@ -402,8 +405,8 @@ def train(policy_dir, directory, *, ahead, broken=None):
 
 def test_steps_that_are_read_late_are_the_same_steps(policy, tmp_path):
     """With a queue the first step is read when the second was handed over, and so on; a checkpoint reads them all."""
-    at_once = train(Train(policy, tmp_path / "a", ahead=0))
-    late = train(Train(policy, tmp_path / "b", ahead=1))
+    at_once = train(policy, tmp_path / "a", ahead=0)
+    late = train(policy, tmp_path / "b", ahead=1)
     assert at_once[2] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     assert late[2] == [2, 3, 4, 4, 6, 7, 8, 8, 10, 10]
     assert late[0] == at_once[0]
@@ -415,7 +418,7 @@ def test_steps_that_are_read_late_are_the_same_steps(policy, tmp_path):
 def test_a_step_that_is_not_finite_is_named_and_its_checkpoint_is_never_written(policy, tmp_path, ahead):
     """Step 8 is due a checkpoint; step 7 is broken, and what came of it is not saved."""
     with pytest.raises(PleError, match=r"step 7: the loss is nan .*checkpoint-00000004"):
-        train(Train(policy, tmp_path, ahead=ahead, broken=6))
+        train(policy, tmp_path, ahead=ahead, broken=6)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000004"]
 
 
@@ -423,7 +426,7 @@ def test_the_machine_is_said_and_recorded(card, capsys, tmp_path):
     from ple_train.output import Output
 
     accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cuda", 0))
-    out = Output(tmp_path, "ple", {}, accelerator, resume=True, metrics=None)
+    out = Output(Settings(Written, {}), "ple", Written(output=tmp_path), accelerator)
     card(9, 0)
     out.note_machine("bf16", attention=attention.VARLEN, layout="shared")
     assert out.machine == {

@@ -690,7 +690,7 @@ def test_a_classifier_is_a_judge(tmp_path, reward):
 
     queries = [(f"The film {n}", "was great." * n, "seems long?") for n in range(1, 5)]
     a, b = sources(tmp_path, queries)
-    judge(a, b, f"reward:{reward}", tmp_path / "out", reward_options={"device": "cpu"})
+    judge(a, b, f"reward:{reward}", tmp_path / "out", reward_device="cpu")
     alone = load_reward_model(str(reward))
     expected = ["win" if alone.score([(x, a)]) > alone.score([(x, b)]) else "lose" for x, a, b in queries]
     assert tables.read_table(tmp_path / "out" / "verdicts.parquet", "verdicts")["verdict"].to_pylist() == expected

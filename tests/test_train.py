@@ -70,6 +70,10 @@ def stream(data: Path, **more) -> PairStream:
     return PairStream(freeze([data], 1, options.max_length), Partition(0.2), options, limits, **windows)
 
 
+def asked(data: Path, round: int, **more) -> Train:
+    return Train(model="m", data=[data], round=round, output="none", **more)
+
+
 def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "adapter_model.safetensors")
 
@@ -211,7 +215,7 @@ def test_a_round_with_all_or_no_pairs_in_the_rank_set_is_warned_of(tmp_path, cap
     for t, found in margins.items():
         rows = [{"query_id": f"q{n}", "s": 0.0, "s_prompt": margin} for n, margin in enumerate(found)]
         store.commit("pairs", t, "00000-0123456789ab", table("pairs", rows, t), {})
-    training.print_partition(freeze([store.root], 2, None), 2, 0.2, 0.9, None)
+    training.print_partition(freeze([store.root], 2, None), asked(store.root, 2))
     said = capsys.readouterr().err
     assert "6 pairs of 3 rounds, tau_2 = 0.162" in said
     assert "round 0: all of the 2 rows in the rank set" in said
@@ -229,8 +233,8 @@ def test_pairs_over_max_length_are_left_out_and_counted(run, pairs, capsys):
     assert stream(pairs, max_length=20).pairs == rows.height - over
     run("short", max_length=20)
     assert f"{over} pairs left out" in capsys.readouterr().err
-    assert training.statistics([pairs], 1, 0.2, 0.9, 20)["rows"].sum() == rows.height - over
-    shown, whole = (training.dry_run([pairs], 1, 0.2, 0.9, length) for length in (20, None))
+    assert training.statistics(asked(pairs, 1, max_length=20))["rows"].sum() == rows.height - over
+    shown, whole = (training.dry_run(asked(pairs, 1, max_length=length)) for length in (20, None))
     assert shown != whole
 
 
@@ -267,7 +271,7 @@ def test_resumed_equals_uninterrupted_bit_by_bit(run, monkeypatch, checkpoint_ev
 def test_shards_that_come_later_are_not_seen(run, policy, tmp_path, monkeypatch):
     data = write_pairs(tmp_path / "growing", seed=1)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "load_policy", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("ple_train.session.load_policy", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run("frozen", data=[data])
     write_pairs(data, seed=2)
@@ -306,11 +310,11 @@ def test_two_trainings_cannot_write_one_output(run, tmp_path):
 def test_another_command_does_not_take_over_a_snapshot(run, tmp_path, monkeypatch):
     """Killed before the first checkpoint, then started with other data: refused, not trained on the old rows."""
     with monkeypatch.context() as patch:
-        patch.setattr(training, "load_policy", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("ple_train.session.load_policy", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run("taken")
     other = write_pairs(tmp_path / "other", seed=5)
-    with pytest.raises(UsageError, match="data: "):
+    with pytest.raises(UsageError, match="--data .*/other: shard .* is gone or changed"):
         run("taken", data=[other])
     expected = weights(run("untaken", data=[other]))
     found = weights(run("taken", data=[other], resume=False))
@@ -540,7 +544,7 @@ def test_a_round_that_has_not_come_to_its_end_is_said(run, tmp_path, capsys):
     run("half", data=[data])
     warning = f"warning: round 1 of {data} has 21 of its 800 pairs: ple-gen or ple-score has not come to its end"
     assert warning in capsys.readouterr().err
-    training.dry_run([data], 1, 0.2, 0.9, None)
+    training.dry_run(asked(data, 1))
     assert warning in capsys.readouterr().err
     whole = write_pairs(tmp_path / "whole-data", shards=2)
     asked_for(whole, queries=7)

@@ -32,7 +32,7 @@ class Policy(Model):
 
 @dataclass(frozen=True)
 class Seed(Options):
-    seed: int = option(0, "Seed of everything that is drawn.", least=0)
+    seed: int = option(0, "Seed of everything that is drawn.", least=0, most=2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Computing(Options):
 class Loop(Passes, Schedule, Computing):
     """What our own training loop is told."""
 
-    seed: int = option(0, "Seed of everything that is drawn.", least=0)
+    seed: int = option(0, "Seed of everything that is drawn.", least=0, most=2**63 - 1)
     checkpoint_every: int = option(100, "Steps between two checkpoints.", MACHINE, least=1, machine=True)
 
 
