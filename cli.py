@@ -1,19 +1,12 @@
-"""The command line: groups, one short function a command, and errors as one clear line and an exit code.
+"""The command line: groups, and one short function a command. Only click is imported, so that --help is instant.
 
-Options are made from `schemas.options`. Only click is imported at the top, so that --help is instant.
+Options come from `schemas.options`, errors and exit codes from `ple_data.common.command`.
 """
-
-import contextlib
-import os
-import select
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import click
 
-from ple_data.common.click_options import SectionedCommand, SectionedOption, parameters_of, refuse_given, taking
+from ple_data.common.click_options import SectionedOption, refuse_given
+from ple_data.common.command import CONTEXT, command, note_debug, say, version
 from schemas import options
 
 EXIT_CODES = """\b
@@ -30,40 +23,6 @@ stdout carries data only; progress and messages go to stderr.
 Shell completion (bash; also zsh and fish): eval "$(_PLE_COMPLETE=bash_source ple)"
 """
 
-_LESS_MEMORY = {
-    "microbatch_tokens": "a lower --microbatch-tokens",
-    "gradient_checkpointing": "--gradient-checkpointing",
-    "batch_tokens": "a lower --batch-tokens",
-    "engine_arg": "a lower --engine-arg batch_size=N (hf) or max_num_seqs=N (vllm)",
-}
-"""Parameters that lower the memory of a command which has them, and how to say so."""
-
-
-class _Command(SectionedCommand):
-    """A command whose errors become one line and a documented exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        if not sys.stderr.isatty():
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        with _interruptible():
-            try:
-                result = super().invoke(ctx)
-                sys.stdout.flush()
-                return result
-            except (click.exceptions.Exit, click.ClickException, SystemExit):
-                raise
-            except KeyboardInterrupt:
-                _say("interrupted; run the same command again to go on")
-                ctx.exit(130)
-            except BaseException as error:
-                if isinstance(error, BrokenPipeError) and _reader_is_gone():
-                    ctx.exit(0)
-                if ctx.meta.get("ple.debug"):
-                    raise
-                message, code = _explain(error, self)
-                _say(f"error: {message}")
-                ctx.exit(code)
-
 
 class _Group(click.Group):
     """Lists the commands in the order in which a user meets them."""
@@ -72,101 +31,9 @@ class _Group(click.Group):
         return list(self.commands)
 
 
-def _explain(error: BaseException, command: click.Command) -> tuple[str, int]:
-    """The line that a user reads, and the exit code."""
-    from schemas.errors import PleError
-
-    if isinstance(error, PleError):
-        return str(error), error.exit_code
-    if isinstance(error, OSError) and error.strerror:
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}; what was committed before is safe, run the same command again", 1
-    if _is_out_of_memory(error):
-        advice = _less_memory(command)
-        return f"out of memory{advice}; what was committed before is safe, run the same command again", 1
-    first_line = (str(error).splitlines() or [""])[0]
-    return f"unexpected {type(error).__name__}: {first_line} (--debug shows where; please report it)", 1
-
-
-def _less_memory(command: click.Command) -> str:
-    """What of its own options makes the command need less; nothing where it has none."""
-    own = [_LESS_MEMORY[parameter.name] for parameter in command.params if parameter.name in _LESS_MEMORY]
-    return f"; less is needed with {', or with '.join(own)}" if own else ""
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Torch has an exception of its own for a GPU, and a plain RuntimeError for a CPU."""
-    if type(error) is RuntimeError:
-        return "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM is like Ctrl-C."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _reader_is_gone() -> bool:
-    """Whether stdout is a closed pipe (`| head`); if so, nothing more is written to it."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), select.POLLERR)
-    if not poll.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
-
-
-def _say(message: str) -> None:
-    """A message may quote a file: nothing in it steers the terminal."""
-    from ple_data.textwidth import printable
-
-    click.echo("\n".join(map(printable, message.split("\n"))), err=True)
-
-
-def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.meta["ple.debug"] = True
-
-
-_debug = click.option(
-    "--debug",
-    cls=SectionedOption,
-    section="Other",
-    is_flag=True,
-    expose_value=False,
-    callback=_note_debug,
-    help="Show the traceback of an error.",
-)
-_version = click.version_option(package_name="ple-align", prog_name="ple")
-_CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
-
-
-def _command(
-    name: str, kind: type[options.Options], summary: str, *hidden: click.Parameter
-) -> Callable[[Callable[[Any], None]], _Command]:
-    """A command with the options of its dataclass; summary: its line in the list of commands."""
-
-    def decorate(function: Callable[[Any], None]) -> _Command:
-        command = click.command(name, cls=_Command, context_settings=_CONTEXT, short_help=summary)
-        made: _Command = command(_debug(_version(taking(kind, function))))
-        made.params[:0] = [*parameters_of(kind), *hidden]
-        return made
-
-    return decorate
-
-
-@click.group(cls=_Group, context_settings=_CONTEXT, epilog=EXIT_CODES)
-@_version
-@click.option("--debug", is_flag=True, expose_value=False, callback=_note_debug, help="Show the traceback of an error.")
+@click.group(cls=_Group, context_settings=CONTEXT, epilog=EXIT_CODES)
+@version
+@click.option("--debug", is_flag=True, expose_value=False, callback=note_debug, help="Show the traceback of an error.")
 def ple() -> None:
     """Align a language model by Progressively Label Enhancement (PLE).
 
@@ -183,7 +50,7 @@ def ple() -> None:
     """
 
 
-@_command("ple-gen", options.Gen, "Sample y and y_prompt to every query.")
+@command("ple-gen", options.Gen, "Sample y and y_prompt to every query.")
 def gen(chosen: options.Gen) -> None:
     """Sample a plain and a principle-guided response to every query, and keep them in DATA.
 
@@ -194,8 +61,8 @@ def gen(chosen: options.Gen) -> None:
     Example:
       ple-gen --model Qwen/Qwen2.5-7B --queries hh.jsonl --principles hh --data data --round 0
     """
-    from ple_data.generate import generate
     from ple_data.rewards import check_reward_model
+    from ple_data.sampling.generate import generate
 
     if chosen.reward_model is not None:
         check_reward_model(chosen.reward_model, chosen.output_index)
@@ -207,7 +74,7 @@ def gen(chosen: options.Gen) -> None:
         _score(options.Score(data=chosen.data, reward_model=chosen.reward_model, round=chosen.round, **how))
 
 
-@_command("ple-score", options.Score, "Score responses with a reward model: pairs.")
+@command("ple-score", options.Score, "Score responses with a reward model: pairs.")
 def score(chosen: options.Score) -> None:
     """Score responses with a reward model: responses become pairs. Nothing is sampled.
 
@@ -220,15 +87,15 @@ def score(chosen: options.Score) -> None:
 
 def _score(chosen: options.Score) -> None:
     from ple_data.rewards import load_reward_model
-    from ple_data.score import score
-    from ple_data.store import Store
+    from ple_data.scoring.score import score
+    from ple_data.storage.store import Store
 
     reward_model = load_reward_model(chosen.reward_model, chosen)
     output = Store(chosen.output) if chosen.output else None
     score(Store(chosen.data), reward_model, round=chosen.round, output=output)
 
 
-@_command("ple-train", options.Train, "Train the policy on the pairs of all rounds so far.")
+@command("ple-train", options.Train, "Train the policy on the pairs of all rounds so far.")
 def train(chosen: options.Train) -> None:
     """Train the policy on the pairs of all rounds up to T (equation 6), re-partitioned at this round's threshold.
 
@@ -247,7 +114,7 @@ def train(chosen: options.Train) -> None:
         training.train(chosen)
 
 
-@_command("sft", options.Sft, "Supervised fine-tuning: makes the start policy.")
+@command("sft", options.Sft, "Supervised fine-tuning: makes the start policy.")
 def sft(chosen: options.Sft) -> None:
     """Supervised fine-tuning (equation 1), the loss on the response only: makes the start policy.
 
@@ -260,7 +127,7 @@ def sft(chosen: options.Sft) -> None:
     run_sft(chosen)
 
 
-@_command("reward", options.Reward, "Train a reward model from labels or preferences.")
+@command("reward", options.Reward, "Train a reward model from labels or preferences.")
 def reward(chosen: options.Reward) -> None:
     """Train a reward model: a classifier from labels, or Bradley-Terry from chosen and rejected responses.
 
@@ -274,7 +141,7 @@ def reward(chosen: options.Reward) -> None:
 
 
 @click.group(
-    "baseline", cls=_Group, context_settings=_CONTEXT, short_help="Another method on the same rows, for comparison."
+    "baseline", cls=_Group, context_settings=CONTEXT, short_help="Another method on the same rows, for comparison."
 )
 def baseline() -> None:
     """Train by another method, for comparison: what it writes is what ple-train writes.
@@ -289,7 +156,7 @@ def baseline() -> None:
     """
 
 
-@_command("sft", options.BaselineSft, "SFT on the references.")
+@command("sft", options.BaselineSft, "SFT on the references.")
 def baseline_sft(chosen: options.BaselineSft) -> None:
     """SFT (equation 1) on the references that came with the queries, or on the rows of a file.
 
@@ -297,12 +164,12 @@ def baseline_sft(chosen: options.BaselineSft) -> None:
     Example:
       ple baseline sft --model Qwen/Qwen2.5-7B --data data --round 0 --output policy/round=000
     """
-    from ple_train.baseline import baseline as train_baseline
+    from ple_train.baselines.responses import baseline as train_baseline
 
     train_baseline("sft", chosen)
 
 
-@_command("context-distillation", options.Baseline, "SFT on y_prompt given x alone.")
+@command("context-distillation", options.Baseline, "SFT on y_prompt given x alone.")
 def context_distillation(chosen: options.Baseline) -> None:
     """SFT on y_prompt given x alone: what the principle did becomes the policy's own. All rounds up to T.
 
@@ -310,12 +177,12 @@ def context_distillation(chosen: options.Baseline) -> None:
     Example:
       ple baseline context-distillation --model Qwen/Qwen2.5-7B --data data --round 0 --output policy/round=000
     """
-    from ple_train.baseline import baseline as train_baseline
+    from ple_train.baselines.responses import baseline as train_baseline
 
     train_baseline("context-distillation", chosen)
 
 
-@_command("raft", options.Baseline, "SFT on the best response to each query.")
+@command("raft", options.Baseline, "SFT on the best response to each query.")
 def raft(chosen: options.Baseline) -> None:
     """RAFT: SFT on the response of each query with the highest reward, of round T alone.
 
@@ -326,12 +193,12 @@ def raft(chosen: options.Baseline) -> None:
     Example:
       ple baseline raft --model Qwen/Qwen2.5-7B --data data --round 0 --output policy/round=000
     """
-    from ple_train.baseline import baseline as train_baseline
+    from ple_train.baselines.responses import baseline as train_baseline
 
     train_baseline("raft", chosen)
 
 
-@_command("dpo", options.Dpo, "DPO (TRL) on pairs ranked by the reward.")
+@command("dpo", options.Dpo, "DPO (TRL) on pairs ranked by the reward.")
 def dpo(chosen: options.Dpo) -> None:
     """DPO by TRL's DPOTrainer: the response with the higher reward is chosen. All rounds up to T.
 
@@ -342,12 +209,12 @@ def dpo(chosen: options.Dpo) -> None:
     Example:
       ple baseline dpo --model Qwen/Qwen2.5-7B --data data --round 0 --output policy/round=000
     """
-    from ple_train.dpo import dpo as run_dpo
+    from ple_train.baselines.dpo import dpo as run_dpo
 
     run_dpo(chosen)
 
 
-@_command("ppo", options.Ppo, "PPO by TRL's PPOTrainer, which samples for itself.")
+@command("ppo", options.Ppo, "PPO by TRL's PPOTrainer, which samples for itself.")
 def ppo(chosen: options.Ppo) -> None:
     """PPO by TRL 1.12.0's PPOTrainer. It samples for itself: queries and a reward model, no rounds.
 
@@ -359,7 +226,7 @@ def ppo(chosen: options.Ppo) -> None:
       ple baseline ppo --model Qwen/Qwen2.5-7B --queries hh.jsonl --reward-model weqweasdas/RM-Mistral-7B \\
         --sampled-tokens 1000000 --output ppo
     """
-    from ple_train.ppo import ppo as run_ppo
+    from ple_train.baselines.ppo import ppo as run_ppo
 
     run_ppo(chosen)
 
@@ -368,7 +235,7 @@ for _method_command in (baseline_sft, context_distillation, raft, dpo, ppo):
     baseline.add_command(_method_command)
 
 
-@_command("run", options.Run, "Run a whole recipe; goes on where it stopped.")
+@command("run", options.Run, "Run a whole recipe; goes on where it stopped.")
 def run(chosen: options.Run) -> None:
     """Run a whole recipe: reward model and SFT if asked for, then rounds of ple-gen, ple-score and ple-train.
 
@@ -379,7 +246,7 @@ def run(chosen: options.Run) -> None:
     Example:
       ple run recipes/hh-qwen.yaml --set rounds=3 --dry-run
     """
-    from ple_train import rounds
+    from ple_train.run import rounds
     from schemas.recipe import load_recipe
 
     resolved = load_recipe(chosen.recipe, list(chosen.overrides))
@@ -390,7 +257,7 @@ def run(chosen: options.Run) -> None:
         rounds.run(resolved)
 
 
-@_command("inspect", options.Inspect, "Show DATA by round, or its pairs.")
+@command("inspect", options.Inspect, "Show DATA by round, or its pairs.")
 def inspect(chosen: options.Inspect) -> None:
     """Show what is in DATA: by round the rewards, margins, rank set, lengths, and any warning.
 
@@ -398,12 +265,12 @@ def inspect(chosen: options.Inspect) -> None:
     Example:
       ple inspect data --sort margin --rows 5
     """
-    from ple_data.inspect import inspect as show
+    from ple_data.inspection import inspect as show
 
     click.echo(show(**chosen.values()))
 
 
-@_command("judge", options.Judge, "Win rates of A against B: LLM, reward model, people.")
+@command("judge", options.Judge, "Win rates of A against B: LLM, reward model, people.")
 def judge(chosen: options.Judge) -> None:
     """Compare the responses of A and B to the same queries: win, tie or lose, each asked in both orders.
 
@@ -417,31 +284,12 @@ def judge(chosen: options.Judge) -> None:
       ple judge tuned.jsonl base.jsonl --human --output page
       ple judge tuned.jsonl base.jsonl --human --output page --read exports
     """
-    from ple_data.judge import people
-    from ple_data.judge.judge import judge as run_judge
-    from schemas.errors import UsageError
+    from ple_data.judge.command import run
 
-    if chosen.human == (chosen.spec is not None):
-        raise UsageError("give either --judge SPEC or --human")
-    if chosen.spec is not None:
-        refuse_given(["People"], "without --human")
-        if chosen.spec.startswith("reward:"):
-            refuse_given(["Language model"], "by a reward model")
-        else:
-            refuse_given(["Reward model"], "by a language model")
-        click.echo(run_judge(chosen))
-        return
-    refuse_given(["Language model", "Reward model"], "with --human")
-    a, b, output = chosen.a, chosen.b, chosen.output
-    if chosen.exports:
-        refuse_given([], "with --read, which goes by what the page was made with", "limit", "seed", "label_studio")
-        click.echo(people.read_exports(a, b, chosen.exports, output))
-    else:
-        page = people.write_page(a, b, output, limit=chosen.limit, seed=chosen.seed, label_studio=chosen.label_studio)
-        click.echo(page)
+    click.echo(run(chosen))
 
 
-@_command("export", options.Export, "Write the pairs for other tools.")
+@command("export", options.Export, "Write the pairs for other tools.")
 def export(chosen: options.Export) -> None:
     """Write the pairs of DATA for other tools.
 
@@ -456,7 +304,7 @@ def export(chosen: options.Export) -> None:
     run_export(**chosen.values())
 
 
-@_command("verify", options.Verify, "Check every shard of DATA.")
+@command("verify", options.Verify, "Check every shard of DATA.")
 def verify(chosen: options.Verify) -> None:
     """Check every shard of DATA (hash, schema, rows, duplicates, orphans) and say what to do. Exit code 3 if not whole.
 
@@ -464,18 +312,11 @@ def verify(chosen: options.Verify) -> None:
     Example:
       ple verify data
     """
-    from ple_data.store import Store
-    from ple_data.verify import verify as find_problems
-    from schemas.errors import DamagedError
+    from ple_data.storage.verify import check
 
-    findings = find_problems(Store(chosen.data))
-    for finding in findings:
+    for finding in check(chosen.data):
         click.echo(str(finding))
-    errors = sum(finding.severity == "error" for finding in findings)
-    if errors:
-        problems = "1 problem" if errors == 1 else f"{errors} problems"
-        raise DamagedError(f"{chosen.data}: {problems}, listed above with what to do")
-    _say(f"{chosen.data}: whole")
+    say(f"{chosen.data}: whole")
 
 
 def _point_to_policy(_: click.Context, option: click.Parameter, given: str | None) -> None:
@@ -491,7 +332,7 @@ def _not_here(name: str) -> click.Parameter:
     return SectionedOption([name], hidden=True, expose_value=False, callback=_point_to_policy)
 
 
-@_command(
+@command(
     "eval",
     options.Evaluate,
     "Compare policies: rewards, perplexity, BLEU, length.",
@@ -509,8 +350,8 @@ def evaluate(chosen: options.Evaluate) -> None:
       ple eval --policy sft=run/sft --policy ple=run/sft,run/policy/round=004 --queries unseen.jsonl \\
           --reward-model run/reward --trained-with run/reward --reward-model judge.py:score --output eval
     """
-    from ple_data.eval_table import format_report
-    from ple_train.evaluate import evaluate as measure
+    from ple_data.evaluation.table import format_report
+    from ple_train.measure.evaluate import evaluate as measure
 
     if chosen.data:
         refuse_given(["Queries", "Sampling", "Engine"], "with --data, which takes responses as they are")
@@ -518,7 +359,7 @@ def evaluate(chosen: options.Evaluate) -> None:
     click.echo(report.to_json().rstrip() if chosen.as_json else format_report(report))
 
 
-@_command(
+@command(
     "cases", options.Cases, "Several policies' answers side by side.", _not_here("--model"), _not_here("--adapter")
 )
 def cases(chosen: options.Cases) -> None:
@@ -528,12 +369,12 @@ def cases(chosen: options.Cases) -> None:
     Example:
       ple cases --policy sft=run/sft --policy ple=run/sft,run/policy/round=004 --queries cases.jsonl --output cases
     """
-    from ple_data.cases import cases as answer
+    from ple_data.evaluation.cases import cases as answer
 
     click.echo(answer(chosen))
 
 
-@_command("purity", options.Purity, "Does the policy rank y_prompt as the reward does?")
+@command("purity", options.Purity, "Does the policy rank y_prompt as the reward does?")
 def purity(chosen: options.Purity) -> None:
     """Measure Section 5 of the paper: does the policy rank y_prompt above y where the reward does?
 
@@ -545,12 +386,12 @@ def purity(chosen: options.Purity) -> None:
     Example:
       ple purity --run runs/hh-qwen
     """
-    from ple_train.purity import purity as measure
+    from ple_train.measure.purity import purity as measure
 
     click.echo(measure(chosen))
 
 
-@_command("report", options.Report, "One HTML page about a run.")
+@command("report", options.Report, "One HTML page about a run.")
 def report(chosen: options.Report) -> None:
     """Make one self-contained HTML page about a run (or a DATA folder): figures, tables and a browser of pairs.
 
@@ -565,7 +406,7 @@ def report(chosen: options.Report) -> None:
     click.echo(write(**chosen.values()))
 
 
-@_command("demo", options.Demo, "See PLE work on a toy world in minutes.")
+@command("demo", options.Demo, "See PLE work on a toy world in minutes.")
 def demo(chosen: options.Demo) -> None:
     """See PLE work on a toy world of film reviews: nothing to download, a few minutes on two cores.
 
@@ -573,7 +414,7 @@ def demo(chosen: options.Demo) -> None:
     Example:
       ple demo
     """
-    from ple_train.demo import demo as run_demo
+    from ple_train.demo.demo import demo as run_demo
 
     click.echo(run_demo(chosen.output, rounds=chosen.rounds))
 

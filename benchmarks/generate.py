@@ -66,8 +66,8 @@ def main() -> None:
 
     import vllm
 
-    from ple_data import generate as stage
     from ple_data.engines import Sampling, make_engine
+    from ple_data.sampling import generate as stage
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

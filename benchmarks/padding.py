@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ple_train.batches import Layout, Sequence, micro_batches
-from ple_train.policy import COLLATE
+from ple_train.engine.batches import Layout, Sequence, micro_batches
+from ple_train.model.policy import COLLATE
 
 BATCH = 16
 

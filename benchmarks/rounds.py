@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def write_models(place: Path) -> None:
-    from ple_train.scratch import train_tokenizer, write_llama
+    from ple_train.demo.scratch import train_tokenizer, write_llama
 
     rows = [{"id": f"q{n}", "x": f"the story of scene {n} was"} for n in range(4)]
     (place / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -52,7 +52,7 @@ def write_models(place: Path) -> None:
 
 def run(place: Path, rounds: int, commands: dict[str, dict[str, list[str]]]) -> float:
     """Seconds of the whole run."""
-    from ple_train.rounds import run as run_recipe
+    from ple_train.run.rounds import run as run_recipe
     from schemas.recipe import parse_recipe
 
     shutil.rmtree(place / "run", ignore_errors=True)

@@ -65,7 +65,7 @@ def write_reward_model(directory: Path, hidden: int, layers: int, corpus: list[s
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from ple_train.scratch import train_tokenizer
+    from ple_train.demo.scratch import train_tokenizer
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer(corpus, 8192)

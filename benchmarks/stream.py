@@ -62,8 +62,8 @@ def opened(store: Path) -> dict[str, float]:
 
 def write_store(root: Path, rows: int, rounds: int, unit: int | None = None) -> int:
     """Pairs of about 1 KB with text, in files as ple-gen writes them, of `unit` rows or its default; how many files."""
-    from ple_data.round_plan import default_unit_size
-    from ple_data.store import Store
+    from ple_data.sampling.plan import default_unit_size
+    from ple_data.storage.store import Store
     from schemas.records import RoundManifest
     from schemas.tables import SCHEMAS
 
@@ -102,7 +102,7 @@ def write_store(root: Path, rows: int, rounds: int, unit: int | None = None) -> 
 
 def open_stream(root: Path) -> dict[str, float]:
     """Seconds from the freezing of the snapshot to the first batch, imports done, and this process's peak memory."""
-    from ple_data.store import Store
+    from ple_data.storage.store import Store
     from ple_train.snapshot import freeze, record_of, warn_of_another_sampler, warn_of_unfinished_rounds
     from ple_train.stream import PairStream, Partition, refuse_unfit_pairs
     from ple_train.train import print_partition

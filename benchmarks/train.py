@@ -133,7 +133,7 @@ class Bench:
     def __init__(self, folder: Path, options: argparse.Namespace, *, in_memory: bool = False) -> None:
         import torch
 
-        from ple_train.policy import resolve_precision
+        from ple_train.model.policy import resolve_precision
 
         self.folder, self.options = folder, options
         self.model = folder / "model"
@@ -333,7 +333,7 @@ def ours(bench: Bench, output: Path, *, shared: bool = True) -> float:
 
 def our_policy(bench: Bench, *, gradient_checkpointing: bool = False) -> Any:
     """What `ple-train` trains, with a fresh adapter."""
-    from ple_train import policy as policies
+    from ple_train.model import policy as policies
 
     def load(*_: Any, **__: Any) -> Any:
         return bench.load()
@@ -350,10 +350,10 @@ def train_ours(bench: Bench, policy: Any, output: Path, delta: float | None = No
     """One epoch of our loop, with a trust region where `delta` is given → its seconds. saved: the last step writes a
     checkpoint, as `ple-train` does."""
     from ple_data.common.settings import Settings
-    from ple_train.batches import Sequence
-    from ple_train.checkpoint import Checkpoints
-    from ple_train.loop import make_accelerator, train_loop
-    from ple_train.objective import PairObjective
+    from ple_train.engine.batches import Sequence
+    from ple_train.engine.checkpoint import Checkpoints
+    from ple_train.engine.loop import make_accelerator, train_loop
+    from ple_train.objectives.pairs import PairObjective
     from ple_train.stream import Response
 
     margins = np.random.default_rng(1).normal(size=len(bench.pairs))

@@ -6,7 +6,7 @@ python examples/hh_sft.py Anthropic/hh-rlhf > hh-sft.jsonl      (or a file with 
 import json
 import sys
 
-from ple_data.queries import load_queries
+from ple_data.inputs.queries import load_queries
 from schemas.options import Reading
 
 for query in load_queries(sys.argv[1], Reading(reader="hh"), chat=True).queries:

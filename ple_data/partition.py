@@ -10,7 +10,7 @@ import math
 
 import polars as pl
 
-from ple_data.store import collect
+from ple_data.storage.store import collect
 from schemas.errors import UsageError
 from schemas.options import Without
 

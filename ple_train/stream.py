@@ -15,8 +15,8 @@ import numpy as np
 import polars as pl
 
 from ple_data.partition import Without, partition, tau
-from ple_data.store import collect, scan_shards
-from ple_train.batches import Sequence
+from ple_data.storage.store import collect, scan_shards
+from ple_train.engine.batches import Sequence
 from ple_train.snapshot import ID_COLUMNS, SnapshotShard, base_of, base_of_round, fits, read_rows
 from schemas.errors import UsageError
 from schemas.options import Train

@@ -13,11 +13,11 @@ import polars as pl
 
 from ple_data.partition import rank_shares, round_statistics, tau
 from ple_data.partition import warnings as partition_warnings
-from ple_data.store import Store, collect, scan_shards
-from ple_train.cost import training_cost
-from ple_train.log import print_to_log
-from ple_train.objective import PairObjective
-from ple_train.session import Session
+from ple_data.storage.store import Store, collect, scan_shards
+from ple_train.engine.cost import training_cost
+from ple_train.engine.log import print_to_log
+from ple_train.engine.session import Session
+from ple_train.objectives.pairs import PairObjective
 from ple_train.snapshot import (
     SnapshotShard,
     check_finished,
@@ -70,7 +70,7 @@ def train(options: Train) -> None:
 
 def dry_run(options: Train) -> str:
     """What training would see, by round, at this round's threshold: a table to print, with warnings."""
-    from ple_data.inspect import format_statistics
+    from ple_data.inspection import format_statistics
 
     refuse_doubled_stores(options.data)
     warn_of_unfinished_rounds(freeze(options.data, options.round, options.max_length))

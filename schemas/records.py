@@ -1,6 +1,6 @@
 """The JSON records beside the tables: what was committed, and what a round of generation was asked to do.
 
-Only their form and how they are read: `ple_data.store` writes them.
+Only their form and how they are read: `ple_data.storage.store` writes them.
 """
 
 import json

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from ple_data.store import Store
+from ple_data.storage.store import Store
 from schemas.reports import (
     Comparison,
     Estimate,

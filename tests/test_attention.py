@@ -1,4 +1,4 @@
-"""`ple_train.attention` against plain float64 attention, one sequence at a time: values and gradients."""
+"""`ple_train.model.attention` against plain float64 attention, one sequence at a time: values and gradients."""
 
 import sys
 from types import ModuleType
@@ -6,8 +6,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from ple_train import attention
-from ple_train.attention import Packing, in_one_call, packed_attention, varlen_attention, varlen_kernel
+from ple_train.model import attention
+from ple_train.model.attention import Packing, in_one_call, packed_attention, varlen_attention, varlen_kernel
 
 HEADS, WIDTH = 4, 8
 PARTS = [(5, 7, 3), (0, 6), (2, 1, 4, 4)]

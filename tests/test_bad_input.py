@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cli
-from ple_data.store import Store
+from ple_data.storage.store import Store
 from tests import tiny
 from tests.conftest import ROOT
 

@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cli
 from ple_data import selection
-from ple_data.digests import text_digest
-from ple_data.progress import Progress
-from ple_data.rewards.http import HttpReward
-from ple_data.store import Store
-from ple_train import baseline as baselines
-from ple_train import dpo as dpo_room
-from ple_train import ppo as ppo_room
-from ple_train import rounds
+from ple_data.common.digests import text_digest
+from ple_data.common.progress import Progress
+from ple_data.rewards.endpoint import HttpReward
+from ple_data.storage.store import Store
 from ple_train import train as training
+from ple_train.baselines import dpo as dpo_room
+from ple_train.baselines import ppo as ppo_room
+from ple_train.baselines import responses as baselines
+from ple_train.run import rounds
 from ple_train.sft import SftObjective
 from ple_train.snapshot import freeze
 from ple_train.stream import PairStream, Partition
@@ -512,7 +512,7 @@ def letters(tmp_path) -> str:
 
 
 def test_ppo_samples_to_its_budget_and_writes_an_adapter(policy, queries, letters, tmp_path, capsys):
-    from ple_train.sample import sample_responses
+    from ple_train.measure.sample import sample_responses
 
     output = tmp_path / "ppo"
     options = {"model": str(policy), "queries": str(queries), "reward_model": letters, "sampled_tokens": 40}
@@ -674,8 +674,8 @@ def test_a_row_alone_is_read_as_the_longest_query_that_it_begins_with(policy):
 
 
 def test_a_tokenizer_that_pads_with_its_end_gets_another_pad(tmp_path):
-    from ple_data.models import load_tokenizer
-    from ple_train.policy import load_trainable
+    from ple_data.common.models import load_tokenizer
+    from ple_train.model.policy import load_trainable
 
     model = str(tiny.tiny_policy(tmp_path / "no-pad", pad=False))
     tokenizer = load_tokenizer(model, note=lambda _: None)

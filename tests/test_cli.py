@@ -125,7 +125,7 @@ def test_errors_become_one_line_and_a_code(
     def fail(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr("ple_data.inspect.inspect", fail)
+    monkeypatch.setattr("ple_data.inspection.inspect", fail)
     found = runner.invoke(cli.ple, ["inspect", "somewhere"])
     assert found.exit_code == code
     assert found.stderr.startswith(message)
@@ -142,16 +142,16 @@ ENGINE_ARG = "--engine-arg batch_size=N (hf) or max_num_seqs=N (vllm)"
 @pytest.mark.parametrize(
     ("words", "function", "advice"),
     [
-        ("purity --run r", "ple_train.purity.purity", "a lower --microbatch-tokens"),
+        ("purity --run r", "ple_train.measure.purity.purity", "a lower --microbatch-tokens"),
         ("judge a b --judge reward:r --output o", "ple_data.judge.judge.judge", "a lower --batch-tokens"),
         (
             "baseline dpo --model m --data d --round 0 --output o",
-            "ple_train.dpo.dpo",
+            "ple_train.baselines.dpo.dpo",
             "--gradient-checkpointing, or with a lower --microbatch-tokens",
         ),
         (
             "cases --policy a=m --queries q --output o",
-            "ple_data.cases.cases",
+            "ple_data.evaluation.cases.cases",
             f"a lower {ENGINE_ARG}, or with a lower --batch-tokens",
         ),
     ],

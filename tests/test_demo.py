@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from ple_data.intervals import bootstrap_mean
-from ple_train import demo, toyworld
-from ple_train.perplexity import perplexity
-from ple_train.sample import sample_responses
+from ple_data.evaluation.intervals import bootstrap_mean
+from ple_train.demo.demo import demo, toyworld
+from ple_train.measure.perplexity import perplexity
+from ple_train.measure.sample import sample_responses
 
 
 def test_grammar_judges_its_own_reviews() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ple_data.digests import digests_of, ids_digest, json_digest, model_digest, policy_name, text_digest
+from ple_data.common.digests import digests_of, ids_digest, json_digest, model_digest, policy_name, text_digest
 
 
 def test_text_and_json() -> None:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from ple_train import rounds
+from ple_train.run import rounds
 from schemas.recipe import Recipe, parse_recipe
 from tests.conftest import ROOT
 from tests.judgeserver import JudgeServer

@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ple_data.common.models import check_adapter, check_model, end_ids, load_config, load_tokenizer, max_positions
 from ple_data.engines import (
     Completion,
     EngineSpec,
@@ -29,8 +30,7 @@ from ple_data.engines import (
     parse_engine_args,
 )
 from ple_data.engines.hf import HfEngine
-from ple_data.models import check_adapter, check_model, end_ids, load_config, load_tokenizer, max_positions
-from ple_train.policy import load_causal_lm
+from ple_train.model.policy import load_causal_lm
 from schemas.errors import UsageError
 from tests import tiny
 from tests.conftest import ROOT

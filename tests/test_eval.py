@@ -14,15 +14,17 @@ from click.testing import CliRunner
 from scipy import stats
 
 import cli
-import ple_train.perplexity
-from ple_data import generate, intervals, score_cache
-from ple_data.digests import policy_name
-from ple_data.eval_table import WIDTH, format_report
-from ple_data.intervals import bootstrap_mean
-from ple_data.metrics import bleu, distinct
+import ple_train.measure.perplexity
+from ple_data.common.digests import policy_name
+from ple_data.evaluation import intervals
+from ple_data.evaluation.intervals import bootstrap_mean
+from ple_data.evaluation.metrics import bleu, distinct
+from ple_data.evaluation.table import WIDTH, format_report
 from ple_data.rewards import function, load_reward_model
-from ple_data.store import Store
-from ple_train.evaluate import evaluate
+from ple_data.sampling import generate
+from ple_data.scoring import cache as score_cache
+from ple_data.storage.store import Store
+from ple_train.measure.evaluate import evaluate
 from schemas import tables
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from schemas.files import locked
@@ -293,7 +295,7 @@ def refuse(*_, **__):
 
 def test_a_rerun_computes_nothing(report, inputs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "make_engine", refuse)
-    monkeypatch.setattr(ple_train.perplexity, "load_policy", refuse)
+    monkeypatch.setattr(ple_train.measure.perplexity, "load_policy", refuse)
     monkeypatch.setattr("ple_data.rewards.classifier.ClassifierReward.stream", refuse)
     monkeypatch.setattr("ple_data.rewards.function.FunctionReward.score", refuse)
     assert evaluate(Evaluate(**inputs)) == report
@@ -440,7 +442,7 @@ def test_only_what_changes_the_answers_asks_anew(inputs: dict, tmp_path: Path, m
         assert again.policies[0].metrics["length"] == first.policies[0].metrics["length"]
         assert read_table(tmp_path / "out" / "eval.parquet", "evaluation")["reference"].to_pylist() == [" was great."]
         write_rows(queries, rows)
-        patched.setattr(ple_train.perplexity, "load_policy", refuse)
+        patched.setattr(ple_train.measure.perplexity, "load_policy", refuse)
         assert evaluate(Evaluate(policy=[f"a={model}"], **given)).policies[0].metrics == first.policies[0].metrics
     for change in ({"dtype": "bfloat16"}, {"engine_arg": ["attn_implementation=eager"]}):
         evaluate(Evaluate(policy=[f"a={model}"], **given, **change))
@@ -466,8 +468,10 @@ def test_the_perplexity_does_not_depend_on_the_tokens_in_memory(policy: Path, tm
     rows = [{"policy": policy_name(policy), "reference": " so" * n} for n in (1, 5, 9)]
     Store(tmp_path / "data").commit("answers", 0, "00000-aa", table("answers", rows), {})
     asked = []
-    batches = ple_train.perplexity.micro_batches
-    monkeypatch.setattr(ple_train.perplexity, "micro_batches", lambda *a, **k: asked.append(a[2]) or batches(*a, **k))
+    batches = ple_train.measure.perplexity.micro_batches
+    monkeypatch.setattr(
+        ple_train.measure.perplexity, "micro_batches", lambda *a, **k: asked.append(a[2]) or batches(*a, **k)
+    )
     values = [
         evaluate(
             Evaluate(policy=[f"a={policy}"], data=[tmp_path / "data"], output=tmp_path / str(n), microbatch_tokens=n)

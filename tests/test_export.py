@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from ple_data.export import export
-from ple_data.store import Store
+from ple_data.storage.store import Store
 from schemas.errors import DamagedError, UsageError
 from tests.tables import table
 

@@ -18,13 +18,14 @@ from typing import Any
 import polars as pl
 import pytest
 
-from ple_data import generate as stage
 from ple_data.engines import Completion, Request, Sampling
 from ple_data.engines.watchdog import Watchdog
-from ple_data.generate import GenerateSummary, generate
-from ple_data.principles import load_principle
-from ple_data.round_plan import request_seed
-from ple_data.store import Store
+from ple_data.inputs.principles import load_principle
+from ple_data.sampling import generate as stage
+from ple_data.sampling.generate import GenerateSummary, generate
+from ple_data.sampling.plan import request_seed
+from ple_data.storage.store import Store
+from ple_data.storage.verify import verify
 from ple_train.train import train
 from schemas import tables
 from schemas.errors import PleError, UsageError
@@ -62,7 +63,7 @@ def rows(tmp_path: Path) -> Any:
 
     def read(data: str = "data") -> pl.DataFrame:
         store = Store(tmp_path / data)
-        assert [str(problem) for problem in store.verify() if problem.severity == "error"] == []
+        assert [str(problem) for problem in verify(store) if problem.severity == "error"] == []
         return store.scan("responses").collect()
 
     return read
@@ -168,7 +169,7 @@ def test_without_a_principle_the_plain_arm_alone_is_sampled(run: Any, rows: Any,
     summary = run("plain", limit=8, principles=None)
     assert (summary.rows, summary.rows_sampled) == (8, 8)
     store = Store(tmp_path / "plain")
-    assert [str(problem) for problem in store.verify() if problem.severity == "error"] == []
+    assert [str(problem) for problem in verify(store) if problem.severity == "error"] == []
     answers = store.scan("answers").collect().sort("query_id")
     assert answers.columns == tables.ANSWERS.names
     same = rows("both").sort("query_id").select(answers.columns)
@@ -311,7 +312,7 @@ def test_waits_for_a_unit_that_another_process_holds(
     run("twin")
     unit = Store(tmp_path / "twin").shards("responses")[2].unit
     program = (
-        "import sys; from ple_data.store import Store\n"
+        "import sys; from ple_data.storage.store import Store\n"
         f"with Store({str(tmp_path / 'data')!r}).claim('responses', 0, {unit!r}) as ours:\n"
         "    print(ours, flush=True); sys.stdin.read()\n"
     )
@@ -443,7 +444,7 @@ def test_dry_run_shows_both_prompts_and_writes_nothing(
         ({"max_new_tokens": 2040}, "over the 2048 positions of .*; lower --max-new-tokens"),
         ({"samples": 0}, "--samples must be at least 1"),
         ({"limit": 0}, "--limit must be at least 1"),
-        ({"seed": 2**63}, "--seed must be at most 9223372036854775807"),
+        ({"seed": 2**63}, "--seed must fit 64 bits"),
         ({"engine_arg": ["batchsize=1"]}, "did you mean batch_size"),
         ({"model": "/none"}, "does not exist"),
         ({"adapter": "/none"}, "no adapter directory"),

@@ -16,18 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ple_data import device as devices
+from ple_data.common import device as devices
 from ple_data.common.settings import Settings
 from ple_data.engines import hf
 from ple_data.rewards.classifier import ClassifierReward
-from ple_train import attention, loss
-from ple_train import loop as loops
-from ple_train.batches import MicroBatch, Sequence
-from ple_train.checkpoint import Checkpoints
-from ple_train.loop import Reading, make_accelerator, train_loop
-from ple_train.lora import fuse
-from ple_train.objective import PairObjective
-from ple_train.policy import Policy, load_causal_lm, load_policy, resolve_precision
+from ple_train import loss
+from ple_train.engine import loop as loops
+from ple_train.engine.batches import MicroBatch, Sequence
+from ple_train.engine.checkpoint import Checkpoints
+from ple_train.engine.loop import Reading, make_accelerator, train_loop
+from ple_train.model import attention
+from ple_train.model.lora import fuse
+from ple_train.model.policy import Policy, load_causal_lm, load_policy, resolve_precision
+from ple_train.objectives.pairs import PairObjective
 from ple_train.sft import SftObjective
 from ple_train.stream import Response
 from schemas.errors import PleError, UsageError
@@ -92,7 +93,7 @@ def test_a_device_that_is_not_there_is_refused(card, name, message):
 
 def test_a_model_is_loaded_straight_to_the_device(policy, monkeypatch):
     """No second copy on the host: on meta nothing could have been copied from there."""
-    monkeypatch.setattr("ple_train.policy.default_device", lambda: META)
+    monkeypatch.setattr("ple_train.model.policy.default_device", lambda: META)
     assert {parameter.device for parameter in load_causal_lm(str(policy)).parameters()} == {META}
 
 
@@ -283,7 +284,7 @@ def test_every_loader_puts_the_weights_straight_where_they_compute(policy, adapt
         asked.append(device.type)
         return load(kind, model, device, **options)
 
-    for room in ("ple_data.engines.hf", "ple_train.policy", "ple_data.device"):
+    for room in ("ple_data.engines.hf", "ple_train.model.policy", "ple_data.common.device"):
         monkeypatch.setattr(f"{room}.load_weights", loading)
     hf.HfEngine(spec_of(policy, adapter), {})
     ClassifierReward(str(reward))
@@ -423,7 +424,7 @@ def test_a_step_that_is_not_finite_is_named_and_its_checkpoint_is_never_written(
 
 
 def test_the_machine_is_said_and_recorded(card, capsys, tmp_path):
-    from ple_train.output import Output
+    from ple_train.engine.output import Output
 
     accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cuda", 0))
     out = Output(Settings(Written, {}), "ple", Written(output=tmp_path), accelerator)
@@ -450,7 +451,7 @@ def test_the_machine_is_said_and_recorded(card, capsys, tmp_path):
     ],
 )
 def test_a_gpu_in_bf16_tries_one_call_first(asked, expected, monkeypatch):
-    from ple_train.policy import _candidates
+    from ple_train.model.policy import _candidates
 
     for installed in (False, True):
         monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda there=installed: there)

@@ -1,12 +1,12 @@
-"""`ple_train.gpu_watch` beside a stand-in for `nvidia-smi`: a script that says what a file says, as the real one does
+"""`ple_train.run.gpu_watch` beside a stand-in for `nvidia-smi`: a script that says what a file says, as the real one does
 (no GPU here; `benchmarks/gpu.py` runs the real one)."""
 
 import time
 
 import pytest
 
-from ple_train import gpu_watch
-from ple_train.gpu_watch import GpuWatch
+from ple_train.run import gpu_watch
+from ple_train.run.gpu_watch import GpuWatch
 
 MIB = 2**20
 STAND_IN = """#!/bin/sh

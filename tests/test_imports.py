@@ -16,7 +16,7 @@ HEAVY = {
     *("numpy", "pandas", "matplotlib", "httpx", "tokenizers", "scipy", "duckdb", "trl"),
 }
 ALLOWED_IN_SCHEMAS = {"pyarrow", "pydantic", "yaml", "schemas"}
-ALLOWED_IN_CLI = {"click"}
+ALLOWED_IN_CLI = {"click", "ple_data", "schemas"}
 
 
 def sources() -> list[Path]:
@@ -53,7 +53,7 @@ def _typing_only(node: ast.AST) -> bool:
 
 def test_there_is_something_to_check():
     names = {path.relative_to(ROOT).as_posix() for path in sources()}
-    assert {"schemas/tables.py", "ple_data/store.py", "ple_train/loss.py", "cli.py"} <= names
+    assert {"schemas/tables.py", "ple_data/storage/store.py", "ple_train/loss.py", "cli.py"} <= names
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -91,7 +91,9 @@ def test_importing_cli_loads_nothing_heavy():
     assert loaded("cli") == set()
 
 
-@pytest.mark.parametrize("module", ["ple_data.store", "ple_data.inspect", "ple_data.generate", "ple_data.score"])
+@pytest.mark.parametrize(
+    "module", ["ple_data.storage.store", "ple_data.inspection", "ple_data.sampling.generate", "ple_data.scoring.score"]
+)
 def test_the_data_rooms_import_without_models(module):
     """ple-gen and ple-train live in separate environments: the store needs no torch, and training no vllm."""
     assert not loaded(module) & {"torch", "transformers", "vllm", "peft", "accelerate", "datasets"}

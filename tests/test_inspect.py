@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_data.inspect import WIDTH, format_statistics, inspect
+from ple_data.common.terminal import beside, display_width, printable, shorten, wrap
+from ple_data.inspection import WIDTH, format_statistics, inspect
 from ple_data.partition import round_statistics
-from ple_data.store import Store
-from ple_data.textwidth import beside, display_width, printable, shorten, wrap
+from ple_data.storage.store import Store
 from schemas.errors import DamagedError, UsageError
 from tests.tables import table
 

@@ -28,7 +28,7 @@ from ple_data.judge.judge import by_answers
 from ple_data.judge.prompt import load_template, preference
 from ple_data.judge.results import win_rate
 from ple_data.judge.sources import Pair, choose, draw, load_pairs, load_responses, readable
-from ple_data.store import Store
+from ple_data.storage.store import Store
 from schemas import tables
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from schemas.judging import Answer
@@ -736,7 +736,7 @@ def test_each_finished_batch_of_an_http_reward_model_is_kept(tmp_path, monkeypat
             raise PleError("the server is gone")
         return llm.httpx.Response(200, json={"scores": [float(len(y)) for y in ys]})
 
-    monkeypatch.setattr("ple_data.rewards.http.post_json", post)
+    monkeypatch.setattr("ple_data.rewards.endpoint.post_json", post)
     queries = [(f"x{n}", f"a{n}", "bad" if n == 40 else f"b{n}") for n in range(60)]
     a, b = sources(tmp_path, queries)
     with pytest.raises(PleError, match="the server is gone"):

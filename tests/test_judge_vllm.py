@@ -16,9 +16,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ple_data.common.models import load_tokenizer
 from ple_data.judge import llm
 from ple_data.judge.prompt import load_template
-from ple_data.models import load_tokenizer
 from schemas import tables
 from schemas.errors import UsageError
 from schemas.records import read_record

@@ -21,7 +21,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from ple_data.store import Store
+from ple_data.storage.store import Store
+from ple_data.storage.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = {"gen": 20, "score": 16, "train": 20}
@@ -156,7 +157,7 @@ def run_to_the_end(forks: ForkServer, argv: list[str], place: Path, watched: str
 def store_contents(place: Path, kind: str) -> dict[str, Any]:
     """Bytes of every committed file, after all checks of the store."""
     store = Store(place / "data")
-    assert [problem for problem in store.verify() if problem.severity == "error"] == []
+    assert [problem for problem in verify(store) if problem.severity == "error"] == []
     rows = store.scan(kind).collect()
     assert rows["query_id"].n_unique() == rows.height == QUERIES
     files = {shard.path.name: shard.path.read_bytes() for shard in store.shards(kind)}

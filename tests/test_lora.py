@@ -7,8 +7,8 @@ from peft.tuners.lora import Linear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ple_train.lora import FusedLinear, fuse
-from ple_train.policy import load_policy
+from ple_train.model.lora import FusedLinear, fuse
+from ple_train.model.policy import load_policy
 
 X = torch.linspace(-1, 1, 2 * 5 * 12, dtype=torch.float64).view(2, 5, 12)
 

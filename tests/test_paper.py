@@ -12,8 +12,8 @@ from benchmarks.paper.__main__ import DIVERGED, best_rates, read_rates
 from benchmarks.paper.methods import METHODS, PLE, ROUNDS, Run
 from benchmarks.paper.tables import compare, read_evaluation
 from benchmarks.paper.tasks import TASKS
-from ple_data.parquet import save_rows
-from ple_train.loop import _not_finite
+from ple_data.storage.parquet import save_rows
+from ple_train.engine.loop import _not_finite
 from schemas.recipe import load_recipe
 
 

@@ -33,10 +33,10 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from ple_train import policy as policies
-from ple_train import probe
-from ple_train.batches import Sequence, collate_padded
-from ple_train.policy import Policy, load_policy
+from ple_train.engine.batches import Sequence, collate_padded
+from ple_train.model import policy as policies
+from ple_train.model import probe
+from ple_train.model.policy import Policy, load_policy
 from schemas.errors import UsageError
 from schemas.options import Trainable
 from tests import tiny

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from ple_data.principles import BUILT_IN, Principle, load_principle, render, render_all
+from ple_data.inputs.principles import BUILT_IN, Principle, load_principle, render, render_all
 from schemas.errors import UsageError
 from tests import tiny
 

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cli
-from ple_data.digests import policy_name
-from ple_data.purity import Scored, bin_edges, binned, count, density_bounds, smallest_pure, theorem_bound
-from ple_data.purity_text import format_purity
-from ple_data.store import Store
-from ple_train.purity import purity
+from ple_data.common.digests import policy_name
+from ple_data.evaluation.purity import Scored, bin_edges, binned, count, density_bounds, smallest_pure, theorem_bound
+from ple_data.evaluation.purity_text import format_purity
+from ple_data.storage.store import Store
+from ple_train.measure.purity import purity
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
 from schemas.options import Purity
@@ -320,7 +320,7 @@ def test_precision_is_recorded_and_chooses_the_log_probabilities(policy, data, t
 
 def test_nothing_is_computed_twice_and_rounds_restrict_the_pairs(policy, adapters, data, tmp_path, monkeypatch):
     """Round 0 first, then everything: what is left is round 1, and the third time nothing loads a model."""
-    import ple_train.purity as room
+    import ple_train.measure.purity as room
 
     scored = []
     score = room._score
@@ -359,7 +359,7 @@ def test_a_run_directory_gives_its_policies(policy, adapters, data, tmp_path):
 
 def test_an_interrupted_measurement_goes_on_where_it_was(policy, data, tmp_path, monkeypatch):
     """Stopped in the second shard: the first is kept, and the results appear only when everything is measured."""
-    import ple_train.purity as room
+    import ple_train.measure.purity as room
 
     score = room._score
 

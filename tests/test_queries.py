@@ -7,9 +7,9 @@ from typing import Any
 import polars as pl
 import pytest
 
-from ple_data.principles import load_principle
-from ple_data.queries import Query, load_queries, to_messages, to_text
-from ple_data.round_plan import default_unit_size, make_prompts, make_units
+from ple_data.inputs.principles import load_principle
+from ple_data.inputs.queries import Query, load_queries, to_messages, to_text
+from ple_data.sampling.plan import default_unit_size, make_prompts, make_units
 from schemas.errors import UsageError
 from schemas.options import Queries, Reading
 from schemas.records import RoundManifest
@@ -213,7 +213,7 @@ def test_skip_limit_and_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
     def ids(seed: int = 0, **options: Any) -> list[int]:
         taken = []
         for at_once in (1, 3, 1000):
-            monkeypatch.setattr("ple_data.round_plan.RENDERED_AT_ONCE", at_once)
+            monkeypatch.setattr("ple_data.sampling.plan.RENDERED_AT_ONCE", at_once)
             prompts, _ = make_prompts(tokenizer, queries, principle, Queries(max_query_tokens=99, **options), seed)
             taken.append([int(prompt.query.id) for prompt in prompts])
         assert taken[0] == taken[1] == taken[2]
@@ -233,7 +233,7 @@ def test_skip_limit_and_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_limit_renders_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ple_data.round_plan.RENDERED_AT_ONCE", 4)
+    monkeypatch.setattr("ple_data.sampling.plan.RENDERED_AT_ONCE", 4)
     queries = [Query(str(i), f"query {i}") for i in range(100)]
     _, counts = make_prompts(
         tiny.tiny_tokenizer(), queries, load_principle("hh"), Queries(max_query_tokens=99, skip=3, limit=2)

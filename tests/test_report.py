@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 import cli
-from ple_data.parquet import save_rows
-from ple_data.report import figures, statistics, svg, training
+from ple_data.report import figures, svg, training
+from ple_data.report import round_tables as statistics
 from ple_data.report.evaluation import evaluations, judged
 from ple_data.report.page import report
 from ple_data.report.pairs import LONGEST_TEXT, clipped, sample_pairs, visible, word_difference
 from ple_data.report.section import side
 from ple_data.report.sources import read_sources
+from ple_data.storage.parquet import save_rows
 from schemas.errors import DamagedError, UsageError
 from schemas.reports import EvalReport, JudgeReport
 from schemas.tables import read_table

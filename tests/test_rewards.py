@@ -12,7 +12,7 @@ import pytest
 
 from ple_data.rewards import load_reward_model
 from ple_data.rewards.classifier import ClassifierReward, _batches
-from ple_data.rewards.http import API_KEY_VARIABLE, HttpReward
+from ple_data.rewards.endpoint import API_KEY_VARIABLE, HttpReward
 from ple_data.rewards.texts import as_chat, as_text, encode
 from schemas.errors import PleError, UsageError
 from schemas.options import Rewards

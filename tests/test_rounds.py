@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ple_data.digests import text_digest
-from ple_train import rounds
-from ple_train.child import GRACE_SECONDS, Launcher, run_child
+from ple_data.common.digests import text_digest
+from ple_train.run import rounds
+from ple_train.run.child import GRACE_SECONDS, Launcher, run_child
 from schemas.errors import LockedError, PleError, UsageError
 from schemas.recipe import differences, load_recipe, parse_recipe
 from tests.conftest import ROOT

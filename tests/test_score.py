@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ple_data import score as score_module
 from ple_data.rewards import load_reward_model
-from ple_data.score import ScoreCounts, score
-from ple_data.store import Store
+from ple_data.scoring import score as score_module
+from ple_data.scoring.score import ScoreCounts, score
+from ple_data.storage.store import Store
+from ple_data.storage.verify import verify
 from schemas.errors import DamagedError, PleError, UsageError
 from schemas.records import RoundManifest
 from schemas.tables import RESPONSES
@@ -101,7 +102,7 @@ def test_pairs_are_the_responses_with_their_rewards(store: Store):
         assert table["s"].to_pylist() == words
         assert table["s_prompt"].to_pylist() == [count + 1 for count in words]
         assert set(table["reward_model"].to_pylist()) == {"words@1"}
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_the_file_says_which_reward_model_and_keeps_where_the_responses_came_from(store: Store):
@@ -174,7 +175,7 @@ def test_another_model_scores_into_another_store(store: Store, tmp_path: Path):
     assert len(other.shards("pairs")) == 4
     assert other.shards("responses") == []
     assert max(other.read(other.shards("pairs")[0])["s"].to_pylist()) < 0
-    assert [problem for problem in other.verify() if problem.severity == "error"] == []
+    assert [problem for problem in verify(other) if problem.severity == "error"] == []
 
 
 @pytest.mark.parametrize("with_record", [True, False])
@@ -269,7 +270,7 @@ def words(xs, ys):
 
 def start_scoring(store: Store, function: Path) -> subprocess.Popen:
     program = (
-        "import sys; from ple_data.score import score; from ple_data.store import Store; "
+        "import sys; from ple_data.scoring.score import score; from ple_data.storage.store import Store; "
         "from ple_data.rewards import load_reward_model; "
         "counts = score(Store(sys.argv[1]), load_reward_model(sys.argv[2])); print(counts.rows)"
     )
@@ -305,7 +306,7 @@ def test_three_processes_share_the_work(store: Store, tmp_path: Path):
         assert process.returncode == 0, err
         rows.append(int(out))
     assert sorted(rows) == [4, 4, 8]
-    assert store.verify() == []
+    assert verify(store) == []
 
 
 def test_a_unit_of_a_killed_process_is_taken_over(store: Store, tmp_path: Path):
@@ -322,7 +323,7 @@ def test_a_unit_of_a_killed_process_is_taken_over(store: Store, tmp_path: Path):
     assert score(store, load_reward_model(f"{function}:words")).rows == 16
     process.communicate(timeout=20)
     assert process.returncode < 0
-    assert store.verify() == []
+    assert verify(store) == []
     assert pq.read_table(store.shards("pairs")[0].path)["s"].type == pa.float32()
     assert np.isfinite(store.scan("pairs").collect()["s"].to_numpy()).all()
 
@@ -339,6 +340,6 @@ def test_pairs_that_were_cut_short_do_not_count_as_done(store: Store):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DamagedError, match=rf"{path.name}: 100 bytes instead of"):
         score(store, Words())
-    (problem,) = (p for p in store.verify() if p.severity == "error")
+    (problem,) = (p for p in verify(store) if p.severity == "error")
     assert "100 bytes, but" in str(problem)
     assert str(problem).count("restore it from a copy") == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ple_data.principles import render
+from ple_data.inputs.principles import render
 from ple_data.rewards import load_reward_model
 from ple_train.reward import train_reward
 from ple_train.sft import read_sequences, sft

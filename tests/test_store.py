@@ -13,8 +13,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ple_data.store import Store
-from ple_data.verify import Problem, verify
+from ple_data.storage.store import Store
+from ple_data.storage.verify import Problem, verify
 from schemas import tables
 from schemas.errors import DamagedError, NewerError, PleError, UsageError
 from schemas.records import RoundManifest
@@ -42,7 +42,7 @@ def files_of(root: Path, name: str) -> list[str]:
 
 
 def errors(store: Store) -> list[Problem]:
-    return [problem for problem in store.verify() if problem.severity == "error"]
+    return [problem for problem in verify(store) if problem.severity == "error"]
 
 
 # Commit and read
@@ -149,7 +149,7 @@ def test_a_claim_is_dropped_when_its_block_raises(store):
 
 CLAIM = """
 import os, signal, sys
-from ple_data.store import Store
+from ple_data.storage.store import Store
 with Store(sys.argv[1]).claim("pairs", 0, sys.argv[2]) as ours:
     child = os.fork()  # inherits the open lock
     if child == 0:
@@ -208,7 +208,7 @@ KILL = """
 import fcntl, os, signal, sys
 from pathlib import Path
 import pandas, pyarrow.acero  # what pyarrow imports when it is first used: once here, not in every child
-from ple_data.store import Store
+from ple_data.storage.store import Store
 from tests.test_store import UNIT, fill
 
 calls = fatal = 0
@@ -313,7 +313,7 @@ def test_a_committed_unit_whose_file_is_gone_is_not_taken_for_done(store):
 
 WRITER = """
 import sys, time
-from ple_data.store import Store
+from ple_data.storage.store import Store
 from tests.test_store import fill
 store, mine = Store(sys.argv[1]), []
 print("ready", flush=True); sys.stdin.readline()
@@ -363,7 +363,7 @@ def test_two_that_do_not_claim_still_do_not_overwrite(store, monkeypatch):
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(store):
     """A limit on the size of files stands for the full disk: the write itself fails, half-way."""
     code = (
-        "import resource, sys; from ple_data.store import Store; from tests.test_store import fill\n"
+        "import resource, sys; from ple_data.storage.store import Store; from tests.test_store import fill\n"
         "from schemas.errors import PleError\n"
         "store = Store(sys.argv[1]); fill(store)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
@@ -381,7 +381,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(store):
 def test_a_place_that_is_not_ours_is_one_sentence(tmp_path):
     """Permissions do not bind root, so the child becomes nobody first; one commit before that loads everything."""
     code = (
-        "import os, sys; from ple_data.store import Store; from tests.test_store import fill\n"
+        "import os, sys; from ple_data.storage.store import Store; from tests.test_store import fill\n"
         "from schemas.errors import PleError\n"
         "fill(Store(sys.argv[1]))\n"
         "os.geteuid() or os.setuid(65534)\n"
@@ -520,7 +520,7 @@ def test_verify_lets_a_commit_in_work_be(store):
 def test_verify_of_nothing(tmp_path):
     (tmp_path / "pairs").mkdir()
     with pytest.raises(UsageError, match="not a data directory"):
-        Store(tmp_path).verify()
+        verify(Store(tmp_path))
 
 
 def test_verify_of_a_copy_without_its_records(store):
@@ -536,7 +536,7 @@ def test_any_flipped_bit_is_found_and_never_read_as_something_else(store):
         data = bytearray(good)
         data[place] ^= 1 << place % 8
         shard.path.write_bytes(data)
-        assert any("SHA-256" in p.what for p in store.verify()), place
+        assert any("SHA-256" in p.what for p in verify(store)), place
         try:
             assert store.read(shard).equals(rows), place
         except DamagedError:

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ple_data.digests import policy_name
-from ple_data.store import Store
-from ple_train import loop, lora
+from ple_data.common.digests import policy_name
+from ple_data.storage.store import Store
 from ple_train import train as training
-from ple_train.batches import micro_batches
-from ple_train.objective import PairObjective
-from ple_train.policy import load_policy
+from ple_train.engine import loop
+from ple_train.engine.batches import micro_batches
+from ple_train.model import lora
+from ple_train.model.policy import load_policy
+from ple_train.objectives.pairs import PairObjective
 from ple_train.snapshot import freeze
 from ple_train.stream import PairStream, Partition, refuse_unfit_pairs
 from schemas.errors import LockedError, PleError, UsageError
@@ -271,7 +272,7 @@ def test_resumed_equals_uninterrupted_bit_by_bit(run, monkeypatch, checkpoint_ev
 def test_shards_that_come_later_are_not_seen(run, policy, tmp_path, monkeypatch):
     data = write_pairs(tmp_path / "growing", seed=1)
     with monkeypatch.context() as patch:
-        patch.setattr("ple_train.session.load_policy", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("ple_train.engine.session.load_policy", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run("frozen", data=[data])
     write_pairs(data, seed=2)
@@ -310,11 +311,11 @@ def test_two_trainings_cannot_write_one_output(run, tmp_path):
 def test_another_command_does_not_take_over_a_snapshot(run, tmp_path, monkeypatch):
     """Killed before the first checkpoint, then started with other data: refused, not trained on the old rows."""
     with monkeypatch.context() as patch:
-        patch.setattr("ple_train.session.load_policy", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("ple_train.engine.session.load_policy", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run("taken")
     other = write_pairs(tmp_path / "other", seed=5)
-    with pytest.raises(UsageError, match="--data .*/other: shard .* is gone or changed"):
+    with pytest.raises(UsageError, match=r"--data .*/other: shard .* is gone or changed"):
         run("taken", data=[other])
     expected = weights(run("untaken", data=[other]))
     found = weights(run("taken", data=[other], resume=False))

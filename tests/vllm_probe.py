@@ -15,8 +15,8 @@ from unittest.mock import patch
 
 import torch
 
+from ple_data.common.models import AdapterInfo, end_ids, load_tokenizer
 from ple_data.engines import EngineSpec, Request, Sampling, vllm
-from ple_data.models import AdapterInfo, end_ids, load_tokenizer
 from schemas.errors import UsageError
 
 LENGTH = 24

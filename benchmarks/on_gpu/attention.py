@@ -33,7 +33,7 @@ Attend = Callable[..., tuple[Tensor, None]]
 
 
 def measure(results: Results, setting: Setting) -> None:
-    from ple_train import attention
+    from ple_train.model import attention
 
     heads = SMALL_HEADS if setting.cpu else (HEADS, KV_HEADS, SIZE)
     kernel = attention.varlen_kernel()
@@ -62,7 +62,7 @@ def measure(results: Results, setting: Setting) -> None:
 
 
 def collate(layout: str, queries: int, prompt: int, response: int) -> dict[str, Any]:
-    from ple_train.batches import Sequence, collate_packed, collate_shared
+    from ple_train.engine.batches import Sequence, collate_packed, collate_shared
 
     ids = np.zeros(prompt + response, dtype=np.int32)
     sequences = [Sequence(ids, prompt, query=query) for query in range(queries) for _ in range(RESPONSES)]
@@ -80,7 +80,7 @@ def random_tensors(tokens: int, heads: int, kv_heads: int, size: int, rows: int 
 
 def agree(inputs: dict[str, Any], tensors: list[Tensor], window: int | None) -> dict[str, Any]:
     """Raises AssertionError where one call and the loop differ by more than the rounding."""
-    from ple_train.attention import packed_attention, varlen_attention
+    from ple_train.model.attention import packed_attention, varlen_attention
 
     need_gpu()
     kinds = (varlen_attention, packed_attention)

@@ -87,7 +87,7 @@ def machine() -> dict[str, Any]:
 
 def driver() -> dict[str, Any]:
     """Whether `ple run` learns from the driver what a stage holds: 2 GiB are taken and given back."""
-    from ple_train.gpu_watch import GpuWatch
+    from ple_train.run.gpu_watch import GpuWatch
 
     need_gpu()
     with GpuWatch() as watch:
@@ -128,8 +128,8 @@ def gen_words(world: World, data: str, round: int, *more: str) -> list[str]:
 
 def one_step(world: World, precision: str) -> dict[str, Any]:
     """Forward and backward of two responses to one prompt; which attention and layout were taken."""
-    from ple_train.batches import Sequence
-    from ple_train.policy import load_policy
+    from ple_train.engine.batches import Sequence
+    from ple_train.model.policy import load_policy
 
     policy = load_policy(world.model, precision=precision)
     ids = np.arange(3, 19, dtype=np.int32)

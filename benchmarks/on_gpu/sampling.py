@@ -49,8 +49,8 @@ def measure(results: Results, setting: Setting) -> None:
 
 def start(name: str, model: Path, arguments: dict[str, Any]) -> Any:
     """An engine as `ple-gen` makes it, batches as large as they are given."""
+    from ple_data.common.models import end_ids, load_tokenizer
     from ple_data.engines import EngineSpec, make_engine
-    from ple_data.models import end_ids, load_tokenizer
 
     tokenizer = load_tokenizer(str(model), None)
     spec = EngineSpec(str(model), None, None, tokenizer, end_ids(str(model), tokenizer, None), PROMPT + RESPONSE)

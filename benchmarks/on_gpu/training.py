@@ -112,7 +112,7 @@ def ours(
         bench.options.microbatch_tokens = at_once
     bench.clear()
     bench.step_ends = []
-    with mock.patch("ple_train.policy.fuse_norms") if norms else nullcontext():
+    with mock.patch("ple_train.model.policy.fuse_norms") if norms else nullcontext():
         policy = train.our_policy(bench, gradient_checkpointing=checkpointing)
     if norms == "liger":
         apply_liger(policy)

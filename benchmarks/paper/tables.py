@@ -1,7 +1,7 @@
 """Evaluations of every method and seed → the paper's tables and Figure 3 of one task: Markdown, JSON and a picture.
 
 A value is over all seeds: a query's responses are those of every seed, and its 95 % interval is a bootstrap over
-queries (`ple_data.metrics`, as in `ple eval`). Trains, samples and scores nothing.
+queries (`ple_data.evaluation.metrics`, as in `ple eval`). Trains, samples and scores nothing.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import polars as pl
 from benchmarks.paper.methods import LEARNING_RATES, METHODS, ROUNDS, Method, Run
 from benchmarks.paper.tasks import Task
 from benchmarks.side_by_side import made_with
-from ple_data.metrics import Mean, Perplexity, SumMetric, bleu
-from ple_data.report.statistics import rounds as round_statistics
+from ple_data.evaluation.metrics import Mean, Perplexity, SumMetric, bleu
+from ple_data.report.round_tables import rounds as round_statistics
 from ple_data.rewards import load_reward_model
-from ple_data.store import Store
+from ple_data.storage.store import Store
 from schemas.files import write_atomic
 from schemas.reports import Estimate
 from schemas.tables import read_metadata

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ple_data.digests import digests_of
+from ple_data.common.digests import digests_of
 from schemas.errors import UsageError
 from schemas.options import Options, about
 

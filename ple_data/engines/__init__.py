@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ple_data.models import AdapterInfo
+from ple_data.common.models import AdapterInfo
 from schemas.errors import UsageError
 from schemas.options import Sampling
 

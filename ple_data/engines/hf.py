@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from ple_data.device import chosen_device, describe, load_weights, natural_dtype, upload
+from ple_data.common.device import chosen_device, describe, load_weights, natural_dtype, upload
 from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode
 from schemas.errors import PleError, UsageError
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
+from ple_data.common.models import AdapterInfo
 from ple_data.engines import (
     Completion,
     EngineSpec,
@@ -24,7 +25,6 @@ from ple_data.engines import (
     refuse_unknown,
 )
 from ple_data.engines.watchdog import Watchdog
-from ple_data.models import AdapterInfo
 from schemas.errors import PleError, UsageError
 
 RESERVED = {

@@ -4,15 +4,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from ple_data.digests import json_digest
-from ple_data.finite import refuse_non_finite
+from ple_data.common.digests import json_digest
+from ple_data.common.finite import refuse_non_finite
+from ple_data.common.progress import Progress
 from ple_data.judge import results
 from ple_data.judge.journal import Journal
 from ple_data.judge.llm import APIS, LanguageModelJudge, parse_request_args
 from ple_data.judge.prompt import load_template, preference
 from ple_data.judge.results import REWARD, Outcome, Verdict
 from ple_data.judge.sources import Pair, choose, load_pairs, named
-from ple_data.progress import Progress
 from ple_data.rewards import RewardModel, load_reward_model, shown_spec
 from schemas.errors import UsageError
 from schemas.files import locked

@@ -13,8 +13,9 @@ from typing import Any, get_args
 
 import httpx
 
-from ple_data.digests import json_digest
-from ple_data.http import (
+from ple_data.common.digests import json_digest
+from ple_data.common.progress import Progress
+from ple_data.common.web import (
     RefusedError,
     UnansweredError,
     checked_url,
@@ -27,7 +28,6 @@ from ple_data.http import (
 from ple_data.judge.journal import Journal
 from ple_data.judge.prompt import Template
 from ple_data.judge.sources import Pair, readable
-from ple_data.progress import Progress
 from schemas.errors import UsageError
 from schemas.judging import Answer, Order
 

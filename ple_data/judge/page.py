@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from ple_data.digests import json_digest
+from ple_data.common.digests import json_digest
 from ple_data.judge.sources import Pair, draw, readable
 
 _SLOT = re.compile(r"%([A-Z_]+)%")

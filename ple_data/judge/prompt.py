@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from ple_data.digests import text_digest
+from ple_data.common.digests import text_digest
 from schemas.errors import UsageError
 
 PLACEHOLDERS = ("query", "response_1", "response_2")

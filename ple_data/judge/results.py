@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ple_data.inspect import table
+from ple_data.common.terminal import printable, shorten
+from ple_data.inspection import table
 from ple_data.judge.sources import Pair, Pairs
-from ple_data.parquet import save_rows
-from ple_data.textwidth import printable, shorten
+from ple_data.storage.parquet import save_rows
 from schemas.errors import UsageError
 from schemas.files import write_atomic
 from schemas.records import read_record

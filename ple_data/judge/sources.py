@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ple_data.queries import CHAT_START, to_messages
-from ple_data.readers import Rows, read_rows
+from ple_data.inputs.queries import CHAT_START, to_messages
+from ple_data.inputs.readers import Rows, read_rows
 from ple_data.rewards.texts import as_chat
-from ple_data.store import Store, collect
+from ple_data.storage.store import Store, collect
 from schemas.errors import UsageError
 
 ARMS = ("y", "y_prompt")

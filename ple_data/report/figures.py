@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ple_data.report.statistics import Histogram, wilson
+from ple_data.report.round_tables import Histogram, wilson
 from ple_data.report.svg import PALETTE
 from schemas.reports import JudgeReport, PurityPolicy
 

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from ple_data.partition import own_tau, partition
-from ple_data.store import collect
+from ple_data.storage.store import collect
 from schemas.tables import KEY
 
 SHOWN_PAIRS = 300

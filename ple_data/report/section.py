@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ple_data.common.terminal import shorten
 from ple_data.report import svg
 from ple_data.report.pairs import visible
-from ple_data.textwidth import shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,9 +8,10 @@ from typing import Any
 
 import polars as pl
 
+from ple_data.evaluation.purity_text import L_BIAS, percentage, shrinking
 from ple_data.partition import round_statistics, warnings
-from ple_data.purity_text import L_BIAS, percentage, shrinking
-from ple_data.report import figures, statistics, svg
+from ple_data.report import figures, svg
+from ple_data.report import round_tables as statistics
 from ple_data.report.evaluation import evaluations, judged
 from ple_data.report.pairs import visible
 from ple_data.report.section import Section, Table, label

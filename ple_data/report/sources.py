@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ple_data.report.cases import Cases, read_cases
 from ple_data.report.reward_models import RewardModel, numbered
-from ple_data.store import Store, collect
+from ple_data.storage.store import Store, collect
 from schemas.errors import DamagedError, UsageError
 from schemas.recipe import Recipe, load_recipe
 from schemas.records import Record, read_record

@@ -41,7 +41,7 @@ def check_reward_model(spec: str, output_index: int | None = None) -> None:
     Raises UsageError. An endpoint is not asked.
     """
     if _is_classifier(spec):
-        from ple_data.models import check_model, load_config
+        from ple_data.common.models import check_model, load_config
         from ple_data.rewards.classifier import choose_output
 
         model, output = _split_output(spec, output_index)
@@ -59,8 +59,8 @@ def shown_spec(spec: str) -> str:
     """The spec as messages show it: of an address nothing that may be secret. Raises UsageError for a wrong address."""
     if not spec.startswith(_ADDRESS):
         return spec
-    from ple_data.http import checked_url, shown_url
-    from ple_data.rewards.http import API_KEY_VARIABLE
+    from ple_data.common.web import checked_url, shown_url
+    from ple_data.rewards.endpoint import API_KEY_VARIABLE
 
     return shown_url(checked_url(spec, "reward model", API_KEY_VARIABLE))
 
@@ -69,7 +69,7 @@ def recorded_spec(spec: str) -> str:
     """The spec as files hold it: of an address's query only the digest. Raises UsageError for a wrong address."""
     if not spec.startswith(_ADDRESS):
         return spec
-    from ple_data.rewards.http import recorded_address
+    from ple_data.rewards.endpoint import recorded_address
 
     return recorded_address(spec)
 
@@ -77,7 +77,7 @@ def recorded_spec(spec: str) -> str:
 def load_reward_model(spec: str, options: Rewards | None = None) -> RewardModel:
     """The reward model that `spec` names.
 
-    - `http://...` or `https://...`: an endpoint (ple_data/rewards/http.py);
+    - `http://...` or `https://...`: an endpoint (ple_data/rewards/endpoint.py);
     - `file.py:function` or `module:function`: a Python function (ple_data/rewards/function.py);
     - a directory or a hub id: a sequence classifier (ple_data/rewards/classifier.py), whose output that is the
       reward may be named as in `sentiment[1]`. Only this kind uses the options: the output for a spec that names
@@ -99,7 +99,7 @@ def load_reward_model(spec: str, options: Rewards | None = None) -> RewardModel:
             dtype=options.reward_dtype,
         )
     if spec.startswith(_ADDRESS):
-        from ple_data.rewards.http import HttpReward
+        from ple_data.rewards.endpoint import HttpReward
 
         return HttpReward(spec)
     from ple_data.rewards.function import FunctionReward

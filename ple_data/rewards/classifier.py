@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ple_data.digests import policy_name
+from ple_data.common.digests import policy_name
 from ple_data.rewards.texts import Encoded, encode, resolve_join
 from schemas.errors import PleError, UsageError, first_line
 
@@ -42,7 +42,7 @@ class ClassifierReward:
         """Load the model. Raises UsageError where it is no classifier or the output to use is not clear."""
         import torch
 
-        from ple_data.device import chosen_device
+        from ple_data.common.device import chosen_device
 
         self._device = chosen_device(device, "--reward-device")
         self._tokenizer, self._model = _load(model, dtype=getattr(torch, dtype), device=self._device)
@@ -79,7 +79,7 @@ class ClassifierReward:
         """Rewards of one batch; the arrays are (rows, longest row)."""
         import torch
 
-        from ple_data.device import upload
+        from ple_data.common.device import upload
 
         left = self._tokenizer.padding_side == "left"
         longest = max(len(item.ids) for item in batch)
@@ -130,7 +130,7 @@ def _load(model: str, *, dtype: Any, device: Any) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from ple_data.device import load_weights
+    from ple_data.common.device import load_weights
 
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UsageError(f"reward model {model}: the directory has no config.json, so it is no model")

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ple_data.digests import text_digest
+from ple_data.common.digests import text_digest
 from schemas.errors import PleError, UsageError
 
 ROWS_A_CALL = 256

@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ple_data.queries import HH_TURN, Message, to_messages
+from ple_data.inputs.queries import HH_TURN, Message, to_messages
 from schemas.errors import PleError, UsageError
 
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}

@@ -82,10 +82,10 @@ class Options:
 
     @classmethod
     def in_order(cls) -> "list[Field[Any]]":
-        """Its options as help shows them: its own, then those of its groups from left to right."""
+        """Its options as help shows them: those of its groups from left to right, then its own."""
         all_of_it = {known.name: known for known in fields(cls)}
-        names = [*vars(cls).get("__annotations__", {})]
-        names += [known.name for group in cls.__bases__ if issubclass(group, Options) for known in group.in_order()]
+        names = [known.name for group in cls.__bases__ if issubclass(group, Options) for known in group.in_order()]
+        names += vars(cls).get("__annotations__", {})
         return [all_of_it[name] for name in dict.fromkeys(names)]
 
     @classmethod

@@ -32,7 +32,12 @@ class Policy(Model):
 
 @dataclass(frozen=True)
 class Seed(Options):
-    seed: int = option(0, "Seed of everything that is drawn.", least=0, most=2**63 - 1)
+    seed: int = option(0, "Seed of everything that is drawn.", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed must fit 64 bits, which {self.seed} does not")
 
 
 @dataclass(frozen=True)
@@ -189,10 +194,9 @@ class Computing(Options):
 
 
 @dataclass(frozen=True)
-class Loop(Passes, Schedule, Computing):
+class Loop(Passes, Schedule, Computing, Seed):
     """What our own training loop is told."""
 
-    seed: int = option(0, "Seed of everything that is drawn.", least=0, most=2**63 - 1)
     checkpoint_every: int = option(100, "Steps between two checkpoints.", MACHINE, least=1, machine=True)
 
 

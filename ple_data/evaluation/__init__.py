@@ -1,0 +1,1 @@
+"""Policies compared: their answers, and what they are worth."""

@@ -1,0 +1,120 @@
+"""Plain answers of several policies to the same queries: sampled and kept, or taken from a store. Measures nothing.
+
+Each policy's answers lie in a store of their own, OUTPUT/answers/DIGEST, whose name says what they were asked:
+the same question is never sampled twice, and another one never meets them.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ple_data.common.digests import digests_of, json_digest
+from ple_data.common.models import load_tokenizer
+from ple_data.common.settings import as_json, counted
+from ple_data.engines import parse_engine_args
+from ple_data.evaluation.policies import NamedPolicy
+from ple_data.inputs.principles import uses_chat
+from ple_data.inputs.queries import load_queries
+from ple_data.sampling.generate import generate
+from ple_data.storage.store import Store, collect
+from schemas.errors import UsageError
+from schemas.options import Asked, Gen
+
+_COLUMNS = ["query_id", "round", "sample", "x", "y", "x_ids", "reference", "policy"]
+KEPT_APART = (
+    *("samples", "seed", "shuffle", "skip", "limit", "unit_size", "dtype", "prompt_format", "max_query_tokens"),
+    *("reader", "query_column", "prefix_words", "split", "max_new_tokens", "temperature", "top_p", "stop", "logprobs"),
+)
+"""Options whose value is in the name of every folder of answers."""
+_ONLY_FASTER = {
+    *("batch_size", "device", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "enforce_eager"),
+    *("kv_cache_memory_bytes", "swap_space", "cpu_offload_gb", "max_model_len"),
+    *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+}
+"""Engine arguments that say how much runs at once and where, not what is sampled: answers survive a change of them."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One policy's answers. A row is a dict of query_id, sample, x, x_ids, y, tokens, finish and reference."""
+
+    policy: NamedPolicy
+    rows: list[dict[str, Any]]
+
+    def by_query(self) -> dict[str, list[dict[str, Any]]]:
+        """The rows of each query, queries and rows in the order in which they were asked."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            found.setdefault(row["query_id"], []).append(row)
+        return found
+
+
+def sample_answers(policies: Sequence[NamedPolicy], output: Path, source: str, asked: Asked) -> list[Answers]:
+    """Each policy's answers to the same queries with the same seeds; only what is not there yet is sampled.
+
+    source: file or hub id of the queries. References are those that stand beside the queries now.
+    """
+    found = []
+    for policy in policies:
+        tokenizer = load_tokenizer(policy.model, policy.revision, note=lambda _: None)
+        queries = load_queries(source, asked, chat=uses_chat(tokenizer, asked.prompt_format))
+        key = json_digest([digests_of(policy.name), _told_apart(asked) | {"queries": queries.asked_digest}])
+        data = output / "answers" / key
+        print(f"{policy.label}: answers of {policy.name} in {data}", file=sys.stderr, flush=True)
+        start: dict[str, Any] = {"model": policy.model, "revision": policy.revision, "adapter": policy.adapter}
+        generate(Gen(**start, **asked.part(Asked).values(), queries=source, data=data, principles=None, round=0))
+        rows = collect(_answers(Store(data), "answers")).to_dicts()
+        references = {query.id: query.reference for query in queries.queries}
+        found.append(Answers(policy, [row | {"reference": references[row["query_id"]]} for row in rows]))
+    return found
+
+
+def _told_apart(asked: Asked) -> dict[str, Any]:
+    arguments = parse_engine_args(asked.engine_arg)
+    engine_args = {name: value for name, value in arguments.items() if name not in _ONLY_FASTER}
+    counts = counted(asked.part(Asked), always=KEPT_APART)
+    return {name: value for name, value in counts.items() if name not in ("engine", "engine_arg")} | {
+        "engine_args": engine_args
+    }
+
+
+def asked_settings(asked: Asked, source: str) -> dict[str, Any]:
+    """What sampling was asked, as JSON values, for a report."""
+    values = {name: as_json(value) for name, value in asked.part(Asked).values().items()}
+    return values | {"engine_args": parse_engine_args(values.pop("engine_arg")), "queries": source}
+
+
+def stored_answers(policies: Sequence[NamedPolicy], stores: Sequence[Path], round: int | None) -> list[Answers]:
+    """The plain responses y of each policy in data directories, found by the policy's digests; nothing is sampled.
+
+    A row that is there several times (as response and as pair, in two stores) counts once. Raises UsageError where a
+    policy has none.
+    """
+    kinds = ("answers", "responses", "pairs")
+    frames = [_answers(Store(directory), kind, round) for directory in stores for kind in kinds]
+    key = ["round", "query_id", "sample", "y", "tokens", "policy"]
+    rows = collect(pl.concat(frames)).unique(key, keep="first", maintain_order=True).sort(key)
+    held = rows["policy"].unique().sort().to_list()
+    places = ", ".join(map(str, stores)) + ("" if round is None else f" (round {round})")
+    found = []
+    for policy in policies:
+        own = rows.filter(
+            pl.col("policy").is_in([name for name in held if digests_of(name) == digests_of(policy.name)])
+        )
+        if own.is_empty():
+            there = ", ".join(held) or "nothing"
+            raise UsageError(
+                f"--policy {policy.label}: {places} holds no responses of {policy.name}; it holds those of {there}"
+            )
+        found.append(Answers(policy, own.to_dicts()))
+    return found
+
+
+def _answers(store: Store, kind: str, round: int | None = None) -> pl.LazyFrame:
+    """The rows of `Answers` in one table of a store."""
+    tokens = pl.col("y_ids").list.len().cast(pl.Int32).alias("tokens")
+    return store.scan(kind, round=round).select(*_COLUMNS, tokens, pl.col("y_finish").alias("finish"))

@@ -1,0 +1,68 @@
+"""Rewards of answers under one or more reward models, each scored once and kept. Never samples."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ple_data.evaluation.answers import Answers
+from ple_data.rewards import RewardModel, check_reward_model, load_reward_model, shown_spec
+from ple_data.scoring.cache import Score, cached_scores, key_of
+from schemas.errors import UsageError
+from schemas.options import Judged
+
+
+def check_reward_models(options: Judged) -> None:
+    """Refuse reward models that cannot be used, before anything is sampled for them. Raises UsageError."""
+    specs = options.reward_model
+    for spec in options.trained_with:
+        if spec not in specs:
+            raise UsageError(
+                f"--trained-with {shown_spec(spec)} must be one of the --reward-model options, word for word"
+            )
+    for at, spec in enumerate(specs):
+        check_reward_model(spec, options.output_index)
+        if spec in specs[:at]:
+            raise UsageError(f"--reward-model {shown_spec(spec)} is given twice; give each once")
+
+
+def score_answers(answers: Sequence[Answers], options: Judged, output: Path) -> list[str]:
+    """Append each model's reward to the list `rewards` of every row. Gives back the models' recorded names.
+
+    One model is in memory at a time. Raises UsageError where two specs name the same model, and PleError for a reward
+    that is not a finite number.
+    """
+    names: list[str] = []
+    rows = [row for each in answers for row in each.rows]
+    for row in rows:
+        row["rewards"] = []
+    for spec in options.reward_model:
+        model = load_reward_model(spec, options)
+        if model.name in names:
+            raise UsageError(f"--reward-model {model.name} is given twice, in two spellings; give each once")
+        names.append(model.name)
+        for row, reward in zip(rows, _rewards(model, rows, output / "rewards"), strict=True):
+            row["rewards"].append(reward)
+        del model
+    return names
+
+
+def _rewards(model: RewardModel, rows: Sequence[Mapping[str, Any]], directory: Path) -> list[float]:
+    def compute(places: list[int]) -> Iterator[list[tuple[int, Score]]]:
+        for batch in model.stream([(rows[place]["x"], rows[place]["y"]) for place in places]):
+            yield [(at, (reward, None)) for at, reward in batch]
+
+    scores = cached_scores(
+        directory,
+        model.name,
+        [key_of(row["x"], row["y"]) for row in rows],
+        compute,
+        label=f"score with {model.name}",
+        unit="responses",
+        names=[f"query {row['query_id']!r} sample {row['sample']}" for row in rows],
+    )
+    if model.truncated:
+        print(
+            f"{model.truncated} texts are longer than {model.name} takes: the beginning of x was cut", file=sys.stderr
+        )
+    return [value for value, _ in scores]

@@ -1,0 +1,1 @@
+"""Queries in: files and hub datasets, dialogues, principles."""

@@ -1,0 +1,249 @@
+"""Queries x from any source of rows: text, chat messages, and readers for HH, IMDb and TL;DR. Never tokenizes.
+
+A query has an id that stays the same in every round and run: its `id` field, else a digest of its text.
+"""
+
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+from ple_data.common.digests import json_digest, text_digest
+from ple_data.inputs.principles import Message
+from ple_data.inputs.readers import Rows, read_rows
+from schemas.errors import UsageError
+from schemas.options import Reading
+
+Reader = Literal["auto", "hh", "imdb", "tldr"]
+TEXT_COLUMNS = ("x", "prompt")
+CHAT_START = '[{"role": '
+"""How the text of chat messages begins in an `x` column."""
+DEFAULT_PREFIX_WORDS = 8
+NAMED_ROWS = 10
+"""How many faulty rows an error names."""
+
+HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_WORD = re.compile(r"\S+")
+
+
+@dataclass(frozen=True)
+class Query:
+    """One query: x as text or as chat messages that end with a user turn; reference: a known good response."""
+
+    id: str
+    x: str | list[Message]
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class QuerySet:
+    """Queries in the order of their source, with the SHA-256 that says which source it was."""
+
+    queries: list[Query]
+    source: str
+    digest: str
+
+    @property
+    def asked_digest(self) -> str:
+        """Digest of the ids and texts alone: a changed reference or column is the same question."""
+        return json_digest([[query.id, to_text(query.x)] for query in self.queries])
+
+
+def load_queries(source: str | Path, how: Reading | None = None, *, chat: bool = False) -> QuerySet:
+    """Queries from a Parquet, JSONL, JSON or CSV file or a hub dataset id.
+
+    reader: `auto` takes `query_column`, else `x`, else `prompt`, else chat `messages`; `hh` the dialogue up to the last
+    `Assistant:` of `chosen` or `prompt`; `imdb` the first `prefix_words` words of `text`; `tldr` the `prompt`.
+    chat: the model has a chat template, so `hh` gives messages instead of one text.
+    Raises UsageError that names the rows where a query is empty, of a wrong type or has the id of another one.
+    """
+    how = how or Reading()
+    rows = read_rows(source, how.split)
+    read = {"auto": _auto, "hh": _hh, "imdb": _imdb, "tldr": _tldr}[how.reader]
+    found = read(_Source(rows, how.query_column, how.prefix_words or DEFAULT_PREFIX_WORDS, chat))
+    _refuse_empty(rows, [x for x, _ in found])
+    ids = _ids(rows, [x for x, _ in found])
+    queries = [Query(id, x, reference) for id, (x, reference) in zip(ids, found, strict=True)]
+    return QuerySet(queries, rows.source, rows.digest)
+
+
+def to_text(x: str | list[Message]) -> str:
+    """x as the `x` column keeps it: a text as it is, chat messages as a JSON array."""
+    return x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)
+
+
+def to_messages(text: str) -> list[Message]:
+    """Chat messages of an `x` column: those that `to_text` wrote, or the text as one user turn."""
+    if text.startswith(CHAT_START):
+        try:
+            messages = json.loads(text)
+        except ValueError:
+            messages = None
+        if is_turns(messages):
+            return messages
+    return [{"role": "user", "content": text}]
+
+
+def is_turns(value: Any) -> TypeGuard[list[Message]]:
+    """Whether a value is a list of turns, each with role and content as text."""
+    return isinstance(value, list) and all(
+        isinstance(turn, dict) and all(isinstance(turn.get(field), str) for field in ("role", "content"))
+        for turn in value
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    rows: Rows
+    query_column: str | None
+    prefix_words: int
+    chat: bool
+
+    def column(self, *names: str) -> str:
+        """The column to read: `query_column` where given, else the first of `names` that is there."""
+        for name in [self.query_column] if self.query_column else names:
+            if name in self.rows.columns:
+                return name
+        wanted = self.query_column or " or ".join(names)
+        there = ", ".join(self.rows.columns)
+        raise UsageError(
+            f"{self.rows.source} has no column {wanted}; its columns are {there}; name one with --query-column"
+        )
+
+    def texts(self, column: str) -> list[str]:
+        faults = [
+            f"{place} ({_shown(row.get(column))})"
+            for place, row in zip(self.rows.places, self.rows.rows, strict=True)
+            if not isinstance(row.get(column), str)
+        ]
+        if faults:
+            raise UsageError(f"{self.rows.source}: column {column} must be text, but is not in {_named(faults)}")
+        return [row[column] for row in self.rows.rows]
+
+    def references(self, *names: str) -> list[str | None]:
+        column = next((name for name in names if name in self.rows.columns), None)
+        values = [row.get(column) if column else None for row in self.rows.rows]
+        return [value if isinstance(value, str) else None for value in values]
+
+
+_Found = list[tuple[str | list[Message], str | None]]
+
+
+def _auto(source: _Source) -> _Found:
+    columns = source.rows.columns
+    if source.query_column in (None, "messages") and "messages" in columns and not set(TEXT_COLUMNS) & set(columns):
+        return _messages(source)
+    texts = source.texts(source.column(*TEXT_COLUMNS))
+    return list(zip(texts, source.references("reference"), strict=True))
+
+
+def _messages(source: _Source) -> _Found:
+    """x = the messages up to the last user turn; an assistant turn after it is the reference."""
+    found: _Found = []
+    for place, row in zip(source.rows.places, source.rows.rows, strict=True):
+        messages = row.get("messages")
+        if not is_turns(messages) or not any(turn["role"] == "user" for turn in messages):
+            raise UsageError(
+                f"{source.rows.source} {place}: messages must be a list of role and content, with a user turn, "
+                f"but is {_shown(messages)}"
+            )
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+        end = 1 + max(index for index, turn in enumerate(turns) if turn["role"] == "user")
+        reference = turns[end]["content"] if end < len(turns) else row.get("reference")
+        found.append((turns[:end], reference))
+    return found
+
+
+def _hh(source: _Source) -> _Found:
+    """x = the dialogue up to and including the last `Assistant:`; what follows it in `chosen` is the reference: as it
+    stands, or without the white space around it where the model takes messages.
+    """
+    column = source.column("prompt", "chosen")
+    answers = source.references("chosen") if column != "chosen" else [None] * len(source.rows)
+    found: _Found = []
+    for place, text, answer in zip(source.rows.places, source.texts(column), answers, strict=True):
+        turns = list(HH_TURN.finditer(text))
+        last = next((turn for turn in reversed(turns) if turn.group(1) == "Assistant"), None)
+        if last is None or turns[0].group(1) != "Human":
+            raise UsageError(
+                f"{source.rows.source} {place}: column {column} must be a dialogue of 'Human:' and 'Assistant:' "
+                f"turns, but is {_shown(text)}"
+            )
+        x = text[: last.end()]
+        reference = text[last.end() :] if text[last.end() :].strip() else answer
+        if source.chat:
+            found.append((_hh_messages(x), reference and reference.strip()))
+        else:
+            found.append((x, reference))
+    return found
+
+
+def _hh_messages(x: str) -> list[Message]:
+    turns = list(HH_TURN.finditer(x))
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[turn.group(1)], "content": x[turn.end() : following.start()].strip()}
+        for turn, following in itertools.pairwise(turns)
+    ]
+
+
+def _imdb(source: _Source) -> _Found:
+    """x = the first words of a review, as they stand; the rest of the review is the reference."""
+    if source.prefix_words < 1:
+        raise UsageError(f"--prefix-words must be at least 1, not {source.prefix_words}")
+    found: _Found = []
+    for text in source.texts(source.column("text", *TEXT_COLUMNS)):
+        words = [match.end() for match in _WORD.finditer(text)][: source.prefix_words]
+        end = words[-1] if words else 0
+        found.append((text[:end], text[end:] or None))
+    return found
+
+
+def _tldr(source: _Source) -> _Found:
+    texts = source.texts(source.column("prompt"))
+    return list(zip(texts, source.references("summary", "label", "reference"), strict=True))
+
+
+def _refuse_empty(rows: Rows, found: Iterable[str | list[Message]]) -> None:
+    empty = [place for place, x in zip(rows.places, found, strict=True) if not _last_text(x).strip()]
+    if empty:
+        raise UsageError(f"{rows.source} has empty queries in {_named(empty)}; remove these rows")
+
+
+def _last_text(x: str | list[Message]) -> str:
+    return x if isinstance(x, str) else x[-1]["content"]
+
+
+def _ids(rows: Rows, found: Iterable[str | list[Message]]) -> list[str]:
+    """The `id` column; without one, a digest of the text, numbered from the second of equal texts on."""
+    if "id" not in rows.columns:
+        seen: Counter[str] = Counter()
+        ids = []
+        for x in found:
+            digest = text_digest(to_text(x))
+            seen[digest] += 1
+            ids.append(digest if seen[digest] == 1 else f"{digest}-{seen[digest]}")
+        return ids
+    missing = [place for place, row in zip(rows.places, rows.rows, strict=True) if row.get("id") in (None, "")]
+    if missing:
+        raise UsageError(f"{rows.source} has no id in {_named(missing)}; give every row one, or drop the column")
+    ids = [str(row["id"]) for row in rows.rows]
+    repeated = {id for id, count in Counter(ids).items() if count > 1}
+    if repeated:
+        places = [f"{place} (id {id})" for place, id in zip(rows.places, ids, strict=True) if id in repeated]
+        raise UsageError(f"{rows.source} has duplicate ids in {_named(places)}; every id may stand once")
+    return ids
+
+
+def _named(places: list[str]) -> str:
+    more = len(places) - NAMED_ROWS
+    return ", ".join(places[:NAMED_ROWS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

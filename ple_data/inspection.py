@@ -1,0 +1,230 @@
+"""What `ple inspect` and the trainer's dry run print: statistics by round, margins, pairs side by side.
+
+Returns text and plain dicts and prints nothing. Model text is data: whatever is not printable is escaped,
+so that no text can steer a terminal.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ple_data.common.terminal import beside, clipped, printable, shorten, shown
+from ple_data.partition import QUANTILES, own_tau, partition, round_statistics, warnings
+from ple_data.storage.store import Store, collect
+from schemas import tables
+from schemas.errors import UsageError
+
+WIDTH = 100
+DEFAULT_ROWS = 5
+_TEXT_LINES = 12  # lines of a text that are shown
+_BINS = 40
+_BARS = " ▁▂▃▄▅▆▇█"
+_SOURCES = ["policy", "principle", "reward_model"]
+_SHOWN = ["query_id", "round", "sample", "s", "s_prompt", "margin", "set", "w", "c", "c_prompt"]
+_TEXTS = ["x", "y", "y_prompt"]
+_ARM_FLAGS = ["y_finish", "y_prompt_finish", "len_y", "len_y_prompt"]
+
+
+def inspect(
+    data: Path | str,
+    tau0: float = 0.2,
+    alpha: float = 0.9,
+    sort: str | None = None,
+    rows: int = 0,
+    as_json: bool = False,
+) -> str:
+    """The text (or one JSON object) about a data directory: counts, statistics by round at tau_t, and some
+    pairs.
+
+    With `rows` that many pairs follow, with `sort` = "margin" those of the largest margin first.
+    Raises UsageError where nothing is committed, DamagedError on a shard that cannot be read.
+    """
+    found = summary(data, tau0, alpha, sort, rows or (DEFAULT_ROWS if sort else 0))
+    return json.dumps(found, indent=1, allow_nan=False) if as_json else _format(found)
+
+
+def summary(
+    data: Path | str, tau0: float = 0.2, alpha: float = 0.9, sort: str | None = None, rows: int = 0
+) -> dict[str, Any]:
+    """What `inspect` shows, as JSON values."""
+    store = Store(data)
+    shards = {kind: store.shards(kind) for kind in tables.STORED}
+    if not any(shards.values()):
+        if Store(store.root / "data").shards("pairs"):
+            raise UsageError(f"{data}: a run's directory; its rows are in {store.root / 'data'}: give that")
+        raise UsageError(f"{data}: no committed rows: run ple-gen first, or check the path")
+    counts = [
+        {"round": round, "kind": kind, "shards": len(sizes), "rows": sum(sizes)}
+        for kind, found in shards.items()
+        for round in sorted({shard.round for shard in found})
+        for sizes in [[shard.rows for shard in found if shard.round == round]]
+    ]
+    result: dict[str, Any] = {"data": str(data), "tau0": tau0, "alpha": alpha, "counts": counts}
+    pairs = store.scan("pairs")
+    statistics = round_statistics(pairs, tau0, alpha)
+    result["rounds"] = statistics.to_dicts()
+    result["warnings"] = warnings(statistics)
+    result["sources"] = _sources(pairs)
+    result["histogram"] = histogram(pairs)
+    result["rows"] = _rows(pairs, tau0, alpha, sort, rows) if rows else []
+    return result
+
+
+def _sources(pairs: pl.LazyFrame) -> list[dict[str, Any]]:
+    """By round: the distinct policies, principles and reward models of the rows."""
+    by_round = pairs.group_by("round").agg(pl.col(_SOURCES).unique()).sort("round")
+    return collect(by_round.with_columns(pl.col(_SOURCES).list.sort())).to_dicts()
+
+
+def histogram(pairs: pl.LazyFrame) -> dict[str, Any]:
+    """Margins counted in equal bins from the smallest to the largest: {low, high, counts: {round: [rows]}}."""
+    margin = partition(0.0)[0]
+    ends = collect(pairs.select(margin.min().alias("low"), margin.max().alias("high"))).row(0, named=True)
+    low, high = ends["low"], ends["high"]
+    if low is None:
+        return {"low": None, "high": None, "counts": {}}
+    place = ((margin - low) / ((high - low) or 1.0) * _BINS).floor().clip(0, _BINS - 1).cast(pl.Int64)
+    found = collect(pairs.group_by("round", place.alias("bin")).agg(pl.len().alias("rows")).sort("round", "bin"))
+    counts: dict[str, list[int]] = {}
+    for round, bin, rows in found.iter_rows():
+        counts.setdefault(str(round), [0] * _BINS)[bin] = rows
+    return {"low": low, "high": high, "counts": counts}
+
+
+def _rows(pairs: pl.LazyFrame, tau0: float, alpha: float, sort: str | None, rows: int) -> list[dict[str, Any]]:
+    """Pairs with their set at their own round's tau; the largest margins first, or in the order of their
+    keys.
+    """
+    if sort not in (None, "margin"):
+        raise UsageError(f"--sort {sort}: pairs can be sorted by margin")
+    threshold = own_tau(pairs, tau0, alpha)
+    lengths = [pl.col(f"{arm}_ids").list.len().alias(f"len_{arm}") for arm in ("y", "y_prompt")]
+    keys = ["round", "query_id", "sample"]
+    by, descending = (["margin", *keys], [True, False, False, False]) if sort else (keys, [False] * 3)
+    frame = pairs.with_columns(*partition(threshold), *lengths, threshold.alias("tau"))
+    first = frame.sort(by, descending=descending).head(rows)
+    return collect(first.select(*_SHOWN, "tau", *_TEXTS, *_ARM_FLAGS)).to_dicts()
+
+
+# Text
+
+
+def format_statistics(statistics: pl.DataFrame, *, tau0: float, alpha: float, at_round: int | None = None) -> str:
+    """The tables of `round_statistics` for a terminal of 100 columns, followed by the warnings.
+
+    `at_round` is that of `round_statistics`: the round whose tau was used for all rows.
+    """
+    lines = _statistics_lines(statistics.to_dicts(), tau0, alpha, at_round)
+    return "\n".join([*lines, *[f"warning: {message}" for message in warnings(statistics)]])
+
+
+def _statistics_lines(rounds: list[dict[str, Any]], tau0: float, alpha: float, at_round: int | None) -> list[str]:
+    which = "its own round" if at_round is None else f"round {at_round}"
+    quantiles = [f"{round(100 * q)} %" for q in QUANTILES.values()]
+    rewards = [
+        [r["round"], r["rows"], _number(r["mean_s"]), _number(r["mean_s_prompt"]), _number(r["mean_margin"])]
+        + [_number(r[name]) for name in QUANTILES]
+        + [_number(r["tau"]), _share(r["rank_share"]), _share(r["lowered_share"])]
+        for r in rounds
+    ]
+    arms = ("y", "y_prompt")
+    responses = [
+        [r["round"]]
+        + [_share(r[f"{what}_{arm}"]) for what in ("truncated", "empty") for arm in arms]
+        + [f"{r[f'mean_len_{arm}']:.1f}" for arm in arms]
+        for r in rounds
+    ]
+    return [
+        "Rewards: means; quantiles of the margin s_prompt - s; share in the rank set, where the margin is",
+        f"above the tau of {which} (tau_t = {tau0:g} * {alpha:g}^t); share where the principle lowered the reward",
+        *table(
+            ["round", "rows", "s", "s_prompt", "margin", *quantiles, "tau", "rank", "lowered"],
+            rewards,
+        ),
+        "",
+        "Responses: share cut by length, share empty, mean length in tokens",
+        *table(["round", *[f"{what} {arm}" for what in ("cut", "empty", "tokens") for arm in arms]], responses),
+    ]
+
+
+def _format(found: dict[str, Any]) -> str:
+    parts = [[f"{printable(found['data'])}: committed rows"], _count_lines(found["counts"])]
+    if found["rounds"]:
+        parts += [[""], _statistics_lines(found["rounds"], found["tau0"], found["alpha"], None)]
+        parts += [[""], _histogram_lines(found["histogram"]), [""], _source_lines(found["sources"])]
+        parts += [[f"warning: {message}" for message in found["warnings"]]]
+    else:
+        parts += [["no pairs yet: ple-score makes them from the responses"]]
+    parts += [["", *_pair_lines(row)] for row in found["rows"]]
+    return "\n".join(line for part in parts for line in part)
+
+
+def _count_lines(counts: list[dict[str, Any]]) -> list[str]:
+    by_round: dict[int, dict[str, int]] = {}
+    for count in counts:
+        by_round.setdefault(count["round"], {})[count["kind"]] = count["rows"]
+    kinds = [kind for kind in tables.STORED if any(count["kind"] == kind for count in counts)]
+    rows = [[t, *[by_round[t].get(kind, 0) for kind in kinds]] for t in sorted(by_round)]
+    return table(["round", *kinds], rows)
+
+
+def _histogram_lines(found: dict[str, Any]) -> list[str]:
+    low, high = _number(found["low"]), _number(found["high"])
+    lines = [f"Margins from {low} to {high}; a bar's height is its share of the round's largest"]
+    for round, counts in found["counts"].items():
+        bars = "".join(_BARS[-(-count * (len(_BARS) - 1) // max(counts))] for count in counts)
+        lines.append(f"{round:>5}  |{bars}|")
+    return lines
+
+
+def _source_lines(sources: list[dict[str, Any]]) -> list[str]:
+    lines = ["Sources, from the round on in which they change"]
+    before: dict[str, list[str]] = {}
+    for source in sources:
+        for name in _SOURCES:
+            first, *others = source[name]
+            more = f"  (+{len(others)} more)" if others else ""
+            if source[name] != before.get(name):
+                lines.append(f"{source['round']:>5}  {name:<12}  {shorten(printable(first), 70)}{more}")
+        before = source
+    return lines
+
+
+def _pair_lines(row: dict[str, Any]) -> list[str]:
+    """One pair: what was decided, then x, then both responses side by side."""
+    sign = ">" if row["set"] == "rank" else "<="
+    half = (WIDTH - 3) // 2
+    titles = [
+        f"{arm}: {name} = {row[name]:.4g}, {row[f'len_{arm}']} tokens, {row[f'{arm}_finish']}"
+        for arm, name in (("y", "s"), ("y_prompt", "s_prompt"))
+    ]
+    arms = [
+        [title, *clipped(shown(row[arm]), half, _TEXT_LINES)]
+        for title, arm in zip(titles, ("y", "y_prompt"), strict=True)
+    ]
+    return [
+        shorten(f"query {printable(row['query_id'])}, round {row['round']}, sample {row['sample']}", WIDTH),
+        f"margin {row['margin']:.4g} {sign} tau {row['tau']:.4g}: {row['set']}, "
+        f"c = {row['c']:.4g}, c_prompt = {row['c_prompt']:.4g}",
+        *clipped(f"x: {printable(row['x'])}", WIDTH, _TEXT_LINES),
+        *beside(arms[0], arms[1], half),
+    ]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Lines of right-aligned columns under their header."""
+    cells = [list(header), *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+
+
+def _number(value: float) -> str:
+    """Three decimals, or three digits where that is too wide for a column."""
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.2e}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"

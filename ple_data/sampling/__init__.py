@@ -1,0 +1,1 @@
+"""The sampling stage: what a round consists of, and its responses."""

@@ -1,0 +1,145 @@
+"""Turns a stream of responses into committed units: claims them, gathers their rows, commits each once it is whole."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from ple_data.common.progress import Progress
+from ple_data.engines import Completion, Request
+from ple_data.inputs.queries import to_text
+from ple_data.sampling.plan import Plan, Unit
+from ple_data.sampling.reuse import Reuse
+from ple_data.storage.store import Store
+from schemas.tables import SCHEMAS
+
+
+@dataclass
+class GenerateSummary:
+    """What one call of generate() did. Rows are pairs of responses, or plain responses alone; tokens are new."""
+
+    rows: int = 0
+    rows_sampled: int = 0
+    rows_reused: int = 0
+    rows_done_before: int = 0
+    rows_by_others: int = 0
+    tokens: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    dry_run: str | None = None
+    """What `--dry-run` prints: a rendered prompt of each arm with its token ids."""
+
+
+@dataclass
+class _OpenUnit:
+    """A claimed unit whose responses are coming in: rows by number, each row's completions by arm."""
+
+    unit: Unit
+    claim: ExitStack
+    missing: int
+    reused: dict[int, dict[str, Any]] = field(default_factory=dict)
+    sampled: dict[tuple[int, str], Completion] = field(default_factory=dict)
+
+
+class Collector:
+    """Claims units for the engine, gathers their responses and commits each unit that is whole."""
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        provenance: Mapping[str, Any],
+        reuse: Reuse | None,
+        progress: Progress,
+        summary: GenerateSummary,
+    ) -> None:
+        self._store, self._plan, self._provenance = store, plan, provenance
+        self._reuse, self._progress, self._summary = reuse, progress, summary
+        self._open: dict[str, _OpenUnit] = {}
+        self.locked: list[Unit] = []
+
+    def units(self, pending: Sequence[Unit]) -> Iterator[list[Request]]:
+        """The requests of each pending unit that is ours; a unit is claimed when it is asked for."""
+        for unit in pending:
+            claim = ExitStack()
+            if claim.enter_context(self._store.claim(self._plan.kind, self._plan.round, unit.id)):
+                requests = self._begin(unit, claim)
+                if requests:
+                    yield requests
+                continue
+            claim.close()
+            if self._store.is_committed(self._plan.kind, self._plan.round, unit.id):
+                self._summary.rows_by_others += self._plan.rows_of(unit)
+                self._progress.advance(len(self._plan.arms) * self._plan.rows_of(unit))
+            else:
+                self.locked.append(unit)
+
+    def add(self, request: Request, completion: Completion) -> None:
+        """Take in one response; the last one of a unit commits it."""
+        unit_id, row, arm = request.key
+        opened = self._open[unit_id]
+        opened.sampled[row, arm] = completion
+        opened.missing -= 1
+        self._summary.tokens += len(completion.ids)
+        self._progress.advance(1)
+        if not opened.missing:
+            self._commit(opened)
+
+    def __enter__(self) -> "Collector":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for opened in self._open.values():
+            opened.claim.close()
+
+    def _begin(self, unit: Unit, claim: ExitStack) -> list[Request]:
+        opened = _OpenUnit(unit, claim, 0)
+        self._open[unit.id] = opened
+        requests = []
+        for row in range(self._plan.rows_of(unit)):
+            earlier = self._reuse.row(*self._plan.prompt_of(unit, row)) if self._reuse else None
+            if earlier is not None:
+                opened.reused[row] = earlier
+                self._progress.advance(len(self._plan.arms))
+            else:
+                requests += [self._plan.request(unit, row, arm) for arm in self._plan.arms]
+        opened.missing = len(requests)
+        if not requests:
+            self._commit(opened)
+        return requests
+
+    def _commit(self, opened: _OpenUnit) -> None:
+        plan, unit = self._plan, opened.unit
+        rows = [opened.reused.get(row) or self._row(opened, row) for row in range(plan.rows_of(unit))]
+        table = pa.Table.from_pylist(rows, schema=SCHEMAS[plan.kind])
+        self._store.commit(plan.kind, plan.round, unit.id, table, self._provenance)
+        self._summary.rows_reused += len(opened.reused)
+        self._summary.rows_sampled += len(rows) - len(opened.reused)
+        del self._open[unit.id]
+        opened.claim.close()
+
+    def _row(self, opened: _OpenUnit, row: int) -> dict[str, Any]:
+        prompt, sample = self._plan.prompt_of(opened.unit, row)
+        values: dict[str, Any] = {
+            "query_id": prompt.query.id,
+            "round": self._plan.round,
+            "sample": sample,
+            "x": to_text(prompt.query.x),
+            "x_ids": list(prompt.x_ids),
+            "policy": self._plan.policy,
+            "seed": self._plan.seed,
+            "reference": prompt.query.reference,
+        }
+        if self._plan.principle:
+            values["principle"] = self._plan.principle.text
+        for arm in self._plan.arms:
+            completion = opened.sampled[row, arm]
+            values |= {
+                arm: completion.text,
+                f"{arm}_ids": completion.ids,
+                f"{arm}_finish": completion.finish,
+                f"{arm}_empty": not completion.text.strip(),
+                f"{arm}_logps": completion.logps,
+            }
+        return values

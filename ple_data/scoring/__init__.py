@@ -1,0 +1,1 @@
+"""The scoring stage, and what keeps rewards that were paid for."""

@@ -1,0 +1,165 @@
+"""The scoring stage: responses of a store become pairs, unit by unit, in the same store or in another.
+
+A unit that is committed is never scored again; several processes share the units. Nothing is sampled here,
+and the reward model is the only model in memory.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ple_data.common.finite import refuse_non_finite
+from ple_data.common.progress import Progress
+from ple_data.rewards import RewardModel
+from ple_data.storage.store import Shard, Store
+from schemas.errors import UsageError
+from schemas.files import write_new
+from schemas.tables import PAIRS, read_metadata
+
+POLL_SECONDS = 0.5
+"""How often a unit that another process holds is looked at again."""
+
+
+@dataclass
+class ScoreCounts:
+    """What one call of score() did; rows are pairs of responses."""
+
+    units: int = 0
+    rows: int = 0
+    rows_done_before: int = 0
+    rows_by_others: int = 0
+    texts_cut: int = 0
+
+
+def score(
+    store: Store, reward_model: RewardModel, *, round: int | None = None, output: Store | None = None
+) -> ScoreCounts:
+    """Score every committed unit of responses (of one round, or of all) and commit it as pairs to `output`.
+
+    `output` is `store` itself by default. Units that another process is scoring are waited for, and taken
+    over if it dies. Raises UsageError where there are no responses or where the pairs there belong to another
+    reward model, and PleError where a reward is NaN or infinite; the units before it stay committed.
+    """
+    target = output or store
+    shards = store.shards("responses", round=round)
+    if not shards:
+        where = store.root if round is None else f"round {round} of {store.root}"
+        raise UsageError(f"there are no responses in {where} to score: run ple-gen first")
+    _refuse_other_model(target, reward_model)
+    pending = [shard for shard in shards if not target.is_committed("pairs", shard.round, shard.unit)]
+    total = sum(shard.rows for shard in shards)
+    counts = ScoreCounts(rows_done_before=total - sum(shard.rows for shard in pending))
+    cut_before = reward_model.truncated
+    announced: set[str] = set()
+    with Progress("score", total, "rows", done=counts.rows_done_before) as progress:
+        while pending:
+            held_by_others = []
+            for shard in pending:
+                if _score_unit(store, shard, reward_model, target, counts):
+                    progress.advance(shard.rows)
+                else:
+                    held_by_others.append(shard)
+            if len(held_by_others) == len(pending):
+                _announce(target, held_by_others, announced, progress)
+                time.sleep(POLL_SECONDS)
+            pending = held_by_others
+        counts.texts_cut = reward_model.truncated - cut_before
+        if counts.texts_cut:
+            progress.note(
+                f"{counts.texts_cut} texts are longer than the reward model takes: the beginning of x was cut"
+            )
+    for number, rows, asked in store.unfinished(shards):
+        progress.note(
+            f"warning: round {number} has {rows} of its {asked} pairs so far: run ple-gen to its end, then this again"
+        )
+    return counts
+
+
+def _score_unit(store: Store, shard: Shard, reward_model: RewardModel, target: Store, counts: ScoreCounts) -> bool:
+    """Score and commit one unit. False if another process holds it, True if it is committed, by whomever."""
+    with target.claim("pairs", shard.round, shard.unit) as ours:
+        if ours:
+            table = store.read(shard)
+            s, s_prompt = _rewards(table, shard, reward_model)
+            pairs = _pairs(table, s, s_prompt, reward_model.name)
+            provenance = {**read_metadata(shard.path, "responses"), "reward_model": reward_model.name}
+            _own_pairs(target, reward_model)
+            target.commit("pairs", shard.round, shard.unit, pairs, provenance)
+            counts.units += 1
+            counts.rows += shard.rows
+            return True
+    if target.is_committed("pairs", shard.round, shard.unit):
+        counts.rows_by_others += shard.rows
+        return True
+    return False
+
+
+def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel) -> tuple[np.ndarray, np.ndarray]:
+    """s and s_prompt as float32, one a row; the same (x, y) is scored once."""
+    x, y, y_prompt = (table[column].to_pylist() for column in ("x", "y", "y_prompt"))
+    plain, guided = list(zip(x, y, strict=True)), list(zip(x, y_prompt, strict=True))
+    distinct = list(dict.fromkeys(plain + guided))
+    reward_of = dict(zip(distinct, reward_model.score(distinct), strict=True))
+    with np.errstate(over="ignore"):  # a reward beyond float32 becomes infinite, and is refused as such
+        s = np.array([reward_of[pair] for pair in plain], dtype=np.float32)
+        s_prompt = np.array([reward_of[pair] for pair in guided], dtype=np.float32)
+    keys = zip(table["query_id"].to_pylist(), table["sample"].to_pylist(), strict=True)
+    refuse_non_finite(
+        f"reward model {reward_model.name} gave rewards that are not finite float32 numbers for {shard.path}",
+        (
+            (f"query {query_id!r} sample {sample} {arm}", values[row])
+            for row, (query_id, sample) in enumerate(keys)
+            for arm, values in (("s", s), ("s_prompt", s_prompt))
+        ),
+        "this unit was not committed; correct the reward model and run the same command again",
+    )
+    return s, s_prompt
+
+
+def _pairs(table: pa.Table, s: np.ndarray, s_prompt: np.ndarray, name: str) -> pa.Table:
+    added = {"s": pa.array(s), "s_prompt": pa.array(s_prompt), "reward_model": pa.array([name] * len(table))}
+    columns = [table[column] if column in table.column_names else added[column] for column in PAIRS.names]
+    return pa.table(columns, schema=PAIRS)
+
+
+def _refuse_other_model(target: Store, reward_model: RewardModel) -> None:
+    """Raise UsageError where the pairs of `target` were scored by another reward model."""
+    owner = _owner(target)
+    if owner not in (None, reward_model.name):
+        raise UsageError(
+            f"the pairs in {target.root} were scored by {owner}, not by {reward_model.name}: two reward "
+            "models are never mixed in one store; give another store with --output"
+        )
+
+
+def _owner(target: Store) -> str | None:
+    """The reward model that the pairs of `target` belong to; None where there are none yet."""
+    record = _owner_record(target)
+    if record.exists():
+        return record.read_text(encoding="utf-8").strip()
+    first = next(iter(target.shards("pairs")), None)
+    return read_metadata(first.path, "pairs").get("reward_model") if first else None
+
+
+def _own_pairs(target: Store, reward_model: RewardModel) -> None:
+    """Make `target` this model's before the first commit: of two that start at once, one is refused."""
+    record = _owner_record(target)
+    if not record.exists():
+        write_new(record, reward_model.name + "\n", target.root / ".ple" / "tmp")
+    _refuse_other_model(target, reward_model)
+
+
+def _owner_record(target: Store) -> Path:
+    return target.root / ".ple" / "reward_model"
+
+
+def _announce(target: Store, shards: list[Shard], announced: set[str], progress: Progress) -> None:
+    """Say once of each process that we wait for it."""
+    for shard in shards:
+        holder = target.holder("pairs", shard.round, shard.unit)
+        if holder and holder not in announced:
+            announced.add(holder)
+            progress.note(f"unit {shard.unit} of round {shard.round} is locked by {holder}: waiting for it")

@@ -1,0 +1,1 @@
+"""Shards on disk: committed whole, claimed by one, checked by hash."""

@@ -1,0 +1,206 @@
+"""`ple verify`: everything that can be wrong in a data directory, and what to do about each. Changes nothing.
+
+Every shard is hashed and read whole, one at a time; keys are compared one round at a time.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from ple_data.storage.store import Shard, Store
+from schemas import tables
+from schemas.errors import DamagedError, UsageError
+from schemas.files import TMP_SUFFIX, is_stale, sha256_file
+
+_NAMED = 5  # doubled keys that one problem names
+
+_REMAKE = {
+    "responses": "run the same ple-gen command again to sample this unit anew",
+    "pairs": "run the same ple-score (or ple-gen --reward-model) command again; its responses are not sampled again",
+    "answers": "run the same ple eval command again to sample this unit anew",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding: where, what is wrong, what to do. `severity` is "error" or "info" (nothing is wrong)."""
+
+    path: Path
+    what: str
+    todo: str
+    severity: str = "error"
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.path}: {self.what}: {self.todo}"
+
+
+def check(directory: Path) -> Iterator[Problem]:
+    """Every problem of a data directory, as it is found. Raises DamagedError behind the last where one is an error."""
+    errors = 0
+    for problem in verify(Store(directory)):
+        errors += problem.severity == "error"
+        yield problem
+    if errors:
+        problems = "1 problem" if errors == 1 else f"{errors} problems"
+        raise DamagedError(f"{directory}: {problems}, listed above with what to do")
+
+
+def verify(store: Store) -> list[Problem]:
+    """All problems of the directory, in the order of its files; the "info" ones come last.
+
+    Raises UsageError where there is no data directory.
+    """
+    tables_there = (path for kind in tables.STORED for path in (store.root / kind).rglob("*.parquet"))
+    if not (store.root / ".ple").is_dir() and not any(tables_there):
+        raise UsageError(f"{store.root}: not a data directory: it has neither .ple nor responses nor pairs")
+    problems: list[Problem] = []
+    for kind in tables.STORED:
+        shards: list[Shard] = []
+        problems += _records(store, kind, shards)
+        problems += _orphans(store, kind, shards)
+        whole = []
+        for shard in shards:
+            found = _shard(store, shard)
+            problems += found
+            if not found:
+                whole.append(shard)
+        problems += _doubled_keys(kind, whole)
+    problems += _manifests(store)
+    problems += _leftovers(store)
+    problems += _unscored(store)
+    return sorted(problems, key=lambda problem: problem.severity == "info")
+
+
+def _records(store: Store, kind: str, shards: list[Shard]) -> Iterator[Problem]:
+    """Unreadable or misplaced commit records; the shards of the good ones are added to `shards`."""
+    for path in store.record_paths(kind):
+        try:
+            shard = store.read_record(path)
+        except DamagedError as error:
+            yield Problem(path, _without_path(error, path), f"remove it; then {_REMAKE[kind]}")
+            continue
+        if store.record_path(kind, shard.round, shard.unit) != path or shard.kind != kind:
+            what = f"this record is of {shard.kind} unit {shard.unit} of round {shard.round}"
+            yield Problem(path, what, "it was moved or copied: put it back where it belongs, or remove it")
+        elif shard.path != store.path(kind, shard.round, shard.unit):
+            what = f"the record names {shard.path}, not {store.path(kind, shard.round, shard.unit)}"
+            yield Problem(path, what, f"remove the record; then {_REMAKE[kind]}")
+        else:
+            shards.append(shard)
+
+
+def _orphans(store: Store, kind: str, shards: list[Shard]) -> Iterator[Problem]:
+    """Parquet files beside the shards that no commit record names; those just being committed do not count."""
+    known = {shard.path for shard in shards}
+    reported = {store.path(kind, *unit) for unit in _recorded(store, kind)}
+    for path in sorted((store.root / kind).rglob("*.parquet")):
+        if path in known | reported or _in_work(store, kind, path):
+            continue
+        todo = f"if a command was killed, {_REMAKE[kind]}; otherwise move the file out of the data directory"
+        yield Problem(path, "no commit record names this file, yet other programs read it with the rest", todo)
+
+
+def _in_work(store: Store, kind: str, path: Path) -> bool:
+    round, unit = path.parent.name.removeprefix("round="), path.stem.removeprefix("part-")
+    return round.isdigit() and store.holder(kind, int(round), unit) is not None
+
+
+def _recorded(store: Store, kind: str) -> set[tuple[int, str]]:
+    """(round, unit) of the commit records, readable or not."""
+    names = [(path.parent.name.removeprefix("round="), path.stem) for path in store.record_paths(kind)]
+    return {(int(round), unit) for round, unit in names if round.isdigit()}
+
+
+def _shard(store: Store, shard: Shard) -> list[Problem]:
+    """Whether the file is there, is the one that was committed, and holds what a table of its kind must: one problem
+    at most, with all that is wrong.
+    """
+    record = store.record_path(shard.kind, shard.round, shard.unit)
+    remake = f"restore it from a copy, or remove it and {record}, then {_REMAKE[shard.kind]}"
+    faults = list(_faults(shard))
+    return [Problem(shard.path, "; ".join(faults), remake)] if faults else []
+
+
+def _faults(shard: Shard) -> Iterator[str]:
+    try:
+        size = shard.path.stat().st_size
+    except OSError as error:
+        yield f"the file is missing ({error.strerror})"
+        return
+    if size != shard.bytes:
+        yield f"{size} bytes, but {shard.bytes} were committed"
+    elif (sha256 := sha256_file(shard.path)) != shard.sha256:
+        yield f"altered: its SHA-256 is {sha256}, but {shard.sha256} was committed"
+    try:
+        found = tables.read_metadata(shard.path, shard.kind)
+        table = tables.read_table(shard.path, shard.kind)
+    except DamagedError as error:
+        yield _without_path(error, shard.path).removesuffix(f": {tables.RESTORE}")
+        return
+    if (found.get("round"), found.get("unit")) != (shard.round, shard.unit):
+        yield f"holds unit {found.get('unit')} of round {found.get('round')}, not {shard.unit} of {shard.round}"
+    if table.num_rows != shard.rows:
+        yield f"{table.num_rows} rows, but {shard.rows} were committed"
+    yield from tables.row_faults(shard.kind, table, shard.round)
+
+
+def _doubled_keys(kind: str, shards: Iterable[Shard]) -> Iterator[Problem]:
+    """(query_id, round, sample) keys that stand in more than one file; `shards` are whole and sorted by
+    round.
+    """
+    import polars as pl
+
+    for _, group in groupby(shards, key=lambda shard: shard.round):
+        files = [shard.path for shard in group]
+        keys = pl.scan_parquet(files, hive_partitioning=False, include_file_paths="file")
+        doubled = (
+            keys.select(*tables.KEY, "file")
+            .group_by(tables.KEY)
+            .agg(pl.col("file").unique().sort(), pl.len().alias("rows"))
+            .filter(pl.col("rows") > 1)
+            .group_by("file")
+            .agg(pl.len().alias("keys"), *[pl.col(name).sort_by(tables.KEY).head(_NAMED) for name in tables.KEY])
+            .sort("file")
+            .collect(engine="streaming")
+        )
+        for row in doubled.iter_rows(named=True):
+            first, *others = row["file"]
+            named = "; ".join(
+                f"query_id={q!r} round={r} sample={s}" for q, r, s in zip(*(row[k] for k in tables.KEY), strict=True)
+            )
+            more = f" and {row['keys'] - _NAMED} more" if row["keys"] > _NAMED else ""
+            what = f"{row['keys']} keys stand here and in {', '.join(others)}: {named}{more}"
+            todo = "stores were merged or a record was copied: keep one of the files and remove the others' records"
+            yield Problem(Path(first), what, f"{todo} under .ple/commits/{kind} with the files themselves")
+
+
+def _manifests(store: Store) -> Iterator[Problem]:
+    for path in store.manifest_paths():
+        try:
+            store.read_manifest(path)
+        except DamagedError as error:
+            yield Problem(path, _without_path(error, path), "remove it and run the same ple-gen command again")
+
+
+def _leftovers(store: Store) -> Iterator[Problem]:
+    for path in sorted((store.root / ".ple" / "tmp").glob(f"*{TMP_SUFFIX}")):
+        if is_stale(path):
+            todo = "nothing to do: the next command that writes here removes it"
+            yield Problem(path, "an unfinished file of a process that was killed", todo, "info")
+
+
+def _unscored(store: Store) -> Iterator[Problem]:
+    """Units with responses and no pairs, and pairs whose responses are elsewhere: neither is wrong."""
+    responses, pairs = _recorded(store, "responses"), _recorded(store, "pairs")
+    elsewhere = "nothing to do if they were scored from another directory"
+    for missing, what, todo in (
+        (responses - pairs, "responses that are not scored yet", "run ple-score"),
+        (pairs - responses, "pairs without their responses", elsewhere),
+    ):
+        for round, units in groupby(sorted(missing), key=lambda unit: unit[0]):
+            yield Problem(store.root, f"round {round}: {len(list(units))} units of {what}", todo, "info")
+
+
+def _without_path(error: DamagedError, path: Path) -> str:
+    return str(error).removeprefix(f"{path}: ")

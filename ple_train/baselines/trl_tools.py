@@ -1,0 +1,142 @@
+"""What the baselines that run in TRL share: finding it, keeping it quiet, and its steps as our metrics.
+
+TRL is an extra (`.[trl]`), one pinned version: PPO is gone from later ones. Imported only when it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ple_data.common.progress import Progress
+from schemas.errors import PleError, UsageError
+
+VERSION = "1.12.0"
+
+
+def require_trl() -> None:
+    """Raise UsageError where TRL is missing or of another version."""
+    import importlib.metadata
+
+    try:
+        found = importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        raise UsageError("this baseline runs in TRL, which is not installed: pip install -e '.[trl]'") from None
+    if found != VERSION:
+        raise UsageError(f"this baseline runs in TRL {VERSION}, but trl {found} is installed: pip install -e '.[trl]'")
+
+
+@contextlib.contextmanager
+def quiet_trl() -> Iterator[None]:
+    """TRL's and transformers' notices are not shown, and what they print goes to stderr: stdout is for data."""
+    from transformers.utils import logging
+
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def refuse_many_processes(accelerator: Any) -> None:
+    """Raise UsageError under torchrun: the baselines in TRL run as one process."""
+    if accelerator.num_processes > 1:
+        raise UsageError("this baseline runs as one process; start it without torchrun or accelerate launch")
+
+
+def training_arguments(directory: Path, options: Any) -> dict[str, Any]:
+    """Arguments of every TRL configuration: ple-train's optimizer, a metric each step, no checkpoints, no reports."""
+    from ple_data.common.device import default_device
+
+    on_gpu = default_device().type == "cuda"
+    return {
+        "output_dir": str(directory),
+        "learning_rate": options.learning_rate,
+        "max_grad_norm": options.max_grad_norm,
+        "lr_scheduler_type": "constant",
+        "adam_beta2": 0.95,
+        "weight_decay": 0.0,
+        "seed": options.seed,
+        "bf16": False,  # no autocast: frozen weights are in bfloat16 as they were loaded, the adapter in float32
+        "use_cpu": not on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def with_float32_logits(model: Any) -> Any:
+    """The same model, its logits in float32: summed over a response, bfloat16 would lose what the methods compare."""
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits.float())
+    return model
+
+
+def one_device(arguments: Any) -> Any:
+    """The same configuration on one GPU: the Trainer would split batches over all that it sees."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is not above `limit`; 1 where only that is left."""
+    return next(n for n in range(number, 0, -1) if number % n == 0 and (n <= limit or n == 1))
+
+
+def steps_callback(progress: Progress, history: list[dict[str, Any]], done: Callable[[], int]) -> Any:
+    """A callback that keeps each step's logged metrics in `history` and moves the progress line to `done()`.
+
+    Raises PleError when a loss is not finite.
+    """
+    from transformers import TrainerCallback
+
+    class Steps(TrainerCallback):
+        def __init__(self) -> None:
+            self.began = time.perf_counter()
+            self.done = 0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            logs = logs or {}
+            loss = logs.get("loss", logs.get("loss/policy_avg"))
+            if loss is None:
+                return  # the summary at the end
+            if not math.isfinite(loss):
+                raise PleError(f"step {state.global_step}: the loss is {loss}; stopped. Lower --learning-rate.")
+            now = time.perf_counter()
+            more = {_name(key): float(value) for key, value in logs.items() if key not in ("loss", "epoch")}
+            history.append(
+                {
+                    "step": len(history) + 1,
+                    "loss": float(loss),
+                    "seconds": now - self.began,
+                    **more,
+                }
+            )
+            self.began = now
+            progress.advance(done() - self.done, f"loss {loss:.4f}")
+            self.done = done()
+
+    return Steps()
+
+
+def _name(key: str) -> str:
+    """TRL's `rewards/margins` as a column name."""
+    return key.replace("/", "_")

@@ -1,0 +1,1 @@
+"""What every training shares: session, loop, batches, checkpoints, output."""

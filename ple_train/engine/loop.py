@@ -1,0 +1,248 @@
+"""One training loop, read top to bottom; SFT, reward and PLE training are its users.
+
+It knows steps, gradients, checkpoints and metrics. It never reads data and never computes a loss: the stream
+gives global batches, the objective gives the loss of a micro-batch, already divided by its global batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ple_data.common.device import default_device
+from ple_data.common.progress import Progress
+from ple_train.engine.batches import Layout, MicroBatch, Stream, micro_batches
+from ple_train.engine.checkpoint import Checkpoints
+from schemas.errors import PleError, UsageError
+from schemas.options import Loop
+
+STEPS_AHEAD = {"cuda": 1}
+"""Steps at work while an earlier one is read, so that a GPU never waits for the host; a CPU has no queue."""
+
+
+class Objective(Protocol):
+    """A loss on micro-batches, and what to add up over micro-batches and processes; `summarise` makes metrics of it.
+
+    A call gives the loss and [sums] float64, both on the model's device, and never waits for it.
+    """
+
+    sums: tuple[str, ...]
+    layout: Layout  # how the sequences of a micro-batch lie
+    remedy: str  # what may help when the loss stops being finite
+
+    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]: ...
+
+    def summarise(self, sums: dict[str, float]) -> dict[str, float]: ...
+
+
+def learning_rate_at(step: int, total: int, settings: Loop) -> float:
+    """Learning rate of a step counted from 0."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def available_trackers() -> set[str]:
+    """Names of the metric trackers whose packages are installed."""
+    from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+    return {
+        name
+        for name, there in {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}.items()
+        if there
+    }
+
+
+def make_accelerator(report_to: str | None = None, directory: Path | None = None) -> Any:
+    """The `Accelerator` of this process, one of one or of many (torchrun, accelerate launch).
+
+    report_to: `tensorboard` or `wandb`; the tracker writes below `directory`.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    if report_to and report_to not in available_trackers():
+        raise UsageError(f"--report-to {report_to} needs its package: pip install -e '.[{report_to}]'")
+    broadcast = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return Accelerator(
+        mixed_precision="no",  # autocast is the loop's own: one process may train in several precisions
+        cpu=default_device().type == "cpu",
+        kwargs_handlers=[broadcast],
+        log_with=report_to,
+        project_dir=directory,
+    )
+
+
+def train_loop(
+    accelerator: Any,
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    stream: Stream,
+    objective: Objective,
+    settings: Loop,
+    checkpoints: Checkpoints,
+    report: Callable[[dict[str, Any]], None] = lambda metrics: None,
+) -> list[dict[str, Any]]:
+    """Train to the end, going on from the newest checkpoint → metrics of every step.
+
+    settings: its precision is resolved. `schedule` is `constant` or `cosine` (to 0 at the last step), after a linear
+    warm-up.
+
+    A GPU is never waited for: what a step measured is read while the GPU works on the next one. Raises PleError when
+    the loss or the gradient is not finite; the last good checkpoint stays.
+    """
+    decay = settings.weight_decay
+    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=decay)
+    done, history = checkpoints.restore(parameters, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    total = stream.steps_per_epoch * settings.epochs
+    model.train()
+
+    main = accelerator.is_main_process
+    device: torch.device = accelerator.device
+    with Progress("training", total, "steps", done=done) if main else nullcontext() as progress:
+        ledger = _Ledger(objective, history, checkpoints, report, progress)
+        while done < total:
+            epoch, start = divmod(done, stream.steps_per_epoch)
+            for sequences, divisor in stream.batches(epoch, start):
+                began = time.perf_counter()
+                torch.manual_seed(_step_seed(settings.seed, done, accelerator.process_index))  # dropout, if any
+                mine = micro_batches(
+                    sequences,
+                    divisor,
+                    settings.microbatch_tokens,
+                    accelerator.num_processes,
+                    accelerator.process_index,
+                    layout=objective.layout,
+                )
+                rate = learning_rate_at(done, total, settings)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                sums = torch.zeros(1 + len(objective.sums), dtype=torch.float64, device=device)
+                for number, batch in enumerate(mine, start=1):
+                    with accelerator.no_sync(model) if number < len(mine) else nullcontext():
+                        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                            loss, parts = objective(model, batch, done)
+                        (loss * accelerator.num_processes).backward()  # processes average: make it a sum
+                    sums[0] += loss.detach()
+                    sums[1:] += parts
+                if accelerator.num_processes > 1:
+                    sums = accelerator.reduce(sums, "sum")
+                norm = accelerator.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+                done += 1
+                norm = norm.to(device, torch.float64)  # of no gradients at all, a 0 of the host
+                numbers = Reading(torch.cat([sums, norm[None]]))
+                tokens = sum(len(s.ids) for s in sequences)
+                ledger.enter(_Step(done, epoch, rate, tokens, began, numbers))
+                if done % settings.checkpoint_every == 0 or done == total:
+                    ledger.read()
+                    if main:
+                        checkpoints.save(done, parameters, optimizer, history)
+                else:
+                    ledger.read(but=STEPS_AHEAD.get(device.type, 0))
+    accelerator.wait_for_everyone()
+    return history
+
+
+class Reading:
+    """Numbers on their way to the host: from a GPU they are copied when it gets there, and waited for when read."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event = None
+        self._host = values
+        if values.device.type == "cuda":
+            self._host = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[float]:
+        """The numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that may still be at work; `numbers` are its loss, the objective's sums and the gradient's norm."""
+
+    number: int
+    epoch: int
+    learning_rate: float
+    tokens: int
+    began: float
+    numbers: Reading
+
+
+class _Ledger:
+    """The steps in order: those that are still at work, and the metrics of those that were read."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        history: list[dict[str, Any]],
+        checkpoints: Checkpoints,
+        report: Callable[[dict[str, Any]], None],
+        progress: Progress | None,
+    ) -> None:
+        self._objective, self._history, self._checkpoints = objective, history, checkpoints
+        self._report, self._progress = report, progress
+        self._at_work: deque[_Step] = deque()
+        self._last_read = time.perf_counter()
+
+    def enter(self, step: _Step) -> None:
+        """A step whose work was handed to the device."""
+        self._at_work.append(step)
+
+    def read(self, *, but: int = 0) -> None:
+        """Take in what the steps measured, but for the last `but`. Raises PleError where a number is not finite."""
+        while len(self._at_work) > but:
+            metrics = self._metrics(self._at_work.popleft())
+            self._history.append(metrics)
+            self._report(metrics)
+            if self._progress:
+                self._progress.advance(1, f"loss {metrics['loss']:.4f}")
+
+    def _metrics(self, step: _Step) -> dict[str, Any]:
+        loss, *sums, norm = step.numbers.read()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            newest = self._checkpoints.newest()
+            raise PleError(_not_finite(step.number, loss, norm, newest, self._objective.remedy))
+        now = time.perf_counter()
+        seconds, self._last_read = now - max(step.began, self._last_read), now
+        return {
+            "step": step.number,
+            "epoch": step.epoch,
+            "learning_rate": step.learning_rate,
+            "loss": loss,
+            "grad_norm": norm,
+            "seconds": seconds,
+            **self._objective.summarise(dict(zip(self._objective.sums, sums, strict=True))),
+            "tokens_per_second": step.tokens / seconds,
+        }
+
+
+def _step_seed(seed: int, step: int, process: int) -> int:
+    return int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0])
+
+
+def _not_finite(step: int, loss: float, norm: float, newest: Path | None, remedy: str) -> str:
+    kept = f"the last good checkpoint is {newest}" if newest else "no checkpoint had been written yet"
+    return f"step {step}: the loss is {loss} and its gradient's norm {norm}; stopped, {kept}. {remedy}"

@@ -1,0 +1,204 @@
+"""The directory that a training command writes: locked while it runs, complete when `ple.json` is there.
+
+`.ple/` inside it holds the lock and the checkpoints. It never trains and never loads a model.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ple_data.common.device import describe
+from ple_data.common.settings import Settings
+from ple_train.engine.checkpoint import Checkpoints, saving
+from ple_train.engine.cost import describe_cost
+from ple_train.engine.log import print_to_log
+from schemas import records
+from schemas.errors import LockedError, PleError, UsageError
+from schemas.files import fsync_dir, fsync_file, locked, sha256_file, write_atomic
+from schemas.options import Written
+from schemas.records import TRAINED
+from schemas.training import METRICS, Trained
+
+Kind = Literal["ple", "sft", "reward", "baseline"]
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
+LAST = ("adapter_config.json", "config.json")
+"""Moved into place after the other files: their presence is what other tools take for a finished model."""
+
+
+class Output:
+    """One output directory as a context manager: takes the lock, offers checkpoints, publishes the result."""
+
+    def __init__(self, settings: Settings, kind: Kind, options: Written, accelerator: Any) -> None:
+        self.directory, self.kind, self.accelerator = options.output, kind, accelerator
+        self.settings, self.resume = settings, options.resume
+        self.metrics = options.metrics or self.directory / "metrics.parquet"
+        self.private = self.directory / ".ple"
+        self.machine: dict[str, Any] = {}
+        self.checkpoints = Checkpoints(self.private / "checkpoints", settings, self.machine)
+        self.finished = False
+        self._lock = ExitStack()
+
+    def __enter__(self) -> Output:
+        main = self.accelerator.is_main_process
+        self._refuse_own_input()
+        if main:
+            self._take_lock()
+            self._refuse_other_kind()
+            if not self.resume:
+                self._forget()
+        self.accelerator.wait_for_everyone()
+        record = read_record(self.directory)
+        if record is not None:
+            self.settings.refuse_other(record.settings, self.directory)
+            self.finished = True
+            if main:
+                print_to_log(f"{self.directory} is complete already ({record.steps} steps); nothing to do")
+        elif self.accelerator.log_with:
+            self.accelerator.init_trackers("ple", config={k: str(v) for k, v in self.settings.values.items()})
+        return self
+
+    def note_machine(self, precision: str, **more: str) -> None:
+        """Say on stderr, and keep for the record, what was chosen for this machine: device, precision and `more`."""
+        self.machine |= {"device": describe(self.accelerator.device), "precision": precision, **more}
+        choices = ", ".join(f"{name} {value}" for name, value in more.items())
+        print_to_log(f"training on {self.machine['device']} in {precision}" + (f": {choices}" if choices else ""))
+
+    def _refuse_own_input(self) -> None:
+        for name in ("model", "adapter"):
+            given = self.settings.values.get(name)
+            if given and Path(given).resolve() == self.directory.resolve():
+                raise UsageError(f"--output {self.directory} is the --{name} itself: use another --output")
+
+    def _refuse_other_kind(self) -> None:
+        record = read_record(self.directory)
+        if record is not None and record.kind != self.kind:
+            raise UsageError(f"{self.directory} is the result of another command ({record.kind}): use another --output")
+
+    def __exit__(self, *exception: object) -> None:
+        self.accelerator.end_training()
+        self._lock.close()
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Send one step's metrics to the tracker, where one was asked for."""
+        if self.accelerator.log_with:
+            self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=metrics["step"])
+
+    def finish(
+        self,
+        model: Any,
+        tokenizer: Any,
+        history: list[dict[str, Any]],
+        *,
+        title: str,
+        cost: dict[str, float] | None = None,
+    ) -> None:
+        """Publish model, tokenizer, model card, metrics and, last, the record; then drop the checkpoints.
+
+        `cost` (`ple_train.engine.cost`) goes into the record and onto stderr.
+        """
+        if self.accelerator.is_main_process:
+            writing = self.private / "writing"
+            shutil.rmtree(writing, ignore_errors=True)
+            _order_target_modules(model)
+            with saving(writing):
+                model.save_pretrained(writing)
+                tokenizer.save_pretrained(writing)
+                (writing / "README.md").write_text(model_card(title, self.settings.values, history))
+            names = sorted((p.name for p in writing.iterdir() if p.is_file()), key=lambda name: (name in LAST, name))
+            hashes = {name: sha256_file(writing / name) for name in names}
+            for name in names:
+                fsync_file(writing / name)
+                os.replace(writing / name, self.directory / name)
+            fsync_dir(self.directory)
+            self._write_metrics(history)
+            record = Trained(
+                kind=self.kind,
+                settings=self.settings.values,
+                steps=len(history),
+                machine=self.machine,
+                cost=cost or {},
+                files=hashes,
+                packages={name: importlib.metadata.version(name) for name in PACKAGES},
+            )
+            write_atomic(self.directory / TRAINED, record.to_json())
+            self.checkpoints.clear()
+            shutil.rmtree(writing, ignore_errors=True)
+            if cost:
+                print_to_log(f"{self.directory}: {describe_cost(cost)}")
+        self.accelerator.wait_for_everyone()
+
+    def _forget(self) -> None:
+        """Remove what an earlier training left here: an old adapter beside a new model would be loaded with it."""
+        record = read_record(self.directory)
+        for name in (TRAINED, *LAST, *(record.files if record else ())):
+            (self.directory / name).unlink(missing_ok=True)
+        self.checkpoints.clear()
+
+    def _write_metrics(self, history: list[dict[str, Any]]) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(metrics_table(history), sink)
+        self.metrics.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.metrics, sink.getvalue().to_pybytes())
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock.enter_context(locked(self.private / "lock", f"--output {self.directory}"))
+        except LockedError:
+            raise
+        except PleError as error:
+            raise PleError(f"--output {self.directory} cannot be written: {error}") from error
+
+
+def read_record(directory: Path) -> Trained | None:
+    """`ple.json` of a finished output directory, else None. Raises DamagedError."""
+    path = directory / TRAINED
+    return records.read_record(Trained, path, "restore it, or rerun with --no-resume") if path.exists() else None
+
+
+def kept_precision(directory: Path, resume: bool) -> str | None:
+    """The number type with which an output was begun: `auto` goes on in it. None where nothing was begun."""
+    record = read_record(directory) if resume else None
+    state = Checkpoints.newest_state(directory / ".ple" / "checkpoints") if resume and record is None else None
+    begun = record or state
+    kept = begun.machine.get("precision", begun.settings.get("precision")) if begun else None
+    return None if kept in (None, "auto") else str(kept)
+
+
+def metrics_table(history: list[dict[str, Any]]) -> pa.Table:
+    """Metrics of every step as a table: one row a step, numbers only, its version in the metadata."""
+    table = pa.Table.from_pylist(history)
+    for at, field in enumerate(table.schema):
+        if pa.types.is_null(
+            field.type
+        ):  # nothing of this kind in this round: still a number to whoever reads rounds together
+            table = table.set_column(at, field.name, table[field.name].cast(pa.float64()))
+    return table.replace_schema_metadata({b"ple": json.dumps(METRICS).encode()})
+
+
+def model_card(title: str, settings: dict[str, Any], history: list[dict[str, Any]]) -> str:
+    """A model card in the hub's format: what it is, what it was made from, with which settings."""
+    base = str(settings["model"])
+    rows = "\n".join(f"| {name} | `{value}` |" for name, value in settings.items() if value is not None)
+    return (
+        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {'transformers' if settings.get('full') else 'peft'}\n"
+        f"tags: [ple, alignment]\n---\n\n# {title}\n\n"
+        "Trained with the toolkit of PLE, Progressively Label Enhancement (Liu, Xu, Geng, ICML 2025).\n\n"
+        f"Steps: {len(history)}. Last loss: {history[-1]['loss']:.4f}.\n\n"
+        f"| setting | value |\n| --- | --- |\n{rows}\n"
+    )
+
+
+def _order_target_modules(model: Any) -> None:
+    """PEFT keeps the names of the adapted modules as a set, whose order in adapter_config.json differs by process."""
+    for config in getattr(model, "peft_config", {}).values():
+        if isinstance(config.target_modules, set):
+            config.target_modules = sorted(config.target_modules)

@@ -1,0 +1,62 @@
+"""Columns of a training file, and a shuffled stream over sequences in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ple_data.inputs.readers import Rows
+from ple_train.engine.batches import Sequence
+from schemas.errors import UsageError
+from schemas.files import sha256_file
+
+
+def file_digest(data: Path) -> str | None:
+    """SHA-256 of a data file; None for a hub dataset, whose id and revision stand for it."""
+    return sha256_file(data) if Path(data).is_file() else None
+
+
+def refuse_too_long(sequences: list[Sequence], positions: int | None, model: str) -> None:
+    """Raise UsageError where a sequence has more ids than the model has positions."""
+    over = sum(len(s.ids) > positions for s in sequences) if positions else 0
+    if over:
+        raise UsageError(
+            f"{over} rows are longer than the {positions} positions of {model}; use --max-length {positions}"
+        )
+
+
+def column(rows: Rows, *names: str, of: type | tuple[type, ...] = str) -> list[Any]:
+    """The first of the columns `names` that there is, every value of type `of`.
+
+    Raises UsageError where there is none, or that names the first row without a value or with one of another type.
+    """
+    name = next((name for name in names if name in rows.columns), None)
+    if name is None:
+        raise UsageError(f"{rows.source} has no column {' or '.join(names)}; it has {', '.join(rows.columns)}")
+    values = [row.get(name) for row in rows.rows]
+    for place, value in zip(rows.places, values, strict=True):
+        if value is None:
+            raise UsageError(f"{rows.source} {place}: {name} is missing; fill or remove the row")
+        if not isinstance(value, of):
+            raise UsageError(f"{rows.source} {place}: {name} is {value!r}, which is no text; correct or remove the row")
+    return values
+
+
+class ShuffledSequences:
+    """Global batches of `batch_size` sequences, ordered by (seed, epoch); the last one is short."""
+
+    def __init__(
+        self, sequences: list[Sequence], batch_size: int, seed: int, divisor: Callable[[list[Sequence]], int]
+    ) -> None:
+        self.sequences, self.batch_size, self.seed, self.divisor = sequences, batch_size, seed, divisor
+        self.steps_per_epoch = -(-len(sequences) // batch_size)
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[list[Sequence], int]]:
+        """The epoch's batches from the start-th on, each with its divisor."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sequences))
+        for first in range(start * self.batch_size, len(order), self.batch_size):
+            batch = [self.sequences[i] for i in order[first : first + self.batch_size]]
+            yield batch, self.divisor(batch)

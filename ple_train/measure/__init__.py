@@ -1,0 +1,1 @@
+"""What a policy is worth, by its log-probabilities and its answers."""

@@ -1,0 +1,1 @@
+"""The math on responses: what a micro-batch costs."""

@@ -1,0 +1,1 @@
+"""A whole recipe, stage by stage, each a process of its own."""
