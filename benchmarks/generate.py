@@ -90,11 +90,11 @@ def main() -> None:
         def ours(repeat: str) -> tuple[float, int]:
             requests.clear()
             begin = time.perf_counter()
-            summary = stage.generate(
-                Gen(model=str(model), data=work / repeat, queries=str(work / "queries.jsonl"), principles="imdb", round=0,
-                **sampling.values(), engine="vllm", engine_arg=options.engine_arg,
-                dtype=options.dtype,
-            ))  # fmt: skip
+            asked = Gen(
+                model=str(model), data=work / repeat, queries=str(work / "queries.jsonl"), principles="imdb", round=0,
+                **sampling.values(), engine="vllm", engine_arg=options.engine_arg, dtype=options.dtype,
+            )  # fmt: skip
+            summary = stage.generate(asked)
             return time.perf_counter() - begin, summary.tokens
 
         def bare() -> float:

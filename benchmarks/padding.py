@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ple_train.engine.batches import Layout, Sequence, micro_batches
+from ple_train.model.batches import Layout, Sequence, micro_batches
 from ple_train.model.policy import COLLATE
 
 BATCH = 16

@@ -350,9 +350,9 @@ def train_ours(bench: Bench, policy: Any, output: Path, delta: float | None = No
     """One epoch of our loop, with a trust region where `delta` is given → its seconds. saved: the last step writes a
     checkpoint, as `ple-train` does."""
     from ple_data.common.settings import Settings
-    from ple_train.engine.batches import Sequence
     from ple_train.engine.checkpoint import Checkpoints
     from ple_train.engine.loop import make_accelerator, train_loop
+    from ple_train.model.batches import Sequence
     from ple_train.objectives.pairs import PairObjective
     from ple_train.stream import Response
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ple_data.common.device import default_device, load_weights, upload
 from ple_data.inputs.readers import read_rows
 from ple_data.rewards.texts import encode
-from ple_train.engine.batches import Layout, MicroBatch, Sequence
 from ple_train.engine.loop import Objective
 from ple_train.engine.session import Session
 from ple_train.engine.tabular import ShuffledSequences, column, file_digest
 from ple_train.loss import preference_loss
+from ple_train.model.batches import Layout, MicroBatch, Sequence
 from schemas.errors import UsageError, first_line
 from schemas.options import Reward
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ple_data.common.device import upload
 from ple_data.inputs.principles import render
 from ple_data.inputs.readers import read_rows
-from ple_train.engine.batches import MicroBatch, Sequence
-from ple_train.engine.log import print_to_log
 from ple_train.engine.session import Session
 from ple_train.engine.tabular import ShuffledSequences, column, file_digest, refuse_too_long
+from ple_train.log import print_to_log
 from ple_train.loss import sft_loss
+from ple_train.model.batches import MicroBatch, Sequence
 from ple_train.model.policy import Policy
 from schemas.errors import UsageError
 from schemas.options import PromptFormat, Sft

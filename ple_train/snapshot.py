@@ -12,8 +12,8 @@ import polars as pl
 
 from ple_data.common.digests import digests_of
 from ple_data.storage.store import Shard, Store, collect, scan_shards
-from ple_train.engine.log import print_to_log
 from ple_train.engine.output import Output
+from ple_train.log import print_to_log
 from schemas.errors import UsageError
 from schemas.files import write_atomic
 from schemas.records import read_record

@@ -16,7 +16,7 @@ import polars as pl
 
 from ple_data.partition import Without, partition, tau
 from ple_data.storage.store import collect, scan_shards
-from ple_train.engine.batches import Sequence
+from ple_train.model.batches import Sequence
 from ple_train.snapshot import ID_COLUMNS, SnapshotShard, base_of, base_of_round, fits, read_rows
 from schemas.errors import UsageError
 from schemas.options import Train

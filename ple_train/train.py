@@ -15,8 +15,8 @@ from ple_data.partition import rank_shares, round_statistics, tau
 from ple_data.partition import warnings as partition_warnings
 from ple_data.storage.store import Store, collect, scan_shards
 from ple_train.engine.cost import training_cost
-from ple_train.engine.log import print_to_log
 from ple_train.engine.session import Session
+from ple_train.log import print_to_log
 from ple_train.objectives.pairs import PairObjective
 from ple_train.snapshot import (
     SnapshotShard,

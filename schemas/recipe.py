@@ -38,7 +38,10 @@ def _stage(kind: type[options.Options], *command: str, without: Collection[str] 
 
 
 def _type(known: Any) -> Any:
-    return list[options.kind_of(known)] if options.is_repeated(known) else known.type  # type: ignore[misc]
+    if options.about(known).choices:
+        return Literal[*options.about(known).choices] | None
+    kind = options.kind_of(known)
+    return list[kind] if options.is_repeated(known) else known.type  # type: ignore[valid-type]
 
 
 def _field(known: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_train.engine.batches import Sequence, collate_packed, collate_padded, collate_shared, deal, micro_batches
+from ple_train.model.batches import Sequence, collate_packed, collate_padded, collate_shared, deal, micro_batches
 
 CPU = torch.device("cpu")
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=60)

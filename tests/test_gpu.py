@@ -22,10 +22,10 @@ from ple_data.engines import hf
 from ple_data.rewards.classifier import ClassifierReward
 from ple_train import loss
 from ple_train.engine import loop as loops
-from ple_train.engine.batches import MicroBatch, Sequence
 from ple_train.engine.checkpoint import Checkpoints
 from ple_train.engine.loop import Reading, make_accelerator, train_loop
 from ple_train.model import attention
+from ple_train.model.batches import MicroBatch, Sequence
 from ple_train.model.lora import fuse
 from ple_train.model.policy import Policy, load_causal_lm, load_policy, resolve_precision
 from ple_train.objectives.pairs import PairObjective
@@ -327,7 +327,7 @@ def test_the_other_objectives_wait_for_nothing_either(kernels_on_meta):
     policy = meta_policy()
     policy.model.get_base_model().set_attn_implementation(attention.VARLEN)
     sft = SftObjective(policy)
-    found, sums = sft(Sft(policy, MicroBatch(pairs(), 10), step=0))
+    found, sums = sft(policy, MicroBatch(pairs(), 10), step=0)
     found.backward()
     assert sums.shape == (len(sft.sums),)
 

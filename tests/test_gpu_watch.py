@@ -1,5 +1,5 @@
-"""`ple_train.run.gpu_watch` beside a stand-in for `nvidia-smi`: a script that says what a file says, as the real one does
-(no GPU here; `benchmarks/gpu.py` runs the real one)."""
+"""`ple_train.run.gpu_watch` beside a stand-in for `nvidia-smi`: a script that says what a file says, as the real one
+does (no GPU here; `benchmarks/gpu.py` runs the real one)."""
 
 import time
 

@@ -33,9 +33,9 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from ple_train.engine.batches import Sequence, collate_padded
 from ple_train.model import policy as policies
 from ple_train.model import probe
+from ple_train.model.batches import Sequence, collate_padded
 from ple_train.model.policy import Policy, load_policy
 from schemas.errors import UsageError
 from schemas.options import Trainable

@@ -19,8 +19,8 @@ from ple_data.common.digests import policy_name
 from ple_data.storage.store import Store
 from ple_train import train as training
 from ple_train.engine import loop
-from ple_train.engine.batches import micro_batches
 from ple_train.model import lora
+from ple_train.model.batches import micro_batches
 from ple_train.model.policy import load_policy
 from ple_train.objectives.pairs import PairObjective
 from ple_train.snapshot import freeze

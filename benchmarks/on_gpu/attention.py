@@ -62,7 +62,7 @@ def measure(results: Results, setting: Setting) -> None:
 
 
 def collate(layout: str, queries: int, prompt: int, response: int) -> dict[str, Any]:
-    from ple_train.engine.batches import Sequence, collate_packed, collate_shared
+    from ple_train.model.batches import Sequence, collate_packed, collate_shared
 
     ids = np.zeros(prompt + response, dtype=np.int32)
     sequences = [Sequence(ids, prompt, query=query) for query in range(queries) for _ in range(RESPONSES)]

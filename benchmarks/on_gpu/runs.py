@@ -128,7 +128,7 @@ def gen_words(world: World, data: str, round: int, *more: str) -> list[str]:
 
 def one_step(world: World, precision: str) -> dict[str, Any]:
     """Forward and backward of two responses to one prompt; which attention and layout were taken."""
-    from ple_train.engine.batches import Sequence
+    from ple_train.model.batches import Sequence
     from ple_train.model.policy import load_policy
 
     policy = load_policy(world.model, precision=precision)

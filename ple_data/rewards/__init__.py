@@ -3,15 +3,13 @@
 A reward model sees x and y and never the principle. Nothing here samples, trains or writes a file.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from schemas.options import Rewards
-
-_ADDRESS = ("http://", "https://")
-_OUTPUT = re.compile(r"\[(\d+)\]$")
 
 
 class RewardModel(Protocol):
@@ -35,43 +33,43 @@ class RewardModel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of reward model: which specs are its, and its module here.
+
+    The module has `check(spec, output_index)`, which loads nothing, and `load(spec, options)`; where specs may hold
+    something secret, `shown(spec)` for messages and `recorded(spec)` for files.
+    """
+
+    takes: Callable[[str], bool]
+    module: str
+    secret: bool = False
+
+
+KINDS = (
+    Kind(lambda spec: spec.startswith(("http://", "https://")), "endpoint", secret=True),
+    Kind(lambda spec: ":" in spec and not Path(spec).exists(), "function"),
+    Kind(lambda spec: True, "classifier"),
+)
+"""The first that takes a spec has it."""
+
+
 def check_reward_model(spec: str, output_index: int | None = None) -> None:
     """Refuse, without loading a model or running a function, a spec that `load_reward_model` would refuse.
 
     Raises UsageError. An endpoint is not asked.
     """
-    if _is_classifier(spec):
-        from ple_data.common.models import check_model, load_config
-        from ple_data.rewards.classifier import choose_output
-
-        model, output = _split_output(spec, output_index)
-        check_model(model)
-        choose_output(load_config(model), output, model)
-    elif spec.startswith(_ADDRESS):
-        shown_spec(spec)
-    else:
-        from ple_data.rewards.function import check_function
-
-        check_function(spec)
+    _module(spec).check(spec, output_index)
 
 
 def shown_spec(spec: str) -> str:
     """The spec as messages show it: of an address nothing that may be secret. Raises UsageError for a wrong address."""
-    if not spec.startswith(_ADDRESS):
-        return spec
-    from ple_data.common.web import checked_url, shown_url
-    from ple_data.rewards.endpoint import API_KEY_VARIABLE
-
-    return shown_url(checked_url(spec, "reward model", API_KEY_VARIABLE))
+    return _without_secrets(spec, "shown")
 
 
 def recorded_spec(spec: str) -> str:
     """The spec as files hold it: of an address's query only the digest. Raises UsageError for a wrong address."""
-    if not spec.startswith(_ADDRESS):
-        return spec
-    from ple_data.rewards.endpoint import recorded_address
-
-    return recorded_address(spec)
+    return _without_secrets(spec, "recorded")
 
 
 def load_reward_model(spec: str, options: Rewards | None = None) -> RewardModel:
@@ -80,37 +78,24 @@ def load_reward_model(spec: str, options: Rewards | None = None) -> RewardModel:
     - `http://...` or `https://...`: an endpoint (ple_data/rewards/endpoint.py);
     - `file.py:function` or `module:function`: a Python function (ple_data/rewards/function.py);
     - a directory or a hub id: a sequence classifier (ple_data/rewards/classifier.py), whose output that is the
-      reward may be named as in `sentiment[1]`. Only this kind uses the options: the output for a spec that names
-      none, how x and y are joined, the token budget of a batch (padding counted), the device and the number type.
+      reward may be named as in `sentiment[1]`. Only this kind uses the options.
 
     Raises UsageError where the spec names nothing usable.
     """
-    if _is_classifier(spec):
-        from ple_data.rewards.classifier import DEFAULT_BATCH_TOKENS, ClassifierReward
-
-        options = options or Rewards()
-        model, output = _split_output(spec, options.output_index)
-        return ClassifierReward(
-            model,
-            output_index=output,
-            join=options.join,
-            batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS,
-            device=options.reward_device,
-            dtype=options.reward_dtype,
-        )
-    if spec.startswith(_ADDRESS):
-        from ple_data.rewards.endpoint import HttpReward
-
-        return HttpReward(spec)
-    from ple_data.rewards.function import FunctionReward
-
-    return FunctionReward(spec)
+    model: RewardModel = _module(spec).load(spec, options or Rewards())
+    return model
 
 
-def _is_classifier(spec: str) -> bool:
-    return not spec.startswith(_ADDRESS) and (":" not in spec or Path(spec).exists())
+def _without_secrets(spec: str, how: str) -> str:
+    if not _kind(spec).secret:
+        return spec
+    shown: str = getattr(_module(spec), how)(spec)
+    return shown
 
 
-def _split_output(spec: str, output_index: int | None) -> tuple[str, int | None]:
-    found = _OUTPUT.search(spec)
-    return (spec[: found.start()], int(found.group(1))) if found and not Path(spec).exists() else (spec, output_index)
+def _kind(spec: str) -> Kind:
+    return next(kind for kind in KINDS if kind.takes(spec))
+
+
+def _module(spec: str) -> Any:
+    return importlib.import_module(f"ple_data.rewards.{_kind(spec).module}")

@@ -6,6 +6,7 @@ One chosen output of the classification head, raw (no sigmoid or softmax), is th
 import contextlib
 import inspect
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +14,41 @@ from typing import Any, Literal
 import numpy as np
 
 from ple_data.common.digests import policy_name
+from ple_data.common.models import check_model, load_config
 from ple_data.rewards.texts import Encoded, encode, resolve_join
 from schemas.errors import PleError, UsageError, first_line
+from schemas.options import Rewards
 
 DEFAULT_BATCH_TOKENS = 16384
 """Tokens of one batch, padding counted: enough to keep a GPU busy, small enough for a 7B model on 24 GiB."""
+_OUTPUT = re.compile(r"\[(\d+)\]$")
 _NO_LIMIT = 10**6
 """Tokenizers without a limit of their own report a huge number as model_max_length."""
+
+
+def check(spec: str, output_index: int | None) -> None:
+    """Refuse what is no classifier, or has no such output, by its configuration alone. Raises UsageError."""
+    model, output = _split_output(spec, output_index)
+    check_model(model)
+    choose_output(load_config(model), output, model)
+
+
+def load(spec: str, options: Rewards) -> "ClassifierReward":
+    """The classifier, loaded."""
+    model, output = _split_output(spec, options.output_index)
+    return ClassifierReward(
+        model,
+        output_index=output,
+        join=options.join,
+        batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS,
+        device=options.reward_device,
+        dtype=options.reward_dtype,
+    )
+
+
+def _split_output(spec: str, output_index: int | None) -> tuple[str, int | None]:
+    found = _OUTPUT.search(spec)
+    return (spec[: found.start()], int(found.group(1))) if found and not Path(spec).exists() else (spec, output_index)
 
 
 class ClassifierReward:

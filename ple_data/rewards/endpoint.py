@@ -12,11 +12,27 @@ import httpx
 from ple_data.common.digests import text_digest
 from ple_data.common.web import checked_url, each, excerpt, key_from_environment, post_json, shown_url
 from schemas.errors import PleError
+from schemas.options import Rewards
 
 API_KEY_VARIABLE = "PLE_REWARD_API_KEY"
 
 
-def recorded_address(url: str) -> str:
+def check(spec: str, output_index: int | None) -> None:
+    """Refuse a wrong address. Raises UsageError."""
+    shown(spec)
+
+
+def load(spec: str, options: Rewards) -> "HttpReward":
+    """The endpoint; it is not asked yet."""
+    return HttpReward(spec)
+
+
+def shown(spec: str) -> str:
+    """The address without its query and password. Raises UsageError."""
+    return shown_url(checked_url(spec, "reward model", API_KEY_VARIABLE))
+
+
+def recorded(url: str) -> str:
     """The address as files name it: of its query, which may hold a secret, only the digest. Raises UsageError."""
     parts = checked_url(url, "reward model", API_KEY_VARIABLE)
     return shown_url(parts) + (f"?{text_digest(parts.query.decode())}" if parts.query else "")
@@ -38,7 +54,7 @@ class HttpReward:
         first_wait: float = 0.5,
     ) -> None:
         """batch_size: rows a request; timeout: seconds a try; first_wait: seconds, doubled every try."""
-        self.name = recorded_address(url)
+        self.name = recorded(url)
         self._url = url
         self._shown = shown_url(httpx.URL(url))
         self._batch_size = batch_size

@@ -17,12 +17,18 @@ from typing import Any
 
 from ple_data.common.digests import text_digest
 from schemas.errors import PleError, UsageError
+from schemas.options import Rewards
 
 ROWS_A_CALL = 256
 """Rows of one call where results are kept as they come: what a kill can cost."""
 
 
-def check_function(spec: str) -> None:
+def load(spec: str, options: Rewards) -> "FunctionReward":
+    """The function, imported."""
+    return FunctionReward(spec)
+
+
+def check(spec: str, output_index: int | None = None) -> None:
     """Refuse a spec that is not of the form, or whose file is not there. Runs nothing. Raises UsageError."""
     location, _, function = spec.rpartition(":")
     if not location or not function.isidentifier():
@@ -37,7 +43,7 @@ class FunctionReward:
     truncated = 0
 
     def __init__(self, spec: str) -> None:
-        check_function(spec)
+        check(spec)
         location, _, function = spec.rpartition(":")
         self._spec = spec
         if location.endswith(".py"):

@@ -27,8 +27,8 @@ from ple_train.baselines.trl_tools import (
     with_float32_logits,
 )
 from ple_train.engine.cost import training_cost
-from ple_train.engine.log import print_to_log
 from ple_train.engine.session import Session
+from ple_train.log import print_to_log
 from ple_train.snapshot import (
     check_finished,
     frozen_snapshot,

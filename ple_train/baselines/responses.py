@@ -14,11 +14,11 @@ import polars as pl
 
 from ple_data import selection
 from ple_data.storage.store import scan_shards
-from ple_train.engine.batches import Sequence
 from ple_train.engine.cost import training_cost
-from ple_train.engine.log import print_to_log
 from ple_train.engine.session import Session
 from ple_train.engine.tabular import file_digest
+from ple_train.log import print_to_log
+from ple_train.model.batches import Sequence
 from ple_train.sft import SftObjective, read_sequences, sequence_stream
 from ple_train.snapshot import (
     SnapshotShard,

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ple_data.common.device import default_device
 from ple_data.common.progress import Progress
-from ple_train.engine.batches import Layout, MicroBatch, Stream, micro_batches
 from ple_train.engine.checkpoint import Checkpoints
+from ple_train.model.batches import Layout, MicroBatch, Stream, micro_batches
 from schemas.errors import PleError, UsageError
 from schemas.options import Loop
 

@@ -20,7 +20,7 @@ from ple_data.common.device import describe
 from ple_data.common.settings import Settings
 from ple_train.engine.checkpoint import Checkpoints, saving
 from ple_train.engine.cost import describe_cost
-from ple_train.engine.log import print_to_log
+from ple_train.log import print_to_log
 from schemas import records
 from schemas.errors import LockedError, PleError, UsageError
 from schemas.files import fsync_dir, fsync_file, locked, sha256_file, write_atomic

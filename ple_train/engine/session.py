@@ -13,10 +13,10 @@ from typing import Any
 from ple_data.common.digests import policy_name
 from ple_data.common.models import AdapterInfo, check_adapter, check_model, load_tokenizer
 from ple_data.common.settings import Settings
-from ple_train.engine.batches import Stream
-from ple_train.engine.log import print_to_log
 from ple_train.engine.loop import Objective, make_accelerator, train_loop
 from ple_train.engine.output import Kind, Output, kept_precision
+from ple_train.log import print_to_log
+from ple_train.model.batches import Stream
 from ple_train.model.policy import Policy, load_policy, load_trainable, resolve_precision
 from schemas.errors import UsageError
 from schemas.options import Lora

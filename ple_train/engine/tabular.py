@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ple_data.inputs.readers import Rows
-from ple_train.engine.batches import Sequence
+from ple_train.model.batches import Sequence
 from schemas.errors import UsageError
 from schemas.files import sha256_file
 

@@ -20,7 +20,7 @@ from ple_data.evaluation.references import References, load_references, referenc
 from ple_data.evaluation.rewards import check_reward_models, score_answers
 from ple_data.judge.sources import named, same_query
 from ple_data.storage.parquet import save_rows
-from ple_train.engine.log import print_to_log
+from ple_train.log import print_to_log
 from ple_train.measure.perplexity import score_references
 from ple_train.model.policy import resolve_precision
 from schemas.errors import UsageError

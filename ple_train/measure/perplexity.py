@@ -15,8 +15,8 @@ from ple_data.common.models import load_tokenizer, max_positions
 from ple_data.evaluation.answers import Answers
 from ple_data.evaluation.policies import NamedPolicy
 from ple_data.scoring.cache import Score, cached_scores, key_of
-from ple_train.engine.batches import Sequence, micro_batches
-from ple_train.engine.log import print_to_log
+from ple_train.log import print_to_log
+from ple_train.model.batches import Sequence, micro_batches
 from ple_train.model.policy import Policy, load_policy, resolve_precision
 from ple_train.sft import read_sequences
 

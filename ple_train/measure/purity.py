@@ -23,9 +23,9 @@ from ple_data.evaluation.purity import Scored, bin_edges, binned, count, theorem
 from ple_data.evaluation.purity_text import format_purity
 from ple_data.storage.parquet import parquet_bytes
 from ple_data.storage.store import Shard, Store
-from ple_train.engine.batches import Sequence, micro_batches
-from ple_train.engine.log import print_to_log
+from ple_train.log import print_to_log
 from ple_train.loss import sum_by_response
+from ple_train.model.batches import Sequence, micro_batches
 from ple_train.model.policy import Policy, load_policy, resolve_precision
 from schemas import tables
 from schemas.errors import DamagedError, UsageError

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ple_train.engine.log import print_to_log
+from ple_train.log import print_to_log
 
 BATCH = 64
 

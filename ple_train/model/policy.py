@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ple_data.common.device import default_device, load_weights, natural_dtype
 from ple_data.common.models import check_adapter, check_model
-from ple_train.engine.batches import Layout, Sequence, Tokens, collate_packed, collate_padded, collate_shared
-from ple_train.engine.log import print_to_log
+from ple_train.log import print_to_log
 from ple_train.loss import token_logps
 from ple_train.model import attention as packed
 from ple_train.model import probe
+from ple_train.model.batches import Layout, Sequence, Tokens, collate_packed, collate_padded, collate_shared
 from ple_train.model.lora import fuse
 from ple_train.model.norms import fuse_norms
 from schemas.errors import UsageError, first_line

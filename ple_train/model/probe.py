@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ple_train.engine.batches import Sequence
+from ple_train.model.batches import Sequence
 
 TOLERANCE = {"float32": 1e-4, "bf16": 0.03}
 """Mean difference from the model's own log-probabilities that is forgiven, over their mean size: rounding grows with

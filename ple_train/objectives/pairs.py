@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ple_data.common.device import upload
-from ple_train.engine.batches import MicroBatch, Tokens
-from ple_train.engine.log import print_to_log
+from ple_train.log import print_to_log
 from ple_train.loss import sum_by_response, trust_region, weighted_loss
+from ple_train.model.batches import MicroBatch, Tokens
 from ple_train.model.policy import Policy
 from schemas.tables import ARMS
 

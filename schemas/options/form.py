@@ -12,10 +12,10 @@ from schemas.errors import UsageError
 class About:
     """What a field says of its option.
 
-    above, below: bounds that are not allowed themselves. machine: it does not change what is learned or sampled, beyond
-    rounding. place: a path or hub id, whose content counts (by its digest) and not where it lies. names: on the command
-    line, where they are not made from the field's name. positional: an argument, not an option. offered: no option of
-    the command, where it has its one value.
+    above, below: bounds that are not allowed themselves. choices: where the type does not say them. machine: it does
+    not change what is learned or sampled, beyond rounding. place: a path or hub id, whose content counts (by its
+    digest) and not where it lies. names: on the command line, where they are not made from the field's name.
+    positional: an argument, not an option. offered: no option of the command, where it has its one value.
     """
 
     help: str
@@ -24,6 +24,7 @@ class About:
     above: float | None = None
     most: float | None = None
     below: float | None = None
+    choices: tuple[str, ...] = ()
     machine: bool = False
     place: bool = False
     names: str | None = None
@@ -55,6 +56,12 @@ def kind_of(known: "Field[Any]") -> Any:
     if get_origin(kind) in (Union, UnionType):
         kind = next(part for part in get_args(kind) if part is not type(None))
     return get_args(kind)[0] if get_origin(kind) is tuple else kind
+
+
+def choices_of(known: "Field[Any]") -> tuple[str, ...]:
+    """The values that it may have; none where it is free."""
+    kind = kind_of(known)
+    return get_args(kind) if get_origin(kind) is Literal else about(known).choices
 
 
 def is_repeated(known: "Field[Any]") -> bool:
@@ -110,8 +117,8 @@ def _check(known: "Field[Any]", value: Any) -> None:
     if value is None:
         return
     limits, kind = about(known), kind_of(known)
-    if get_origin(kind) is Literal and value not in get_args(kind):
-        raise UsageError(f"{flag(known)} must be one of {', '.join(get_args(kind))}, not {value}")
+    if (choices := choices_of(known)) and value not in choices:
+        raise UsageError(f"{flag(known)} must be one of {', '.join(choices)}, not {value}")
     if kind not in (int, float) or isinstance(value, bool):
         return
     checks = {

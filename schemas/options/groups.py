@@ -12,8 +12,8 @@ PromptFormat = Literal["auto", "plain", "chat"]
 Reader = Literal["auto", "hh", "imdb", "tldr"]
 Join = Literal["auto", "text", "pair", "chat"]
 Without = Literal["rank", "wsft"]
-EngineName = Literal["vllm", "hf"]
-"""Modules of `ple_data.engines`."""
+ENGINES = {"vllm": "vllm", "hf": "transformers"}
+"""Modules of `ple_data.engines` and the package that each needs; the first whose package is there is the default."""
 RESPONSES, QUERIES, MODEL = "Sampling", "Queries", "Model"
 REWARD, METHOD, TRAINING, MACHINE = "Reward model", "Method", "Training", "Machine"
 SAFEGUARDS, ENGINE = "Safeguards (off: the paper)", "Engine"
@@ -99,7 +99,7 @@ class Sampling(Options):
 
 @dataclass(frozen=True)
 class Engine(Options):
-    engine: EngineName | None = option(None, "Default: vllm where it is installed, else hf.", ENGINE)
+    engine: str | None = option(None, "Default: vllm where it is installed, else hf.", ENGINE, choices=tuple(ENGINES))
     engine_arg: tuple[str, ...] = option(
         (),
         "Pass an option to the engine, e.g. tensor_parallel_size=2; may be repeated.",
