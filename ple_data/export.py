@@ -19,8 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ple_data import selection
-from ple_data.inputs.queries import Message, to_messages
-from ple_data.rewards.texts import as_chat, as_text
+from ple_data.inputs.chat import Message, as_chat, as_text, to_messages
 from ple_data.storage.store import Shard, Store
 from schemas.errors import UsageError
 from schemas.files import writing_atomic

@@ -5,19 +5,17 @@ so that no text can steer a terminal.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from ple_data.common.terminal import beside, clipped, printable, shorten, shown
+from ple_data.common.terminal import WIDTH, beside, clipped, printable, shorten, shown, text_table
 from ple_data.partition import QUANTILES, own_tau, partition, round_statistics, warnings
 from ple_data.storage.store import Store, collect
 from schemas import tables
 from schemas.errors import UsageError
 
-WIDTH = 100
 DEFAULT_ROWS = 5
 _TEXT_LINES = 12  # lines of a text that are shown
 _BINS = 40
@@ -140,13 +138,13 @@ def _statistics_lines(rounds: list[dict[str, Any]], tau0: float, alpha: float, a
     return [
         "Rewards: means; quantiles of the margin s_prompt - s; share in the rank set, where the margin is",
         f"above the tau of {which} (tau_t = {tau0:g} * {alpha:g}^t); share where the principle lowered the reward",
-        *table(
+        *text_table(
             ["round", "rows", "s", "s_prompt", "margin", *quantiles, "tau", "rank", "lowered"],
             rewards,
         ),
         "",
         "Responses: share cut by length, share empty, mean length in tokens",
-        *table(["round", *[f"{what} {arm}" for what in ("cut", "empty", "tokens") for arm in arms]], responses),
+        *text_table(["round", *[f"{what} {arm}" for what in ("cut", "empty", "tokens") for arm in arms]], responses),
     ]
 
 
@@ -168,7 +166,7 @@ def _count_lines(counts: list[dict[str, Any]]) -> list[str]:
         by_round.setdefault(count["round"], {})[count["kind"]] = count["rows"]
     kinds = [kind for kind in tables.STORED if any(count["kind"] == kind for count in counts)]
     rows = [[t, *[by_round[t].get(kind, 0) for kind in kinds]] for t in sorted(by_round)]
-    return table(["round", *kinds], rows)
+    return text_table(["round", *kinds], rows)
 
 
 def _histogram_lines(found: dict[str, Any]) -> list[str]:
@@ -212,13 +210,6 @@ def _pair_lines(row: dict[str, Any]) -> list[str]:
         *clipped(f"x: {printable(row['x'])}", WIDTH, _TEXT_LINES),
         *beside(arms[0], arms[1], half),
     ]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Lines of right-aligned columns under their header."""
-    cells = [list(header), *[[str(cell) for cell in row] for row in rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
 
 
 def _number(value: float) -> str:

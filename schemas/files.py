@@ -11,7 +11,9 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -195,40 +197,60 @@ def is_stale(path: Path | str) -> bool:
 def _held_if_stale(path: Path) -> Iterator[bool]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
+        yield _try_lock(fd)
     finally:
         os.close(fd)
 
 
 @contextmanager
-def locked(path: Path | str, what: str | None = None) -> Iterator[None]:
+def locked(path: Path | str, what: str | None = None, *, patience: float = 0) -> Iterator[int]:
     """Holds the lock file `path` for the time of the `with` block; the kernel drops it when the process dies.
 
-    `what` is locked, in the words of the message; the lock's folder where it is not given.
-
-    Raises LockedError with its holder where another process has it, PleError where it cannot be written.
+    Gives the file's descriptor: who inherits it holds the lock too. `what` is locked, in the words of the message (its
+    folder where it is not given). patience: seconds to wait for those who inherited it of a holder that is dead. Raises
+    LockedError with its holder where another process has it, PleError where it cannot be written.
     """
     path = Path(path)
     with explained(path):
         make_dirs(path.parent)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(fd, 300, 0).decode(errors="replace") or "a process that has just started"
-            raise LockedError(
-                f"{what or path.parent} is locked by {holder}; wait for it to end, or give another folder"
-            ) from error
+        deadline = time.monotonic() + patience
+        while not _try_lock(fd):
+            holder = os.pread(fd, 300, 0).decode(errors="replace").strip() or "a process that has just started"
+            if time.monotonic() >= deadline or _may_live(holder):
+                raise LockedError(
+                    f"{what or path.parent} is locked by {holder}; wait for it to end, or give another folder"
+                )
+            time.sleep(0.2)
         with explained(path):
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
+        yield fd
     finally:
         os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _may_live(holder: str) -> bool:
+    """Whether the process of a lock's text may be alive: of another machine it is believed."""
+    found = re.fullmatch(r"pid (\d+) on (.*)", holder)
+    if found is None or found[2] != socket.gethostname():
+        return True
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def make_dirs(path: Path | str) -> None:

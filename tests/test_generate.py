@@ -307,7 +307,7 @@ def test_waits_for_a_unit_that_another_process_holds(
     run: Any, rows: Any, fake: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real other process claims a unit; when it dies without committing, the unit is taken over."""
-    monkeypatch.setattr(stage, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr("ple_data.storage.store.POLL_SECONDS", 0.05)
     fake()
     run("twin")
     unit = Store(tmp_path / "twin").shards("responses")[2].unit

@@ -21,13 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cli
+from ple_data.inputs.chat import readable
 from ple_data.judge import judge as judging
 from ple_data.judge import llm
 from ple_data.judge.journal import Journal
 from ple_data.judge.judge import by_answers
 from ple_data.judge.prompt import load_template, preference
 from ple_data.judge.results import win_rate
-from ple_data.judge.sources import Pair, choose, draw, load_pairs, load_responses, readable
+from ple_data.judge.sources import Pair, choose, draw, load_pairs, load_responses
 from ple_data.storage.store import Store
 from schemas import tables
 from schemas.errors import DamagedError, LockedError, PleError, UsageError

@@ -7,8 +7,9 @@ from typing import Any
 import polars as pl
 import pytest
 
+from ple_data.inputs.chat import to_messages, to_text
 from ple_data.inputs.principles import load_principle
-from ple_data.inputs.queries import Query, load_queries, to_messages, to_text
+from ple_data.inputs.queries import Query, load_queries
 from ple_data.sampling.plan import default_unit_size, make_prompts, make_units
 from schemas.errors import UsageError
 from schemas.options import Queries, Reading

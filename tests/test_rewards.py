@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from ple_data.inputs.chat import as_chat, as_text
 from ple_data.rewards import load_reward_model
 from ple_data.rewards.classifier import ClassifierReward, _batches
 from ple_data.rewards.endpoint import API_KEY_VARIABLE, HttpReward
-from ple_data.rewards.texts import as_chat, as_text, encode
+from ple_data.rewards.texts import encode
 from schemas.errors import PleError, UsageError
 from schemas.options import Rewards
 from tests import tiny

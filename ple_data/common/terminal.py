@@ -7,6 +7,10 @@ Knows nothing of what the text is about.
 import unicodedata
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Any
+
+WIDTH = 100
+"""Columns of what commands print."""
 
 
 def printable(text: str) -> str:
@@ -76,3 +80,15 @@ def side_by_side(columns: Sequence[list[str]], width: int) -> list[str]:
         " | ".join(cell + " " * (width - display_width(cell)) for cell in cells).rstrip()
         for cells in zip_longest(*columns, fillvalue="")
     ]
+
+
+def text_table(header: Sequence[Any], rows: Sequence[Sequence[Any]], *, left: int = 0) -> list[str]:
+    """Lines of columns under their header: the first `left` of them on the left, the others on the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(display_width, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        gaps = [" " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True)]
+        padded = [cell + gap if at < left else gap + cell for at, (cell, gap) in enumerate(zip(row, gaps, strict=True))]
+        lines.append("  ".join(padded).rstrip())
+    return lines

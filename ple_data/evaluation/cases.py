@@ -7,7 +7,7 @@ is escaped wherever it is shown.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ple_data.common.terminal import clipped, printable, shorten, shown, side_by_side
+from ple_data.common.terminal import WIDTH, clipped, printable, shorten, shown, side_by_side
 from ple_data.evaluation.answers import Answers, sample_answers
 from ple_data.evaluation.policies import parse_policies
 from ple_data.evaluation.references import by_query_id
@@ -20,7 +20,6 @@ from schemas.options import Cases
 from schemas.tables import CASES
 
 TABLE = "cases.parquet"
-WIDTH = 100
 ABREAST = 3
 """Answers beside one another; more of them go below."""
 _TEXT_LINES = 20  # lines of a text that are shown

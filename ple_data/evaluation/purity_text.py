@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from ple_data.common.terminal import printable, shorten, wrap
-from ple_data.inspection import WIDTH, table
+from ple_data.common.terminal import WIDTH, printable, shorten, text_table, wrap
 from schemas.reports import PureSet, PurityBound, PurityPolicy, PurityReport
 
 _LABEL = 24
@@ -59,7 +58,7 @@ def _policy_lines(policies: list[PurityPolicy]) -> list[str]:
         + [_pure_set(pure) for pure in policy.all_pairs.pure_sets]
         for policy in policies
     ]
-    return table(["policy", "agree", *[f"e at {percent} %" for percent in percents]], rows)
+    return text_table(["policy", "agree", *[f"e at {percent} %" for percent in percents]], rows)
 
 
 def _pure_set(pure: PureSet) -> str:
@@ -94,7 +93,7 @@ def _bin_lines(policies: list[PurityPolicy]) -> list[str]:
         [f"{bins[0].low:.3g} to {bins[0].high:.3g}", bins[0].pairs, *[percentage(b.agree, b.pairs) for b in bins]]
         for bins in zip(*[policy.bins for policy in policies], strict=True)
     ]
-    return table(["margin", "pairs", *[_label(policy) for policy in policies]], rows)
+    return text_table(["margin", "pairs", *[_label(policy) for policy in policies]], rows)
 
 
 def _round_lines(policies: list[PurityPolicy]) -> list[str]:
@@ -106,7 +105,7 @@ def _round_lines(policies: list[PurityPolicy]) -> list[str]:
         ]
         for policy in policies
     ]
-    return table(["policy", *[f"round {counts.round}  " for counts in policies[0].by_round]], rows)
+    return text_table(["policy", *[f"round {counts.round}  " for counts in policies[0].by_round]], rows)
 
 
 def _trained_on(policy: PurityPolicy, round: int | None) -> bool:

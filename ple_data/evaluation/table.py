@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from ple_data.common.terminal import display_width, printable
+from ple_data.common.terminal import WIDTH, display_width, printable, text_table
 from schemas.reports import Comparison, Estimate, EvalReport
 
-WIDTH = 100
 _TITLES = {
     "perplexity": "perplexity",
     "bleu": "BLEU",
@@ -92,7 +91,8 @@ def _blocks(
         blocks[-1].append(column)
     lines: list[str] = []
     for block in blocks:
-        lines += ["", *_table([first, *block])] if lines else _table([first, *block])
+        cells = list(zip(first, *block, strict=True))
+        lines += [*([""] if lines else []), *text_table(cells[0], cells[1:], left=1)]
     return lines
 
 
@@ -112,15 +112,3 @@ def _number(value: float, digits: int) -> str:
 
 def _width(columns: Sequence[Sequence[str]]) -> int:
     return sum(max(map(display_width, column)) for column in columns) + 2 * (len(columns) - 1)
-
-
-def _table(columns: Sequence[Sequence[str]]) -> list[str]:
-    """The first column on the left, the others on the right."""
-    widths = [max(map(display_width, column)) for column in columns]
-    lines = []
-    for cells in zip(*columns, strict=True):
-        gaps = [" " * (width - display_width(cell)) for cell, width in zip(cells, widths, strict=True)]
-        lines.append(
-            "  ".join([cells[0] + gaps[0], *(g + c for g, c in zip(gaps[1:], cells[1:], strict=True))]).rstrip()
-        )
-    return lines

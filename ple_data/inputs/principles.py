@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ple_data.common.digests import text_digest
+from ple_data.inputs.chat import Message
 from schemas.errors import UsageError
 
 BUILT_IN = ("hh", "imdb", "tldr")
@@ -18,7 +19,6 @@ BUILT_IN = ("hh", "imdb", "tldr")
 NO_PRINCIPLE = "none"
 """An empty principle: [p, x] is x, so that y and y_prompt are two independent plain responses (an ablation)."""
 
-Message = dict[str, str]
 PromptFormat = Literal["auto", "plain", "chat"]
 
 

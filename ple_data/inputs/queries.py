@@ -3,30 +3,24 @@
 A query has an id that stays the same in every round and run: its `id` field, else a digest of its text.
 """
 
-import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any
 
 from ple_data.common.digests import json_digest, text_digest
-from ple_data.inputs.principles import Message
+from ple_data.inputs.chat import HH_TURN, Message, hh_messages, is_turns, to_text
 from ple_data.inputs.readers import Rows, read_rows
 from schemas.errors import UsageError
 from schemas.options import Reading
 
-Reader = Literal["auto", "hh", "imdb", "tldr"]
 TEXT_COLUMNS = ("x", "prompt")
-CHAT_START = '[{"role": '
-"""How the text of chat messages begins in an `x` column."""
 DEFAULT_PREFIX_WORDS = 8
 NAMED_ROWS = 10
 """How many faulty rows an error names."""
 
-HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _WORD = re.compile(r"\S+")
 
 
@@ -69,31 +63,6 @@ def load_queries(source: str | Path, how: Reading | None = None, *, chat: bool =
     ids = _ids(rows, [x for x, _ in found])
     queries = [Query(id, x, reference) for id, (x, reference) in zip(ids, found, strict=True)]
     return QuerySet(queries, rows.source, rows.digest)
-
-
-def to_text(x: str | list[Message]) -> str:
-    """x as the `x` column keeps it: a text as it is, chat messages as a JSON array."""
-    return x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)
-
-
-def to_messages(text: str) -> list[Message]:
-    """Chat messages of an `x` column: those that `to_text` wrote, or the text as one user turn."""
-    if text.startswith(CHAT_START):
-        try:
-            messages = json.loads(text)
-        except ValueError:
-            messages = None
-        if is_turns(messages):
-            return messages
-    return [{"role": "user", "content": text}]
-
-
-def is_turns(value: Any) -> TypeGuard[list[Message]]:
-    """Whether a value is a list of turns, each with role and content as text."""
-    return isinstance(value, list) and all(
-        isinstance(turn, dict) and all(isinstance(turn.get(field), str) for field in ("role", "content"))
-        for turn in value
-    )
 
 
 @dataclass(frozen=True)
@@ -176,19 +145,10 @@ def _hh(source: _Source) -> _Found:
         x = text[: last.end()]
         reference = text[last.end() :] if text[last.end() :].strip() else answer
         if source.chat:
-            found.append((_hh_messages(x), reference and reference.strip()))
+            found.append((hh_messages(x), reference and reference.strip()))
         else:
             found.append((x, reference))
     return found
-
-
-def _hh_messages(x: str) -> list[Message]:
-    turns = list(HH_TURN.finditer(x))
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[turn.group(1)], "content": x[turn.end() : following.start()].strip()}
-        for turn, following in itertools.pairwise(turns)
-    ]
 
 
 def _imdb(source: _Source) -> _Found:

@@ -25,9 +25,10 @@ from ple_data.common.web import (
     post_json,
     shown_url,
 )
+from ple_data.inputs.chat import readable
 from ple_data.judge.journal import Journal
 from ple_data.judge.prompt import Template
-from ple_data.judge.sources import Pair, readable
+from ple_data.judge.sources import Pair
 from schemas.errors import UsageError
 from schemas.judging import Answer, Order
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from importlib import resources
 
 from ple_data.common.digests import json_digest
-from ple_data.judge.sources import Pair, draw, readable
+from ple_data.inputs.chat import readable
+from ple_data.judge.sources import Pair, draw
 
 _SLOT = re.compile(r"%([A-Z_]+)%")
 _ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}

@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ple_data.common.terminal import printable, shorten
-from ple_data.inspection import table
+from ple_data.common.terminal import printable, shorten, text_table
 from ple_data.judge.sources import Pair, Pairs
 from ple_data.storage.parquet import save_rows
 from schemas.errors import UsageError
@@ -158,7 +157,7 @@ def shown(found: JudgeReport) -> str:
         f"B: {printable(found.b)}",
         f"judge: {printable(found.judge)}",
         "",
-        *table(["", "A wins", "ties", "B wins", "unparsed", "A's win rate, 95 % interval"], rows),
+        *text_table(["", "A wins", "ties", "B wins", "unparsed", "A's win rate, 95 % interval"], rows),
     ]
     if found.orders_disagree is not None:
         parsed = found.wins + found.ties + found.losses

@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ple_data.inputs.queries import CHAT_START, to_messages
+from ple_data.inputs.chat import CHAT_START, as_chat, to_messages
 from ple_data.inputs.readers import Rows, read_rows
-from ple_data.rewards.texts import as_chat
 from ple_data.storage.store import Store, collect
 from schemas.errors import UsageError
 
 ARMS = ("y", "y_prompt")
-_TITLES = {"user": "User", "assistant": "Assistant", "system": "System"}
 _NAMED = 5  # query ids that a message names
 
 
@@ -90,14 +88,6 @@ def choose(pairs: Sequence[Pair], limit: int | None, seed: int) -> list[Pair]:
 def draw(seed: int, purpose: str, query_id: str) -> bytes:
     """32 random bytes that depend on nothing but the arguments."""
     return hashlib.sha256(f"{seed}/{purpose}/{query_id}".encode()).digest()
-
-
-def readable(x: str) -> str:
-    """x as a person or a judge reads it: a dialogue of several turns with who says what, anything else as it is."""
-    messages = as_chat(x)
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{_TITLES.get(m['role'], m['role'])}: {m['content']}" for m in messages)
 
 
 def load_responses(spec: str) -> list[Response]:

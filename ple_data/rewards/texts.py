@@ -6,10 +6,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ple_data.inputs.queries import HH_TURN, Message, to_messages
+from ple_data.inputs.chat import as_chat, as_text
 from schemas.errors import PleError, UsageError
-
-_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -56,35 +54,6 @@ def encode(tokenizer: Any, x: str, y: str, *, join: str = "auto", max_length: in
     head = 1 if ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else 0
     first = len(ids) - (max_length - head)
     return Encoded(ids[:head] + ids[first:], types and types[:head] + types[first:], cut=True)
-
-
-def as_chat(x: str) -> list[Message]:
-    """The turns of x: a chat stored as JSON text, a Human/Assistant dialogue that says something, or one user turn."""
-    stored = _stored_chat(x)
-    if stored is not None:
-        return stored
-    parts = HH_TURN.split(x)
-    if len(parts) > 1 and not parts[0].strip() and parts[1] == "Human":
-        turns = zip(parts[1::2], parts[2::2], strict=True)
-        found = [{"role": _HH_ROLES[who], "content": said.strip()} for who, said in turns if said.strip()]
-        if found:
-            return found
-    return [{"role": "user", "content": x}]
-
-
-def as_text(x: str) -> str:
-    """x itself; a stored chat as a Human/Assistant dialogue that ends where the answer begins."""
-    stored = _stored_chat(x)
-    if stored is None:
-        return x
-    titles = {role: title for title, role in _HH_ROLES.items()}
-    turns = [f"\n\n{titles[m['role']]}: {m['content']}" if m["role"] in titles else m["content"] for m in stored]
-    return "".join(turns) + "\n\nAssistant: "
-
-
-def _stored_chat(x: str) -> list[Message] | None:
-    messages = to_messages(x)
-    return None if messages == [{"role": "user", "content": x}] else messages
 
 
 def _render(tokenizer: Any, x: str, y: str) -> str:

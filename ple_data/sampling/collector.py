@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from ple_data.common.progress import Progress
 from ple_data.engines import Completion, Request
-from ple_data.inputs.queries import to_text
+from ple_data.inputs.chat import to_text
 from ple_data.sampling.plan import Plan, Unit
 from ple_data.sampling.reuse import Reuse
 from ple_data.storage.store import Store

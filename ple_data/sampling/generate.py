@@ -31,9 +31,9 @@ from ple_data.engines import (
 from ple_data.inputs.principles import load_principle, uses_chat
 from ple_data.inputs.queries import load_queries
 from ple_data.sampling.collector import Collector, GenerateSummary
-from ple_data.sampling.plan import Plan, Unit, default_unit_size, make_prompts, make_units
+from ple_data.sampling.plan import Plan, default_unit_size, make_prompts, make_units
 from ple_data.sampling.reuse import Reuse
-from ple_data.storage.store import Store
+from ple_data.storage.store import Store, Waits
 from schemas.errors import UsageError
 from schemas.options import Gen, Queries, Sampling
 from schemas.records import RoundManifest
@@ -41,8 +41,6 @@ from schemas.records import RoundManifest
 SAMPLED = ("max_new_tokens", "temperature", "top_p", "stop", "logprobs")
 READ = ("reader", "query_column", "prefix_words", "prompt_format", "max_query_tokens", "shuffle", "skip", "limit")
 """Options that are in every round's settings, those that it samples by also in the identity of its units."""
-POLL_SECONDS = 0.5
-"""How often a unit that another process holds is looked at again."""
 
 
 def generate(options: Gen) -> GenerateSummary:
@@ -131,15 +129,14 @@ def sample_round(
         Progress("generate", arms * plan.rows, "responses", done=arms * summary.rows_done_before) as progress,
         _EngineHolder(start_engine, progress, "{engine} in {dtype} on {device}".format(**provenance)) as engine,
     ):
-        announced: set[str] = set()
+        waits = Waits(store, plan.kind, progress.note)
         while pending:
             collector = Collector(store, plan, provenance, reuse, progress, summary)
             with collector:
                 for request, completion in engine.sample(collector.units(pending), plan.sampling):
                     collector.add(request, completion)
             if len(collector.locked) == len(pending):
-                _announce(store, plan, collector.locked, announced, progress)
-                time.sleep(POLL_SECONDS)
+                waits.a_moment((plan.round, unit.id) for unit in collector.locked)
             pending = collector.locked
         what = "pairs" if plan.kind == "responses" else "responses"
         progress.note(_result(summary, what, time.monotonic() - engine.started))
@@ -215,15 +212,6 @@ def _show(plan: Plan, tokenizer: Any) -> str:
         name, ids = names[arm], list(prompt.ids(arm))
         lines += ["", f"{name}, {len(ids)} tokens:", *map(printable, tokenizer.decode(ids).splitlines()), f"ids: {ids}"]
     return "\n".join(lines)
-
-
-def _announce(store: Store, plan: Plan, locked: list[Unit], announced: set[str], progress: Progress) -> None:
-    """Say once for each other process that this one waits for it."""
-    for unit in locked:
-        holder = store.holder(plan.kind, plan.round, unit.id)
-        if holder and holder not in announced:
-            announced.add(holder)
-            progress.note(f"waiting for units of round {plan.round} locked by {holder}")
 
 
 def _result(summary: GenerateSummary, what: str, seconds: float) -> str:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from ple_data.common.digests import json_digest
 from ple_data.engines import Request, Sampling
+from ple_data.inputs.chat import to_text
 from ple_data.inputs.principles import Principle, render_all
-from ple_data.inputs.queries import Query, to_text
+from ple_data.inputs.queries import Query
 from schemas.options import Queries, Reading
 from schemas.records import RoundManifest
 

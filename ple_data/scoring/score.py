@@ -4,7 +4,6 @@ A unit that is committed is never scored again; several processes share the unit
 and the reward model is the only model in memory.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +13,10 @@ import pyarrow as pa
 from ple_data.common.finite import refuse_non_finite
 from ple_data.common.progress import Progress
 from ple_data.rewards import RewardModel
-from ple_data.storage.store import Shard, Store
+from ple_data.storage.store import Shard, Store, Waits
 from schemas.errors import UsageError
 from schemas.files import write_new
 from schemas.tables import PAIRS, read_metadata
-
-POLL_SECONDS = 0.5
-"""How often a unit that another process holds is looked at again."""
 
 
 @dataclass
@@ -53,8 +49,8 @@ def score(
     total = sum(shard.rows for shard in shards)
     counts = ScoreCounts(rows_done_before=total - sum(shard.rows for shard in pending))
     cut_before = reward_model.truncated
-    announced: set[str] = set()
     with Progress("score", total, "rows", done=counts.rows_done_before) as progress:
+        waits = Waits(target, "pairs", progress.note)
         while pending:
             held_by_others = []
             for shard in pending:
@@ -63,8 +59,7 @@ def score(
                 else:
                     held_by_others.append(shard)
             if len(held_by_others) == len(pending):
-                _announce(target, held_by_others, announced, progress)
-                time.sleep(POLL_SECONDS)
+                waits.a_moment((shard.round, shard.unit) for shard in held_by_others)
             pending = held_by_others
         counts.texts_cut = reward_model.truncated - cut_before
         if counts.texts_cut:
@@ -154,12 +149,3 @@ def _own_pairs(target: Store, reward_model: RewardModel) -> None:
 
 def _owner_record(target: Store) -> Path:
     return target.root / ".ple" / "reward_model"
-
-
-def _announce(target: Store, shards: list[Shard], announced: set[str], progress: Progress) -> None:
-    """Say once of each process that we wait for it."""
-    for shard in shards:
-        holder = target.holder("pairs", shard.round, shard.unit)
-        if holder and holder not in announced:
-            announced.add(holder)
-            progress.note(f"unit {shard.unit} of round {shard.round} is locked by {holder}: waiting for it")

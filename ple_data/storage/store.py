@@ -20,7 +20,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 ROW_GROUP = 1024
+POLL_SECONDS = 0.5
+"""How often a unit that another process holds is looked at again."""
 _CLAIM_ATTEMPTS = 3  # `holder` takes the lock for an instant; a claim must not mistake that for a holder
 _CLAIM_PAUSE = 0.01  # seconds
 
@@ -292,6 +294,23 @@ def scan_shards(kind: str, shards: Sequence[Shard]) -> "pl.LazyFrame":
         missing_columns="insert",
         hive_partitioning=False,
     )
+
+
+class Waits:
+    """For units that other processes hold: each of those is named once."""
+
+    def __init__(self, store: Store, kind: str, say: Callable[[str], None]) -> None:
+        self._store, self._kind, self._say = store, kind, say
+        self._named: set[str] = set()
+
+    def a_moment(self, units: Iterable[tuple[int, str]]) -> None:
+        """Name the holders of these units (round, unit) that were not named before, and sleep."""
+        for round, unit in units:
+            holder = self._store.holder(self._kind, round, unit)
+            if holder and holder not in self._named:
+                self._named.add(holder)
+                self._say(f"unit {unit} of round {round} is locked by {holder}: waiting for it")
+        time.sleep(POLL_SECONDS)
 
 
 def collect(rows: "pl.LazyFrame") -> "pl.DataFrame":

@@ -20,8 +20,9 @@ from ple_data.common.device import load_weights
 from ple_data.common.models import check_model, load_tokenizer
 from ple_data.common.progress import Progress
 from ple_data.engines import decode
+from ple_data.inputs.chat import to_text
 from ple_data.inputs.principles import uses_chat
-from ple_data.inputs.queries import load_queries, to_text
+from ple_data.inputs.queries import load_queries
 from ple_data.rewards import RewardModel, load_reward_model, recorded_spec
 from ple_data.sampling.plan import make_prompts
 from ple_train.baselines.responses import title

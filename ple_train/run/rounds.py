@@ -4,16 +4,13 @@ Every stage is a child process that reads and writes files; this room passes the
 goes on where it stopped. It never imports torch and never looks into the data.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import shlex
 import shutil
-import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,8 +21,8 @@ from pydantic import BaseModel
 from ple_data.rewards import recorded_spec
 from ple_train.run.child import GRACE_SECONDS, Ended, Launcher
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
-from schemas.errors import DamagedError, LockedError, PleError, UsageError
-from schemas.files import write_atomic
+from schemas.errors import DamagedError, PleError, UsageError
+from schemas.files import locked, write_atomic
 from schemas.options import Baseline, Dpo, Gen, Reward, Score, Sft, Train, about, flag, kind_of
 from schemas.recipe import GIVEN, BaselineStage, Recipe, differences, dump_recipe, parse_recipe
 from schemas.records import TRAINED, read_record
@@ -104,7 +101,8 @@ def run(recipe: Recipe) -> None:
     stages = plan(recipe)
     _refuse_missing_programs(stages)
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory) as lock, Launcher(keep_open=[lock]) as launcher, GpuWatch() as gpus:
+    lock = locked(directory / ".ple" / "run.lock", str(directory), patience=GRACE_SECONDS + 5)
+    with lock as held, Launcher(keep_open=[held]) as launcher, GpuWatch() as gpus:
         _freeze(recipe, stages, directory)
         for number, stage in enumerate(stages, start=1):
             records = _load_records(directory)
@@ -339,46 +337,6 @@ def _telling_words(command: Sequence[str]) -> list[str]:
         elif MACHINE_ONLY[word] is not bool:
             next(rest)
     return words
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[int]:
-    """Holds the run's lock; waits while a killed run's child is still being ended, else raises LockedError."""
-    path = directory / ".ple" / "run.lock"
-    path.parent.mkdir(exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        deadline = time.monotonic() + GRACE_SECONDS + 5
-        while not _try_lock(descriptor):
-            pid, _, host = path.read_text(encoding="utf-8").strip().partition(" ")
-            if _is_alive(pid, host) or time.monotonic() > deadline:
-                raise LockedError(f"{directory}: locked by pid {pid} on {host}; wait until it is done, or stop it")
-            time.sleep(0.2)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_alive(pid: str, host: str) -> bool:
-    if host != socket.gethostname() or not pid.isdigit():
-        return bool(pid)  # on another machine: believed; an empty file: its holder is about to write it
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _load_records(directory: Path) -> list[StageRecord]:

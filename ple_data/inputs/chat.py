@@ -1,0 +1,85 @@
+"""Every form of a dialogue, once: chat messages, the JSON text of them in an `x` column, and HH's turns."""
+
+import itertools
+import json
+import re
+from typing import Any, TypeGuard
+
+Message = dict[str, str]
+"""A turn: its role (system, user, assistant) and content."""
+CHAT_START = '[{"role": '
+"""How the text of chat messages begins in an `x` column."""
+HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+TITLES = {role: title for title, role in HH_ROLES.items()}
+SPEAKERS = {"user": "User", "assistant": "Assistant", "system": "System"}
+
+
+def to_text(x: str | list[Message]) -> str:
+    """x as the `x` column keeps it: a text as it is, chat messages as a JSON array."""
+    return x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)
+
+
+def to_messages(text: str) -> list[Message]:
+    """Chat messages of an `x` column: those that `to_text` wrote, or the text as one user turn."""
+    if text.startswith(CHAT_START):
+        try:
+            messages = json.loads(text)
+        except ValueError:
+            messages = None
+        if is_turns(messages):
+            return messages
+    return [{"role": "user", "content": text}]
+
+
+def is_turns(value: Any) -> TypeGuard[list[Message]]:
+    """Whether a value is a list of turns, each with role and content as text."""
+    return isinstance(value, list) and all(
+        isinstance(turn, dict) and all(isinstance(turn.get(field), str) for field in ("role", "content"))
+        for turn in value
+    )
+
+
+def hh_messages(x: str) -> list[Message]:
+    """The turns of an HH dialogue that ends with `Assistant:`."""
+    turns = list(HH_TURN.finditer(x))
+    return [
+        {"role": HH_ROLES[turn.group(1)], "content": x[turn.end() : following.start()].strip()}
+        for turn, following in itertools.pairwise(turns)
+    ]
+
+
+def as_chat(x: str) -> list[Message]:
+    """The turns of x: a chat stored as JSON text, a Human/Assistant dialogue that says something, or one user turn."""
+    stored = _stored_chat(x)
+    if stored is not None:
+        return stored
+    parts = HH_TURN.split(x)
+    if len(parts) > 1 and not parts[0].strip() and parts[1] == "Human":
+        turns = zip(parts[1::2], parts[2::2], strict=True)
+        found = [{"role": HH_ROLES[who], "content": said.strip()} for who, said in turns if said.strip()]
+        if found:
+            return found
+    return [{"role": "user", "content": x}]
+
+
+def as_text(x: str) -> str:
+    """x itself; a stored chat as a Human/Assistant dialogue that ends where the answer begins."""
+    stored = _stored_chat(x)
+    if stored is None:
+        return x
+    turns = [f"\n\n{TITLES[m['role']]}: {m['content']}" if m["role"] in TITLES else m["content"] for m in stored]
+    return "".join(turns) + "\n\nAssistant: "
+
+
+def _stored_chat(x: str) -> list[Message] | None:
+    messages = to_messages(x)
+    return None if messages == [{"role": "user", "content": x}] else messages
+
+
+def readable(x: str) -> str:
+    """x as a person or a judge reads it: a dialogue of several turns with who says what, anything else as it is."""
+    messages = as_chat(x)
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{SPEAKERS.get(m['role'], m['role'])}: {m['content']}" for m in messages)
