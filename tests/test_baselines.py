@@ -20,6 +20,7 @@ from ple_data.common.digests import text_digest
 from ple_data.common.progress import Progress
 from ple_data.rewards.endpoint import HttpReward
 from ple_data.storage.store import Store
+from ple_train import sft as sft_room
 from ple_train import train as training
 from ple_train.baselines import dpo as dpo_room
 from ple_train.baselines import ppo as ppo_room
@@ -114,7 +115,8 @@ def run(policy, pairs, tmp_path):
         if method == "dpo":
             dpo_room.dpo(Dpo(output=tmp_path / name, **options))
         else:
-            baselines.baseline(method, Baseline(output=tmp_path / name, **options))
+            kind = BaselineSft if method == "sft" else Baseline
+            baselines.baseline(method, kind(output=tmp_path / name, **options))
         return tmp_path / name
 
     return run
@@ -236,12 +238,12 @@ def trained_on(monkeypatch) -> list[list[list[int]]]:
     """The token ids of every training that follows, sorted."""
     found = []
 
-    class Watched(baselines.ShuffledSequences):
+    class Watched(sft_room.ShuffledSequences):
         def __init__(self, sequences, *words, **options) -> None:
             found.append(sorted(sequence.ids.tolist() for sequence in sequences))
             super().__init__(sequences, *words, **options)
 
-    monkeypatch.setattr(baselines, "ShuffledSequences", Watched)
+    monkeypatch.setattr(sft_room, "ShuffledSequences", Watched)
     return found
 
 
@@ -582,7 +584,7 @@ def test_ppo_clips_gradients(run_ppo, norm, moves):
     """AdamW adds 1e-8 to the root of the second moment: gradients of a norm of 1e-12 move a weight by 1e-4 of the
     learning rate at most, other gradients by about the learning rate.
     """
-    weights = lora_weights(run_ppo(Ppo("out", max_grad_norm=norm, sampled_tokens=1)))
+    weights = lora_weights(run_ppo("out", max_grad_norm=norm, sampled_tokens=1))
     moved = max(weight.abs().max().item() for name, weight in weights.items() if "lora_B" in name)
     assert (moved > 1e-4) == moves
     assert moves or moved < 1e-6
@@ -605,7 +607,7 @@ def test_ppo_measures_against_the_start_policy_when_it_goes_on_from_an_adapter(
         return backbone(self, input_ids, attention_mask, **more)
 
     monkeypatch.setattr(ppo_room.RewardScorer, "backbone", watched)
-    output = run_ppo(Ppo("out", adapter=str(adapter), sampled_tokens=1))
+    output = run_ppo("out", adapter=str(adapter), sampled_tokens=1)
     begun = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy), adapter).double().eval()
     assert len(seen) == 6
     kl = sum(sum(logps(begun, x, y)) - sum(logps(plain, x, y)) for x, y in seen) / len(seen)
@@ -615,7 +617,7 @@ def test_ppo_measures_against_the_start_policy_when_it_goes_on_from_an_adapter(
 
 def test_ppo_keeps_no_secret_of_an_address(run_ppo, monkeypatch):
     monkeypatch.setattr(HttpReward, "score", lambda self, rows: [float(len(y)) for _, y in rows])
-    output = run_ppo(Ppo("out", reward_model="https://h/r?token=sesame", sampled_tokens=1))
+    output = run_ppo("out", reward_model="https://h/r?token=sesame", sampled_tokens=1)
     kept = f"https://h/r?{text_digest('token=sesame')}"
     assert [record(output)["settings"][name] for name in ("reward_model", "reward")] == [kept, kept]
     assert f"| reward_model | `{kept}` |" in (output / "README.md").read_text()

@@ -17,6 +17,7 @@ import yaml
 from click.testing import CliRunner
 
 import cli
+from ple_data.common.command import is_out_of_memory
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from tests.conftest import ROOT
 
@@ -96,7 +97,7 @@ def test_shell_completion() -> None:
 def test_torch_words_a_full_cpu_memory_as_we_know_it() -> None:
     with pytest.raises(RuntimeError, match=re.escape(CPU_FULL[:44])) as full:
         torch.empty(10**15)
-    assert cli._is_out_of_memory(full.value)
+    assert is_out_of_memory(full.value)
 
 
 CPU_FULL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes."
@@ -147,7 +148,7 @@ ENGINE_ARG = "--engine-arg batch_size=N (hf) or max_num_seqs=N (vllm)"
         (
             "baseline dpo --model m --data d --round 0 --output o",
             "ple_train.baselines.dpo.dpo",
-            "--gradient-checkpointing, or with a lower --microbatch-tokens",
+            "a lower --microbatch-tokens, or with --gradient-checkpointing",
         ),
         (
             "cases --policy a=m --queries q --output o",

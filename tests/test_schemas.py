@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas import files, tables
-from schemas.errors import DamagedError, LockedError, PleError, UsageError
+from schemas.errors import DamagedError, LockedError, NewerError, PleError, UsageError
 from schemas.records import Commit, RoundManifest, read_record
 from tests.run_dir import judge_report, purity_report
 from tests.tables import table
@@ -190,7 +190,7 @@ def test_a_record_comes_back(tmp_path):
     assert read_record(Commit, tmp_path / "c.json") == COMMIT
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2, "rows": -1, "more": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 0, "rows": -1, "more": 1}'])
 def test_a_broken_record_is_refused_with_every_fault(tmp_path, text):
     path = tmp_path / "c.json"
     path.write_text(text)
@@ -203,8 +203,16 @@ def test_a_broken_record_is_refused_with_every_fault(tmp_path, text):
 def test_manifests_name_what_differs():
     one = RoundManifest(round=0, settings={"seed": 0, "model": "m", "top_p": 1.0}, notes={"host": "a"})
     two = RoundManifest(round=0, settings={"seed": 1, "model": "m", "stop": []}, counts={"read": 3})
-    assert one.differences(one) == []
-    assert one.differences(two) == ["seed: 0, there 1", "stop: not set, there []", "top_p: 1.0, there not set"]
+    assert one.differences(one, {}) == []
+    assert one.differences(two, {}) == ["seed: 0, there 1", "stop: None, there []", "top_p: 1.0, there None"]
+    assert one.differences(two, {"stop": [], "top_p": 1.0}) == ["seed: 0, there 1"], "what is missing is its default"
+
+
+def test_a_record_of_a_newer_version_is_whole_but_not_ours(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(COMMIT.to_json().replace('"version": 1', '"version": 2'))
+    with pytest.raises(NewerError, match=r"c.json has version 2; this ple reads 1: update it"):
+        read_record(Commit, path)
 
 
 # Files

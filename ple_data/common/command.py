@@ -57,7 +57,7 @@ def _explain(error: BaseException, command: click.Command) -> tuple[str, int]:
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; what was committed before is safe, run the same command again", 1
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         advice = _less_memory(command)
         return f"out of memory{advice}; what was committed before is safe, run the same command again", 1
     first_line = (str(error).splitlines() or [""])[0]
@@ -70,7 +70,7 @@ def _less_memory(command: click.Command) -> str:
     return f"; less is needed with {', or with '.join(own)}" if own else ""
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Torch has an exception of its own for a GPU, and a plain RuntimeError for a CPU."""
     if type(error) is RuntimeError:
         return "DefaultCPUAllocator: can't allocate memory" in str(error)

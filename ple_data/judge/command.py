@@ -1,8 +1,7 @@
 """`ple judge`: which judge it is, and what of the options it heeds."""
 
 from ple_data.common.click_options import refuse_given
-from ple_data.judge import people
-from ple_data.judge.judge import judge
+from ple_data.judge import judge, people
 from schemas.errors import UsageError
 from schemas.options import Judge
 
@@ -17,7 +16,7 @@ def run(options: Judge) -> str:
             refuse_given(["Language model"], "by a reward model")
         else:
             refuse_given(["Reward model"], "by a language model")
-        return judge(options)
+        return judge.judge(options)
     refuse_given(["Language model", "Reward model"], "with --human")
     a, b, output = options.a, options.b, options.output
     if options.exports:

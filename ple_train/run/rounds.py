@@ -23,7 +23,7 @@ from ple_train.run.child import GRACE_SECONDS, Ended, Launcher
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
 from schemas.errors import DamagedError, PleError, UsageError
 from schemas.files import locked, write_atomic
-from schemas.options import Baseline, Dpo, Gen, Reward, Score, Sft, Train, about, flag, kind_of
+from schemas.options import Baseline, Dpo, Gen, Reward, Score, Sft, Train, about, flag
 from schemas.recipe import GIVEN, BaselineStage, Recipe, differences, dump_recipe, parse_recipe
 from schemas.records import TRAINED, read_record
 from schemas.training import StageRecord, Stages
@@ -31,13 +31,13 @@ from schemas.training import StageRecord, Stages
 _DOCUMENTED_CODES = {1, 2, 3, 4, 130}
 RUN_BY = (Gen, Score, Train, Sft, Reward, Baseline, Dpo)
 MACHINE_ONLY = {
-    word: kind_of(known)
+    word
     for command in RUN_BY
     for known in command.in_order()
     if about(known).machine and known.name not in GIVEN
     for word in (flag(known), f"--no-{flag(known)[2:]}")
 }
-"""Options that may change between two starts of a run, and the type of their value."""
+"""Options that may change between two starts of a run."""
 
 
 @dataclass(frozen=True)
@@ -328,15 +328,15 @@ def _done_otherwise(stages: list[Stage], records: list[StageRecord]) -> str | No
     return None
 
 
-def _telling_words(command: Sequence[str]) -> list[str]:
-    """A command without its program and without the options that only say how the work fits the machine."""
-    words, rest = [], iter(command[1:])
-    for word in rest:
-        if word not in MACHINE_ONLY:
-            words.append(word)
-        elif MACHINE_ONLY[word] is not bool:
-            next(rest)
-    return words
+def _telling_words(command: Sequence[str]) -> list[list[str]]:
+    """A command's options without the machine-only ones, in one order: versions of this program differ in it."""
+    groups: list[list[str]] = []
+    for word in command[1:]:
+        if word.startswith("--") or not groups:
+            groups.append([word])
+        else:
+            groups[-1].append(word)
+    return sorted(group for group in groups if group[0] not in MACHINE_ONLY)
 
 
 def _load_records(directory: Path) -> list[StageRecord]:
