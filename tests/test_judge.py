@@ -771,7 +771,7 @@ def test_the_command(tmp_path, serve):
         ([], "either --judge SPEC or --human"),
         (["--judge", "openai:m", "--human"], "either --judge SPEC or --human"),
         (["--judge", "openai:m", "--read", "x.json"], "--read: not heeded without --human"),
-        (["--human", "--concurrency", "2", "--join", "pair"], "--concurrency, --join: not heeded with --human"),
+        (["--human", "--concurrency", "2", "--join", "pair"], "--join, --concurrency: not heeded with --human"),
         (["--human", "--read", "x.json", "--seed", "1"], "--seed: not heeded with --read"),
         (["--judge", "reward:r", "--concurrency", "2"], "--concurrency: not heeded by a reward model"),
         (["--judge", "openai:m", "--batch-tokens", "2"], "--batch-tokens: not heeded by a language model"),

@@ -134,7 +134,7 @@ def words_of(stage: rounds.Stage) -> list[str]:
     return list(stage.command[3:])
 
 
-def pairs_of(stage: rounds.Stage) -> dict[str, str]:
+def named_words(stage: rounds.Stage) -> dict[str, str]:
     words = words_of(stage)
     return {word: value for word, value in itertools.pairwise(words) if word.startswith("--")}
 
@@ -164,8 +164,8 @@ def test_plan_puts_reward_model_and_sft_first(bench: Bench) -> None:
     reward, sft, gen, score, train = rounds.plan(bench.recipe)
     assert [reward.name, sft.name] == ["reward", "sft"]
     given = {"--model": "roberta", "--data": "labels.jsonl", "--learning-rate": "0.001"}
-    assert given.items() <= pairs_of(reward).items()
-    assert {"--model": "base", "--revision": "v2"}.items() <= pairs_of(sft).items()
+    assert given.items() <= named_words(reward).items()
+    assert {"--model": "base", "--revision": "v2"}.items() <= named_words(sft).items()
     for stage, words in ((gen, ["--queries", "q.jsonl"]), (train, ["--data", f"{bench.run_dir}/data"])):
         assert words_of(stage)[:4] == ["--model", f"{bench.run_dir}/sft", *words]
         assert "--revision" not in words_of(stage)
