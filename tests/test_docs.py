@@ -31,7 +31,15 @@ ELSEWHERE = (
 """Words of examples that need a hub model, several machines, or files the reader has."""
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SNIPPETS = ["README.md", "docs/training.md"]
-PAGES = ["README.md", "docs/baselines.md", "docs/evaluation.md", "docs/judging.md", "docs/report.md", "docs/rewards.md"]
+PAGES = [
+    "README.md",
+    "docs/start.md",
+    "docs/baselines.md",
+    "docs/evaluation.md",
+    "docs/judging.md",
+    "docs/report.md",
+    "docs/rewards.md",
+]
 
 
 def examples(page: str) -> list[list[str]]:
@@ -105,7 +113,7 @@ def test_examples_run_as_they_stand(page: str, world: Path, tmp_path: Path, monk
     elif page == "docs/evaluation.md":
         shutil.rmtree(here / "eval")
         shutil.rmtree(here / "cases")
-    elif page == "README.md":
+    elif page == "docs/start.md":
         shutil.rmtree(here / "eval")
     monkeypatch.chdir(here)
     commands = examples(page)
