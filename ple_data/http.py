@@ -3,6 +3,8 @@
 Knows nothing of what is asked. Keys go into headers and are struck out of every message.
 """
 
+from __future__ import annotations
+
 import email.utils
 import os
 import random
@@ -11,11 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import httpx
-
+from ple_data.extras import need
 from schemas.errors import PleError, UsageError
+
+if TYPE_CHECKING:
+    import httpx
 
 RETRIED_STATUS = {408, 425, 429}
 """Answers below 500 that say 'later'; every answer from 500 on is retried too."""
@@ -39,7 +43,13 @@ class UnansweredError(PleError):
 
 
 def checked_url(url: str, what: str, key_variable: str) -> httpx.URL:
-    """The parsed URL. Raises UsageError for one without a host, or with a user or password in it: never shown."""
+    """The parsed URL. Raises UsageError for one without a host, or with a user or password in it: never shown.
+
+    Every request begins here, so this is where httpx is asked for.
+    """
+    need("httpx", f"a {what} behind a URL is asked with")
+    import httpx
+
     try:
         parts = httpx.URL(url)
     except httpx.InvalidURL:
@@ -90,6 +100,8 @@ def post_json(
     Raises RefusedError for any other status; after the last try UnansweredError where the server failed on the
     request (5xx, a broken or timed-out connection), PleError where it could not be reached or told us to wait.
     """
+    import httpx
+
     for attempt in range(tries):
         raised: type[PleError] = UnansweredError
         pause = first_wait * 2**attempt * random.uniform(0.5, 1.0)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.answers import Answers, read_queries
+from ple_data.metrics import need_bleu
 from ple_data.readers import FORMATS, Rows, read_rows
 from schemas.errors import UsageError
 
@@ -17,6 +18,7 @@ def load_references(where: str, generation: Mapping[str, Any]) -> References:
 
     Raises UsageError for a file or column that is not there or holds no text, or whose ids are those of no query.
     """
+    need_bleu()
     if Path(where).suffix in FORMATS or Path(where).exists():
         found = _from_file(where)
         if generation:

