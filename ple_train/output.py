@@ -55,6 +55,14 @@ class Output:
         self._lock: TextIO | None = None
 
     def __enter__(self) -> Output:
+        try:
+            self._begin()
+        except BaseException:
+            self._unlock()
+            raise
+        return self
+
+    def _begin(self) -> None:
         main = self.accelerator.is_main_process
         self._refuse_own_input()
         if main:
@@ -71,7 +79,6 @@ class Output:
                 print_to_log(f"{self.directory} is complete already ({record['steps']} steps); nothing to do")
         elif self.accelerator.log_with:
             self.accelerator.init_trackers("ple", config={k: str(v) for k, v in self.settings.items()})
-        return self
 
     def note_machine(self, precision: str, **more: str) -> None:
         """Say on stderr, and keep for the record, what was chosen for this machine: device, precision and `more`."""
@@ -94,6 +101,9 @@ class Output:
 
     def __exit__(self, *exception: object) -> None:
         self.accelerator.end_training()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock:
             self._lock.close()
 
