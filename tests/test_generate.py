@@ -503,6 +503,8 @@ class Vllm:
         while (left := self.alive()) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert left == {}
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
 
 @pytest.mark.vllm
