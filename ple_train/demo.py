@@ -189,7 +189,7 @@ def _draw(path: Path, by_round: list[dict[str, Any]], measures: list[Measure]) -
     Gives back where it is, or what to install to have one: the demo itself runs without matplotlib.
     """
     try:
-        need("matplotlib", "not drawn:")
+        need("matplotlib", "it is drawn with")
     except UsageError as error:
         return str(error)
     import matplotlib

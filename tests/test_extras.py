@@ -118,7 +118,7 @@ def test_a_demo_without_matplotlib_says_where_its_picture_is(without, tmp_path):
     from ple_train import demo
 
     without("matplotlib")
-    assert demo._draw(tmp_path / "curve.png", [], []) == sentence("not drawn:", "matplotlib")
+    assert demo._draw(tmp_path / "curve.png", [], []) == sentence("it is drawn with", "matplotlib")
 
 
 def test_nothing_of_the_extras_is_needed_to_generate_score_and_train(run_ple, policy, chat_policy, reward, tmp_path):
