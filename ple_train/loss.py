@@ -97,7 +97,8 @@ def token_logps(
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return _TokenLogps.apply(hidden, weight, bias, targets, scale, softcap)
+        logps: Tensor = _TokenLogps.apply(hidden, weight, bias, targets, scale, softcap)  # type: ignore[no-untyped-call]
+    return logps
 
 
 def sum_by_response(values: Tensor, responses: Tensor, count: int) -> Tensor:

@@ -14,12 +14,12 @@ from typing import Protocol
 import numpy as np
 import polars as pl
 
-from ple_data.partition import Without, partition, tau
+from ple_data.partition import partition, tau
 from ple_data.storage.store import collect, scan_shards
 from ple_train.model.batches import Sequence
 from ple_train.snapshot import ID_COLUMNS, SnapshotShard, base_of, base_of_round, fits, read_rows
 from schemas.errors import UsageError
-from schemas.options import Train
+from schemas.options import Train, Without
 from schemas.tables import ARMS
 
 WINDOW_ROWS = 16_384

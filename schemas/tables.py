@@ -173,7 +173,7 @@ def check(kind: str, schema: pa.Schema, metadata: Mapping[bytes, bytes] | None, 
     Raises DamagedError that lists every mismatch at once.
     """
     try:
-        record = json.loads((metadata or {})[METADATA_KEY])
+        record: dict[str, Any] = json.loads((metadata or {})[METADATA_KEY])
         found_kind, version = str(record["kind"]), int(record["version"])
     except (KeyError, ValueError, TypeError):
         record, found_kind, version = {}, kind, VERSIONS[kind]
@@ -222,8 +222,8 @@ def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
         is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
         return is_list and _same_type(found.value_type, expected.value_type)
     if pa.types.is_string(expected):
-        return pa.types.is_string(found) or pa.types.is_large_string(found)
-    return found.equals(expected)
+        return bool(pa.types.is_string(found) or pa.types.is_large_string(found))
+    return bool(found.equals(expected))
 
 
 def read_table(path: Path | str, kind: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -59,9 +59,9 @@ def import_everything() -> None:
     )
 
     import cli  # noqa: F401
-    from ple_data.scoring import score  # noqa: F401
     from ple_data.engines import hf  # noqa: F401
     from ple_data.rewards import classifier  # noqa: F401
+    from ple_data.scoring import score  # noqa: F401
     from ple_train import train  # noqa: F401
 
 

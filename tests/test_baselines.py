@@ -3,6 +3,8 @@
 import importlib.metadata
 import json
 import math
+import re
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +27,7 @@ from ple_train import train as training
 from ple_train.baselines import dpo as dpo_room
 from ple_train.baselines import ppo as ppo_room
 from ple_train.baselines import responses as baselines
+from ple_train.baselines.trl_tools import VERSIONS, require_trl
 from ple_train.run import rounds
 from ple_train.sft import SftObjective
 from ple_train.snapshot import freeze
@@ -33,6 +36,7 @@ from schemas.errors import PleError, UsageError
 from schemas.options import Baseline, BaselineSft, Dpo, Ppo, Train, Trainable
 from schemas.recipe import parse_recipe
 from tests import oracle, tiny
+from tests.conftest import ROOT
 from tests.tables import table
 
 
@@ -345,7 +349,7 @@ def test_dpo_raises_the_margin_of_the_chosen_over_the_rejected(run, plain, polic
     assert metrics["rewards_margins"][-1] > 0.1
     cost = record(output)["cost"]
     assert cost["tokens_trained"] == 8 * sum(len(c) + len(r) for _, c, r in dpo_pairs())
-    assert record(output)["settings"]["trl"] == "1.12.0"
+    assert record(output)["settings"]["trl"] == importlib.metadata.version("trl")
 
     from peft import PeftModel
 
@@ -397,16 +401,55 @@ def test_dpo_in_bf16_compares_in_float32(run):
     assert first_loss(run("dpo", precision="bf16", batch_size=5)) == pytest.approx(math.log(2), abs=1e-5)
 
 
-@pytest.mark.parametrize("installed", [None, "1.16.0"])
-def test_dpo_says_which_trl_it_needs(run, monkeypatch, installed):
-    def version(name: str) -> str:
-        if installed is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return installed
+@pytest.fixture
+def installed_trl(monkeypatch):
+    """installed_trl("1.16.0"): the version that this environment is taken to have; None for none."""
+    version = importlib.metadata.version
 
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(UsageError, match=r"pip install -e '\.\[trl\]'"):
-        run("dpo")
+    def installed(found: str | None) -> None:
+        def of(name: str) -> str:
+            if name == "trl" and found is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return found if name == "trl" and found else version(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", of)
+
+    return installed
+
+
+@pytest.mark.parametrize(
+    ("method", "installed", "message"),
+    [
+        ("dpo", None, "`ple baseline dpo` runs in trl, which is not installed: pip install 'ple-align[trl]'"),
+        ("dpo", "1.17.0", "runs in TRL 1.12 to 1.16, but trl 1.17.0 is installed: pip install 'ple-align[trl]'"),
+        ("dpo", "0.29.0", "runs in TRL 1.12 to 1.16, but trl 0.29.0 is installed"),
+        ("ppo", None, "`ple baseline ppo` runs in trl, which is not installed: pip install 'ple-align[ppo]'"),
+        ("ppo", "1.16.0", "runs in TRL 1.12, but trl 1.16.0 is installed: pip install 'ple-align[ppo]'"),
+    ],
+)
+def test_a_baseline_in_trl_says_which_one_it_needs(installed_trl, method, installed, message):
+    installed_trl(installed)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        require_trl(method, None)
+
+
+def test_the_extras_bring_the_versions_that_are_tested():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (oldest, newest), (ppo, _) = VERSIONS["dpo"], VERSIONS["ppo"]
+    assert extras["trl"] == [f"trl>={oldest[0]}.{oldest[1]},<{newest[0]}.{newest[1] + 1}"]
+    assert extras["ppo"] == [f"trl=={ppo[0]}.{ppo[1]}.0"]
+
+
+def test_a_result_of_another_trl_is_still_the_result(run, installed_trl, capsys):
+    """A finished output names the TRL that made it, and stays; what was killed starts over with the one there is."""
+    output = run("dpo", batch_size=5)
+    made = record(output) | {"settings": record(output)["settings"] | {"trl": "1.13.0"}}
+    (output / "ple.json").write_text(json.dumps(made))
+    run("dpo", batch_size=5)
+    assert "is complete already" in capsys.readouterr().err
+    assert record(output)["settings"]["trl"] == "1.13.0"
+    run("dpo", batch_size=5, resume=False)
+    assert record(output)["settings"]["trl"] == importlib.metadata.version("trl")
 
 
 def test_all_ties_and_foreign_ids_are_refused(run, tmp_path):
@@ -506,6 +549,13 @@ def queries(tmp_path) -> Path:
 
 
 @pytest.fixture
+def trl_with_ppo() -> None:
+    found = importlib.metadata.version("trl")
+    if tuple(map(int, found.split(".")[:2])) > VERSIONS["ppo"][1]:
+        pytest.skip(f"TRL {found} has no PPO: pip install -e '.[ppo]'")
+
+
+@pytest.fixture
 def letters(tmp_path) -> str:
     """A reward model: how often the letter e stands in y."""
     path = tmp_path / "letters.py"
@@ -513,7 +563,7 @@ def letters(tmp_path) -> str:
     return f"{path}:score"
 
 
-def test_ppo_samples_to_its_budget_and_writes_an_adapter(policy, queries, letters, tmp_path, capsys):
+def test_ppo_samples_to_its_budget_and_writes_an_adapter(policy, queries, letters, tmp_path, capsys, trl_with_ppo):
     from ple_train.measure.sample import sample_responses
 
     output = tmp_path / "ppo"
@@ -539,7 +589,7 @@ def test_ppo_samples_to_its_budget_and_writes_an_adapter(policy, queries, letter
 
 
 @pytest.fixture
-def run_ppo(policy, queries, letters, tmp_path):
+def run_ppo(policy, queries, letters, tmp_path, trl_with_ppo):
     """Train by PPO into tmp_path/NAME, in micro-batches of 3 of 6 responses → the directory."""
 
     def run(name: str, **more) -> Path:
@@ -624,7 +674,7 @@ def test_ppo_keeps_no_secret_of_an_address(run_ppo, monkeypatch):
     assert not [path for path in output.rglob("*") if path.is_file() and b"sesame" in path.read_bytes()]
 
 
-def test_ppo_refuses_what_cannot_work(policy, queries, letters, tmp_path):
+def test_ppo_refuses_what_cannot_work(policy, queries, letters, tmp_path, trl_with_ppo):
     options = {"model": str(policy), "queries": str(queries), "output": tmp_path / "ppo", "sampled_tokens": 40}
     with pytest.raises(UsageError, match="12 different queries of at most 256 tokens, fewer than one batch"):
         ppo_room.ppo(Ppo(**options, reward_model=letters))
@@ -645,7 +695,7 @@ class Recorder:
         return [float(len(y)) for _, y in rows]
 
 
-def test_the_scorer_reads_query_and_response_out_of_padded_ids(policy):
+def test_the_scorer_reads_query_and_response_out_of_padded_ids(policy, trl_with_ppo):
     """The first query is the beginning of the second one: only together do the rows say where responses begin."""
     from trl.experimental.utils import get_reward
 

@@ -181,7 +181,8 @@ def test_trl_trains_on_the_preferences_as_they_stand(data, policy, tmp_path, suf
     read = Dataset.from_json if suffix == "jsonl" else Dataset.from_parquet
     rows = read(str(path), cache_dir=str(tmp_path / "cache"))
     quiet = {"report_to": "none", "save_strategy": "no", "bf16": False, "gradient_checkpointing": False}
-    config = DPOConfig(output_dir=str(tmp_path / "trl"), max_steps=1, disable_tqdm=True, **quiet)
+    quiet |= {"disable_tqdm": True, "dataloader_pin_memory": False}
+    config = DPOConfig(output_dir=str(tmp_path / "trl"), max_steps=1, **quiet)
     model = AutoModelForCausalLM.from_pretrained(policy)
     trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(policy))
     assert trainer.train().training_loss == pytest.approx(0.6931, abs=1e-3)

@@ -334,7 +334,7 @@ def test_waits_for_a_unit_that_another_process_holds(
         assert worker.is_alive()
     finally:
         holder.kill()
-        holder.wait()
+        holder.communicate()
         worker.join(60)
     assert summaries[0].rows_sampled == 20
     assert rows().height == 20
@@ -503,6 +503,8 @@ class Vllm:
         while (left := self.alive()) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert left == {}
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
 
 @pytest.mark.vllm
@@ -584,6 +586,7 @@ def test_watchdog_ends_what_its_owner_leaves(tmp_path: Path) -> None:
     owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert owner.stdout is not None
     child = int(owner.stdout.readline())
+    owner.stdout.close()
     owner.kill()
     owner.wait()
     deadline = time.monotonic() + 10

@@ -339,7 +339,8 @@ def test_two_runs_of_one_directory_exclude_each_other(bench: Bench) -> None:
         with pytest.raises(LockedError, match=f"locked by pid {process.pid} on "):
             rounds.run(bench.recipe)
         second = bench.start()
-        assert second.wait(timeout=60) == 4
+        second.communicate(timeout=60)
+        assert second.returncode == 4
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)

@@ -519,7 +519,7 @@ def test_the_launchers_own_accumulation_setting_changes_nothing(run, monkeypatch
 
 def test_a_tracker_that_is_not_installed_is_named(run, monkeypatch):
     monkeypatch.setattr(loop, "available_trackers", lambda: {"tensorboard"})
-    with pytest.raises(UsageError, match=r"pip install -e '\.\[wandb\]'"):
+    with pytest.raises(UsageError, match=r"--report-to wandb writes with wandb, .* pip install 'ple-align\[wandb\]'"):
         run("untracked", report_to="wandb")
 
 

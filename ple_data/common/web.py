@@ -3,6 +3,8 @@
 Knows nothing of what is asked. Keys go into headers and are struck out of every message.
 """
 
+from __future__ import annotations
+
 import email.utils
 import os
 import random
@@ -10,12 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import httpx
-
+from ple_data.common.extras import need
 from schemas.errors import PleError, UsageError
+
+if TYPE_CHECKING:
+    import httpx
 
 RETRIED_STATUS = {408, 425, 429}
 """Answers below 500 that say 'later'; every answer from 500 on is retried too."""
@@ -39,7 +44,13 @@ class UnansweredError(PleError):
 
 
 def checked_url(url: str, what: str, key_variable: str) -> httpx.URL:
-    """The parsed URL. Raises UsageError for one without a host, or with a user or password in it: never shown."""
+    """The parsed URL. Raises UsageError for one without a host, or with a user or password in it: never shown.
+
+    Every request begins here, so this is where httpx is asked for.
+    """
+    need("httpx", f"a {what} behind a URL is asked with")
+    import httpx
+
     try:
         parts = httpx.URL(url)
     except httpx.InvalidURL:
@@ -71,28 +82,30 @@ def shown_url(url: httpx.URL) -> str:
     return str(url.copy_with(query=None, fragment=None))
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How long a server is tried. first_wait: seconds, doubled every try; stop: set, it ends the waiting."""
+
+    tries: int
+    first_wait: float
+    stop: threading.Event
+
+
 def post_json(
-    client: httpx.Client,
-    url: str,
-    body: Any,
-    *,
-    what: str,
-    failed: str,
-    key: str | None = None,
-    tries: int,
-    first_wait: float,
-    stop: threading.Event,
+    client: httpx.Client, url: str, body: Any, patience: Patience, *, what: str, failed: str, key: str | None = None
 ) -> httpx.Response:
     """The answer with status 200 to a JSON body; connection errors, RETRIED_STATUS and 5xx are tried again.
 
     what: the server as messages name it; failed: how the message after the last try ends; key: what no message may
-    show; first_wait: seconds, doubled every try, Retry-After heeded up to LONGEST_WAIT; stop: set, it ends the waiting.
-    Raises RefusedError for any other status; after the last try UnansweredError where the server failed on the
-    request (5xx, a broken or timed-out connection), PleError where it could not be reached or told us to wait.
+    show. Retry-After is heeded up to LONGEST_WAIT. Raises RefusedError for any other status; after the last try
+    UnansweredError where the server failed on the request (5xx, a broken or timed-out connection), PleError where it
+    could not be reached or told us to wait.
     """
-    for attempt in range(tries):
+    import httpx
+
+    for attempt in range(patience.tries):
         raised: type[PleError] = UnansweredError
-        pause = first_wait * 2**attempt * random.uniform(0.5, 1.0)
+        pause = patience.first_wait * 2**attempt * random.uniform(0.5, 1.0)
         try:
             response = client.post(url, json=body)
         except httpx.TransportError as error:
@@ -108,8 +121,8 @@ def post_json(
             if response.status_code < 500:
                 raised = PleError
             pause = max(pause, _retry_after(response))
-        last = attempt == tries - 1
-        if last or stop.wait(min(pause, LONGEST_WAIT)):
+        last = attempt == patience.tries - 1
+        if last or patience.stop.wait(min(pause, LONGEST_WAIT)):
             break
     raise raised(f"{what} failed {attempt + 1} times, the last with {fault}: {failed}")
 

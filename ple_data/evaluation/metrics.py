@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ple_data.common.extras import need
 from ple_data.evaluation.intervals import bootstrap, jackknife
 from schemas.reports import Estimate
 
@@ -83,8 +84,14 @@ class Bleu(SumMetric):
         )
 
 
+def need_bleu() -> None:
+    """Raise UsageError where sacrebleu is missing."""
+    need("sacrebleu", "BLEU against references is computed with")
+
+
 def bleu(responses: Sequence[Sequence[str]], references: Sequence[str]) -> tuple[Bleu, str]:
     """Corpus BLEU of each query's responses against its reference, and sacrebleu's signature."""
+    need_bleu()
     from sacrebleu.metrics import BLEU
 
     corpus = BLEU(force=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.evaluation.answers import Answers
+from ple_data.evaluation.metrics import need_bleu
 from ple_data.inputs.queries import load_queries
 from ple_data.inputs.readers import FORMATS, Rows, read_rows
 from schemas.errors import UsageError
@@ -19,6 +20,7 @@ def load_references(where: str, source: str | None, how: Reading) -> References:
 
     Raises UsageError for a file or column that is not there or holds no text, or whose ids are those of no query.
     """
+    need_bleu()
     if Path(where).suffix in FORMATS or Path(where).exists():
         found = _from_file(where)
         if source is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ple_data.common.extras import need
 from schemas.errors import UsageError
 
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv"}
@@ -125,6 +126,7 @@ def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _read_hub(source: str, split: str) -> Rows:
+    need("datasets", f"{source} is no file here, and a hub dataset is loaded with")
     from datasets import load_dataset
 
     name, _, configuration = source.partition(":")

@@ -4,18 +4,19 @@ Every query is asked twice, with the responses in both orders, and each answer i
 the environment and goes into a header; it is never written or shown.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
-
-import httpx
+from typing import TYPE_CHECKING, Any, get_args
 
 from ple_data.common.digests import json_digest
 from ple_data.common.progress import Progress
 from ple_data.common.web import (
+    Patience,
     RefusedError,
     UnansweredError,
     checked_url,
@@ -31,6 +32,9 @@ from ple_data.judge.prompt import Template
 from ple_data.judge.sources import Pair
 from schemas.errors import UsageError
 from schemas.judging import Answer, Order
+
+if TYPE_CHECKING:
+    import httpx
 
 DEFAULT_MAX_TOKENS = 1024
 TRIES = 6
@@ -121,6 +125,8 @@ class LanguageModelJudge:
         try, is left out and told on stderr. Raises PleError where the endpoint is down, UsageError where it refuses
         everything; what was answered stays in the file.
         """
+        import httpx
+
         requests = [self._request(pair, order) for pair in pairs for order in get_args(Order)]
         distinct = {request.digest: request for request in requests}
         waiting = [request for request in distinct.values() if answers.get(request.digest) is None]
@@ -132,7 +138,7 @@ class LanguageModelJudge:
             Progress("judge", len(distinct), "answers", done=len(distinct) - len(waiting)) as progress,
         ):
 
-            def answer(request: "_Request", stop: threading.Event) -> RefusedError | UnansweredError | None:
+            def answer(request: _Request, stop: threading.Event) -> RefusedError | UnansweredError | None:
                 try:
                     answers.add(self._post(client, request, key, stop))
                 except RefusedError as error:
@@ -153,26 +159,17 @@ class LanguageModelJudge:
         found = ((request, answers.get(request.digest)) for request in requests)
         return {(request.query_id, request.order): answer for request, answer in found if answer is not None}
 
-    def _request(self, pair: Pair, order: Order) -> "_Request":
+    def _request(self, pair: Pair, order: Order) -> _Request:
         first, second = (pair.a, pair.b) if order == "a_first" else (pair.b, pair.a)
         question = self.template.render(readable(pair.x), first, second)
         body = {"model": self.model, "messages": [{"role": "user", "content": question}], **self.request_fields}
         return _Request(pair.query_id, order, body, json_digest({"api": self.kind, "body": body}))
 
-    def _post(self, client: httpx.Client, request: "_Request", key: str | None, stop: threading.Event) -> Answer:
+    def _post(self, client: httpx.Client, request: _Request, key: str | None, stop: threading.Event) -> Answer:
         what = f"judge {self.name} at {self.address}"
         failed = "what was answered is kept; check the server and run the same command again"
-        response = post_json(
-            client,
-            self._url,
-            request.body,
-            what=what,
-            failed=failed,
-            key=key,
-            tries=TRIES,
-            first_wait=FIRST_WAIT,
-            stop=stop,
-        )
+        patience = Patience(TRIES, FIRST_WAIT, stop)
+        response = post_json(client, self._url, request.body, patience, what=what, failed=failed, key=key)
         try:
             text, finish, prompt_tokens, completion_tokens = self._api.read(response.json())
             return Answer(

@@ -3,3 +3,7 @@
 `sources` reads what there is, `statistics` counts over the pairs, `figures` draws, `sections` says what goes where,
 `page` writes. Model text is data in all of them: it is shown as text, by templates that escape, and nothing is loaded.
 """
+
+from ple_data.common.extras import need
+
+need("matplotlib", "`ple report` draws with")

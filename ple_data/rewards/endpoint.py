@@ -4,15 +4,19 @@ POST {"inputs": [{"x": "...", "y": "..."}, ...]}, answered by {"scores": [number
 The key in PLE_REWARD_API_KEY, if set, is sent as `Authorization: Bearer` and is never written or shown.
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Iterator, Sequence
-
-import httpx
+from typing import TYPE_CHECKING
 
 from ple_data.common.digests import text_digest
-from ple_data.common.web import checked_url, each, excerpt, key_from_environment, post_json, shown_url
+from ple_data.common.web import Patience, checked_url, each, excerpt, key_from_environment, post_json, shown_url
 from schemas.errors import PleError
 from schemas.options import Rewards
+
+if TYPE_CHECKING:
+    import httpx
 
 API_KEY_VARIABLE = "PLE_REWARD_API_KEY"
 
@@ -22,7 +26,7 @@ def check(spec: str, output_index: int | None) -> None:
     shown(spec)
 
 
-def load(spec: str, options: Rewards) -> "HttpReward":
+def load(spec: str, options: Rewards) -> HttpReward:
     """The endpoint; it is not asked yet."""
     return HttpReward(spec)
 
@@ -55,6 +59,8 @@ class HttpReward:
     ) -> None:
         """batch_size: rows a request; timeout: seconds a try; first_wait: seconds, doubled every try."""
         self.name = recorded(url)
+        import httpx
+
         self._url = url
         self._shown = shown_url(httpx.URL(url))
         self._batch_size = batch_size
@@ -68,6 +74,8 @@ class HttpReward:
         return [rewards[row] for row in range(len(rows))]
 
     def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
+        import httpx
+
         starts = range(0, len(rows), self._batch_size)
         batches = [rows[start : start + self._batch_size] for start in starts]
         key = key_from_environment(API_KEY_VARIABLE)
@@ -79,12 +87,10 @@ class HttpReward:
                     client,
                     self._url,
                     {"inputs": [{"x": x, "y": y} for x, y in batch]},
+                    Patience(self._tries, self._first_wait, stop),
                     what=f"reward model at {self._shown}",
                     failed="what was finished before is kept; check the server and run the same command again",
                     key=key,
-                    tries=self._tries,
-                    first_wait=self._first_wait,
-                    stop=stop,
                 )
                 return self._scores(response, len(batch), key)
 

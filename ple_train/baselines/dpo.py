@@ -16,7 +16,6 @@ from ple_data import selection
 from ple_data.common.progress import Progress
 from ple_train.baselines.responses import COLUMNS, title
 from ple_train.baselines.trl_tools import (
-    VERSION,
     largest_divisor,
     one_device,
     quiet_trl,
@@ -49,9 +48,9 @@ def dpo(options: Dpo) -> None:
     Pairs with equal rewards are left out, and counted on stderr. `batch_size` is in pairs. `beta` scales the
     log-ratio to the start policy. Raises UsageError, DamagedError (a shard), LockedError, PleError (NaN).
     """
-    require_trl()
+    version = require_trl("dpo")
     refuse_doubled_stores(options.data)
-    with Session("baseline", options, more={"method": "dpo", "trl": VERSION}, elsewhere=["data"]) as session:
+    with Session("baseline", options, more={"method": "dpo", "trl": version}, elsewhere=["data"]) as session:
         refuse_many_processes(session.accelerator)
         if session.finished:
             check_finished(session.out, options.data, options.round)

@@ -27,7 +27,6 @@ from ple_data.rewards import RewardModel, load_reward_model, recorded_spec
 from ple_data.sampling.plan import make_prompts
 from ple_train.baselines.responses import title
 from ple_train.baselines.trl_tools import (
-    VERSION,
     largest_divisor,
     one_device,
     quiet_trl,
@@ -53,7 +52,7 @@ def ppo(options: Ppo) -> None:
     the penalty per token for leaving the start policy.
     Raises UsageError, LockedError (another process writes `output`), PleError (a loss or reward that is not finite).
     """
-    require_trl()
+    version = require_trl("ppo")
     check_model(options.model)
     tokenizer = load_tokenizer(options.model, options.revision, note=print_to_log)
     query_set = load_queries(options.queries, options, chat=uses_chat(tokenizer, options.prompt_format))
@@ -65,7 +64,7 @@ def ppo(options: Ppo) -> None:
             f"than one batch; lower --batch-size ({options.batch_size}) or raise --max-query-tokens"
         )
     rewards = load_reward_model(options.reward_model, options)
-    more = {"method": "ppo", "trl": VERSION, "queries_digest": query_set.digest, "reward": rewards.name}
+    more = {"method": "ppo", "trl": version, "queries_digest": query_set.digest, "reward": rewards.name}
     recorded = options.but(reward_model=recorded_spec(options.reward_model))
     with Session("baseline", recorded, more=more) as session:
         refuse_many_processes(session.accelerator)

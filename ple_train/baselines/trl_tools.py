@@ -1,6 +1,7 @@
 """What the baselines that run in TRL share: finding it, keeping it quiet, and its steps as our metrics.
 
-TRL is an extra (`.[trl]`), one pinned version: PPO is gone from later ones. Imported only when it is used.
+TRL is an extra: `trl` brings the newest version that DPO runs with, `ppo` the last one that has PPO, which does for
+both. Imported only when it is used.
 """
 
 from __future__ import annotations
@@ -15,22 +16,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ple_data.common.extras import install_command, missing
 from ple_data.common.progress import Progress
 from schemas.errors import PleError, UsageError
 
-VERSION = "1.12.0"
+VERSIONS = {"dpo": ((1, 12), (1, 16)), "ppo": ((1, 12), (1, 12))}
+"""By method: the oldest and the newest TRL that it is tested with."""
+_EXTRAS = {"dpo": "trl", "ppo": "ppo"}
 
 
-def require_trl() -> None:
-    """Raise UsageError where TRL is missing or of another version."""
+def require_trl(method: str) -> str:
+    """The version of TRL. Raises UsageError where it is missing, or one that the method does not run with."""
     import importlib.metadata
 
+    what = f"`ple baseline {method}` runs in"
     try:
         found = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
-        raise UsageError("this baseline runs in TRL, which is not installed: pip install -e '.[trl]'") from None
-    if found != VERSION:
-        raise UsageError(f"this baseline runs in TRL {VERSION}, but trl {found} is installed: pip install -e '.[trl]'")
+        raise missing("trl", what, _EXTRAS[method]) from None
+    oldest, newest = VERSIONS[method]
+    if not oldest <= tuple(map(int, found.split(".")[:2])) <= newest:
+        known = " to ".join(sorted({f"{major}.{minor}" for major, minor in (oldest, newest)}))
+        raise UsageError(f"{what} TRL {known}, but trl {found} is installed: {install_command(_EXTRAS[method])}")
+    return found
 
 
 @contextlib.contextmanager

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ple_data.common.extras import need
 from ple_data.evaluation.intervals import bootstrap_mean
 from ple_train.demo import toyworld
 from ple_train.run.child import run_child
 from ple_train.run.rounds import find_program, refuse_failure
+from schemas.errors import UsageError
 from schemas.options import Rewards
 from schemas.reports import Estimate
 
@@ -38,8 +40,7 @@ def demo(output: Path, *, rounds: int) -> str:
     _ple("run", recipe)
     measures = [_measured(output, t) for t in range(-1, rounds)]
     by_round = _by_round(output / "run" / "data")
-    _draw(output / "learning-curve.png", by_round, measures)
-    return _report(output, by_round, measures)
+    return _report(output, by_round, measures, _draw(output / "learning-curve.png", by_round, measures))
 
 
 def _write_world(output: Path, rounds: int) -> Path:
@@ -185,8 +186,15 @@ def _by_round(data: Path) -> list[dict[str, Any]]:
     return round_statistics(Store(data).scan("pairs"), TAU0, ALPHA).to_dicts()
 
 
-def _draw(path: Path, by_round: list[dict[str, Any]], measures: list[Measure]) -> None:
-    """The learning curve: s and s_prompt of the pairs by round, and the reward on unseen queries after it."""
+def _draw(path: Path, by_round: list[dict[str, Any]], measures: list[Measure]) -> str:
+    """The learning curve: s and s_prompt of the pairs by round, and the reward on unseen queries after it.
+
+    Gives back where it is, or what to install to have one: the demo itself runs without matplotlib.
+    """
+    try:
+        need("matplotlib", "it is drawn with")
+    except UsageError as error:
+        return str(error)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -210,9 +218,10 @@ def _draw(path: Path, by_round: list[dict[str, Any]], measures: list[Measure]) -
     axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+    return str(path)
 
 
-def _report(output: Path, by_round: list[dict[str, Any]], measures: list[Measure]) -> str:
+def _report(output: Path, by_round: list[dict[str, Any]], measures: list[Measure], curve: str) -> str:
     pairs = ["round     tau       s  s_prompt    gap  rank set"]
     pairs += [
         f"{row['round']:>5}  {row['tau']:>6.3f}  {row['mean_s']:>6.2f}  {row['mean_s_prompt']:>8.2f}  "
@@ -242,7 +251,7 @@ def _report(output: Path, by_round: list[dict[str, Any]], measures: list[Measure
             "grammatical: sentences that the grammar could have written.",
             "perplexity: of unseen reviews, praise and blame alike, so it must rise when a policy learns to praise.",
             "",
-            f"Learning curve: {output / 'learning-curve.png'}",
+            f"Learning curve: {curve}",
             "The pairs:",
             "  import polars as pl",
             f'  pairs = pl.scan_parquet("{output}/run/data/pairs/**/*.parquet")',

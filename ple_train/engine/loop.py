@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ple_data.common.device import default_device
+from ple_data.common.extras import missing
 from ple_data.common.progress import Progress
 from ple_train.engine.checkpoint import Checkpoints
 from ple_train.model.batches import Layout, MicroBatch, Stream, micro_batches
-from schemas.errors import PleError, UsageError
+from schemas.errors import PleError
 from schemas.options import Loop
 
 STEPS_AHEAD = {"cuda": 1}
@@ -75,7 +76,7 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
     from accelerate.utils import DistributedDataParallelKwargs
 
     if report_to and report_to not in available_trackers():
-        raise UsageError(f"--report-to {report_to} needs its package: pip install -e '.[{report_to}]'")
+        raise missing(report_to, f"--report-to {report_to} writes with")
     broadcast = DistributedDataParallelKwargs(broadcast_buffers=False)
     return Accelerator(
         mixed_precision="no",  # autocast is the loop's own: one process may train in several precisions

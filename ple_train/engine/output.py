@@ -48,6 +48,14 @@ class Output:
         self._lock = ExitStack()
 
     def __enter__(self) -> Output:
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def _begin(self) -> None:
         main = self.accelerator.is_main_process
         self._refuse_own_input()
         if main:
@@ -64,7 +72,6 @@ class Output:
                 print_to_log(f"{self.directory} is complete already ({record.steps} steps); nothing to do")
         elif self.accelerator.log_with:
             self.accelerator.init_trackers("ple", config={k: str(v) for k, v in self.settings.values.items()})
-        return self
 
     def note_machine(self, precision: str, **more: str) -> None:
         """Say on stderr, and keep for the record, what was chosen for this machine: device, precision and `more`."""

@@ -83,25 +83,22 @@ def varlen_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
     packing: Packing | None = None,
-    **kwargs: Any,
+    **how: Any,
 ) -> tuple[Tensor, None]:
     """As `packed_attention`, by one kernel for the whole row: prompts' keys are repeated for every later response.
 
     Raises ValueError also where there is no such kernel for these tensors (a CPU, float32), or with dropout.
     """
-    _refuse_unknown(VARLEN, attention_mask, kwargs)
+    _refuse_unknown(VARLEN, attention_mask, how)
     if packing is None:
-        return packed_attention(module, query, key, value, None, dropout, scaling, sliding_window)
+        return packed_attention(module, query, key, value, None, **how)
     kernel, device = varlen_kernel(), query.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = query.to(kind), key.to(kind), value.to(kind)  # norms and rotations may leave float32
-    if kernel is None or not kernels_take(value) or dropout:
+    if kernel is None or not kernels_take(value) or how.get("dropout"):
         raise ValueError(f"{VARLEN} needs a GPU, bfloat16 and no dropout")
-    return in_one_call(kernel, query, key, value, packing, scaling, sliding_window), None
+    return in_one_call(kernel, query, key, value, packing, how.get("scaling"), how.get("sliding_window")), None
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Packing, float | None, int | None], Tensor]
@@ -172,35 +169,33 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
     packing: Packing | None = None,
-    **kwargs: Any,
+    **how: Any,
 ) -> tuple[Tensor, None]:
     """query [1, heads, tokens, d], key and value [1, kv heads, tokens, d] → [1, tokens, heads, d]; a call a span.
 
     Tokens see earlier tokens of their own span and of its prompt alone (at most `sliding_window` of them, themselves
-    counted, where a model has one). Without a packing each row is one sequence. Raises ValueError for what this
-    attention does not know.
+    counted, where a model has one). Without a packing each row is one sequence. how: dropout, scaling and
+    sliding_window, as transformers gives them. Raises ValueError for what this attention does not know.
     """
-    _refuse_unknown(PACKED, attention_mask, kwargs)
+    _refuse_unknown(PACKED, attention_mask, how)
+    dropout, scaling, window = how.get("dropout", 0.0), how.get("scaling"), how.get("sliding_window")
     kind = value.dtype
     if kind == torch.bfloat16 and value.device.type == "cpu":  # torch's backward there is 2 to 5 times slower in it
         query, key, value = query.float(), key.float(), value.float()
     if packing is None:
-        return _attend(query, key, value, dropout, scaling, sliding_window).transpose(1, 2).to(kind), None
+        return _attend(query, key, value, dropout, scaling, window).transpose(1, 2).to(kind), None
     lengths = [length for prompt, first, *others in packing.parts for length in (prompt + first, *others)]
     pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
     for prompt, _, *others in packing.parts:
         q, k, v = next(pieces)
-        outputs.append(_attend(q, k, v, dropout, scaling, sliding_window))
+        outputs.append(_attend(q, k, v, dropout, scaling, window))
         k_prompt, v_prompt = k[:, :, :prompt], v[:, :, :prompt]
         for _ in others:
             q, k, v = next(pieces)
             k, v = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
-            outputs.append(_attend(q, k, v, dropout, scaling, sliding_window))
+            outputs.append(_attend(q, k, v, dropout, scaling, window))
     return torch.cat(outputs, dim=2).transpose(1, 2).to(kind), None
 
 

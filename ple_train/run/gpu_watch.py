@@ -90,17 +90,18 @@ class GpuWatch:
     def _listen(self, process: subprocess.Popen[str]) -> None:
         visible = _visible()
         assert process.stdout is not None
-        for line in process.stdout:
-            index, uuid, used = [word.strip() for word in [*line.split(","), "", ""][:3]]
-            if not index.isdecimal():
-                continue  # an error in words
-            with self._news:
-                gpu = int(index)
-                self._words[gpu] += 1
-                if used.isdecimal() and (visible is None or index in visible or uuid.startswith(tuple(visible))):
-                    self._now[gpu] = int(used) * 2**20
-                    self._most[gpu] = max(self._now[gpu], self._most.get(gpu, 0))
-                self._news.notify_all()
+        with process.stdout as lines:
+            for line in lines:
+                index, uuid, used = [word.strip() for word in [*line.split(","), "", ""][:3]]
+                if not index.isdecimal():
+                    continue  # an error in words
+                with self._news:
+                    gpu = int(index)
+                    self._words[gpu] += 1
+                    if used.isdecimal() and (visible is None or index in visible or uuid.startswith(tuple(visible))):
+                        self._now[gpu] = int(used) * 2**20
+                        self._most[gpu] = max(self._now[gpu], self._most.get(gpu, 0))
+                    self._news.notify_all()
         with self._news:
             self._listening = False
             self._news.notify_all()

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-
 from ple_data.digests import policy_name, text_digest
 from ple_data.intervals import bootstrap_mean
+from ple_train.perplexity import perplexity
+from ple_train.sample import sample_responses
+
 from ple_data.partition import round_statistics
 from ple_data.rewards import load_reward_model
 from ple_data.store import Store
-from ple_train.perplexity import perplexity
-from ple_train.sample import sample_responses
 from schemas.files import write_atomic
 from schemas.recipe import load_recipe
 

@@ -1,0 +1,39 @@
+"""Packages that a plain install leaves out, and the one sentence that is said where one of them is missing.
+
+Each is imported where it is first needed, after `need`. Knows nothing of what they do.
+"""
+
+import importlib.util
+
+from schemas.errors import UsageError
+
+EXTRAS = {
+    "datasets": "hub",
+    "httpx": "http",
+    "matplotlib": "report",
+    "sacrebleu": "eval",
+    "tensorboard": "tensorboard",
+    "trl": "trl",
+    "vllm": "vllm",
+    "wandb": "wandb",
+}
+"""By package: the extra of pyproject.toml that brings it."""
+
+
+def install_command(extra: str) -> str:
+    """The command that adds an extra to an installed ple-align."""
+    return f"pip install 'ple-align[{extra}]'"
+
+
+def missing(package: str, what: str, extra: str | None = None) -> UsageError:
+    """The error to raise for a package that is not there.
+
+    what: who needs it, in words that end where its name begins; extra: which brings it, if not the one of `EXTRAS`.
+    """
+    return UsageError(f"{what} {package}, which is not installed: {install_command(extra or EXTRAS[package])}")
+
+
+def need(package: str, what: str) -> None:
+    """Raise UsageError, with the command that installs it, where a package is not there."""
+    if importlib.util.find_spec(package) is None:
+        raise missing(package, what)
