@@ -288,7 +288,7 @@ def test_bad_and_foreign_exports_are_one_sentence(page, tmp_path):
     assert "not in the page" in message(export(folder, "x3", {}, verdicts=[{"query_id": "zz", "choice": "tie"}]))
     assert "choice: Input should be" in message(export(folder, "x4", {}, verdicts=[{"query_id": "q0", "choice": "a"}]))
     assert "annotator: String should have" in message(export(folder, "x5", {"q0": "a"}, annotator=""))
-    assert "version: Input should be 1 or 2" in message(export(folder, "x6", {"q0": "a"}, version=3))
+    assert "has version 3; this ple reads 2: update it" in message(export(folder, "x6", {"q0": "a"}, version=3))
     (tmp_path / "x7.json").write_text("[]")
     assert "give a file that an annotation page exported" in message(tmp_path / "x7.json")
     assert "are not what the page in" in message(good, sides=(b, a))

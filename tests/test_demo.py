@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import cli
 from ple_data.evaluation.intervals import bootstrap_mean
-from ple_train.demo.demo import demo, toyworld
+from ple_train.demo import toyworld
 from ple_train.measure.perplexity import perplexity
 from ple_train.measure.sample import sample_responses
 

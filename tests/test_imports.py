@@ -97,3 +97,45 @@ def test_importing_cli_loads_nothing_heavy():
 def test_the_data_rooms_import_without_models(module):
     """ple-gen and ple-train live in separate environments: the store needs no torch, and training no vllm."""
     assert not loaded(module) & {"torch", "transformers", "vllm", "peft", "accelerate", "datasets"}
+
+
+# The rooms: docs/make.py draws them, and gives each a floor above all that it imports
+
+
+def made():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import make
+    finally:
+        sys.path.pop(0)
+    return make
+
+
+def test_no_room_imports_one_above_it():
+    """A circle of rooms raises an error; the layers lie one above the other."""
+    floors = made().floors()
+    assert min(floor for name, floor in floors.items() if name == "cli") == max(floors.values())
+    for layer, rooms in {"ple_data": 15, "ple_train": 15}.items():
+        assert sum(name.startswith(f"{layer}.") for name in floors) <= rooms
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    rooms = made()
+    known = rooms.modules()
+    below = {name: rooms.imports(path, set(known)) - {name} for name, path in known.items()}
+    seen: set[str] = set()
+
+    def visit(name, path):
+        assert name not in path, " -> ".join([*path, name])
+        if name not in seen:
+            for other in below[name]:
+                visit(other, [*path, name])
+            seen.add(name)
+
+    for name in below:
+        visit(name, [])
+
+
+@pytest.mark.parametrize("name", ["options.md", "architecture.svg"])
+def test_what_is_made_from_the_code_is_up_to_date(name):
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == made().MADE[name](), "run python docs/make.py"

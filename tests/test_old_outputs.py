@@ -41,6 +41,60 @@ def ple(folder: Path, name: str, *more: str) -> str:
     return ended.stderr
 
 
+WITH_ANOTHER_OPTION = """
+import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import spec_from_loader
+
+class Loader(SourceFileLoader):
+    def path_stats(self, path):
+        raise OSError("never from a cache")
+
+    def get_data(self, path):
+        text = super().get_data(path).decode()
+        for group in ("class Steps(Options):", "class Sampling(Options):"):
+            assert group in text
+            line = f'    thrown_away_{group[6:9].lower()}: int = option(3, "Thrown away.", TRAINING, least=1)'
+            text = text.replace(group, f"{group}\\n{line}")
+        return text.encode()
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "schemas.options.groups":
+            return spec_from_loader(name, Loader(name, path[0] + "/groups.py"))
+
+sys.meta_path.insert(0, Finder())
+from cli import ple
+ple(prog_name="ple")
+"""
+"""This program as a later version that has one more option of training and one of sampling."""
+
+
+@pytest.mark.parametrize("name", ["training", "round 0", "training, killed", "round 1, killed", "run, stopped", "eval"])
+def test_an_option_that_an_older_output_does_not_know_counts_as_its_default(old, name):
+    """So that every later version may add one: nothing is refused, nothing is sampled or trained anew."""
+    committed = content(old / "data")
+    later(old, name)
+    kept = content(old / "data")
+    assert all(kept[path] == digest for path, digest in committed.items())
+
+
+def test_an_option_that_an_older_output_does_not_know_is_refused_at_another_value(old):
+    ended = later(old, "training, killed", "--thrown-away-ste", "4", code=2)
+    assert "thrown_away_ste: 3 then, 4 now" in ended
+    ended = later(old, "round 1, killed", "--thrown-away-sam", "4", code=2)
+    assert "thrown_away_sam: 4, there 3" in ended
+
+
+def later(folder: Path, name: str, *more: str, code: int = 0) -> str:
+    """One of the old commands by the later version; what it says."""
+    command = [sys.executable, "-c", WITH_ANOTHER_OPTION, *COMMANDS[name].split(), *more]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
+    return ended.stderr
+
+
 def content(folder: Path) -> dict[str, str]:
     """The digest of every file that another program may read."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith("lock")]
@@ -104,3 +158,41 @@ def test_what_was_trained_by_an_older_version_starts_the_next_round(old):
             [sys.executable, "-m", "cli", *words], cwd=old, env=environment, capture_output=True, text=True
         )
         assert ended.returncode == 0, ended.stderr
+
+
+def test_folders_that_were_moved_or_renamed_are_the_same_ones(old):
+    """Model, data and adapter count by what is in them: a killed training goes on, a finished one stays."""
+    for name in ("policy", "data", "sft.jsonl"):
+        (old / name).rename(old / f"new-{name}")
+    for name, moved in {
+        "training": ("policy", "data"),
+        "training, killed": ("policy", "data"),
+        "sft": ("policy", "sft.jsonl"),
+    }.items():
+        words = [f"new-{word}" if word in moved else word for word in COMMANDS[name].split()]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(
+            [sys.executable, "-m", "cli", *words], cwd=old, env=environment, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert ("is complete already" in ended.stderr) == (name != "training, killed")
+
+
+def test_a_training_begun_in_float32_is_never_gone_on_with_in_bf16_unasked(old):
+    """`auto` goes on in what it was begun with, wherever it is started again."""
+    state = next((old / "killed/.ple/checkpoints").glob("checkpoint-*/state.json"))
+    state.write_text(state.read_text().replace('"precision": "auto"', '"precision": "float32"'))
+    gpu = "import torch; from ple_train.model import policy; policy.natural_dtype = lambda _: torch.bfloat16"
+    gpu += "; import cli; cli.ple()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(*more: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", gpu, *COMMANDS["training, killed"].split(), *more]
+        return subprocess.run(command, cwd=old, env=environment, capture_output=True, text=True)
+
+    asked = start("--precision", "bf16")
+    assert asked.returncode == 2
+    assert "precision: 'float32' then, 'bf16' now" in asked.stderr
+    ended = start()
+    assert ended.returncode == 0, ended.stderr
+    assert "in float32" in ended.stderr

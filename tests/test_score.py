@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from ple_data.rewards import load_reward_model
-from ple_data.scoring import score as score_module
 from ple_data.scoring.score import ScoreCounts, score
 from ple_data.storage.store import Store
 from ple_data.storage.verify import verify
@@ -243,7 +242,7 @@ def test_a_unit_that_is_held_is_waited_for(
     shard = store.shards("responses")[0]
     with ExitStack() as holder:
         holder.enter_context(store.claim("pairs", shard.round, shard.unit))
-        monkeypatch.setattr(score_module, "time", SimpleNamespace(sleep=lambda _: holder.close()))
+        monkeypatch.setattr("ple_data.storage.store.time", SimpleNamespace(sleep=lambda _: holder.close()))
         assert score(store, Words()).rows == 16
     assert capsys.readouterr().err.count(f"locked by pid {os.getpid()} on") == 1
 

@@ -56,9 +56,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         "rank over vllm's limit": refused({}, AdapterInfo(Path("a"), 4096, {})),
         "dora": refused({}, AdapterInfo(Path("a"), 8, {"use_dora": True})),
     }
-    answers["machine"] = vllm.resolve_machine("auto")
+    answers["machine"] = vllm.resolve_machine("auto", {})
     with card_of([torch.float16, torch.float32]):
-        answers["on an older card"] = vllm.resolve_machine("auto")[0]
+        answers["on an older card"] = vllm.resolve_machine("auto", {})[0]
     try:
         vllm.VllmEngine(spec, {"max_model_len": longest})
     except UsageError as error:

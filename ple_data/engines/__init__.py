@@ -77,7 +77,7 @@ def choose_engine(name: str | None) -> str:
     """`name` checked, or the default: the first engine whose package is installed. Raises UsageError."""
     installed = [engine for engine, package in ENGINES.items() if importlib.util.find_spec(package)]
     if name is None:
-        return installed[0]
+        return next(iter(installed), "hf")
     if name not in ENGINES:
         raise UsageError(f"--engine must be one of {', '.join(ENGINES)}, not {name}")
     if name not in installed:

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from ple_data.digests import policy_name, text_digest
-from ple_data.intervals import bootstrap_mean
-from ple_train.perplexity import perplexity
-from ple_train.sample import sample_responses
 
+from ple_data.common.digests import policy_name, text_digest
+from ple_data.evaluation.intervals import bootstrap_mean
 from ple_data.partition import round_statistics
 from ple_data.rewards import load_reward_model
 from ple_data.store import Store
+from ple_train.measure.perplexity import perplexity
+from ple_train.measure.sample import sample_responses
 from schemas.files import write_atomic
+from schemas.options import Rewards
 from schemas.recipe import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -34,7 +35,7 @@ def check(root: Path, run: Path) -> None:
     reviews = pl.read_parquet(root / "reward-test.parquet")
     texts, labels = reviews["text"].to_list(), reviews["label"].to_numpy()
     pairs = [("", text) for text in texts]
-    negative, positive = (load_reward_model(str(root / "reward"), output_index=i).score(pairs) for i in (0, 1))
+    negative, positive = (load_reward_model(str(root / "reward"), Rewards(output_index=i)).score(pairs) for i in (0, 1))
     margins = np.array(positive) - np.array(negative)
     print(f"reward model: {accuracy(margins, labels)} of {len(labels)} unseen whole reviews right")
     second = np.array(judge.score([""] * len(texts), texts))
@@ -75,7 +76,9 @@ def measure(root: Path, start: str, adapter: str | None, max_new_tokens: int) ->
     xs = pl.read_parquet(root / "unseen.parquet")["x"].to_list()
     ys = sample_responses(start, xs, adapter=adapter, engine="hf", max_new_tokens=max_new_tokens)
     found = {
-        "rewards": load_reward_model(str(root / "reward"), output_index=1).score(list(zip(xs, ys, strict=True))),
+        "rewards": load_reward_model(str(root / "reward"), Rewards(output_index=1)).score(
+            list(zip(xs, ys, strict=True))
+        ),
         "second": judge.score(xs, ys),
         "perplexity": perplexity(start, root / "perplexity.parquet", adapter=adapter),
         "responses": ys,

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import polars as pl
-from ple_data.principles import load_principle
-from ple_train.scratch import train_tokenizer, write_llama
 
+from ple_data.inputs.principles import load_principle
+from ple_train.demo.scratch import train_tokenizer, write_llama
 from schemas.files import write_atomic
 
 sys.path.insert(0, str(Path(__file__).parent))
