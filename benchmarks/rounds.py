@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def write_models(place: Path) -> None:
-    from ple_train.demo.demo.scratch import train_tokenizer, write_llama
+    from ple_train.demo.scratch import train_tokenizer, write_llama
 
     rows = [{"id": f"q{n}", "x": f"the story of scene {n} was"} for n in range(4)]
     (place / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -81,10 +81,10 @@ def test_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     """Too small to learn anything: that every step runs, is measured, and is not run twice."""
     sizes = {"PRETRAINING": 64, "LABELLED": 64, "FINE_TUNING": 32, "HELD_OUT": 16, "UNSEEN": 8, "QUERIES_PER_ROUND": 8}
     for name, size in sizes.items():
-        monkeypatch.setattr(demo, name, size)
-    monkeypatch.setattr(demo, "run_child", lambda command: CliRunner().invoke(cli.ple, command[1:]).exit_code)
+        monkeypatch.setattr(demo_room, name, size)
+    monkeypatch.setattr(demo_room, "run_child", lambda command: CliRunner().invoke(cli.ple, command[1:]).exit_code)
     output = tmp_path / "demo"
-    report = demo.demo(output, rounds=1)
+    report = demo_room.demo(output, rounds=1)
     assert (output / "learning-curve.png").read_bytes().startswith(b"\x89PNG")
     for expected in ("round     tau", "start      ", "round=000  ", "import polars as pl", "95 % bootstrap interval"):
         assert expected in report
@@ -93,6 +93,6 @@ def test_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     assert "s_prompt" in capfd.readouterr().out
     stages = json.loads((output / "run" / "stages.json").read_text())["stages"]
     assert [stage["stage"] for stage in stages] == ["reward", "sft", "gen", "score", "train"]
-    assert demo.demo(output, rounds=1) == report
+    assert demo_room.demo(output, rounds=1) == report
     assert json.loads((output / "run" / "stages.json").read_text())["stages"] == stages
     assert "8/8" not in capfd.readouterr().err

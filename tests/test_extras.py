@@ -115,7 +115,7 @@ def test_vllm_that_is_asked_for_and_missing(without, tmp_path, policy):
 
 
 def test_a_demo_without_matplotlib_says_where_its_picture_is(without, tmp_path):
-    from ple_train.demo.demo import demo
+    from ple_train.demo import demo
 
     without("matplotlib")
     assert demo._draw(tmp_path / "curve.png", [], []) == sentence("it is drawn with", "matplotlib")

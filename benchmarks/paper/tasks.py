@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
-from ple_train.demo.demo.scratch import train_tokenizer, write_llama
+from ple_train.demo.scratch import train_tokenizer, write_llama
 
 from ple_data.inputs.principles import load_principle
 from schemas.files import write_atomic
