@@ -63,8 +63,9 @@ def random_rows(count: int, median: int) -> list[tuple[str, str]]:
 
 def write_reward_model(directory: Path, hidden: int, layers: int, corpus: list[str]) -> Path:
     import torch
-    from ple_train.demo.scratch import train_tokenizer
     from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from ple_train.demo.scratch import train_tokenizer
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer(corpus, 8192)

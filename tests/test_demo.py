@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 import cli
 from ple_data.evaluation.intervals import bootstrap_mean
+from ple_train.demo import demo as demo_room
 from ple_train.demo import toyworld
 from ple_train.measure.perplexity import perplexity
 from ple_train.measure.sample import sample_responses

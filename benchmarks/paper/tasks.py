@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
-from ple_train.demo.scratch import train_tokenizer, write_llama
 
 from ple_data.inputs.principles import load_principle
+from ple_train.demo.scratch import train_tokenizer, write_llama
 from schemas.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
