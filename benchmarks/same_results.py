@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -110,21 +111,25 @@ def run(tree: Path, world: Path, words: str) -> float:
 
 
 def digests(world: Path) -> dict[str, str]:
-    """Of all weights by their bytes; of tables and metrics by their values, without the clock's."""
-    found = {}
+    """Of all weights by their bytes; of tables and metrics by their values, without clocks and names of policies.
+
+    The digest of an adapter is over its record too, which holds the seconds that its training took: it is another one
+    each time, and with it the name of the policy and of the units that it sampled.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
     for path in sorted(world.rglob("*")):
-        name = str(path.relative_to(world))
+        name = re.sub(r"[0-9a-f]{12,}", "*", str(path.relative_to(world)))
         if path.suffix == ".safetensors":
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[name].append(hashlib.sha256(path.read_bytes()).hexdigest())
         elif path.suffix == ".parquet":
             frame = pl.read_parquet(path, hive_partitioning=False)
-            kept = frame.drop([column for column in CLOCKS if column in frame.columns])
-            found[name] = hashlib.sha256(kept.write_json().encode()).hexdigest()
+            kept = frame.drop([column for column in (*CLOCKS, "policy") if column in frame.columns])
+            found[name].append(hashlib.sha256(kept.write_json().encode()).hexdigest())
         elif path.name == "eval.json":
             report = json.loads(path.read_text())
-            kept = json.dumps([report["policies"], report["comparisons"]], sort_keys=True)
-            found[name] = hashlib.sha256(kept.encode()).hexdigest()
-    return found
+            kept = [[policy["metrics"] for policy in report["policies"]], report["comparisons"]]
+            found[name].append(hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest())
+    return {name: " ".join(sorted(each)) for name, each in found.items()}
 
 
 def ratio(now: list[float], before: list[float]) -> str:

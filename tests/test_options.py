@@ -116,6 +116,18 @@ def test_a_name_counts_where_there_is_no_digest():
     assert now.differences(now.values | {"data": "owner/two"}) == ["data: 'owner/two' then, 'owner/one' now"]
 
 
+def test_options_of_a_reward_model_as_0_1_0_kept_them_are_the_same_ones():
+    how = {"sampled_tokens": 9, "output_index": 1, "reward_dtype": "bfloat16"}
+    now = Settings.of(
+        options.Ppo(model="m", queries="q", reward_model="r", output="o", **how), weights="m@0123456789ab"
+    )
+    then = {name: value for name, value in now.values.items() if name not in ("output_index", "join", "reward_dtype")}
+    then["reward_options"] = {"output_index": 1, "join": "auto", "device": "cpu", "dtype": "bfloat16"}
+    assert now.differences(then) == []
+    then["reward_options"]["dtype"] = "float32"
+    assert now.differences(then) == ["reward_dtype: 'float32' then, 'bfloat16' now"]
+
+
 def test_a_digest_over_options_stays_when_there_are_more_of_them():
     """The identity of a unit of sampling holds an option of a later version only where it is not its default."""
     always = ("max_new_tokens", "temperature")

@@ -7,6 +7,7 @@ same one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,13 +18,13 @@ from schemas.errors import UsageError
 from schemas.options import Options, about
 
 DIGESTS = {
-    **dict.fromkeys(("model", "adapter", "revision"), "weights"),
-    "data": "data_digest",
-    "queries": "queries_digest",
-    "reward_model": "reward",
+    **dict.fromkeys(("model", "adapter", "revision"), ("weights",)),
+    "data": ("data_digest", "data_digests"),
+    "queries": ("queries_digest",),
+    "reward_model": ("reward",),
 }
 """Where the digest of what an option names is kept. Where there is none (a hub dataset), its name counts."""
-NO_OPTIONS = ("method", *dict.fromkeys(DIGESTS.values()))
+NO_OPTIONS = {"method", *itertools.chain(*DIGESTS.values())}
 """What counts beside the options."""
 
 
@@ -43,6 +44,7 @@ class Settings:
     def differences(self, then: Mapping[str, Any]) -> list[str]:
         """Each setting that counts and differs from an older record's: 'name: old then, new now'."""
         known = {option.name: option for option in fields(self.kind)}
+        then = {**then, **_of_rewards(then.get("reward_options"))}
         found = []
         for name in sorted(self.values.keys() | then.keys()):
             option = known.get(name)
@@ -67,8 +69,12 @@ class Settings:
             )
 
     def _by_digest(self, name: str, then: Mapping[str, Any]) -> bool:
-        digest = DIGESTS.get(name, "")
-        return bool(self.values.get(digest) and then.get(digest))
+        return any(self.values.get(digest) and then.get(digest) for digest in DIGESTS.get(name, ()))
+
+
+def _of_rewards(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How version 0.1.0 kept the options of a reward model: in one mapping, two of them under shorter names."""
+    return {f"reward_{name}" if name in ("device", "dtype") else name: value for name, value in (options or {}).items()}
 
 
 def counted(options: Options, always: Collection[str] = ()) -> dict[str, Any]:

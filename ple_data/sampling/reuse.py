@@ -5,7 +5,6 @@ those that the round asks for. Seed, round, engine and number type may differ: t
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 import pyarrow as pa
 
 from ple_data.common.digests import digests_of, ids_digest
+from ple_data.common.settings import as_json
 from ple_data.sampling.plan import Plan, Prompt
 from ple_data.storage.store import Shard, Store
 from schemas.errors import UsageError
+from schemas.options import Sampling
 
 _Key = tuple[str, int, str]
 _TABLES_IN_MEMORY = 8
@@ -64,10 +65,11 @@ class Reuse:
                 self._places.setdefault(key, (store, shard, at))
 
     def _same_sampling(self, found: Any) -> bool:
-        wanted = asdict(self._plan.sampling) | {"stop": list(self._plan.sampling.stop)}
+        wanted = {name: as_json(value) for name, value in self._plan.sampling.values().items()}
         if not isinstance(found, dict) or (wanted["logprobs"] and not found.get("logprobs")):
             return False
-        return found | {"logprobs": wanted["logprobs"]} == wanted
+        defaults = {name: as_json(value) for name, value in Sampling().values().items()}  # of what is younger
+        return defaults | found | {"logprobs": wanted["logprobs"]} == wanted
 
 
 def _read(store: Store, shard: Shard) -> pa.Table:

@@ -54,7 +54,7 @@ def baseline(method: str, options: Baseline) -> None:
     if not files:
         _refuse_for_stores(options)
     first = options.round if method == "raft" else 0
-    more = {"method": method, "data_digest": [file_digest(path) for path in files] or None}
+    more = {"method": method, "data_digests": [file_digest(path) for path in files]}
     with Session("baseline", options, more=more, elsewhere=() if files else ["data"]) as session:
         if session.finished:
             if not files:
