@@ -25,7 +25,7 @@ from schemas.errors import UsageError
 from schemas.files import writing_atomic
 
 STDOUT = "-"
-COLUMNS = ["query_id", "round", "sample", "x", "y", "s", "y_prompt", "s_prompt"]
+EXPORTED = ["query_id", "round", "sample", "x", "y", "s", "y_prompt", "s_prompt"]
 ANSWER_COLUMNS = ["sample", "x", "y", "policy"]
 
 Rows = list[dict[str, Any]]
@@ -95,7 +95,7 @@ def _why_nothing(format: str, read: int) -> str:
 
 
 def _read(store: Store, shard: Shard, format: str) -> pl.DataFrame:
-    columns = ANSWER_COLUMNS if format == "alpacaeval" else COLUMNS
+    columns = ANSWER_COLUMNS if format == "alpacaeval" else EXPORTED
     return pl.DataFrame(pl.from_arrow(store.read(shard, columns=columns)))
 
 

@@ -23,7 +23,7 @@ from schemas.options import Train, Without
 from schemas.tables import ARMS
 
 WINDOW_ROWS = 16_384
-COLUMNS = ["query_id", "round", "s", "s_prompt", *ID_COLUMNS]
+STREAMED = ["query_id", "round", "s", "s_prompt", *ID_COLUMNS]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class PairStream:
                 continue
             if skip < rows:
                 shuffle = np.random.default_rng([self.seed, epoch, number]).permutation(rows)[skip:]
-                frames = [read_rows(part, COLUMNS, self.max_length) for part in window]
+                frames = [read_rows(part, STREAMED, self.max_length) for part in window]
                 yield pl.concat(frames)[shuffle].with_columns(self.partition.expressions())
             skip = max(0, skip - rows)
             window, number = [], number + 1

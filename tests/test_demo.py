@@ -18,17 +18,17 @@ from ple_train.measure.sample import sample_responses
 
 def test_grammar_judges_its_own_reviews() -> None:
     for review in itertools.islice(toyworld.reviews(3, toyworld.openings()), 200):
-        verdict = toyworld.judge(review.body)
+        verdict = toyworld.grade(review.body)
         assert verdict.grammatical == 1
         assert verdict.polarity == pytest.approx(review.polarity)
 
 
 def test_grammar_judges_other_texts() -> None:
-    assert toyworld.judge("  ") == toyworld.Verdict(0.0, 0.0)
-    assert toyworld.judge(" The cast was superb. The cast was cast. I hated the music") == toyworld.Verdict(
+    assert toyworld.grade("  ") == toyworld.Verdict(0.0, 0.0)
+    assert toyworld.grade(" The cast was superb. The cast was cast. I hated the music") == toyworld.Verdict(
         1 / 3, 1 / 3
     )
-    assert toyworld.judge(" Ten out of ten. Not recommended.") == toyworld.Verdict(0.0, 1.0)
+    assert toyworld.grade(" Ten out of ten. Not recommended.") == toyworld.Verdict(0.0, 1.0)
 
 
 def test_world_is_balanced_and_a_function_of_its_seed() -> None:

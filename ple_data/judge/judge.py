@@ -63,7 +63,7 @@ def judge(options: Judge) -> str:
             _warn_cut(paid)
             settings |= {"endpoint": model.address, "request": model.request_fields}
             more = {**_tokens(paid), "orders_disagree": _orders_disagree(verdicts)}
-        report = results.report(
+        report = results.count(
             verdicts, pairs, a=a, b=b, judge=name, seed=seed, template=digest, settings=settings, **more
         )
         results.save(output, verdicts, report)

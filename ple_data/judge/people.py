@@ -87,7 +87,7 @@ def read_exports(a: str, b: str, exports: Sequence[Path], output: Path) -> str:
     counts = [[[said[id] for said in votes.values()].count(outcome) for outcome in VALUES] for id in common]
     with locked(output / ".lock"):
         results.refuse_other(output, a, b, PEOPLE, None)
-        report = results.report(
+        report = results.count(
             verdicts,
             pairs,
             a=a,

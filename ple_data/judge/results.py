@@ -52,7 +52,7 @@ def win_rate(outcomes: Iterable[Outcome], seed: int) -> Estimate | None:
     return Estimate(mean=float(numbers @ values / total), low=float(low), high=float(high), count=total)
 
 
-def report(
+def count(
     verdicts: Sequence[Verdict], pairs: Pairs, *, a: str, b: str, judge: str, seed: int, **more: Any
 ) -> JudgeReport:
     """The report on verdicts: those that count in all and by kind, those of each annotator by name.

@@ -14,7 +14,7 @@ import polars as pl
 
 from ple_data import selection
 from ple_data.common.progress import Progress
-from ple_train.baselines.responses import COLUMNS, title
+from ple_train.baselines.responses import CHOSEN_FROM, title
 from ple_train.baselines.trl_tools import (
     largest_divisor,
     one_device,
@@ -56,7 +56,7 @@ def dpo(options: Dpo) -> None:
             check_finished(session.out, options.data, options.round)
             return
         snapshot = frozen_snapshot(session.out, options.data, options.round, options.max_length)
-        frames = [selection.preferences(read_rows(part, COLUMNS, options.max_length)) for part in snapshot]
+        frames = [selection.preferences(read_rows(part, CHOSEN_FROM, options.max_length)) for part in snapshot]
         pairs = preference_pairs(frames, snapshot)
         tokenizer, policy = session.load_tokenizer(), session.load_causal_lm()
         refuse_foreign_pairs(pairs, policy)

@@ -36,7 +36,7 @@ from schemas.options import Baseline, BaselineSft
 CHOOSERS = {"context-distillation": selection.guided, "raft": selection.best_of_n}
 SAMPLED_FOR = {"context-distillation": ("y_prompt_ids",), "raft": ("y_ids", "y_prompt_ids"), "sft": ()}
 """The ids whose sampling a method needs, whether it trains on them or not."""
-COLUMNS = ["query_id", "round", "sample", "s", "s_prompt", "x_ids", "y_ids", "y_prompt_ids"]
+CHOSEN_FROM = ["query_id", "round", "sample", "s", "s_prompt", "x_ids", "y_ids", "y_prompt_ids"]
 REFERENCE_COLUMNS = ["query_id", "round", "x_ids", "reference"]
 _TOKENIZED_AT_ONCE = 1024
 
@@ -112,7 +112,7 @@ def choose(
         rows = selection.first_of_each_query(pl.concat(frames))
         rows = rows.with_columns(reference_ids(rows["y"], tokenizer).alias("ids")).drop("y")
     else:
-        frames = [CHOOSERS[method](read_rows(part, COLUMNS, max_length)) for part in snapshot]
+        frames = [CHOOSERS[method](read_rows(part, CHOSEN_FROM, max_length)) for part in snapshot]
         rows = selection.best(pl.concat(frames)) if method == "raft" else pl.concat(frames)
     sequences = []
     for query, round, x_ids, ids in rows.select("query_id", "round", "x_ids", "ids").iter_rows():

@@ -147,7 +147,7 @@ def _measured(output: Path, t: int) -> Measure:
     rewards = load_reward_model(str(output / "run" / "reward"), Rewards(output_index=1)).score(
         list(zip(queries, responses, strict=True))
     )
-    verdicts = [toyworld.judge(response) for response in responses]
+    verdicts = [toyworld.grade(response) for response in responses]
     measure = Measure(
         name,
         bootstrap_mean(rewards),

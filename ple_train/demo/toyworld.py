@@ -145,7 +145,7 @@ class Verdict:
     grammatical: float
 
 
-def judge(body: str) -> Verdict:
+def grade(body: str) -> Verdict:
     """Judges a response by the grammar alone; a sentence it does not know counts as 0. An empty text is (0, 0)."""
     found = [sentence for sentence in re.split(r"(?<=\.)\s+", body.strip()) if sentence]
     if not found:

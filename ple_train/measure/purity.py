@@ -37,7 +37,7 @@ from schemas.tables import ARMS
 
 PAIRS_AT_ONCE = 256
 KIND = "purity_logps"
-COLUMNS = ["query_id", "round", "sample", "s", "s_prompt", "x_ids", "y_ids", "y_prompt_ids"]
+MEASURED = ["query_id", "round", "sample", "s", "s_prompt", "x_ids", "y_ids", "y_prompt_ids"]
 _ROUND = re.compile(r"round=(\d+)$")
 
 
@@ -158,7 +158,7 @@ def _measure(
                 policy = loaded.eval()
                 progress.restart_clock()
             store, shard = shards[index]
-            rows = store.read(shard, columns=COLUMNS)
+            rows = store.read(shard, columns=MEASURED)
             scored = _score(policy, name, rows, shard.path, microbatch_tokens)
             write_atomic(paths[index], parquet_bytes(KIND, scored, {}))
             progress.advance(shard.rows)
