@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -76,16 +77,19 @@ def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | N
     lines = [
         f"# {task.title}: {task.tables} of the paper, small",
         "",
-        f"Seeds {', '.join(map(str, seeds))}; {ROUNDS} rounds of {task.queries_per_round} queries; tau_0 = {TAU0}, "
-        f"alpha = {ALPHA}; learning rates: {chosen}. {made_with(*PACKAGES)}; {datetime.now(UTC):%d %B %Y}. "
-        f"BLEU: `{signature(Path('eval', f'seed={seeds[0]}', 'eval.json'))}`.",
+        f"- Seeds: {', '.join(map(str, seeds))}",
+        f"- Rounds: {ROUNDS} rounds of {task.queries_per_round} queries",
+        f"- Thresholds: tau_0 = {TAU0}, alpha = {ALPHA}",
+        f"- Learning rates: {chosen}",
+        f"- Made with: {made_with(*PACKAGES)}; {datetime.now(UTC):%d %B %Y}",
+        f"- BLEU: `{signature(Path('eval', f'seed={seeds[0]}', 'eval.json'))}`",
         "",
         f"| {' | '.join(HEADER)} |",
         f"| {' | '.join('---' for _ in HEADER)} |",
         *map(table_row, records),
         "",
-        "Intervals are over queries, for these seeds; in round brackets the differences seed by seed, which also hold "
-        "what training's randomness does. Training saw the training reward alone.",
+        "Intervals are over queries, for these seeds. The differences seed by seed stand in round brackets; they also "
+        "hold what training's randomness does. Training saw the training reward alone.",
         "",
         *accuracies(task),
         "",
@@ -95,7 +99,7 @@ def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | N
         "| --- | --- | --- | --- |",
         *map(cost_row, records[1:]),
         "",
-        "Minutes are wall time of one thread on a machine that did other work too: they say which method is dear, no "
+        "Minutes are wall time of one thread on a machine that did other work too. They say which method is dear, no "
         "more.",
         "",
         *figure_3(results / f"{task.name}-figure3.png", runs),
@@ -106,7 +110,7 @@ def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | N
         report = Path("eval", "validation", "eval.json")
         lines += ["", *tries(report, rates), "", *frontier(report, results / f"{task.name}-frontier.png")]
     results.mkdir(parents=True, exist_ok=True)
-    write_atomic(results / f"{task.name}.md", "\n".join(lines) + "\n")
+    write_atomic(results / f"{task.name}.md", "\n".join(line for long in lines for line in wrapped(long)) + "\n")
     record = {"version": 4, "seeds": seeds, "methods": records}
     write_atomic(results / f"{task.name}.json", json.dumps(record, indent=1) + "\n")
 
@@ -182,6 +186,14 @@ def difference(record: dict[str, Any]) -> str:
     return f"{whole} ({listed(by_seed)})" if len(by_seed) > 1 else whole
 
 
+def wrapped(line: str) -> list[str]:
+    """The lines of at most 120 characters that a line of prose becomes; tables, headings and pictures stay."""
+    if line.startswith(("|", "#", "!")):
+        return [line]
+    indent = "  " if line.startswith("- ") else ""
+    return textwrap.wrap(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [line]
+
+
 def signature(report: Path) -> str:
     """sacrebleu's, as `ple eval` wrote it."""
     return str(json.loads(report.read_text())["bleu_signature"])
@@ -227,9 +239,9 @@ def drift_table(runs: list[Run]) -> list[str]:
     lines = [
         "## How far responses were pushed down",
         "",
-        "Mean log-probability of the responses with a negative coefficient less what the start policy gives them, in "
-        "nats a token, over the second half of each round (first seed; without a trust region every tenth step is "
-        "measured).",
+        "The numbers are the mean log-probability of the responses with a negative coefficient, less what the start "
+        "policy gives them. They are in nats a token, over the second half of each round, of the first seed. Without "
+        "a trust region every tenth step is measured.",
         "",
         f"| method | {' | '.join(f'round {t}' for t in range(ROUNDS))} |",
         f"| {' | '.join('---' for _ in range(ROUNDS + 1))} |",
@@ -264,7 +276,8 @@ def tries(report: Path, chosen: dict[str, float]) -> list[str]:
     lines = [
         "## Learning rates tried",
         "",
-        "Training reward / perplexity on the validation queries, first seed; the highest reward was chosen (bold).",
+        "The cells are training reward / perplexity on the validation queries, first seed. The highest reward was "
+        "chosen (bold).",
         "",
         f"| method | {' | '.join(f'{rate:g}' for rate in LEARNING_RATES)} |",
         f"| {' | '.join('---' for _ in range(len(LEARNING_RATES) + 1))} |",
@@ -307,7 +320,7 @@ def frontier(report: Path, path: Path) -> list[str]:
         "",
         f"![training reward against perplexity]({path.name})",
         "",
-        f"Every try above, joined by rising learning rate; higher and further left is better.{beyond}",
+        f"The figure has every try above, joined by rising learning rate. Higher and further left is better.{beyond}",
     ]
 
 
