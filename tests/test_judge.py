@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import polars as pl
 import pytest
@@ -476,8 +477,8 @@ def test_a_server_on_another_port_is_the_same_judge(serve, tmp_path):
 
 def test_as_many_connections_as_requests_in_flight(serve, tmp_path, monkeypatch):
     given = {}
-    client = llm.httpx.Client
-    monkeypatch.setattr(llm.httpx, "Client", lambda **options: given.update(options) or client(**options))
+    client = httpx.Client
+    monkeypatch.setattr(httpx, "Client", lambda **options: given.update(options) or client(**options))
     a, b = sources(tmp_path, MIXED[:1])
     judge(a, b, "openai:m", tmp_path / "out", endpoint=serve().url, concurrency=200)
     assert (given["limits"].max_connections, given["limits"].max_keepalive_connections) == (200, 200)
@@ -735,7 +736,7 @@ def test_each_finished_batch_of_an_http_reward_model_is_kept(tmp_path, monkeypat
         asked.append(ys)
         if "bad" in ys and down[0]:
             raise PleError("the server is gone")
-        return llm.httpx.Response(200, json={"scores": [float(len(y)) for y in ys]})
+        return httpx.Response(200, json={"scores": [float(len(y)) for y in ys]})
 
     monkeypatch.setattr("ple_data.rewards.endpoint.post_json", post)
     queries = [(f"x{n}", f"a{n}", "bad" if n == 40 else f"b{n}") for n in range(60)]
