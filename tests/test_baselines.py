@@ -430,7 +430,7 @@ def installed_trl(monkeypatch):
 def test_a_baseline_in_trl_says_which_one_it_needs(installed_trl, method, installed, message):
     installed_trl(installed)
     with pytest.raises(UsageError, match=re.escape(message)):
-        require_trl(method, None)
+        require_trl(method)
 
 
 def test_the_extras_bring_the_versions_that_are_tested():

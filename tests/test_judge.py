@@ -731,7 +731,7 @@ def test_each_finished_batch_of_an_http_reward_model_is_kept(tmp_path, monkeypat
     """4 batches in flight, the third is refused: the rewards of the others are kept and asked for no more."""
     asked, down = [], [True]
 
-    def post(client, url, body, **_):
+    def post(client, url, body, patience, **_):
         ys = [row["y"] for row in body["inputs"]]
         asked.append(ys)
         if "bad" in ys and down[0]:

@@ -180,7 +180,7 @@ def test_folders_that_were_moved_or_renamed_are_the_same_ones(old):
 
 def test_a_training_begun_in_float32_is_never_gone_on_with_in_bf16_unasked(old):
     """`auto` goes on in what it was begun with, wherever it is started again."""
-    state = next((old / "killed/.ple/checkpoints").glob("checkpoint-*/state.json"))
+    state = max((old / "killed/.ple/checkpoints").glob("checkpoint-*/state.json"))
     state.write_text(state.read_text().replace('"precision": "auto"', '"precision": "float32"'))
     gpu = "import torch; from ple_train.model import policy; policy.natural_dtype = lambda _: torch.bfloat16"
     gpu += "; import cli; cli.ple()"

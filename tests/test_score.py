@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,7 @@ import pytest
 
 from ple_data.rewards import load_reward_model
 from ple_data.scoring.score import ScoreCounts, score
-from ple_data.storage.store import Store
+from ple_data.storage.store import Store, Waits
 from ple_data.storage.verify import verify
 from schemas.errors import DamagedError, PleError, UsageError
 from schemas.records import RoundManifest
@@ -242,7 +241,9 @@ def test_a_unit_that_is_held_is_waited_for(
     shard = store.shards("responses")[0]
     with ExitStack() as holder:
         holder.enter_context(store.claim("pairs", shard.round, shard.unit))
-        monkeypatch.setattr("ple_data.storage.store.time", SimpleNamespace(sleep=lambda _: holder.close()))
+        waited = Waits.a_moment
+        monkeypatch.setattr("ple_data.storage.store.POLL_SECONDS", 0)
+        monkeypatch.setattr(Waits, "a_moment", lambda waits, units: waited(waits, units) or holder.close())
         assert score(store, Words()).rows == 16
     assert capsys.readouterr().err.count(f"locked by pid {os.getpid()} on") == 1
 
