@@ -111,7 +111,8 @@ def run(tree: Path, world: Path, words: str) -> float:
 
 
 def digests(world: Path) -> dict[str, str]:
-    """Of all weights by their bytes; of tables and metrics by their values, without clocks and names of policies.
+    """Of all weights by their bytes; of tables and metrics by their values, without clocks and names of policies; of
+    the intervals of an evaluation twelve digits.
 
     The digest of an adapter is over its record too, which holds the seconds that its training took: it is another one
     each time, and with it the name of the policy and of the units that it sampled.
@@ -126,7 +127,7 @@ def digests(world: Path) -> dict[str, str]:
             kept = frame.drop([column for column in (*CLOCKS, "policy") if column in frame.columns])
             found[name].append(hashlib.sha256(kept.write_json().encode()).hexdigest())
         elif path.name == "eval.json":
-            report = json.loads(path.read_text())
+            report = json.loads(path.read_text(), parse_float=lambda text: f"{float(text):.12g}")
             kept = [[policy["metrics"] for policy in report["policies"]], report["comparisons"]]
             found[name].append(hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest())
     return {name: " ".join(sorted(each)) for name, each in found.items()}

@@ -121,29 +121,45 @@ def floors() -> dict[str, int]:
     return {name: floor(name) for name in below}
 
 
-WIDTH, ROW, BOX, GAP = 1180, 74, 30, 14
+WIDTH, ROW, BOX, GAP = 1180, 74, 30, 16
+SPANS = {"ple_data": (0, 680), "ple_train": (640, 1180), "schemas": (0, 1180), "cli": (0, 1180)}
+"""Where the rooms of a layer stand, from left to right."""
+
+
+def nearest() -> dict[str, set[str]]:
+    """By room: the rooms that it imports, but for those that it also reaches by way of another one."""
+    below = arrows()
+
+    @cache
+    def reached(name: str) -> frozenset[str]:
+        return frozenset(below[name]).union(*(reached(other) for other in below[name]))
+
+    return {
+        name: {other for other in others if not any(other in reached(way) for way in others)}
+        for name, others in below.items()
+    }
 
 
 def picture() -> str:
     """SVG: a row a floor, the lowest at the bottom; a line from a room up to those that import it."""
-    level, below = floors(), arrows()
-    rows = [sorted(name for name in level if level[name] == at) for at in range(max(level.values()) + 1)]
+    level = floors()
+    height = 20 + ROW * (max(level.values()) + 1)
     place: dict[str, tuple[float, float, float]] = {}
-    for at, names in enumerate(rows):
-        widths = [20 + 7.4 * len(_short(name)) for name in names]
-        x = (WIDTH - sum(widths) - GAP * (len(names) - 1)) / 2
-        for name, width in zip(names, widths, strict=True):
-            place[name] = (x, 20 + ROW * (len(rows) - 1 - at), width)
-            x += width + GAP
+    for at in range(max(level.values()) + 1):
+        for layer, (left, right) in SPANS.items():
+            names = sorted(name for name in level if level[name] == at and name.partition(".")[0] == layer)
+            widths = [20 + 7.4 * len(_short(name)) for name in names]
+            x = (left + right - sum(widths) - GAP * (len(names) - 1)) / 2
+            for name, width in zip(names, widths, strict=True):
+                place[name] = (x, height - ROW * (at + 1), width)
+                x += width + GAP
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {20 + ROW * len(rows)}" '
-        'font-family="sans-serif" font-size="13">',
-        f'<rect width="{WIDTH}" height="{20 + ROW * len(rows)}" fill="white"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
+        'font-size="13">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
     ]
-    for name, others in sorted(below.items()):
-        for other in sorted(others):
-            if level[name] - level[other] <= 2 or other not in ("schemas", "ple_data.common"):
-                parts.append(_line(place[other], place[name]))
+    for name, others in sorted(nearest().items()):
+        parts += [_line(place[other], place[name]) for other in sorted(others)]
     parts += [_box(name, *place[name]) for name in sorted(place)]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -157,7 +173,7 @@ def _line(low: tuple[float, float, float], high: tuple[float, float, float]) -> 
     to_x, to_y, to_width = high
     return (
         f'<line x1="{x + width / 2:.0f}" y1="{y:.0f}" x2="{to_x + to_width / 2:.0f}" y2="{to_y + BOX:.0f}" '
-        'stroke="#9a9a9a" stroke-width="0.8"/>'
+        'stroke="#8a8a8a" stroke-width="1"/>'
     )
 
 
