@@ -102,8 +102,8 @@ def varlen_attention(
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Packing, float | None, int | None], Tensor]
-"""query [n, heads, d], key and value [keys, kv heads, d], packing, scale, window → [n, heads, d]. Causal; where a span
-has fewer queries than keys, they are those of the last of the keys' positions."""
+"""query [n, heads, d], key and value [keys, kv heads, d], packing, scale, window → [n, heads, d]. Causal. A span's
+queries stand at the end of its keys: of 3 queries with 5 keys, the first sees 3 keys and the last sees 5."""
 
 
 def kernels_take(values: Tensor) -> bool:
@@ -242,7 +242,7 @@ def _refuse_unknown(name: str, mask: Tensor | None, more: dict[str, Any]) -> Non
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
-    """The queries are those of the last of the keys' positions."""
+    """Causal. The queries stand at the end of the keys: of 3 queries with 5 keys, the first sees 3, the last sees 5."""
     queries, keys = query.shape[2], key.shape[2]
     mask = None
     if queries < keys or (window is not None and keys > window):
