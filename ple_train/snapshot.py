@@ -11,8 +11,9 @@ from typing import Any
 import polars as pl
 
 from ple_data.common.digests import digests_of
+from ple_data.common.settings import as_json
 from ple_data.storage.store import Shard, Store, collect, scan_shards
-from ple_train.engine.output import Output
+from ple_train.engine.output import SNAPSHOT, START_AGAIN, Output
 from ple_train.log import print_to_log
 from schemas.errors import UsageError
 from schemas.files import write_atomic
@@ -20,7 +21,6 @@ from schemas.records import read_record
 from schemas.training import Snapshot, SnapshotPart
 
 ID_COLUMNS = ["x_ids", "y_ids", "y_prompt_ids"]
-FILE = "snapshot.json"
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ def frozen_snapshot(
 
     Raises UsageError where a round has no pairs, or where the stores lack what an earlier start has frozen.
     """
-    path = out.private / FILE
+    path = out.private / SNAPSHOT
     if out.resume and path.exists():
-        frozen = read_record(Snapshot, path)
+        frozen = read_record(Snapshot, path, START_AGAIN)
         out.settings.refuse_other(frozen.settings, out.directory)
         snapshot = thaw(frozen, data)
     elif out.accelerator.is_main_process:
@@ -53,7 +53,7 @@ def frozen_snapshot(
             print_to_log(f"{left_out} pairs left out: longer than --max-length {max_length}")
         write_atomic(path, record_of(snapshot, out.settings.values).to_json())
     out.accelerator.wait_for_everyone()
-    return snapshot if out.accelerator.is_main_process else thaw(read_record(Snapshot, path), data)
+    return snapshot if out.accelerator.is_main_process else thaw(read_record(Snapshot, path, START_AGAIN), data)
 
 
 def record_of(snapshot: list[SnapshotShard], settings: dict[str, Any]) -> Snapshot:
@@ -78,15 +78,27 @@ def thaw(frozen: Snapshot, data: Sequence[Path]) -> list[SnapshotShard]:
             )
         root, shard = found[key]
         parts.append(SnapshotShard(Path(root), shard, part.rows))
+    rounds, used = {part.round for part in frozen.shards}, {part.store for part in parts}
+    begun_with = as_json(frozen.settings["data"])
+    for root in data:
+        known = root in used or str(root) in begun_with
+        if not known and any(shard.round in rounds for shard in Store(root).shards("pairs")):
+            raise UsageError(
+                f"--data {root} was not there when this training began; leave it out, use another --output, or start "
+                "again with --no-resume"
+            )
     return parts
 
 
 def check_finished(out: Output, data: Sequence[Path], round: int, first: int = 0) -> None:
     """Raise UsageError where a finished training saw other stores, and say where they hold pairs that came later."""
-    path = out.private / FILE
-    if not path.exists() or not out.accelerator.is_main_process:
+    path = out.private / SNAPSHOT
+    if not out.accelerator.is_main_process:
         return
-    frozen = read_record(Snapshot, path)
+    if not path.exists():  # the output was copied without it: then the names of the stores must do
+        out.settings.with_all().refuse_other(out.found, out.directory)
+        return
+    frozen = read_record(Snapshot, path, START_AGAIN)
     if [str(path) for path in data] != frozen.settings["data"]:
         thaw(frozen, data)
     seen = {(part.round, part.unit, part.sha256) for part in frozen.shards}

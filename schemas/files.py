@@ -217,10 +217,10 @@ def locked(path: Path | str, what: str | None = None, *, patience: float = 0) ->
     try:
         deadline = time.monotonic() + patience
         while not _try_lock(fd):
-            holder = os.pread(fd, 300, 0).decode(errors="replace").strip() or "a process that has just started"
-            if time.monotonic() >= deadline or _may_live(holder):
+            holder = os.pread(fd, 300, 0).decode(errors="replace").strip()
+            if time.monotonic() >= deadline or (holder and _may_live(holder)):
                 raise LockedError(
-                    f"{what or path.parent} is locked by {holder}; wait for it to end, or give another folder"
+                    f"{what or path.parent} is locked by {holder or 'a process that has just started'}; wait for it to end, or give another folder"
                 )
             time.sleep(0.2)
         with explained(path):

@@ -26,15 +26,16 @@ class Trained(Record):
     settings: dict[str, JsonValue]
     steps: int = Field(ge=0)
     machine: dict[str, JsonValue] = Field(default_factory=dict)
-    cost: dict[str, float] = Field(default_factory=dict)
+    cost: dict[str, int | float] = Field(default_factory=dict)
     files: dict[str, str]
     packages: dict[str, str] = Field(default_factory=dict)
 
 
 class CheckpointState(Record):
-    """`state.json` of a checkpoint: after which step, and with which settings."""
+    """`state.json` of a checkpoint: after which step, with which settings, and whose (None in files of 0.1.0)."""
 
     version: Literal[1] = 1
+    command: str | None = None
     step: int = Field(ge=0)
     settings: dict[str, JsonValue]
     machine: dict[str, JsonValue] = Field(default_factory=dict)

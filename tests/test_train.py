@@ -16,17 +16,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ple_data.common.digests import policy_name
+from ple_data.common.settings import Settings
 from ple_data.storage.store import Store
 from ple_train import train as training
 from ple_train.engine import loop
+from ple_train.engine.checkpoint import Checkpoints
 from ple_train.model import lora
 from ple_train.model.batches import micro_batches
 from ple_train.model.policy import load_policy
 from ple_train.objectives.pairs import PairObjective
 from ple_train.snapshot import freeze
 from ple_train.stream import PairStream, Partition, refuse_unfit_pairs
-from schemas.errors import LockedError, PleError, UsageError
-from schemas.options import Train
+from schemas.errors import DamagedError, LockedError, PleError, UsageError
+from schemas.options import Sft, Train
 from schemas.records import RoundManifest
 from tests import oracle
 from tests.conftest import ROOT
@@ -320,6 +322,53 @@ def test_another_command_does_not_take_over_a_snapshot(run, tmp_path, monkeypatc
     expected = weights(run("untaken", data=[other]))
     found = weights(run("taken", data=[other], resume=False))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_store_that_was_added_on_the_way_is_refused(run, pairs, tmp_path, monkeypatch):
+    """Also by a finished training: neither has seen it."""
+    other = write_pairs(tmp_path / "added", seed=5)
+    with monkeypatch.context() as patch:
+        patch.setattr("ple_train.engine.session.load_policy", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run("begun")
+    for finished in (False, True):
+        with pytest.raises(UsageError, match="added was not there when this training began"):
+            run("begun", data=[pairs, other])
+        if not finished:
+            run("begun")
+
+
+def test_a_number_type_that_was_chosen_stays_before_the_first_checkpoint_too(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("ple_train.engine.session.resolve_precision", lambda _: "bf16")
+        patch.setattr("ple_train.engine.session.load_policy", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run("chosen")
+    output = run("chosen")
+    assert json.loads((output / "ple.json").read_text())["settings"]["precision"] == "bf16"
+    with pytest.raises(UsageError, match="precision: 'bf16' then, 'float32' now"):
+        run("chosen", precision="float32")
+
+
+def test_a_damaged_record_is_named_and_started_over(run):
+    output = run("damaged")
+    (output / "ple.json").write_text("{")
+    with pytest.raises(DamagedError, match="restore it, or rerun with --no-resume"):
+        run("damaged")
+    assert run("damaged", resume=False) == output
+    assert json.loads((output / "ple.json").read_text())["steps"] > 0
+
+
+def test_another_commands_checkpoint_is_refused(run, policy, tmp_path):
+    """Killed SFT of the same settings, as far as both have them."""
+    output = run("mine", checkpoint_every=1)
+    settings = Settings.of(Train(model=str(policy), data=[tmp_path], round=0, output=output))
+    other = Checkpoints(tmp_path / "theirs", Settings(Sft, settings.values))
+    model = torch.nn.Linear(2, 2)
+    named, optimizer = dict(model.named_parameters()), torch.optim.AdamW(model.parameters())
+    other.save(3, named, optimizer, [{"step": 3}])
+    with pytest.raises(UsageError, match=r"is another command's \(Sft\)"):
+        Checkpoints(tmp_path / "theirs", settings).restore(named, optimizer)
 
 
 def test_starting_over_leaves_nothing_of_the_old_training(run):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,32 @@ DIGESTS = {
     "reward_model": ("reward",),
 }
 """Where the digest of what an option names is kept. Where there is none (a hub dataset), its name counts."""
+FOR_PEOPLE = ("trl", "full", "reward_options")
+"""What is kept and does not count, but where it is an option of the command."""
 NO_OPTIONS = {"method", *itertools.chain(*DIGESTS.values())}
 """What counts beside the options."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one command; `values` are JSON. `elsewhere`: options whose content is compared by other means."""
+    """The settings of one command; `values` are JSON.
+
+    elsewhere: options whose content is compared by other means. chosen: the number type was not asked for.
+    """
 
     kind: type[Options]
     values: dict[str, Any]
     elsewhere: Collection[str] = ()
+    chosen: bool = False
 
     @classmethod
     def of(cls, options: Options, *, elsewhere: Collection[str] = (), **more: Any) -> Settings:
         """Those of a command's options that count, and `more` (`NO_OPTIONS`, or what is kept for people)."""
         return cls(type(options), counted(options) | {name: as_json(value) for name, value in more.items()}, elsewhere)
+
+    def with_all(self) -> Settings:
+        """The same, nothing being compared by other means."""
+        return replace(self, elsewhere=())
 
     def differences(self, then: Mapping[str, Any]) -> list[str]:
         """Each setting that counts and differs from an older record's: 'name: old then, new now'."""
@@ -48,7 +58,10 @@ class Settings:
         found = []
         for name in sorted(self.values.keys() | then.keys()):
             option = known.get(name)
-            if name in self.elsewhere or (option is None and name not in NO_OPTIONS):
+            if name in self.elsewhere or (option is None and name in FOR_PEOPLE):
+                continue
+            if option is None and name not in NO_OPTIONS:
+                found.append(f"{name}: {then.get(name)!r} then, an option that this command does not have")
                 continue
             if option is not None and (about(option).machine or self._by_digest(name, then)):
                 continue
@@ -56,7 +69,7 @@ class Settings:
             now, before = self.values.get(name, default), then.get(name, default)
             if name == "weights" and now and before:
                 now, before = digests_of(now), digests_of(before)
-            if now != before and not (name == "precision" and before == "auto"):  # a record of 0.1.0 is not resolved
+            if now != before and not (name == "precision" and before == "auto" and self.chosen):  # as 0.1.0 kept it
                 found.append(f"{name}: {before!r} then, {now!r} now")
         return found
 

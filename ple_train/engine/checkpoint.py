@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ple_data.common.settings import Settings
-from schemas.errors import DamagedError, PleError
+from schemas.errors import DamagedError, PleError, UsageError
 from schemas.files import explained, fsync_dir, fsync_file
 from schemas.records import read_record
-from schemas.training import CheckpointState
+from schemas.training import CheckpointState, Trained
 
 
 @contextmanager
@@ -82,7 +82,8 @@ class Checkpoints:
             )
             save_file(_optimizer_tensors(parameters, optimizer), writing / "optimizer.safetensors")
             pq.write_table(pa.Table.from_pylist(metrics), writing / "metrics.parquet")
-            state = CheckpointState(step=step, settings=self.settings.values, machine=self.machine)
+            command = self.settings.kind.__name__
+            state = CheckpointState(command=command, step=step, settings=self.settings.values, machine=self.machine)
             (writing / "state.json").write_text(state.to_json())
         for file in writing.iterdir():
             fsync_file(file)
@@ -110,7 +111,9 @@ class Checkpoints:
             metrics = pq.ParquetFile(newest / "metrics.parquet").read().to_pylist()
         except Exception as error:
             raise DamagedError(f"{newest} cannot be read ({error}): {_advice(newest)}") from error
-        self.settings.refuse_other(state.settings, newest)
+        if state.command not in (None, self.settings.kind.__name__):
+            raise UsageError(f"{newest} is another command's ({state.command}): use another --output, or --no-resume")
+        self.settings.refuse_other(resolved(state), newest)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
@@ -120,6 +123,12 @@ class Checkpoints:
     def clear(self) -> None:
         """Forget all checkpoints."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def resolved(record: CheckpointState | Trained) -> dict[str, Any]:
+    """The settings of a record, with the number type that was chosen."""
+    chosen = {"precision": record.machine["precision"]} if "precision" in record.machine else {}
+    return {**record.settings, **chosen}
 
 
 def _newest(directory: Path) -> Path | None:

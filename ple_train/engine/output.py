@@ -18,17 +18,19 @@ import pyarrow.parquet as pq
 
 from ple_data.common.device import describe
 from ple_data.common.settings import Settings
-from ple_train.engine.checkpoint import Checkpoints, saving
+from ple_train.engine.checkpoint import Checkpoints, resolved, saving
 from ple_train.engine.cost import describe_cost
 from ple_train.log import print_to_log
 from schemas import records
-from schemas.errors import LockedError, PleError, UsageError
+from schemas.errors import DamagedError, LockedError, NewerError, PleError, UsageError
 from schemas.files import fsync_dir, fsync_file, locked, sha256_file, write_atomic
 from schemas.options import Written
 from schemas.records import TRAINED
-from schemas.training import METRICS, Trained
+from schemas.training import METRICS, Snapshot, Trained
 
 Kind = Literal["ple", "sft", "reward", "baseline"]
+SNAPSHOT = "snapshot.json"
+START_AGAIN = "remove it, or rerun with --no-resume"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 LAST = ("adapter_config.json", "config.json")
 """Moved into place after the other files: their presence is what other tools take for a finished model."""
@@ -45,6 +47,7 @@ class Output:
         self.machine: dict[str, Any] = {}
         self.checkpoints = Checkpoints(self.private / "checkpoints", settings, self.machine)
         self.finished = False
+        self.found: dict[str, Any] = {}
         self._lock = ExitStack()
 
     def __enter__(self) -> Output:
@@ -66,8 +69,8 @@ class Output:
         self.accelerator.wait_for_everyone()
         record = read_record(self.directory)
         if record is not None:
-            self.settings.refuse_other(record.settings, self.directory)
-            self.finished = True
+            self.settings.refuse_other(resolved(record), self.directory)
+            self.finished, self.found = True, record.settings
             if main:
                 print_to_log(f"{self.directory} is complete already ({record.steps} steps); nothing to do")
         elif self.accelerator.log_with:
@@ -85,8 +88,19 @@ class Output:
             if given and Path(given).resolve() == self.directory.resolve():
                 raise UsageError(f"--output {self.directory} is the --{name} itself: use another --output")
 
+    def _record(self) -> Trained | None:
+        """The record that is there; with --no-resume a damaged one is none."""
+        try:
+            return read_record(self.directory)
+        except NewerError:
+            raise
+        except DamagedError:
+            if self.resume:
+                raise
+            return None
+
     def _refuse_other_kind(self) -> None:
-        record = read_record(self.directory)
+        record = self._record()
         if record is not None and record.kind != self.kind:
             raise UsageError(f"{self.directory} is the result of another command ({record.kind}): use another --output")
 
@@ -145,7 +159,7 @@ class Output:
 
     def _forget(self) -> None:
         """Remove what an earlier training left here: an old adapter beside a new model would be loaded with it."""
-        record = read_record(self.directory)
+        record = self._record()
         for name in (TRAINED, *LAST, *(record.files if record else ())):
             (self.directory / name).unlink(missing_ok=True)
         self.checkpoints.clear()
@@ -173,10 +187,18 @@ def read_record(directory: Path) -> Trained | None:
 
 def kept_precision(directory: Path, resume: bool) -> str | None:
     """The number type with which an output was begun: `auto` goes on in it. None where nothing was begun."""
-    record = read_record(directory) if resume else None
-    state = Checkpoints.newest_state(directory / ".ple" / "checkpoints") if resume and record is None else None
-    begun = record or state
-    kept = begun.machine.get("precision", begun.settings.get("precision")) if begun else None
+    if not resume:
+        return None
+    begun = read_record(directory) or Checkpoints.newest_state(directory / ".ple" / "checkpoints")
+    snapshot = directory / ".ple" / SNAPSHOT
+    if begun is not None:
+        kept = resolved(begun).get("precision")
+    else:
+        kept = (
+            records.read_record(Snapshot, snapshot, START_AGAIN).settings.get("precision")
+            if snapshot.exists()
+            else None
+        )
     return None if kept in (None, "auto") else str(kept)
 
 

@@ -7,6 +7,7 @@ lock, resumption, checkpoints, metrics and the record are here. Computes no loss
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Session:
         self.options = options.but(precision=precision)
         weights = policy_name(options.model, adapter, options.revision)
         settings = Settings.of(self.options, elsewhere=elsewhere, **{"weights": weights, **(more or {})})
+        settings = replace(settings, chosen=options.precision == "auto")
         self.accelerator = make_accelerator(getattr(options, "report_to", None), options.output)
         self.out = Output(settings, kind, self.options, self.accelerator)
 

@@ -18,6 +18,7 @@ from schemas.options.groups import (
     Model,
     Passes,
     Policy,
+    Precision,
     Prompting,
     Reading,
     Rewards,
@@ -143,6 +144,7 @@ class BaselineSft(Prompting, Baseline):
 class Dpo(Policy, Stores, Seed, Passes, Lora, Computing, Written):
     """ple baseline dpo"""
 
+    resume: bool = option(True, "Keep a finished --output, or start over.", MACHINE, machine=True)
     beta: float = option(0.1, "Weight of the log-ratio to the start policy.", METHOD, above=0)
     batch_size: int = option(16, "Pairs of one step.", TRAINING, least=1)
     gradient_checkpointing: bool = option(False, "Less memory, more time.", MACHINE, machine=True)
@@ -159,6 +161,7 @@ class Ppo(Policy, Seed, Reading, Steps, Lora, Rewards, Computing, Written):
     sampled_tokens: int = option(MISSING, "Stop with the step that has sampled so many tokens.", least=1)
     max_new_tokens: int = option(1024, "Longest response.", RESPONSES, least=1)
     temperature: float = option(1.0, "Of the responses it trains on.", RESPONSES, above=0)
+    resume: bool = option(True, "Keep a finished --output, or start over.", MACHINE, machine=True)
     kl_coef: float = option(0.05, "Penalty for leaving the start policy.", METHOD, least=0)
     ppo_epochs: int = option(4, "Passes over each batch of responses.", METHOD, least=1)
     batch_size: int = option(64, "Responses of one step.", TRAINING, least=1)
@@ -286,6 +289,16 @@ class Evaluate(Answering, Judged, Computing):
         None, "File with id and reference, or a column of the queries; else what the reader finds beside a query."
     )
     samples: int = option(1, "Responses a query.", RESPONSES, least=1)
+    precision: Precision = option(
+        "auto", "Of the perplexity; auto: bf16 on a GPU that computes in it, else float32.", MACHINE
+    )
+    microbatch_tokens: int = option(
+        8192,
+        "Tokens of the perplexity in memory at once; its value does not depend on it.",
+        MACHINE,
+        least=1,
+        machine=True,
+    )
     as_json: bool = option(False, "Print the report as one JSON object.", names="--json")
 
 
@@ -309,6 +322,7 @@ class Purity(Computing):
     data: tuple[Path, ...] = option((), "Folder of pairs; may be repeated. Default: RUN/data.")
     round: tuple[int, ...] = option((), "Take the pairs of this round only; may be repeated.", least=0)
     output: Path | None = option(None, "Folder of the results. Default: RUN/purity.")
+    microbatch_tokens: int = option(8192, "Tokens in memory at once.", MACHINE, least=1, machine=True)
     normalized: bool = option(
         False, "Compare mean log-probabilities of a token, or sums as in the paper.", names="--normalized/--sum"
     )
