@@ -219,8 +219,9 @@ def locked(path: Path | str, what: str | None = None, *, patience: float = 0) ->
         while not _try_lock(fd):
             holder = os.pread(fd, 300, 0).decode(errors="replace").strip()
             if time.monotonic() >= deadline or (holder and _may_live(holder)):
+                holder = holder or "a process that has just started"
                 raise LockedError(
-                    f"{what or path.parent} is locked by {holder or 'a process that has just started'}; wait for it to end, or give another folder"
+                    f"{what or path.parent} is locked by {holder}; wait for it to end, or give another folder"
                 )
             time.sleep(0.2)
         with explained(path):
