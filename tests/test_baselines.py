@@ -623,7 +623,7 @@ def test_equal_seeds_give_equal_adapters_in_one_step_a_pass_over_the_batch(run_p
         hook.remove()
     updates = record(first)["steps"]
     assert updates >= 2
-    assert len(steps) == Ppo.default_of("ppo_epochs") * updates
+    assert len(steps) == Ppo.__dataclass_fields__["ppo_epochs"].default * updates
     second = lora_weights(run_ppo("second"))
     for name, weight in lora_weights(first).items():
         assert torch.equal(second[name], weight), name

@@ -190,15 +190,10 @@ def kept_precision(directory: Path, resume: bool) -> str | None:
     if not resume:
         return None
     begun = read_record(directory) or Checkpoints.newest_state(directory / ".ple" / "checkpoints")
-    snapshot = directory / ".ple" / SNAPSHOT
-    if begun is not None:
-        kept = resolved(begun).get("precision")
-    else:
-        kept = (
-            records.read_record(Snapshot, snapshot, START_AGAIN).settings.get("precision")
-            if snapshot.exists()
-            else None
-        )
+    settings, snapshot = resolved(begun) if begun else {}, directory / ".ple" / SNAPSHOT
+    if begun is None and snapshot.exists():
+        settings = records.read_record(Snapshot, snapshot, START_AGAIN).settings
+    kept = settings.get("precision")
     return None if kept in (None, "auto") else str(kept)
 
 

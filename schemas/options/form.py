@@ -95,11 +95,6 @@ class Options:
         names += vars(cls).get("__annotations__", {})
         return [all_of_it[name] for name in dict.fromkeys(names)]
 
-    @classmethod
-    def default_of(cls, name: str) -> Any:
-        """The default of the option of that name."""
-        return cls.__dataclass_fields__[name].default
-
     def part(self, kind: type[O]) -> O:
         """Its options of one group alone."""
         return kind(**{known.name: getattr(self, known.name) for known in fields(kind)})
