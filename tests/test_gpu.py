@@ -33,7 +33,7 @@ from ple_train.sft import SftObjective
 from ple_train.stream import Response
 from schemas.errors import PleError, UsageError
 from schemas.options import Loop, Written
-from tests.test_engines import spec_of
+from tests.ple_data.engines.test_engines import spec_of
 
 META = torch.device("meta")
 

@@ -81,3 +81,9 @@ def test_the_product_is_not_long(record_property):
     record_property("product lines", total)
     print(f"{total:,} lines of Python in the product, at most {ALL_LINES:,}")
     assert total <= ALL_LINES
+
+
+def test_tests_lie_where_the_product_does():
+    rooms = {path.parent.relative_to(ROOT) for path in sources()} | {Path("benchmarks")}
+    laid = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert laid <= rooms

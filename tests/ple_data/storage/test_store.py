@@ -18,9 +18,9 @@ from ple_data.storage.verify import Problem, verify
 from schemas import tables
 from schemas.errors import DamagedError, NewerError, PleError, UsageError
 from schemas.records import RoundManifest
+from tests.conftest import FIXTURES, ROOT
 from tests.tables import table
 
-ROOT = Path(__file__).resolve().parent.parent
 UNIT = "00000-0123456789ab"
 
 
@@ -79,7 +79,7 @@ def test_shards_are_sorted_and_chosen_by_round(store):
 
 def test_scan_sees_committed_rows_of_all_versions(store):
     shard = fill(store)
-    old = Path(__file__).parent / "fixtures" / "pairs_v1.parquet"
+    old = FIXTURES / "pairs_v1.parquet"
     # an old shard: its bytes and a record of them
     path = store.path("pairs", 1, UNIT)
     path.parent.mkdir()
@@ -209,7 +209,7 @@ import fcntl, os, signal, sys
 from pathlib import Path
 import pandas, pyarrow.acero  # what pyarrow imports when it is first used: once here, not in every child
 from ple_data.storage.store import Store
-from tests.test_store import UNIT, fill
+from tests.ple_data.storage.test_store import UNIT, fill
 
 calls = fatal = 0
 
@@ -314,7 +314,7 @@ def test_a_committed_unit_whose_file_is_gone_is_not_taken_for_done(store):
 WRITER = """
 import sys, time
 from ple_data.storage.store import Store
-from tests.test_store import fill
+from tests.ple_data.storage.test_store import fill
 store, mine = Store(sys.argv[1]), []
 print("ready", flush=True); sys.stdin.readline()
 units = [f"{i:05d}-aa" for i in range(40)]
@@ -363,7 +363,8 @@ def test_two_that_do_not_claim_still_do_not_overwrite(store, monkeypatch):
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(store):
     """A limit on the size of files stands for the full disk: the write itself fails, half-way."""
     code = (
-        "import resource, sys; from ple_data.storage.store import Store; from tests.test_store import fill\n"
+        "import resource, sys; from ple_data.storage.store import Store\n"
+        "from tests.ple_data.storage.test_store import fill\n"
         "from schemas.errors import PleError\n"
         "store = Store(sys.argv[1]); fill(store)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
@@ -381,7 +382,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(store):
 def test_a_place_that_is_not_ours_is_one_sentence(tmp_path):
     """Permissions do not bind root, so the child becomes nobody first; one commit before that loads everything."""
     code = (
-        "import os, sys; from ple_data.storage.store import Store; from tests.test_store import fill\n"
+        "import os, sys; from ple_data.storage.store import Store; from tests.ple_data.storage.test_store import fill\n"
         "from schemas.errors import PleError\n"
         "fill(Store(sys.argv[1]))\n"
         "os.geteuid() or os.setuid(65534)\n"

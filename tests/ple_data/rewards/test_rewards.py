@@ -18,6 +18,7 @@ from ple_data.rewards.texts import encode
 from schemas.errors import PleError, UsageError
 from schemas.options import Rewards
 from tests import tiny
+from tests.conftest import ROOT
 
 HH = "\n\nHuman: What is a film?\n\nAssistant: A story.\n\nHuman: Is it long?\n\nAssistant:"
 CHAT = json.dumps(
@@ -575,7 +576,7 @@ def test_http_secrets_in_the_url_are_not_recorded():
 
 def documented_file(name: str) -> str:
     """The Python example of docs/rewards.md that begins with `# name`."""
-    text = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     return next(block for block in blocks if block.startswith(f"# {name}\n"))
 

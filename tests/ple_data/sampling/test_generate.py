@@ -32,7 +32,7 @@ from schemas.errors import PleError, UsageError
 from schemas.options import Gen, Train
 from tests import tiny
 from tests.conftest import ROOT
-from tests.test_train import write_pairs
+from tests.ple_train.test_train import write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_rows_hold_everything(run: Any, rows: Any, policy: Path, tmp_path: Path)
 
 def test_y_prompt_is_sampled_given_the_principle(run: Any, rows: Any, policy: Path) -> None:
     """y_prompt's log-probabilities are the model's given [p, x], and y's given x alone."""
-    from tests.test_engines import AutoModelForCausalLM, assert_true_logps
+    from tests.ple_data.engines.test_engines import AutoModelForCausalLM, assert_true_logps
 
     run(limit=4)
     model = AutoModelForCausalLM.from_pretrained(policy).eval()
@@ -547,7 +547,7 @@ def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
     assert table.height == table["query_id"].n_unique() == len(texts)
     from peft import PeftModel
 
-    from tests.test_engines import AutoModelForCausalLM, assert_true_logps
+    from tests.ple_data.engines.test_engines import AutoModelForCausalLM, assert_true_logps
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy), str(adapter)).eval()
     for row in table.gather_every(10).to_dicts():

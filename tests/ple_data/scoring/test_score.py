@@ -22,8 +22,7 @@ from ple_data.storage.verify import verify
 from schemas.errors import DamagedError, PleError, UsageError
 from schemas.records import RoundManifest
 from schemas.tables import RESPONSES
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 
 class Words:

@@ -15,11 +15,9 @@ from hypothesis import strategies as st
 from schemas import files, tables
 from schemas.errors import DamagedError, LockedError, NewerError, PleError, UsageError
 from schemas.records import Commit, RoundManifest, read_record
+from tests.conftest import FIXTURES, ROOT
 from tests.run_dir import judge_report, purity_report
 from tests.tables import table
-
-FIXTURES = Path(__file__).parent / "fixtures"
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def write(path: Path, rows: pa.Table, metadata: dict[bytes, bytes] | None) -> Path:
