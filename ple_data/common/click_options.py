@@ -1,6 +1,6 @@
 """A command's options for click, made from its dataclass in `schemas.options`. Runs no command."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Any
@@ -11,30 +11,13 @@ from click.core import ParameterSource
 from schemas.errors import UsageError
 from schemas.options import About, Options, about, choices_of, flag, is_repeated, kind_of
 
+_METAVARS = {click.IntRange: "N", click.FloatRange: "X"}
+
 
 class SectionedOption(click.Option):
     """An option that --help shows under a heading."""
 
-    def __init__(self, *args: Any, section: str = "Options", **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.section = section
-        if isinstance(self.type, click.IntRange | click.FloatRange):
-            self.metavar = "N" if isinstance(self.type, click.IntRange) else "X"
-
-
-class SectionedCommand(click.Command):
-    """A command whose help groups its options."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options under their headings."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None and not isinstance(parameter, click.Argument):
-                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
-        for section in sorted(sections, key=lambda name: name == "Other"):
-            with formatter.section(section):
-                formatter.write_dl(sections[section])
+    section: str
 
 
 def parameters_of(kind: type[Options]) -> list[click.Parameter]:
@@ -42,34 +25,24 @@ def parameters_of(kind: type[Options]) -> list[click.Parameter]:
     return [_parameter(known) for known in kind.in_order() if about(known).offered]
 
 
-def taking(kind: type[Options], function: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`function`, which takes the options as their dataclass, as a callback that click can call."""
-
-    def callback(**values: Any) -> Any:
-        return function(kind(**values))
-
-    callback.__doc__ = function.__doc__
-    return callback
-
-
 def _parameter(known: "Field[Any]") -> click.Parameter:
-    told = about(known)
-    needed = known.default is MISSING
+    told, kind = about(known), kind_of(known)
     if told.positional:
         return click.Argument([known.name], type=_type(known, told))
-    default = None if needed or (is_repeated(known) and known.default == ()) else known.default
-    more: dict[str, Any] = {} if needed or default is None else {"default": default}
-    return SectionedOption(
+    more: dict[str, Any] = {} if known.default in (MISSING, None, ()) else {"default": known.default}
+    type_ = None if kind is bool else _type(known, told)
+    option = SectionedOption(
         [told.names or _names(known), known.name],
-        type=None if kind_of(known) is bool else _type(known, told),
-        is_flag=True if kind_of(known) is bool else None,
+        type=type_,
+        is_flag=True if kind is bool else None,
         multiple=is_repeated(known),
-        required=needed,
+        required=known.default is MISSING,
         help=told.help,
-        metavar=told.metavar,
-        section=told.section,
+        metavar=_METAVARS.get(type(type_), told.metavar),
         **more,
     )
+    option.section = told.section
+    return option
 
 
 def _names(known: "Field[Any]") -> str:
