@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from schemas.errors import UsageError
-from schemas.options import About, Options, about, choices_of, flag, is_repeated, kind_of
+from schemas.options import Options, about, choices_of, flag, is_repeated, kind_of
 
 _METAVARS = {click.IntRange: "N", click.FloatRange: "X"}
 
@@ -26,44 +26,37 @@ def parameters_of(kind: type[Options]) -> list[click.Parameter]:
 
 
 def _parameter(known: "Field[Any]") -> click.Parameter:
-    told, kind = about(known), kind_of(known)
+    told, kind, word = about(known), kind_of(known), flag(known)
     if told.positional:
-        return click.Argument([known.name], type=_type(known, told))
-    more: dict[str, Any] = {} if known.default in (MISSING, None, ()) else {"default": known.default}
-    type_ = None if kind is bool else _type(known, told)
+        return click.Argument([known.name], type=_type(known))
+    default: dict[str, Any] = {} if known.default in (MISSING, None, ()) else {"default": known.default}
+    type_ = None if kind is bool else _type(known)
     option = SectionedOption(
-        [told.names or _names(known), known.name],
+        [told.names or (f"{word}/--no-{word[2:]}" if kind is bool else word), known.name],
         type=type_,
         is_flag=True if kind is bool else None,
         multiple=is_repeated(known),
         required=known.default is MISSING,
         help=told.help,
         metavar=_METAVARS.get(type(type_), told.metavar),
-        **more,
+        **default,
     )
     option.section = told.section
     return option
 
 
-def _names(known: "Field[Any]") -> str:
-    word = flag(known)
-    return f"{word}/--no-{word[2:]}" if kind_of(known) is bool else word
-
-
-def _type(known: "Field[Any]", told: About) -> Any:
-    kind = kind_of(known)
+def _type(known: "Field[Any]") -> Any:
+    told, kind = about(known), kind_of(known)
     if choices := choices_of(known):
         return click.Choice(choices)
     if kind is Path:
         return click.Path(path_type=Path)
-    bounded = {told.least, told.above, told.most, told.below} != {None}
-    if kind is int and bounded:
-        least, most = (None if limit is None else int(limit) for limit in (told.least, told.most))
-        return click.IntRange(least, most)
-    if kind is float and bounded:
-        low, high = (a if a is not None else b for a, b in ((told.least, told.above), (told.most, told.below)))
-        return click.FloatRange(low, high, min_open=told.above is not None, max_open=told.below is not None)
-    return kind
+    if kind not in (int, float) or {told.least, told.above, told.most, told.below} == {None}:
+        return kind
+    low = told.least if told.above is None else told.above
+    high = told.most if told.below is None else told.below
+    limits: Any = click.IntRange if kind is int else click.FloatRange
+    return limits(low, high, min_open=told.above is not None, max_open=told.below is not None)
 
 
 def refuse_given(sections: Sequence[str], why: str, *names: str) -> None:

@@ -95,11 +95,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """SIGTERM is like Ctrl-C."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
