@@ -73,7 +73,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, known: set[str]) -> set[str]:
-    """The modules of the product that a file imports, anywhere in it but for types alone."""
+    """The modules of the product that a file imports, anywhere but for types alone, or names as `module:function`."""
     found: set[str] = set()
     for node in _nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -81,6 +81,8 @@ def imports(path: Path, known: set[str]) -> set[str]:
             found |= {name if name in known else node.module for name in names}
         elif isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
+        elif isinstance(node, ast.Constant) and ":" in str(node.value):
+            found.add(str(node.value).partition(":")[0])
     return found & known
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from ple_data.common.terminal import WIDTH, beside, clipped, printable, shorten, shown, text_table
+from ple_data.common.terminal import WIDTH, clipped, printable, shorten, shown, side_by_side, text_table
 from ple_data.partition import QUANTILES, own_tau, partition, round_statistics, warnings
 from ple_data.storage.store import Store, collect
 from schemas import tables
@@ -208,7 +208,7 @@ def _pair_lines(row: dict[str, Any]) -> list[str]:
         f"margin {row['margin']:.4g} {sign} tau {row['tau']:.4g}: {row['set']}, "
         f"c = {row['c']:.4g}, c_prompt = {row['c_prompt']:.4g}",
         *clipped(f"x: {printable(row['x'])}", WIDTH, _TEXT_LINES),
-        *beside(arms[0], arms[1], half),
+        *side_by_side(arms, half),
     ]
 
 

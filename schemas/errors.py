@@ -1,5 +1,4 @@
-"""The project's errors. Each message says what is wrong, where, and what to do; `cli.py` prints it as one
-line.
+"""The project's errors. Each message says what is wrong, where, and what to do; a command prints it as one line.
 
 Anything that is not a `PleError` is a bug of ours. This room raises nothing itself.
 """

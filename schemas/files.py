@@ -1,10 +1,8 @@
-"""How a file gets on disk whole or not at all, and survives kill -9 and power loss. Knows nothing of its
-contents.
+"""How a file gets on disk whole or not at all, and survives kill -9 and power loss. Knows nothing of its contents.
 
-A file is written under a temporary name on the same file system, flushed and fsynced, then put in place by
-one system call, and its directory is fsynced. While it is written its writer holds an flock on it; the
-kernel drops the lock when the writer dies, so a leftover of a dead writer can be told from the work of a
-live one.
+A file is written under a temporary name on the same file system, flushed and fsynced, then put in place by one system
+call, and its directory is fsynced. While it is written its writer holds an flock on it. The kernel drops the lock when
+the writer dies, so a leftover of a dead writer can be told from the work of a live one.
 """
 
 import errno
@@ -24,10 +22,17 @@ from schemas.errors import LockedError, PleError
 
 TMP_SUFFIX = ".tmp"
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EMLINK, errno.EXDEV}
 _NEEDED = "files must be locked and hard-linked so that no writer overwrites another's: use a local or NFS disk"
+_MAKE_ROOM = "make room (disk, quota or file-size limit) and run the same command again; nothing is lost"
+_NOT_YOURS = "the place is read-only or not yours: change its permissions or choose another directory"
+_IN_THE_WAY = "a file stands where a directory is needed, or the other way round: move it away"
+_ADVICE = {
+    **dict.fromkeys([errno.ENOSPC, errno.EDQUOT, errno.EFBIG], _MAKE_ROOM),
+    **dict.fromkeys([errno.EROFS, errno.EACCES, errno.EPERM], _NOT_YOURS),
+    **dict.fromkeys([errno.ENOTDIR, errno.EISDIR, errno.EEXIST], _IN_THE_WAY),
+    **dict.fromkeys(_UNSUPPORTED, _NEEDED),
+}
 
 
 @contextmanager
@@ -36,37 +41,17 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise PleError(_explain(path, error)) from error
+        advice = _ADVICE.get(error.errno or 0, "check the disk and run the same command again")
+        raise PleError(f"{path}: cannot write ({error.strerror or error}): {advice}") from error
 
 
-def _explain(path: Path, error: OSError) -> str:
-    reason = error.strerror or str(error)
-    if error.errno in _FULL:
-        advice = "make room (disk, quota or file-size limit) and run the same command again; nothing is lost"
-    elif error.errno in _FORBIDDEN:
-        advice = "the place is read-only or not yours: change its permissions or choose another directory"
-    elif error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
-        advice = "a file stands where a directory is needed, or the other way round: move it away"
-    elif error.errno in _UNSUPPORTED:
-        advice = _NEEDED
-    else:
-        advice = "check the disk and run the same command again"
-    return f"{path}: cannot write ({reason}): {advice}"
-
-
-def write_atomic(path: Path | str, data: bytes | str, tmp_dir: Path | str | None = None) -> None:
+def write_atomic(path: Path | str, data: bytes | str) -> None:
     """Writes a file, replacing an older one in one step: readers see the old or the new, never a part.
 
-    `tmp_dir` (default: the file's own directory) must be on the same file system. Raises PleError.
+    Raises PleError when the disk cannot be written.
     """
-    path = Path(path)
-    with explained(path):
-        make_dirs(path.parent)
-        prefix = f".{path.name}."
-        remove_stale(Path(tmp_dir or path.parent), prefix)
-        with _temporary(Path(tmp_dir or path.parent), prefix, data) as tmp:
-            os.replace(tmp, path)
-        fsync_dir(path.parent)
+    with writing_atomic(path) as file:
+        file.write(_bytes(data))
 
 
 @contextmanager
@@ -76,40 +61,45 @@ def writing_atomic(path: Path | str) -> Iterator[BinaryIO]:
     When the block raises, nothing has changed. Raises PleError when the disk cannot be written.
     """
     path = Path(path)
+    prefix = f".{path.name}."
     with explained(path):
         make_dirs(path.parent)
-        prefix = f".{path.name}."
         remove_stale(path.parent, prefix)
-        tmp, fd = _create_locked(path.parent, prefix)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(tmp, path)
-        finally:
-            tmp.unlink(missing_ok=True)
+        with _temporary(path.parent, prefix) as file:
+            yield file
+            _flush(file)
+            os.replace(file.name, path)
         fsync_dir(path.parent)
 
 
 def write_new(path: Path | str, data: bytes | str, tmp_dir: Path | str) -> bool:
-    """Writes a file that must not exist yet. False, and nothing changed, when somebody was first. Raises
-    PleError.
+    """Writes a file that must not exist yet. False, and nothing changed, when somebody was first. Raises PleError.
 
     `tmp_dir` must exist on the same file system.
     """
     path = Path(path)
     with explained(path):
         make_dirs(path.parent)
-        with _temporary(Path(tmp_dir), f"{path.name}.", data) as tmp:
-            return link_new(tmp, path)
+        with _temporary(Path(tmp_dir), f"{path.name}.") as file:
+            file.write(_bytes(data))
+            _flush(file)
+            return link_new(file.name, path)
+
+
+def _bytes(data: bytes | str) -> bytes:
+    return data.encode() if isinstance(data, str) else data
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def link_new(tmp: Path | str, final: Path | str) -> bool:
     """Gives the finished file `tmp` the name `final` and makes that durable; False when the name is taken.
 
-    A hard link, never a rename: of two writers one wins and the other is told. `tmp` stays; its owner
-    removes it. Raises PleError on a file system without hard links.
+    A hard link, never a rename: of two writers one wins and the other is told. `tmp` stays; its owner removes it.
+    Raises PleError on a file system without hard links.
     """
     final = Path(final)
     try:
@@ -125,44 +115,28 @@ def link_new(tmp: Path | str, final: Path | str) -> bool:
 
 
 def probe_links(directory: Path | str) -> None:
-    """Tries out, on a small file, that files in `directory` can be locked and linked. Raises PleError or
-    OSError.
-    """
-    with _temporary(Path(directory), "probe.", b"") as tmp:
-        link = tmp.with_suffix(".link" + TMP_SUFFIX)
-        link_new(tmp, link)
+    """Tries out, on a small file, that files in `directory` can be locked and linked. Raises PleError or OSError."""
+    with _temporary(Path(directory), "probe.") as file:
+        _flush(file)
+        link = Path(file.name).with_suffix(".link" + TMP_SUFFIX)
+        link_new(file.name, link)
         link.unlink()
 
 
 @contextmanager
-def _temporary(directory: Path, prefix: str, data: bytes | str) -> Iterator[Path]:
-    """A flushed temporary file with `data`, under its writer's flock; removed at the end if it is still
-    there.
-    """
-    path, fd = _create_locked(directory, prefix)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-            yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _create_locked(directory: Path, prefix: str) -> tuple[Path, int]:
+def _temporary(directory: Path, prefix: str) -> Iterator[BinaryIO]:
+    """A temporary file under its writer's flock; removed at the end if it is still there."""
     while True:
         path = directory / f"{prefix}{uuid.uuid4().hex}{TMP_SUFFIX}"
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError:
-            os.close(fd)
-            path.unlink(missing_ok=True)
-            raise
-        if os.fstat(fd).st_nlink:
-            return path, fd
-        os.close(fd)  # somebody's remove_stale came between the two steps: start again
+        with open(path, "xb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if os.fstat(file.fileno()).st_nlink:
+                    yield file
+                    return
+            finally:
+                path.unlink(missing_ok=True)
+        # somebody's remove_stale came between the two steps: start again
 
 
 def remove_stale(directory: Path | str, prefix: str = "") -> int:
@@ -170,36 +144,18 @@ def remove_stale(directory: Path | str, prefix: str = "") -> int:
     removed = 0
     with suppress(FileNotFoundError), os.scandir(directory) as entries:
         names = [e.name for e in entries if e.name.startswith(prefix) and e.name.endswith(TMP_SUFFIX)]
-        removed = sum(_remove_if_stale(Path(directory) / name) for name in names)
+        removed = sum(is_stale(Path(directory) / name, remove=True) for name in names)
     return removed
 
 
-def _remove_if_stale(path: Path) -> bool:
-    try:
-        with _held_if_stale(path) as stale:
-            if stale:
-                path.unlink()
-            return stale
-    except OSError:  # removed by its owner meanwhile, or not ours to remove
-        return False
-
-
-def is_stale(path: Path | str) -> bool:
-    """Whether a temporary file was left by a writer that is dead."""
-    try:
-        with _held_if_stale(Path(path)) as stale:
-            return stale
-    except OSError:
-        return False
-
-
-@contextmanager
-def _held_if_stale(path: Path) -> Iterator[bool]:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield _try_lock(fd)
-    finally:
-        os.close(fd)
+def is_stale(path: Path | str, *, remove: bool = False) -> bool:
+    """Whether a temporary file was left by a writer that is dead. remove: if so, remove it under its lock."""
+    with suppress(OSError), open(path, "rb") as file:  # removed by its owner meanwhile, or not ours to remove
+        if _try_lock(file.fileno()):
+            if remove:
+                os.unlink(path)
+            return True
+    return False
 
 
 @contextmanager
@@ -257,14 +213,10 @@ def _may_live(holder: str) -> bool:
 def make_dirs(path: Path | str) -> None:
     """Creates a directory and its parents durably. Does nothing where it exists."""
     path = Path(path)
-    if path.is_dir():
-        return
-    make_dirs(path.parent)
-    with suppress(FileExistsError):
-        path.mkdir()
-        fsync_dir(path.parent)
     if not path.is_dir():
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        make_dirs(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_dir(path.parent)
 
 
 def fsync_file(path: Path | str) -> None:

@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from schemas import options
 from schemas.errors import UsageError
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+from schemas.records import Strict
 
 GIVEN = {
     *("model", "revision", "adapter", "queries", "principles", "reward_model", "data", "round", "output", "metrics"),
@@ -30,31 +26,22 @@ OF_REWARDS = {known.name for known in options.Rewards.in_order()}
 
 def _stage(kind: type[options.Options], *command: str, without: Collection[str] = ()) -> Any:
     """The keys of a stage: the options of its command that the run does not give, with their checks and defaults."""
-    keys: dict[str, Any] = {"command": (list[str], Field(default=list(command), min_length=1))}
-    for known in kind.in_order():
-        if known.name not in GIVEN and known.name not in without:
-            keys[known.name] = _mapping(known) if known.name == "engine_arg" else (_type(known), _field(known))
-    return create_model(kind.__name__, __base__=_Strict, **keys)
+    keys = {known.name: _key(known) for known in kind.in_order() if known.name not in {*GIVEN, *without}}
+    first = {"command": (list[str], Field(default=list(command), min_length=1))}
+    return create_model(kind.__name__, __base__=Strict, **(first | keys))
 
 
-def _type(known: Any) -> Any:
-    if options.about(known).choices:
-        return Literal[*options.about(known).choices] | None
-    kind = options.kind_of(known)
-    return list[kind] if options.is_repeated(known) else known.type  # type: ignore[valid-type]
+def _key(known: Any) -> tuple[Any, Any]:
+    if known.name == "engine_arg":
+        return dict[str, Any], {}
+    if options.is_repeated(known):
+        return list[options.kind_of(known)], []  # type: ignore[misc]
+    return known.type, _field(known)
 
 
 def _field(known: Any) -> Any:
     told = options.about(known)
-    limits = {"ge": told.least, "gt": told.above, "le": told.most, "lt": told.below}
-    given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
-    if options.is_repeated(known):
-        return Field(default_factory=list, description=told.help)
-    return Field(default=known.default, description=told.help, **given)
-
-
-def _mapping(known: Any) -> Any:
-    return dict[str, Any], Field(default_factory=dict, description=options.about(known).help)
+    return Field(default=known.default, ge=told.least, gt=told.above, le=told.most, lt=told.below)
 
 
 class GenStage(_stage(options.Gen, "ple-gen", without=OF_REWARDS)):  # type: ignore[misc]
@@ -112,7 +99,7 @@ STAGES: dict[str, type[BaseModel]] = {
 }
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One alternating run. Relative paths are relative to the current directory, as on the command line."""
 
     model: str
@@ -170,10 +157,9 @@ def dump_recipe(recipe: Recipe) -> str:
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """One line a changed key: 'train.learning_rate: 0.0001 -> 0.001'."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    keys = [*before, *(key for key in after if key not in before)]
     return [
         f"{key}: {before.get(key, '(none)')} -> {after.get(key, '(none)')}"
-        for key in keys
+        for key in before | after
         if before.get(key) != after.get(key)
     ]
 
@@ -216,12 +202,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:  # a control character
         raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of keys to values; this is {_kind(values)}")
+        found = "empty" if values is None else f"a {type(values).__name__}"
+        raise UsageError(f"{path}: a recipe is a mapping of keys to values; this is {found}")
     return values
-
-
-def _kind(value: Any) -> str:
-    return "empty" if value is None else f"a {type(value).__name__}"
 
 
 def _set(values: dict[str, Any], override: str) -> None:
@@ -230,12 +213,11 @@ def _set(values: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {override}: write key=value, for example --set train.learning_rate=1e-4")
     *parents, last = key.split(".")
     for parent in parents:
-        inner = values.get(parent)
-        inner = {} if inner is None else inner
-        if not isinstance(inner, dict):
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
             raise UsageError(f"--set {override}: {parent} is a value, not a group of keys")
-        values[parent] = inner
-        values = inner
     try:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:

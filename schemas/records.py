@@ -3,7 +3,6 @@
 Only their form and how they are read: `ple_data.storage.store` writes them.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -16,10 +15,14 @@ TRAINED = "ple.json"
 """The record in the directory of a training command. It is written last: where it is, the training is finished."""
 
 
-class Record(BaseModel):
-    """A versioned JSON file: unknown fields are refused, and so is a newer version."""
+class Strict(BaseModel):
+    """A part of a file: unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Record(Strict):
+    """A versioned JSON file: unknown fields are refused, and so is a newer version."""
 
     def to_json(self) -> str:
         """The record as it stands in its file."""
@@ -27,9 +30,7 @@ class Record(BaseModel):
 
 
 class Commit(Record):
-    """One committed shard. `file` is relative to the data directory; `bytes` and `sha256` are of the whole
-    file.
-    """
+    """One committed shard. `file` is relative to the data directory; `bytes` and `sha256` are of the whole file."""
 
     version: Literal[1] = 1
     kind: Literal["responses", "pairs", "answers"]
@@ -74,32 +75,19 @@ class RoundManifest(Record):
 R = TypeVar("R", bound=Record)
 
 
-def _refuse_newer(model: type[Record], path: Path, text: bytes) -> None:
-    known = model.model_fields["version"].default
-    found = json.loads(text).get("version", known) if text.startswith(b"{") and _is_json(text) else known
-    if isinstance(found, int) and found > known:
-        raise NewerError(f"{path} has version {found}; this ple reads {known}: update it")
-
-
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
-
-
 def read_record(model: type[R], path: Path, advice: str = "run `ple verify` on its data directory") -> R:
     """The record in a JSON file. Raises DamagedError that lists every fault and ends with the advice; PleError if it
     cannot be read.
     """
     try:
-        text = path.read_bytes()
-        _refuse_newer(model, path, text)
-        return model.model_validate_json(text)
+        return model.model_validate_json(path.read_bytes())
     except OSError as error:
         raise PleError(f"{path}: cannot read ({error.strerror}): check its permissions and the disk") from error
     except ValidationError as error:
+        known = model.model_fields["version"].default
+        for fault in error.errors():
+            if fault["loc"] == ("version",) and isinstance(fault["input"], int) and fault["input"] > known:
+                raise NewerError(f"{path} has version {fault['input']}; this ple reads {known}: update it") from error
         faults = "; ".join(f"{'.'.join(map(str, f['loc'])) or 'text'}: {f['msg']}" for f in error.errors())
         what = f"not a readable {model.__name__} record ({faults})"
         raise DamagedError(f"{path}: {what}: {advice}") from error

@@ -146,18 +146,8 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 STORED = ("responses", "pairs", "answers")
 """The kinds that a data directory holds."""
-VERSIONS: dict[str, int] = {
-    "responses": 2,
-    "pairs": 2,
-    "answers": 1,
-    "evaluation": 1,
-    "cases": 1,
-    "scores": 1,
-    "verdicts": 1,
-    "purity_logps": 1,
-}
+VERSIONS = dict.fromkeys(SCHEMAS, 1) | {"responses": 2, "pairs": 2}
 KEY = ["query_id", "round", "sample"]
-FINISH_REASONS = ["stop", "length"]
 _NAMED = 5  # rows that a message names
 
 
@@ -215,9 +205,7 @@ def since(field: pa.Field) -> int:
 
 
 def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
-    """Equal up to the names and nullability inside lists and the width of offsets, which readers choose
-    freely.
-    """
+    """Equal up to the names and nullability inside lists and the width of offsets, which readers choose freely."""
     if pa.types.is_list(expected):
         is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
         return is_list and _same_type(found.value_type, expected.value_type)
@@ -247,8 +235,7 @@ def read_metadata(path: Path | str, kind: str) -> dict[str, Any]:
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The table in the columns of `schema`, nullable ones that it lacks filled with null.
 
-    Raises ValueError or pa.ArrowException: a required column is missing or holds nulls, or a value does not
-    fit.
+    Raises ValueError or pa.ArrowException: a required column is missing or holds nulls, or a value does not fit.
     """
     columns = []
     for field in schema:
@@ -262,15 +249,13 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def row_faults(kind: str, table: pa.Table, round: int) -> list[str]:
-    """What is wrong with the rows of one file: another round, doubled keys, odd finish reasons or lengths,
-    rewards.
+    """What is wrong with the rows of one file: another round, doubled keys, odd finish reasons or lengths, rewards.
 
-    `table` has all the columns of `kind` in its current version. Each fault names the first rows (from 0)
-    it is in.
+    `table` has all the columns of `kind` in its current version. Each fault names the first rows (from 0) it is in.
     """
     faults = [("another round", pc.not_equal(table["round"], round))]
-    for arm in [arm for arm in ("y", "y_prompt") if arm in table.column_names]:
-        known = pc.is_in(table[f"{arm}_finish"], pa.array(FINISH_REASONS))
+    for arm in [arm for arm in ARMS if arm in table.column_names]:
+        known = pc.is_in(table[f"{arm}_finish"], pa.array(["stop", "length"]))
         faults.append((f"{arm}_finish is neither stop nor length", pc.invert(known)))
         differ = pc.not_equal(pc.list_value_length(table[f"{arm}_ids"]), pc.list_value_length(table[f"{arm}_logps"]))
         faults.append((f"{arm}_logps has not one value an id", pc.fill_null(differ, False)))

@@ -6,9 +6,9 @@ shards a training sees, `stages.json` what `ple run` has done.
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import Field, JsonValue
 
-from schemas.records import Record
+from schemas.records import Record, Strict
 
 METRICS = {"kind": "train_metrics", "version": 1}
 """In the metadata of a file of metrics: one row a step, numbers only; a training's columns are its objective's."""
@@ -41,10 +41,8 @@ class CheckpointState(Record):
     machine: dict[str, JsonValue] = Field(default_factory=dict)
 
 
-class SnapshotPart(BaseModel):
+class SnapshotPart(Strict):
     """One shard of pairs; `rows` of it are trained on. `store` is where it lay."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     store: str
     round: int = Field(ge=0)
@@ -61,11 +59,9 @@ class Snapshot(Record):
     shards: list[SnapshotPart]
 
 
-class StageRecord(BaseModel):
+class StageRecord(Strict):
     """One start of a stage. exit_code None: it did not end, or its `ple run` was killed. *_bytes: what it held at most,
     of the host's memory and of each GPU's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     stage: str
     round: int | None

@@ -1,6 +1,8 @@
 """The command line: quick help that teaches, options that match the functions, errors as one line and a code."""
 
+import ast
 import os
+import pkgutil
 import re
 import resource
 import signal
@@ -9,6 +11,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import get_type_hints
 
 import click
 import pytest
@@ -18,6 +21,7 @@ from click.testing import CliRunner
 
 import cli
 from ple_data.common.command import is_out_of_memory
+from schemas import options
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from tests.conftest import ROOT
 
@@ -75,6 +79,19 @@ def test_console_scripts_are_the_subcommands() -> None:
     assert scripts == {"ple": "cli:ple", "ple-gen": "cli:gen", "ple-score": "cli:score", "ple-train": "cli:train"}
     for name in ("gen", "score", "train"):
         assert cli.ple.commands[name] is getattr(cli, name)
+
+
+def test_a_function_given_by_its_name_takes_the_options_of_its_command() -> None:
+    """No type checker sees these calls."""
+    calls = [node for node in ast.walk(ast.parse(Path(cli.__file__).read_text())) if isinstance(node, ast.Call)]
+    named = [call for call in calls if ast.unparse(call.func) == "command" and isinstance(call.args[2], ast.Constant)]
+    assert len(named) > 8
+    for call in named:
+        kind, function = getattr(options, call.args[1].attr), pkgutil.resolve_name(call.args[2].value)
+        takes = get_type_hints(function)
+        del takes["return"]
+        by_name = "by_name" in [keyword.arg for keyword in call.keywords]
+        assert takes.keys() == {known.name for known in kind.in_order()} if by_name else list(takes.values()) == [kind]
 
 
 def test_version(runner: CliRunner) -> None:

@@ -150,8 +150,7 @@ def test_the_sentence_is_written_in_one_place():
     for path in sources():
         texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
         found = [text for text in texts if isinstance(text, str) and "pip install" in text]
-        allowed = path.name == "extras.py" or path == ROOT / "cli.py"  # cli.py: in the help of a command
-        assert not found or allowed, (path, found)
+        assert not found or path.name == "extras.py", (path, found)
 
 
 def test_the_packages_say_that_they_are_typed():

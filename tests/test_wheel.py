@@ -31,7 +31,7 @@ def test_every_module_is_there(package):
 def test_the_wheel_holds_the_product_and_what_it_reads_and_nothing_else():
     files = set(zipfile.ZipFile(WHEEL).namelist())
     assert {name.split("/")[0] for name in files if ".dist-info/" not in name} <= {*PACKAGES, "cli.py", "cli"}
-    assert {f"{package}/py.typed" for package in PACKAGES} <= files
+    assert {f"{package}/py.typed" for package in PACKAGES} | {"schemas/options/help.toml"} <= files
     for kind in ("principles/hh.txt", "judge/page.js", "judge/page.css", "report/assets/report.html"):
         assert f"ple_data/{kind}" in files
     assert any(name.endswith("licenses/LICENSE") for name in files)

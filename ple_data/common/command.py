@@ -1,20 +1,24 @@
-"""How a command ends: its errors as one clear line and a documented exit code. Knows no command."""
+"""A command: its help, its options, and its errors as one clear line and a documented exit code. Knows none."""
 
 import contextlib
 import os
+import pkgutil
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ple_data.common.click_options import SectionedCommand, SectionedOption, parameters_of, taking
+from ple_data.common.click_options import parameters_of
+from schemas import options
 from schemas.errors import PleError
-from schemas.options import Options
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
+_HELP = tomllib.loads(Path(options.__file__).with_name("help.toml").read_text(encoding="utf-8"))
+_CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 _LESS_MEMORY = {
     "microbatch_tokens": "a lower --microbatch-tokens",
     "gradient_checkpointing": "--gradient-checkpointing",
@@ -24,8 +28,19 @@ _LESS_MEMORY = {
 """Parameters that lower the memory of a command which has them, and how to say so."""
 
 
-class Command(SectionedCommand):
-    """A command whose errors become one line and a documented exit code."""
+class Command(click.Command):
+    """A command whose help groups its options, and whose errors become one line and a documented exit code."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under their headings."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and not isinstance(parameter, click.Argument):
+                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
+        for section in sorted(sections, key=lambda name: name == "Other"):
+            with formatter.section(section):
+                formatter.write_dl(sections[section])
 
     def invoke(self, ctx: click.Context) -> Any:
         if not sys.stderr.isatty():
@@ -80,11 +95,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """SIGTERM is like Ctrl-C."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
@@ -108,32 +119,50 @@ def say(message: str) -> None:
     click.echo("\n".join(map(printable, message.split("\n"))), err=True)
 
 
-def note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         ctx.meta["ple.debug"] = True
 
 
-_debug = click.option(
-    "--debug",
-    cls=SectionedOption,
-    section="Other",
-    is_flag=True,
-    expose_value=False,
-    callback=note_debug,
-    help="Show the traceback of an error.",
+debug = click.option(
+    "--debug", is_flag=True, expose_value=False, callback=_note_debug, help="Show the traceback of an error."
 )
 version = click.version_option(package_name="ple-align", prog_name="ple")
 
 
 def command(
-    name: str, kind: type[Options], summary: str, *hidden: click.Parameter
-) -> Callable[[Callable[[Any], None]], Command]:
-    """A command with the options of its dataclass; summary: its line in the list of commands."""
+    name: str,
+    kind: type[options.Options],
+    run: str | Callable[..., Any],
+    hidden: Iterable[click.Parameter] = (),
+    *,
+    by_name: bool = False,
+) -> Command:
+    """A command with the options of a dataclass, and the help of its name.
 
-    def decorate(function: Callable[[Any], None]) -> Command:
-        make = click.command(name, cls=Command, context_settings=CONTEXT, short_help=summary)
-        made: Command = make(_debug(version(taking(kind, function))))
-        made.params[:0] = [*parameters_of(kind), *hidden]
-        return made
+    run: what takes the options and returns the text to print or None, or where it is (`module:function`), so that it
+    is imported when the command starts. by_name: it takes them by name, not as the dataclass.
+    """
 
-    return decorate
+    def callback(**values: Any) -> None:
+        chosen = kind(**values)
+        function = pkgutil.resolve_name(run) if isinstance(run, str) else run
+        text = function(**chosen.values()) if by_name else function(chosen)
+        if text is not None:
+            click.echo(text)
+
+    parameters = [*parameters_of(kind), *hidden]
+    made = Command(name.split()[-1], callback=callback, params=parameters, context_settings=_CONTEXT, **_HELP[name])
+    return version(debug(made))
+
+
+class _Group(click.Group):
+    """Lists the commands in the order in which a user meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def group(name: str, commands: dict[str, click.Command]) -> click.Group:
+    """Commands under one name, with the help of that name."""
+    return _Group(name, commands=commands, context_settings=_CONTEXT, **_HELP[name])

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from schemas.files import sha256_file
+
 DIGEST_DIGITS = 12
 _DIGEST = re.compile(rf"(?:^|(?<=\+))[^@]*@([0-9a-f]{{{DIGEST_DIGITS}}})(?=\+|$)")
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
@@ -40,7 +42,7 @@ def model_digest(model: str | Path, revision: str | None = None) -> str:
     if not files:
         raise FileNotFoundError(f"{directory} holds no model files")
     with ThreadPoolExecutor() as pool:
-        return json_digest(list(zip((path.name for path in files), pool.map(_file_hash, files), strict=True)))
+        return json_digest(list(zip((path.name for path in files), pool.map(sha256_file, files), strict=True)))
 
 
 def policy_name(model: str | Path, adapter: str | Path | None = None, revision: str | None = None) -> str:
@@ -62,11 +64,6 @@ def digests_of(policy: str) -> str:
 def _named(model: str | Path, revision: str | None) -> str:
     digest = model_digest(model, revision)
     return f"{Path(model).resolve().name}@{digest}" if Path(model).is_dir() else digest
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _resolve_commit(model: str, revision: str | None) -> str:

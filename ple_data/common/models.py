@@ -128,9 +128,8 @@ def _check_base_name(adapter: str | Path, base: str | None, model: str | Path) -
 
 def _check_base_shapes(adapter: str | Path, shapes: dict[str, tuple[str, list[int]]], model: str | Path) -> None:
     """Every LoRA pair must fit a weight of the base: A is (r, in), B is (out, r), the weight is out by in."""
-    base = _tensor_shapes(Path(model))
-    by_tail = {_tail(name): value for name, value in base.items()}
-    patterns = {re.sub(r"\d+", "#", tail) for tail in by_tail}
+    base = {_tail(name): value for name, value in _tensor_shapes(Path(model)).items()}
+    patterns = {re.sub(r"\d+", "#", tail) for tail in base}
     found = False
     for name, (_, shape_a) in shapes.items():
         if not name.endswith(".lora_A.weight"):
@@ -138,13 +137,12 @@ def _check_base_shapes(adapter: str | Path, shapes: dict[str, tuple[str, list[in
         module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         shape_b = shapes.get(name.replace(".lora_A.", ".lora_B."), ("", [0]))[1]
         tail = _tail(f"{module}.weight")
-        weight = by_tail.get(tail)
-        if weight is None:
+        if tail not in base:
             if re.sub(r"\d+", "#", tail) in patterns:
                 raise UsageError(f"adapter {adapter} is of another base: {model} has no module {module}")
             continue  # weights that the model renames or fuses when it loads them
         found = True
-        dtype, shape = weight
+        dtype, shape = base[tail]
         if dtype in _FLOAT_DTYPES and sorted(shape) != sorted([shape_a[-1], shape_b[0]]):
             raise UsageError(
                 f"adapter {adapter} is of another base: it changes {module} as {shape_b[0]} x {shape_a[-1]}, "

@@ -1,8 +1,4 @@
-"""Text of models and users made fit for a terminal: control characters escaped, lines wrapped by display
-width.
-
-Knows nothing of what the text is about.
-"""
+"""Text of models and users made fit for a terminal: control characters escaped, lines wrapped by display width."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -14,8 +10,7 @@ WIDTH = 100
 
 
 def printable(text: str) -> str:
-    r"""The text in one line that no terminal obeys: whatever is not printable is escaped (`\n`, `\x1b`,
-    `\u202e`).
+    r"""The text in one line that no terminal obeys: whatever is not printable is escaped (`\n`, `\x1b`, `\u202e`).
 
     >>> printable("red: \x1b[31m")
     'red: \\x1b[31m'
@@ -67,11 +62,6 @@ def clipped(text: str, width: int, most: int) -> list[str]:
 def shorten(text: str, width: int) -> str:
     """The text, or its beginning and an ellipsis, in at most `width` columns."""
     return text if display_width(text) <= width else _pieces(text, width - 3)[0] + "..."
-
-
-def beside(left: list[str], right: list[str], width: int) -> list[str]:
-    """Two columns of lines of at most `width` columns each, with a bar between them."""
-    return side_by_side([left, right], width)
 
 
 def side_by_side(columns: Sequence[list[str]], width: int) -> list[str]:

@@ -104,25 +104,22 @@ def post_json(
     import httpx
 
     for attempt in range(patience.tries):
-        raised: type[PleError] = UnansweredError
         pause = patience.first_wait * 2**attempt * random.uniform(0.5, 1.0)
         try:
             response = client.post(url, json=body)
         except httpx.TransportError as error:
             fault = f"{type(error).__name__}: {error}"
-            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-                raised = PleError
+            unreached = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            raised = PleError if unreached else UnansweredError
         else:
             if response.status_code == 200:
                 return response
             fault = f"status {response.status_code} {excerpt(response, key)}"
             if response.status_code < 500 and response.status_code not in RETRIED_STATUS:
                 raise RefusedError(f"{what} refused the request: {fault}", response.status_code)
-            if response.status_code < 500:
-                raised = PleError
+            raised = PleError if response.status_code < 500 else UnansweredError
             pause = max(pause, _retry_after(response))
-        last = attempt == patience.tries - 1
-        if last or patience.stop.wait(min(pause, LONGEST_WAIT)):
+        if attempt == patience.tries - 1 or patience.stop.wait(min(pause, LONGEST_WAIT)):
             break
     raise raised(f"{what} failed {attempt + 1} times, the last with {fault}: {failed}")
 

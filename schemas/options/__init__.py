@@ -5,6 +5,6 @@ A group is a small frozen dataclass; a command is a dataclass of the groups that
 (`schemas.settings`) are made from here. Nothing is read or computed here, and nothing heavy is imported.
 """
 
-from schemas.options.commands import *  # noqa: F403
-from schemas.options.form import *  # noqa: F403
-from schemas.options.groups import *  # noqa: F403
+from schemas.options.commands import *
+from schemas.options.form import *
+from schemas.options.groups import *

@@ -1,43 +1,17 @@
 """The options of every command: the groups that it takes, and its own, each stated once."""
 
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Literal
 
 from schemas.options.form import Options, option
-from schemas.options.groups import (
-    MACHINE,
-    METHOD,
-    RESPONSES,
-    REWARD,
-    TRAINING,
-    Asked,
-    Computing,
-    Loop,
-    Lora,
-    Model,
-    Passes,
-    Policy,
-    Precision,
-    Prompting,
-    Reading,
-    Rewards,
-    Safeguards,
-    Seed,
-    Steps,
-    Threshold,
-    Tracked,
-    Trainable,
-    Without,
-    Written,
-)
+from schemas.options.groups import *
 
 LLM, PEOPLE = "Language model", "People"
 HUB_OR_FILE = "Queries: Parquet, JSONL, JSON, CSV or a hub dataset id."
 PAIRS_DATA = "Folder of pairs; may be repeated."
 
 
-@dataclass(frozen=True)
 class Stores(Options):
     """The pairs that a training sees."""
 
@@ -45,10 +19,7 @@ class Stores(Options):
     round: int = option(MISSING, "Round T, counted from 0.", least=0)
 
 
-@dataclass(frozen=True)
 class Gen(Policy, Asked, Rewards):
-    """ple-gen"""
-
     queries: str = option(MISSING, HUB_OR_FILE, place=True)
     principles: str | None = option(MISSING, "hh, imdb or tldr (the paper's), a text file, or none (an ablation).")
     reward_model: str | None = option(
@@ -70,10 +41,7 @@ class Gen(Policy, Asked, Rewards):
     )
 
 
-@dataclass(frozen=True)
 class Score(Rewards):
-    """ple-score"""
-
     data: Path = option(MISSING, "Folder of the responses.", machine=True)
     reward_model: str = option(
         MISSING,
@@ -86,10 +54,7 @@ class Score(Rewards):
     )
 
 
-@dataclass(frozen=True)
 class Train(Policy, Stores, Threshold, Safeguards, Loop, Trainable, Tracked):
-    """ple-train"""
-
     without: Without | None = option(
         None,
         "Ablation: leave out a term of equation 6. rank: every pair is weighted SFT; wsft: rank pairs alone.",
@@ -100,20 +65,14 @@ class Train(Policy, Stores, Threshold, Safeguards, Loop, Trainable, Tracked):
     )
 
 
-@dataclass(frozen=True)
 class Sft(Model, Prompting, Loop, Trainable, Tracked):
-    """ple sft"""
-
     data: Path = option(MISSING, "Rows with x and y (or prompt and response).", place=True)
     output: Path = option(MISSING, "Folder of the new model.", machine=True)
     merge: bool = option(True, "Merge the adapter into the model, or keep it apart.")
     batch_size: int = option(32, "Rows of one step, over all processes.", TRAINING, least=1)
 
 
-@dataclass(frozen=True)
 class Reward(Model, Loop, Tracked):
-    """ple reward"""
-
     data: Path = option(MISSING, "Rows with text and label, or with prompt, chosen and rejected.", place=True)
     output: Path = option(MISSING, "Folder of the reward model.", machine=True)
     learning_rate: float = option(5e-5, "AdamW's learning rate.", TRAINING, above=0)
@@ -121,17 +80,11 @@ class Reward(Model, Loop, Tracked):
     max_length: int = option(512, "Keep the last N token ids.", TRAINING, least=1)
 
 
-@dataclass(frozen=True)
 class Baseline(Policy, Stores, Loop, Trainable, Tracked):
-    """ple baseline context-distillation, raft"""
-
     batch_size: int = option(16, "Responses of one step, over all processes.", TRAINING, least=1)
 
 
-@dataclass(frozen=True)
 class BaselineSft(Prompting, Baseline):
-    """ple baseline sft"""
-
     data: tuple[Path, ...] = option(
         MISSING,
         "Folder of pairs whose queries came with references, or a file of (x, y) rows; may be repeated.",
@@ -140,20 +93,14 @@ class BaselineSft(Prompting, Baseline):
     round: int = option(None, "Round T of a folder: its pairs of rounds up to T.", least=0)
 
 
-@dataclass(frozen=True)
 class Dpo(Policy, Stores, Seed, Passes, Lora, Computing, Written):
-    """ple baseline dpo"""
-
     resume: bool = option(True, "Keep a finished --output, or start over.", MACHINE, machine=True)
     beta: float = option(0.1, "Weight of the log-ratio to the start policy.", METHOD, above=0)
     batch_size: int = option(16, "Pairs of one step.", TRAINING, least=1)
     gradient_checkpointing: bool = option(False, "Less memory, more time.", MACHINE, machine=True)
 
 
-@dataclass(frozen=True)
 class Ppo(Policy, Seed, Reading, Steps, Lora, Rewards, Computing, Written):
-    """ple baseline ppo"""
-
     queries: str = option(MISSING, HUB_OR_FILE, place=True)
     reward_model: str = option(
         MISSING, "Classifier (directory or hub id), file.py:function, module:function, or http(s)://address."
@@ -167,10 +114,7 @@ class Ppo(Policy, Seed, Reading, Steps, Lora, Rewards, Computing, Written):
     batch_size: int = option(64, "Responses of one step.", TRAINING, least=1)
 
 
-@dataclass(frozen=True)
 class Run(Options):
-    """ple run"""
-
     recipe: Path = option(MISSING, "The recipe, a YAML file.", positional=True)
     overrides: tuple[str, ...] = option(
         (), "Change a key, e.g. train.epochs=2; may be repeated.", names="--set", metavar="KEY=VALUE"
@@ -178,20 +122,14 @@ class Run(Options):
     dry_run: bool = option(False, "Print the commands as shell lines; start nothing.", names="--dry-run")
 
 
-@dataclass(frozen=True)
 class Inspect(Threshold):
-    """ple inspect"""
-
     data: Path = option(MISSING, "Folder of pairs.", positional=True)
     sort: Literal["margin"] | None = option(None, "Show pairs, the largest margin first.")
     rows: int = option(0, "Show this many pairs.", least=0)
     as_json: bool = option(False, "Print one JSON object.", names="--json")
 
 
-@dataclass(frozen=True)
 class Judge(Rewards):
-    """ple judge"""
-
     a: str = option(MISSING, "Responses of A.", positional=True)
     b: str = option(MISSING, "Responses of B.", positional=True)
     spec: str | None = option(
@@ -206,9 +144,7 @@ class Judge(Rewards):
     output: Path = option(MISSING, "Folder of the verdicts, or of the page.")
     limit: int | None = option(None, "Judge at most N queries, drawn by --seed.", least=1)
     seed: int | None = option(
-        None,
-        "Seed of everything that is drawn. Default: 0; a page's order and sides are drawn at random.",
-        least=0,
+        None, "Seed of everything that is drawn. Default: 0; a page's order and sides are drawn at random.", least=0
     )
     endpoint: str | None = option(
         None, "Address of an OpenAI-compatible or Anthropic-compatible server, up to and with /v1.", LLM
@@ -230,10 +166,7 @@ class Judge(Rewards):
     )
 
 
-@dataclass(frozen=True)
 class Export(Options):
-    """ple export"""
-
     data: Path = option(MISSING, "Folder of pairs.", positional=True)
     format: Literal["trl-preference", "sft", "messages", "alpacaeval"] = option(
         MISSING,
@@ -243,14 +176,10 @@ class Export(Options):
     output: str = option(MISSING, "File: .jsonl or .parquet (alpacaeval: .json), or - for stdout.")
 
 
-@dataclass(frozen=True)
 class Verify(Options):
-    """ple verify"""
-
     data: Path = option(MISSING, "Folder of responses and pairs.", positional=True)
 
 
-@dataclass(frozen=True)
 class Judged(Rewards):
     """Several reward models, of which some trained a policy."""
 
@@ -265,7 +194,6 @@ class Judged(Rewards):
     )
 
 
-@dataclass(frozen=True)
 class Answering(Asked):
     """How several policies are asked the same queries."""
 
@@ -277,10 +205,7 @@ class Answering(Asked):
     logprobs: bool = option(False, "Not kept.", RESPONSES, offered=False)
 
 
-@dataclass(frozen=True)
 class Evaluate(Answering, Judged, Computing):
-    """ple eval"""
-
     queries: str | None = option(None, "Queries to sample responses to: Parquet, JSONL, JSON, CSV or a hub dataset id.")
     data: tuple[Path, ...] = option((), "Take each policy's plain responses from this DATA; may be repeated.")
     round: int | None = option(None, "Take those of this round only.", least=0)
@@ -302,19 +227,13 @@ class Evaluate(Answering, Judged, Computing):
     as_json: bool = option(False, "Print the report as one JSON object.", names="--json")
 
 
-@dataclass(frozen=True)
 class Cases(Answering, Judged):
-    """ple cases"""
-
     queries: str = option(MISSING, "Rows with query, x or prompt, and id and kind where there are any.")
     output: Path = option(MISSING, "Folder of cases.parquet, and of all that is kept for a rerun.")
     samples: int = option(1, "Responses a query.", RESPONSES, offered=False)
 
 
-@dataclass(frozen=True)
 class Purity(Computing):
-    """ple purity"""
-
     run: Path | None = option(None, "Directory of ple run: its start policy and that of every round, and its data.")
     model: str | None = option(None, "Start policy: a directory or a hub id. Instead of --run.")
     revision: str | None = option(None, "Branch, tag or commit of a hub model.")
@@ -328,10 +247,7 @@ class Purity(Computing):
     )
 
 
-@dataclass(frozen=True)
 class Report(Options):
-    """ple report"""
-
     run: Path = option(MISSING, "Directory of ple run, or a DATA folder.", positional=True)
     evals: tuple[Path, ...] = option((), "Folder of ple eval; may be repeated.", names="--eval")
     judges: tuple[Path, ...] = option((), "Folder of ple judge; may be repeated.", names="--judge")
@@ -346,9 +262,6 @@ class Report(Options):
     )
 
 
-@dataclass(frozen=True)
 class Demo(Options):
-    """ple demo"""
-
     output: Path = option(Path("demo"), "Folder of everything that the demo makes.")
     rounds: int = option(3, "Rounds of PLE.", least=1)

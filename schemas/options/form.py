@@ -3,7 +3,7 @@
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, Self, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 from schemas.errors import UsageError
 
@@ -12,10 +12,10 @@ from schemas.errors import UsageError
 class About:
     """What a field says of its option.
 
-    above, below: bounds that are not allowed themselves. choices: where the type does not say them. machine: it does
-    not change what is learned or sampled, beyond rounding. place: a path or hub id, whose content counts (by its
-    digest) and not where it lies. names: on the command line, where they are not made from the field's name.
-    positional: an argument, not an option. offered: no option of the command, where it has its one value.
+    above, below: bounds that are not allowed themselves. machine: it does not change what is learned or sampled, beyond
+    rounding. place: a path or hub id, whose content counts (by its digest) and not where it lies. names: on the command
+    line, where they are not made from the field's name. positional: an argument, not an option. offered: False where
+    the command has one value of it and no option.
     """
 
     help: str
@@ -24,7 +24,6 @@ class About:
     above: float | None = None
     most: float | None = None
     below: float | None = None
-    choices: tuple[str, ...] = ()
     machine: bool = False
     place: bool = False
     names: str | None = None
@@ -35,7 +34,7 @@ class About:
 
 def option(default: Any, help: str, section: str = "Options", **about: Any) -> Any:
     """A dataclass field that is an option; `default` is MISSING where it must be given."""
-    return field(default=default, kw_only=True, metadata={"about": About(help, section, **about)})
+    return field(default=default, metadata={"about": About(help, section, **about)})
 
 
 def about(known: "Field[Any]") -> About:
@@ -61,7 +60,7 @@ def kind_of(known: "Field[Any]") -> Any:
 def choices_of(known: "Field[Any]") -> tuple[str, ...]:
     """The values that it may have; none where it is free."""
     kind = kind_of(known)
-    return get_args(kind) if get_origin(kind) is Literal else about(known).choices
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def is_repeated(known: "Field[Any]") -> bool:
@@ -72,20 +71,26 @@ def is_repeated(known: "Field[Any]") -> bool:
 O = TypeVar("O", bound="Options")  # noqa: E741
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True)
 class Options:
-    """Options of a command or of a part of it. Raises UsageError for a value that its option does not take."""
+    """Options of a command or of a part of it. A subclass is a frozen dataclass, made with keywords alone.
+
+    Raises UsageError for a value that its option does not take.
+    """
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
         for known in self.in_order():
-            value = getattr(self, known.name)
-            if kind_of(known) is Path and isinstance(value, str):
-                value = Path(value)
-            elif is_repeated(known) and value is not None:
-                value = tuple(Path(item) if kind_of(known) is Path else item for item in value)
-            object.__setattr__(self, known.name, value)
-            for item in value if is_repeated(known) else (value,):
-                _check(known, item)
+            given = getattr(self, known.name)
+            values = given if is_repeated(known) else [given]
+            if kind_of(known) is Path:
+                values = [Path(value) if isinstance(value, str) else value for value in values]
+            for value in values:
+                _check(known, value)
+            object.__setattr__(self, known.name, tuple(values) if is_repeated(known) else values[0])
 
     @classmethod
     def in_order(cls) -> "list[Field[Any]]":

@@ -1,6 +1,6 @@
 """Groups of options that several commands take, each option stated once."""
 
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Literal
 
@@ -19,18 +19,15 @@ REWARD, METHOD, TRAINING, MACHINE = "Reward model", "Method", "Training", "Machi
 SAFEGUARDS, ENGINE = "Safeguards (off: the paper)", "Engine"
 
 
-@dataclass(frozen=True)
 class Model(Options):
     model: str = option(MISSING, "Model: a directory or a hub id.", place=True)
     revision: str | None = option(None, "Branch, tag or commit of a hub model.", place=True)
 
 
-@dataclass(frozen=True)
 class Policy(Model):
     adapter: str | None = option(None, "LoRA adapter of the policy: the last round's --output.", place=True)
 
 
-@dataclass(frozen=True)
 class Seed(Options):
     seed: int = option(0, "Seed of everything that is drawn.", least=0)
 
@@ -40,18 +37,15 @@ class Seed(Options):
             raise UsageError(f"--seed must fit 64 bits, which {self.seed} does not")
 
 
-@dataclass(frozen=True)
 class Threshold(Options):
     tau0: float = option(0.2, "Threshold of round 0 on s_prompt - s.", METHOD, least=0)
     alpha: float = option(0.9, "Decay: the threshold of round t is tau0 * alpha^t.", METHOD, above=0, below=1)
 
 
-@dataclass(frozen=True)
 class Prompting(Options):
     prompt_format: PromptFormat = option("auto", "auto: the tokenizer's chat template where it has one.", QUERIES)
 
 
-@dataclass(frozen=True)
 class Reading(Prompting):
     """How rows become queries."""
 
@@ -64,7 +58,6 @@ class Reading(Prompting):
     max_query_tokens: int = option(256, "Drop longer queries, and count them.", QUERIES, least=1)
 
 
-@dataclass(frozen=True)
 class Queries(Reading):
     """Which queries are taken, and in which order."""
 
@@ -81,7 +74,6 @@ class Queries(Reading):
     )
 
 
-@dataclass(frozen=True)
 class Sampling(Options):
     """How responses are sampled."""
 
@@ -97,28 +89,22 @@ class Sampling(Options):
             raise UsageError("--stop must not be an empty text")
 
 
-@dataclass(frozen=True)
 class Engine(Options):
-    engine: str | None = option(None, "Default: vllm where it is installed, else hf.", ENGINE, choices=tuple(ENGINES))
+    engine: Literal["vllm", "hf"] | None = option(None, "Default: vllm where it is installed, else hf.", ENGINE)
     engine_arg: tuple[str, ...] = option(
-        (),
-        "Pass an option to the engine, e.g. tensor_parallel_size=2; may be repeated.",
-        ENGINE,
-        metavar="NAME=VALUE",
+        (), "Pass an option to the engine, e.g. tensor_parallel_size=2; may be repeated.", ENGINE, metavar="NAME=VALUE"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Number type of the weights; auto: bfloat16 where the device computes in it, never float16.", ENGINE
     )
 
 
-@dataclass(frozen=True)
 class Asked(Seed, Queries, Sampling, Engine):
     """All that decides which responses are sampled, beside the policy, the principle and the round."""
 
     samples: int = option(1, "Pairs of responses a query.", RESPONSES, least=1)
 
 
-@dataclass(frozen=True)
 class Rewards(Options):
     """How a reward model reads and computes."""
 
@@ -131,13 +117,11 @@ class Rewards(Options):
     reward_dtype: Literal["float32", "bfloat16"] = option("float32", "Number type of its weights.", REWARD)
 
 
-@dataclass(frozen=True)
 class Lora(Options):
     lora_rank: int = option(8, "Rank of the LoRA adapter.", MODEL, least=1)
     lora_alpha: float = option(16, "Scale of the LoRA adapter.", MODEL, above=0)
 
 
-@dataclass(frozen=True)
 class Trainable(Lora):
     """What of the model is trained, and how it computes."""
 
@@ -151,27 +135,23 @@ class Trainable(Lora):
     gradient_checkpointing: bool = option(False, "Less memory, more time.", MACHINE, machine=True)
 
 
-@dataclass(frozen=True)
 class Steps(Options):
     learning_rate: float = option(1e-4, "AdamW's learning rate.", TRAINING, above=0)
     batch_size: int = option(16, "Pairs of one step, over all processes.", TRAINING, least=1)
     max_grad_norm: float = option(1.0, "Gradient clipping.", TRAINING, above=0)
 
 
-@dataclass(frozen=True)
 class Passes(Steps):
     epochs: int = option(1, "Passes over the data.", TRAINING, least=1)
     max_length: int | None = option(None, "Leave out longer rows (token ids), and count them.", TRAINING, least=1)
 
 
-@dataclass(frozen=True)
 class Schedule(Options):
     warmup_steps: int = option(0, "Steps of linear warm-up.", TRAINING, least=0)
     schedule: Literal["constant", "cosine"] = option("constant", "Learning rate after the warm-up.", TRAINING)
     weight_decay: float = option(0.0, "AdamW's weight decay.", TRAINING, least=0)
 
 
-@dataclass(frozen=True)
 class Safeguards(Options):
     trust_region: float | None = option(
         None,
@@ -183,7 +163,6 @@ class Safeguards(Options):
     sft_anchor: float = option(0.0, "Weight of an SFT term on the better response.", SAFEGUARDS, least=0)
 
 
-@dataclass(frozen=True)
 class Computing(Options):
     """How a training fits the machine; of these only the precision changes what is learned."""
 
@@ -193,14 +172,12 @@ class Computing(Options):
     )
 
 
-@dataclass(frozen=True)
 class Loop(Passes, Schedule, Computing, Seed):
     """What our own training loop is told."""
 
     checkpoint_every: int = option(100, "Steps between two checkpoints.", MACHINE, least=1, machine=True)
 
 
-@dataclass(frozen=True)
 class Written(Options):
     """Where a training's result goes."""
 
@@ -211,7 +188,6 @@ class Written(Options):
     )
 
 
-@dataclass(frozen=True)
 class Tracked(Written):
     """Written, and followed on the way."""
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_data.common.terminal import beside, display_width, printable, shorten, wrap
+from ple_data.common.terminal import display_width, printable, shorten, side_by_side, wrap
 from ple_data.inspection import WIDTH, format_statistics, inspect
 from ple_data.partition import round_statistics
 from ple_data.storage.store import Store
@@ -164,10 +164,10 @@ def test_wrapped_lines_fit_and_lose_nothing_but_spaces(text, width):
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
-def test_shorten_and_beside():
+def test_shorten_and_side_by_side():
     assert shorten("abcdef", 6) == "abcdef"
     assert shorten("abcdefg", 6) == "abc..."
-    assert beside(["世", "b"], ["x"], 3) == ["世  | x", "b   |"]
+    assert side_by_side([["世", "b"], ["x"]], 3) == ["世  | x", "b   |"]
 
 
 def test_the_directory_of_a_run_leads_to_its_data(tmp_path):

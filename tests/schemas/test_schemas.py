@@ -242,7 +242,7 @@ def test_write_new_and_link_new_never_overwrite(tmp_path):
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     code = (
         "import sys; from schemas import files; from pathlib import Path\n"
-        "with files._temporary(Path(sys.argv[1]), 'x.', b'half'):\n"
+        "with files._temporary(Path(sys.argv[1]), 'x.'):\n"
         "    print('there', flush=True); sys.stdin.read()"
     )
     writer = subprocess.Popen(
