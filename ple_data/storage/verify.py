@@ -12,6 +12,7 @@ from ple_data.storage.store import Shard, Store
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
 from schemas.files import TMP_SUFFIX, is_stale, sha256_file
+from schemas.records import RoundManifest, read_record
 
 _NAMED = 5  # doubled keys that one problem names
 
@@ -61,9 +62,11 @@ def verify(store: Store) -> list[Problem]:
         problems += _orphans(store, kind, shards)
         whole = []
         for shard in shards:
-            found = _shard(store, shard)
-            problems += found
-            if not found:
+            if faults := list(_faults(shard)):
+                record = store.record_path(kind, shard.round, shard.unit)
+                remake = f"restore it from a copy, or remove it and {record}, then {_REMAKE[kind]}"
+                problems.append(Problem(shard.path, "; ".join(faults), remake))
+            else:
                 whole.append(shard)
         problems += _doubled_keys(kind, whole)
     problems += _manifests(store)
@@ -112,17 +115,8 @@ def _recorded(store: Store, kind: str) -> set[tuple[int, str]]:
     return {(int(round), unit) for round, unit in names if round.isdigit()}
 
 
-def _shard(store: Store, shard: Shard) -> list[Problem]:
-    """Whether the file is there, is the one that was committed, and holds what a table of its kind must: one problem
-    at most, with all that is wrong.
-    """
-    record = store.record_path(shard.kind, shard.round, shard.unit)
-    remake = f"restore it from a copy, or remove it and {record}, then {_REMAKE[shard.kind]}"
-    faults = list(_faults(shard))
-    return [Problem(shard.path, "; ".join(faults), remake)] if faults else []
-
-
 def _faults(shard: Shard) -> Iterator[str]:
+    """Whether the file is there, is the one that was committed, and holds what a table of its kind must."""
     try:
         size = shard.path.stat().st_size
     except OSError as error:
@@ -146,9 +140,7 @@ def _faults(shard: Shard) -> Iterator[str]:
 
 
 def _doubled_keys(kind: str, shards: Iterable[Shard]) -> Iterator[Problem]:
-    """(query_id, round, sample) keys that stand in more than one file; `shards` are whole and sorted by
-    round.
-    """
+    """(query_id, round, sample) keys that stand in more than one file; `shards` are whole and sorted by round."""
     import polars as pl
 
     for _, group in groupby(shards, key=lambda shard: shard.round):
@@ -178,7 +170,7 @@ def _doubled_keys(kind: str, shards: Iterable[Shard]) -> Iterator[Problem]:
 def _manifests(store: Store) -> Iterator[Problem]:
     for path in store.manifest_paths():
         try:
-            store.read_manifest(path)
+            read_record(RoundManifest, path)
         except DamagedError as error:
             yield Problem(path, _without_path(error, path), "remove it and run the same ple-gen command again")
 
