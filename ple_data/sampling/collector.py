@@ -42,36 +42,33 @@ class _OpenUnit:
     sampled: dict[tuple[int, str], Completion] = field(default_factory=dict)
 
 
+@dataclass
 class Collector:
     """Claims units for the engine, gathers their responses and commits each unit that is whole."""
 
-    def __init__(
-        self,
-        store: Store,
-        plan: Plan,
-        provenance: Mapping[str, Any],
-        reuse: Reuse | None,
-        progress: Progress,
-        summary: GenerateSummary,
-    ) -> None:
-        self._store, self._plan, self._provenance = store, plan, provenance
-        self._reuse, self._progress, self._summary = reuse, progress, summary
-        self._open: dict[str, _OpenUnit] = {}
-        self.locked: list[Unit] = []
+    store: Store
+    plan: Plan
+    provenance: Mapping[str, Any]
+    reuse: Reuse | None
+    progress: Progress
+    summary: GenerateSummary
+    locked: list[Unit] = field(default_factory=list)
+    """The pending units that another process holds."""
+    _open: dict[str, _OpenUnit] = field(default_factory=dict)
 
     def units(self, pending: Sequence[Unit]) -> Iterator[list[Request]]:
         """The requests of each pending unit that is ours; a unit is claimed when it is asked for."""
         for unit in pending:
             claim = ExitStack()
-            if claim.enter_context(self._store.claim(self._plan.kind, self._plan.round, unit.id)):
+            if claim.enter_context(self.store.claim(self.plan.kind, self.plan.round, unit.id)):
                 requests = self._begin(unit, claim)
                 if requests:
                     yield requests
                 continue
             claim.close()
-            if self._store.is_committed(self._plan.kind, self._plan.round, unit.id):
-                self._summary.rows_by_others += self._plan.rows_of(unit)
-                self._progress.advance(len(self._plan.arms) * self._plan.rows_of(unit))
+            if self.store.is_committed(self.plan.kind, self.plan.round, unit.id):
+                self.summary.rows_by_others += self.plan.rows_of(unit)
+                self.progress.advance(len(self.plan.arms) * self.plan.rows_of(unit))
             else:
                 self.locked.append(unit)
 
@@ -81,8 +78,8 @@ class Collector:
         opened = self._open[unit_id]
         opened.sampled[row, arm] = completion
         opened.missing -= 1
-        self._summary.tokens += len(completion.ids)
-        self._progress.advance(1)
+        self.summary.tokens += len(completion.ids)
+        self.progress.advance(1)
         if not opened.missing:
             self._commit(opened)
 
@@ -97,43 +94,43 @@ class Collector:
         opened = _OpenUnit(unit, claim, 0)
         self._open[unit.id] = opened
         requests = []
-        for row in range(self._plan.rows_of(unit)):
-            earlier = self._reuse.row(*self._plan.prompt_of(unit, row)) if self._reuse else None
+        for row in range(self.plan.rows_of(unit)):
+            earlier = self.reuse.row(*self.plan.prompt_of(unit, row)) if self.reuse else None
             if earlier is not None:
                 opened.reused[row] = earlier
-                self._progress.advance(len(self._plan.arms))
+                self.progress.advance(len(self.plan.arms))
             else:
-                requests += [self._plan.request(unit, row, arm) for arm in self._plan.arms]
+                requests += [self.plan.request(unit, row, arm) for arm in self.plan.arms]
         opened.missing = len(requests)
         if not requests:
             self._commit(opened)
         return requests
 
     def _commit(self, opened: _OpenUnit) -> None:
-        plan, unit = self._plan, opened.unit
+        plan, unit = self.plan, opened.unit
         rows = [opened.reused.get(row) or self._row(opened, row) for row in range(plan.rows_of(unit))]
         table = pa.Table.from_pylist(rows, schema=SCHEMAS[plan.kind])
-        self._store.commit(plan.kind, plan.round, unit.id, table, self._provenance)
-        self._summary.rows_reused += len(opened.reused)
-        self._summary.rows_sampled += len(rows) - len(opened.reused)
+        self.store.commit(plan.kind, plan.round, unit.id, table, self.provenance)
+        self.summary.rows_reused += len(opened.reused)
+        self.summary.rows_sampled += len(rows) - len(opened.reused)
         del self._open[unit.id]
         opened.claim.close()
 
     def _row(self, opened: _OpenUnit, row: int) -> dict[str, Any]:
-        prompt, sample = self._plan.prompt_of(opened.unit, row)
+        prompt, sample = self.plan.prompt_of(opened.unit, row)
         values: dict[str, Any] = {
             "query_id": prompt.query.id,
-            "round": self._plan.round,
+            "round": self.plan.round,
             "sample": sample,
             "x": to_text(prompt.query.x),
             "x_ids": list(prompt.x_ids),
-            "policy": self._plan.policy,
-            "seed": self._plan.seed,
+            "policy": self.plan.policy,
+            "seed": self.plan.seed,
             "reference": prompt.query.reference,
         }
-        if self._plan.principle:
-            values["principle"] = self._plan.principle.text
-        for arm in self._plan.arms:
+        if self.plan.principle:
+            values["principle"] = self.plan.principle.text
+        for arm in self.plan.arms:
             completion = opened.sampled[row, arm]
             values |= {
                 arm: completion.text,

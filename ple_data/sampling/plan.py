@@ -7,11 +7,13 @@ import hashlib
 import json
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from ple_data.common.digests import json_digest
+from ple_data.common.settings import counted
 from ple_data.engines import Request, Sampling
 from ple_data.inputs.chat import to_text
 from ple_data.inputs.principles import Principle, render_all
@@ -96,19 +98,15 @@ class Plan:
         seed = request_seed(self.seed, self.round, prompt.query.id, arm, sample)
         return Request((unit.id, row, arm), tuple(prompt.ids(arm)), seed)
 
-    def manifest(self, notes: dict[str, Any]) -> RoundManifest:
-        """The record that freezes the round's settings."""
-        return RoundManifest(round=self.round, settings=self.settings, counts=self.counts, notes=notes)
-
     def provenance(self, engine: str, dtype: str, device: str) -> dict[str, Any]:
         """What the metadata of each of the round's files says about where its rows come from.
 
-        dtype, device: what the engine samples with (`ple_data.engines.resolve_machine`).
+        dtype, device: what the engine samples with, in words.
         """
         return {
             "policy": self.policy,
             **({"principle": {"name": self.principle.name, "digest": self.principle.digest}} if self.principle else {}),
-            "sampling": asdict(self.sampling) | {"stop": list(self.sampling.stop)},
+            "sampling": counted(self.sampling),
             "seed": self.seed,
             "engine": engine,
             "dtype": dtype,
@@ -124,11 +122,7 @@ def request_seed(seed: int, round: int, query_id: str, arm: Arm, sample: int) ->
 
 
 def make_prompts(
-    tokenizer: Any,
-    queries: Sequence[Query],
-    principle: Principle | None,
-    how: Reading,
-    seed: int = 0,
+    tokenizer: Any, queries: Sequence[Query], principle: Principle | None, how: Reading, seed: int = 0
 ) -> tuple[list[Prompt], dict[str, int]]:
     """Prompts of the queries that are taken, and counts of what became of all queries.
 
@@ -149,7 +143,8 @@ def make_prompts(
             (q, array("i", ids)) for q, ids in zip(part, rendered, strict=True) if len(ids) <= how.max_query_tokens
         ]
         looked_at += len(part)
-    taken = _cyclic(kept, skip, limit)
+    start = skip % max(len(kept), 1)
+    taken = kept[start:] if limit is None else (kept[start:] + kept[:start])[:limit]
     if principle is None:
         prompts = [Prompt(query, plain, ()) for query, plain in taken]
     else:
@@ -162,14 +157,6 @@ def make_prompts(
         "queries_taken": len(prompts),
     }
     return prompts, counts
-
-
-def _cyclic(kept: Sequence[Any], skip: int, limit: int | None) -> list[Any]:
-    if not kept:
-        return []
-    start = skip % len(kept)
-    count = len(kept) - start if limit is None else min(limit, len(kept))
-    return [kept[(start + at) % len(kept)] for at in range(count)]
 
 
 def default_unit_size(queries: int, begun: RoundManifest | None = None) -> int:
@@ -195,8 +182,6 @@ def package_versions() -> dict[str, str]:
     """Versions of the installed packages that decide what is sampled."""
     found = {}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found

@@ -1,7 +1,7 @@
 """Numbers that cost a model or an endpoint to compute, kept by a digest of what they are of. Computes none itself.
 
-One Parquet file (kind `scores`) for one thing that scores, replaced whole every few seconds, at the end and when
-something fails: the next run goes on from there, and what is there is never computed again.
+One Parquet file (kind `scores`) for one thing that scores. It is replaced whole every few seconds, at the end and when
+something fails. The next run goes on from there: what is there is never computed again.
 """
 
 import hashlib
@@ -101,19 +101,13 @@ def _save(path: Path, made_by: str, known: dict[str, Score]) -> None:
 
 
 def _read(path: Path, made_by: str) -> dict[str, Score]:
-    with _advised(path):
+    try:
         if read_metadata(path, "scores").get("made_by") != made_by:
             raise DamagedError(f"{path}: holds scores of something else")
         rows = read_table(path, "scores").to_pylist()
-    return {row["key"]: (row["value"], row["tokens"]) for row in rows}
-
-
-@contextmanager
-def _advised(path: Path) -> Iterator[None]:
-    try:
-        yield
     except NewerError:
         raise
     except DamagedError as error:
         what = str(error).split(": restore it", 1)[0]
         raise DamagedError(f"{what}: remove {path}, and its numbers are computed anew") from error
+    return {row["key"]: (row["value"], row["tokens"]) for row in rows}

@@ -79,7 +79,8 @@ def _score_unit(store: Store, shard: Shard, reward_model: RewardModel, target: S
         if ours:
             table = store.read(shard)
             s, s_prompt = _rewards(table, shard, reward_model)
-            pairs = _pairs(table, s, s_prompt, reward_model.name)
+            added = [pa.array(s), pa.array(s_prompt), pa.array([reward_model.name] * len(table))]
+            pairs = pa.table([*table.columns, *added], schema=PAIRS)
             provenance = {**read_metadata(shard.path, "responses"), "reward_model": reward_model.name}
             _own_pairs(target, reward_model)
             target.commit("pairs", shard.round, shard.unit, pairs, provenance)
@@ -112,12 +113,6 @@ def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel) -> tuple[
         "this unit was not committed; correct the reward model and run the same command again",
     )
     return s, s_prompt
-
-
-def _pairs(table: pa.Table, s: np.ndarray, s_prompt: np.ndarray, name: str) -> pa.Table:
-    added = {"s": pa.array(s), "s_prompt": pa.array(s_prompt), "reward_model": pa.array([name] * len(table))}
-    columns = [table[column] if column in table.column_names else added[column] for column in PAIRS.names]
-    return pa.table(columns, schema=PAIRS)
 
 
 def _refuse_other_model(target: Store, reward_model: RewardModel) -> None:
