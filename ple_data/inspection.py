@@ -28,12 +28,7 @@ _ARM_FLAGS = ["y_finish", "y_prompt_finish", "len_y", "len_y_prompt"]
 
 
 def inspect(
-    data: Path | str,
-    tau0: float = 0.2,
-    alpha: float = 0.9,
-    sort: str | None = None,
-    rows: int = 0,
-    as_json: bool = False,
+    data: Path, tau0: float = 0.2, alpha: float = 0.9, sort: str | None = None, rows: int = 0, as_json: bool = False
 ) -> str:
     """The text (or one JSON object) about a data directory: counts, statistics by round at tau_t, and some pairs.
 
@@ -55,8 +50,8 @@ def inspect(
     pairs = store.scan("pairs")
     statistics = round_statistics(pairs, tau0, alpha)
     rows = rows or (DEFAULT_ROWS if sort else 0)
-    found = {
-        **{"data": str(data), "tau0": tau0, "alpha": alpha, "counts": counts},
+    found = {"data": str(data), "tau0": tau0, "alpha": alpha, "counts": counts}
+    found |= {
         "rounds": statistics.to_dicts(),
         "warnings": warnings(statistics),
         "sources": _sources(pairs),

@@ -102,8 +102,6 @@ def test_long_texts_lose_the_beginning_of_x(add_bos: bool):
 def test_join_that_does_not_fit_the_tokenizer_is_refused():
     with pytest.raises(UsageError, match="no chat template"):
         encode(tiny.tiny_tokenizer(), "a", "b", join="chat")
-    with pytest.raises(UsageError, match="unknown way"):
-        encode(tiny.tiny_tokenizer(), "a", "b", join="glue")
 
 
 # --- classifiers ----------------------------------------------------------------------------------

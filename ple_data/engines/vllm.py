@@ -76,7 +76,7 @@ class VllmEngine:
         self.llm: Any = None
         interrupts: list[int] = []
         try:
-            with _stdout_to_stderr(), _noted_interrupts(interrupts):
+            with _stdout_to_stderr(), _interrupts(deferred=False) as interrupts:
                 from vllm import LLM
                 from vllm.lora.request import LoRARequest
 
@@ -142,7 +142,7 @@ class VllmEngine:
         prompt = {"type": "token", "prompt_token_ids": list(request.prompt_ids)}
         params = self.sampling_params(request.seed, sampling)
         try:
-            with _deferred_interrupts():
+            with _interrupts(deferred=True):
                 self.llm.llm_engine.add_request(name, prompt, params, lora_request=self.lora)
         except ValueError as error:
             raise PleError(f"vLLM refuses the request {request.key}: {error}") from error
@@ -152,7 +152,7 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            with _deferred_interrupts():
+            with _interrupts(deferred=True):
                 return self.llm.llm_engine.step()
         except EngineDeadError as error:
             what = "the vLLM engine died (its own messages are above); what was committed is safe"
@@ -235,41 +235,30 @@ def _set_environment() -> None:
 
 
 @contextmanager
-def _noted_interrupts(noted: list[int]) -> Iterator[None]:
-    """Write down interrupts as they come: inside vLLM a KeyboardInterrupt can turn into another error."""
+def _interrupts(*, deferred: bool) -> Iterator[list[int]]:
+    """Note Ctrl-C and SIGTERM as they come: inside vLLM a KeyboardInterrupt can turn into another error.
+
+    It is raised at once or, `deferred`, at the end of the block. Only the main thread has signals: elsewhere nothing
+    changes.
+    """
+    noted: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         noted.append(number)
-        raise KeyboardInterrupt
-
-    with _handled_by(note):
-        yield
-
-
-@contextmanager
-def _deferred_interrupts() -> Iterator[None]:
-    """Hold an interrupt back until vLLM's code is done with a step, for the same reason."""
-    noted: list[int] = []
-    try:
-        with _handled_by(lambda number, frame: noted.append(number)):
-            yield
-    finally:
-        if noted:
+        if not deferred:
             raise KeyboardInterrupt
 
-
-@contextmanager
-def _handled_by(handler: Any) -> Iterator[None]:
-    """Ctrl-C and SIGTERM go to `handler`; only the main thread has signals, elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield noted
         return
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield noted
     finally:
         for number, earlier in previous.items():
             signal.signal(number, earlier)
+        if deferred and noted:
+            raise KeyboardInterrupt
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from typing import Any, TypeGuard
 
 Message = dict[str, str]
 """A turn: its role (system, user, assistant) and content."""
+X = str | list[Message]
+"""A query x: a text, or chat messages."""
 CHAT_START = '[{"role": '
 """How the text of chat messages begins in an `x` column."""
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -15,7 +17,7 @@ TITLES = {role: title for title, role in HH_ROLES.items()}
 SPEAKERS = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
-def to_text(x: str | list[Message]) -> str:
+def to_text(x: X) -> str:
     """x as the `x` column keeps it: a text as it is, chat messages as a JSON array."""
     return x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.common.digests import text_digest
-from ple_data.inputs.chat import Message
+from ple_data.inputs.chat import Message, X
 from schemas.errors import UsageError
 from schemas.options import PromptFormat
 
@@ -63,7 +63,7 @@ def uses_chat(tokenizer: Any, prompt_format: PromptFormat = "auto") -> bool:
 
 
 def render(
-    tokenizer: Any, x: str | list[Message], principle: Principle | None = None, *, prompt_format: PromptFormat = "auto"
+    tokenizer: Any, x: X, principle: Principle | None = None, *, prompt_format: PromptFormat = "auto"
 ) -> list[int]:
     """Token ids of x, or of [p, x] with a principle, ready for the model to continue.
 
@@ -74,11 +74,7 @@ def render(
 
 
 def render_all(
-    tokenizer: Any,
-    queries: Sequence[str | list[Message]],
-    principle: Principle | None = None,
-    *,
-    prompt_format: PromptFormat = "auto",
+    tokenizer: Any, queries: Sequence[X], principle: Principle | None = None, *, prompt_format: PromptFormat = "auto"
 ) -> list[list[int]]:
     """`render` of many queries, in their order; fast, because the tokenizer gets them together."""
     if not queries:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.common.digests import json_digest, text_digest
-from ple_data.inputs.chat import HH_TURN, Message, hh_messages, is_turns, to_text
+from ple_data.inputs.chat import HH_TURN, X, hh_messages, is_turns, to_text
 from ple_data.inputs.readers import Rows, read_rows
 from schemas.errors import UsageError
 from schemas.options import Reading
@@ -29,7 +29,7 @@ class Query:
     """One query: x as text or as chat messages that end with a user turn; reference: a known good response."""
 
     id: str
-    x: str | list[Message]
+    x: X
     reference: str | None = None
 
 
@@ -100,7 +100,7 @@ class _Source:
         return [value if isinstance(value, str) else None for value in values]
 
 
-_Found = list[tuple[str | list[Message], str | None]]
+_Found = list[tuple[X, str | None]]
 
 
 def _auto(source: _Source) -> _Found:

@@ -42,8 +42,8 @@ def _split_output(spec: str, output_index: int | None) -> tuple[str, int | None]
 class ClassifierReward(RewardModel):
     """AutoModelForSequenceClassification with its own tokenizer, attention mask and padding.
 
-    Rows are batched by length under a token budget, and a row's reward does not depend on its batch beyond
-    rounding (1e-4 in float32).
+    Rows are batched by length under a token budget. A row's reward does not depend on its batch beyond rounding (1e-4
+    in float32).
     """
 
     def __init__(self, spec: str, options: Rewards) -> None:
@@ -59,9 +59,12 @@ class ClassifierReward(RewardModel):
         config = self._model.config
         self._index = choose_output(config, output, model)
         self._join = resolve_join(options.join, self._tokenizer)
-        self._max_length = _max_length(self._tokenizer, config)
         self._batch_tokens = options.batch_tokens or DEFAULT_BATCH_TOKENS
-        self._pad_id = _pad_id(config)
+        text_config = config.get_text_config()
+        limits = self._tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None)
+        self._max_length = min((limit for limit in limits if limit and 0 < limit < _NO_LIMIT), default=None)
+        skipped = text_config.pad_token_id  # by the model itself, when it looks for the last token
+        self._pad_id = skipped if skipped is not None and skipped >= 0 else None
         self._takes = inspect.signature(self._model.forward).parameters.keys()
         self.name = policy_name(model)
         if config.num_labels > 1:
@@ -186,19 +189,6 @@ def choose_output(config: Any, chosen: int | None, model: str) -> int:
     if not 0 <= chosen < config.num_labels:
         raise UsageError(f"reward model {model} has no output {chosen}: --output-index is one of {labels}")
     return chosen
-
-
-def _max_length(tokenizer: Any, config: Any) -> int | None:
-    """The longest input in tokens: the smaller of the tokenizer's and the model's limit; None if neither."""
-    limits = (tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None))
-    known = [limit for limit in limits if limit is not None and 0 < limit < _NO_LIMIT]
-    return min(known, default=None)
-
-
-def _pad_id(config: Any) -> int | None:
-    """The padding id that the model itself skips when it looks for the last token; None if it names none."""
-    pad_id = config.get_text_config().pad_token_id
-    return pad_id if pad_id is not None and pad_id >= 0 else None
 
 
 def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:

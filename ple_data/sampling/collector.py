@@ -37,7 +37,7 @@ class _OpenUnit:
 
     unit: Unit
     claim: ExitStack
-    missing: int
+    missing: int = 0
     reused: dict[int, dict[str, Any]] = field(default_factory=dict)
     sampled: dict[tuple[int, str], Completion] = field(default_factory=dict)
 
@@ -61,14 +61,13 @@ class Collector:
         for unit in pending:
             claim = ExitStack()
             if claim.enter_context(self.store.claim(self.plan.kind, self.plan.round, unit.id)):
-                requests = self._begin(unit, claim)
-                if requests:
+                if requests := self._begin(unit, claim):
                     yield requests
                 continue
             claim.close()
             if self.store.is_committed(self.plan.kind, self.plan.round, unit.id):
-                self.summary.rows_by_others += self.plan.rows_of(unit)
-                self.progress.advance(len(self.plan.arms) * self.plan.rows_of(unit))
+                self.summary.rows_by_others += len(unit.rows)
+                self.progress.advance(len(self.plan.arms) * len(unit.rows))
             else:
                 self.locked.append(unit)
 
@@ -83,19 +82,16 @@ class Collector:
         if not opened.missing:
             self._commit(opened)
 
-    def __enter__(self) -> "Collector":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Give up the claims of units that are not whole."""
         for opened in self._open.values():
             opened.claim.close()
 
     def _begin(self, unit: Unit, claim: ExitStack) -> list[Request]:
-        opened = _OpenUnit(unit, claim, 0)
-        self._open[unit.id] = opened
+        opened = self._open[unit.id] = _OpenUnit(unit, claim)
         requests = []
-        for row in range(self.plan.rows_of(unit)):
-            earlier = self.reuse.row(*self.plan.prompt_of(unit, row)) if self.reuse else None
+        for row, (prompt, sample) in enumerate(unit.rows):
+            earlier = self.reuse.row(prompt, sample) if self.reuse else None
             if earlier is not None:
                 opened.reused[row] = earlier
                 self.progress.advance(len(self.plan.arms))
@@ -108,7 +104,7 @@ class Collector:
 
     def _commit(self, opened: _OpenUnit) -> None:
         plan, unit = self.plan, opened.unit
-        rows = [opened.reused.get(row) or self._row(opened, row) for row in range(plan.rows_of(unit))]
+        rows = [opened.reused.get(row) or self._row(opened, row) for row in range(len(unit.rows))]
         table = pa.Table.from_pylist(rows, schema=SCHEMAS[plan.kind])
         self.store.commit(plan.kind, plan.round, unit.id, table, self.provenance)
         self.summary.rows_reused += len(opened.reused)
@@ -117,7 +113,7 @@ class Collector:
         opened.claim.close()
 
     def _row(self, opened: _OpenUnit, row: int) -> dict[str, Any]:
-        prompt, sample = self.plan.prompt_of(opened.unit, row)
+        prompt, sample = opened.unit.rows[row]
         values: dict[str, Any] = {
             "query_id": prompt.query.id,
             "round": self.plan.round,
@@ -127,9 +123,8 @@ class Collector:
             "policy": self.plan.policy,
             "seed": self.plan.seed,
             "reference": prompt.query.reference,
+            "principle": self.plan.principle and self.plan.principle.text,
         }
-        if self.plan.principle:
-            values["principle"] = self.plan.principle.text
         for arm in self.plan.arms:
             completion = opened.sampled[row, arm]
             values |= {

@@ -94,11 +94,10 @@ def make_plan(options: Gen, tokenizer: Any, store: Store) -> tuple[Plan, str]:
     plan = Plan(
         round=options.round,
         seed=options.seed,
-        samples=options.samples,
         sampling=options.part(Sampling),
         policy=policy,
         principle=principle,
-        units=make_units(prompts, unit_size, identity),
+        units=make_units(prompts, options.samples, unit_size, identity),
         settings=identity | read,
         counts=counts,
     )
@@ -115,7 +114,7 @@ def sample_round(
     """Sample and commit what is left of a plan. The engine is started when there is something to sample, and closed."""
     summary = GenerateSummary(rows=plan.rows, counts=plan.counts)
     pending = [unit for unit in plan.units if not store.is_committed(plan.kind, plan.round, unit.id)]
-    summary.rows_done_before = plan.rows - sum(map(plan.rows_of, pending))
+    summary.rows_done_before = plan.rows - sum(len(unit.rows) for unit in pending)
     arms, engine, began = len(plan.arms), None, time.monotonic()
     with (
         Progress("generate", arms * plan.rows, "responses", done=arms * summary.rows_done_before) as progress,
@@ -123,7 +122,7 @@ def sample_round(
     ):
         waits = Waits(store, plan.kind, progress.note)
         while pending:
-            with Collector(store, plan, provenance, reuse, progress, summary) as collector:
+            with closing(Collector(store, plan, provenance, reuse, progress, summary)) as collector:
                 units = collector.units(pending)
                 for first in units:  # the engine takes those behind it
                     if engine is None:
@@ -178,7 +177,7 @@ def _check_length(plan: Plan, positions: int | None, model: str) -> None:
 
 
 def _show(plan: Plan, tokenizer: Any) -> str:
-    prompt = plan.units[0].prompts[0]
+    prompt, _ = plan.units[0].rows[0]
     lines = [f"query {prompt.query.id}, 1 of {plan.counts['queries_taken']}; policy {plan.policy}"]
     names = {"y": "plain prompt x", "y_prompt": "guided prompt [p, x]"}
     for arm in plan.arms:

@@ -4,6 +4,7 @@ The same arguments give the same plan in every process: that is what lets severa
 """
 
 import hashlib
+import itertools
 import json
 from array import array
 from collections.abc import Sequence
@@ -42,10 +43,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Unit:
-    """A slice of the prompts that is stored as one file: row i is sample i % samples of prompt i // samples."""
+    """A slice of the round that is stored as one file. A row is a prompt and the number of its sample."""
 
     id: str
-    prompts: Sequence[Prompt]
+    rows: Sequence[tuple[Prompt, int]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class Plan:
 
     round: int
     seed: int
-    samples: int
     sampling: Sampling
     policy: str
     principle: Principle | None
@@ -75,26 +75,18 @@ class Plan:
     @property
     def rows(self) -> int:
         """Pairs of responses in the round."""
-        return sum(self.rows_of(unit) for unit in self.units)
+        return sum(len(unit.rows) for unit in self.units)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt and a full response to it."""
-        prompts = (prompt for unit in self.units for prompt in unit.prompts)
+        prompts = (prompt for unit in self.units for prompt, _ in unit.rows)
         longest = max(max(len(prompt.x_ids), len(prompt.guided_ids)) for prompt in prompts)
         return longest + self.sampling.max_new_tokens
 
-    def rows_of(self, unit: Unit) -> int:
-        """Pairs of responses in one unit."""
-        return len(unit.prompts) * self.samples
-
-    def prompt_of(self, unit: Unit, row: int) -> tuple[Prompt, int]:
-        """The prompt and the sample number of a row of a unit."""
-        return unit.prompts[row // self.samples], row % self.samples
-
     def request(self, unit: Unit, row: int, arm: Arm) -> Request:
         """The request for one response; its key is (unit id, row, arm)."""
-        prompt, sample = self.prompt_of(unit, row)
+        prompt, sample = unit.rows[row]
         seed = request_seed(self.seed, self.round, prompt.query.id, arm, sample)
         return Request((unit.id, row, arm), tuple(prompt.ids(arm)), seed)
 
@@ -168,13 +160,14 @@ def default_unit_size(queries: int, begun: RoundManifest | None = None) -> int:
     return stored if isinstance(stored, int) and stored > 0 else min(max(64, -(-queries // 64)), 2048)
 
 
-def make_units(prompts: Sequence[Prompt], unit_size: int, identity: dict[str, Any]) -> list[Unit]:
+def make_units(prompts: Sequence[Prompt], samples: int, unit_size: int, identity: dict[str, Any]) -> list[Unit]:
     """Slices of `unit_size` prompts, each with an id from its place, its queries and the `identity` of the round."""
     units = []
     for index, start in enumerate(range(0, len(prompts), unit_size)):
         part = prompts[start : start + unit_size]
         queries = [[prompt.query.id, to_text(prompt.query.x)] for prompt in part]
-        units.append(Unit(f"{index:05d}-{json_digest([identity, queries])}", part))
+        rows = list(itertools.product(part, range(samples)))
+        units.append(Unit(f"{index:05d}-{json_digest([identity, queries])}", rows))
     return units
 
 

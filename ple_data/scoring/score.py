@@ -1,7 +1,7 @@
 """The scoring stage: responses of a store become pairs, unit by unit, in the same store or in another.
 
-A unit that is committed is never scored again; several processes share the units. Nothing is sampled here,
-and the reward model is the only model in memory.
+A unit that is committed is never scored again; several processes share the units. The reward model is the only model in
+memory.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,9 @@ from ple_data.storage.store import Shard, Store, Waits
 from schemas.errors import UsageError
 from schemas.files import write_new
 from schemas.tables import PAIRS, read_metadata
+
+OWNER = Path(".ple") / "reward_model"
+"""Where a store holds the name of the model that its pairs are scored by."""
 
 
 @dataclass
@@ -35,9 +38,9 @@ def score(
 ) -> ScoreCounts:
     """Score every committed unit of responses (of one round, or of all) and commit it as pairs to `output`.
 
-    `output` is `store` itself by default. Units that another process is scoring are waited for, and taken
-    over if it dies. Raises UsageError where there are no responses or where the pairs there belong to another
-    reward model, and PleError where a reward is NaN or infinite; the units before it stay committed.
+    `output` is `store` itself by default. Units that another process is scoring are waited for, and taken over if it
+    dies. Raises UsageError where there are no responses or where the pairs there belong to another reward model, and
+    PleError where a reward is NaN or infinite; the units before it stay committed.
     """
     target = output or store
     shards = store.shards("responses", round=round)
@@ -127,7 +130,7 @@ def _refuse_other_model(target: Store, reward_model: RewardModel) -> None:
 
 def _owner(target: Store) -> str | None:
     """The reward model that the pairs of `target` belong to; None where there are none yet."""
-    record = _owner_record(target)
+    record = target.root / OWNER
     if record.exists():
         return record.read_text(encoding="utf-8").strip()
     first = next(iter(target.shards("pairs")), None)
@@ -136,11 +139,7 @@ def _owner(target: Store) -> str | None:
 
 def _own_pairs(target: Store, reward_model: RewardModel) -> None:
     """Make `target` this model's before the first commit: of two that start at once, one is refused."""
-    record = _owner_record(target)
+    record = target.root / OWNER
     if not record.exists():
         write_new(record, reward_model.name + "\n", target.root / ".ple" / "tmp")
     _refuse_other_model(target, reward_model)
-
-
-def _owner_record(target: Store) -> Path:
-    return target.root / ".ple" / "reward_model"

@@ -7,10 +7,6 @@
 A unit of work is claimed (an flock, dropped by the kernel when its holder dies), written to a temporary file, linked to
 its final name and then recorded. After a kill between any two of these steps, the next claim finds out how far it got.
 Nothing here is ever overwritten, and nothing is unpickled.
-
-Other programs read the tables unaided. `round` is a column and also part of the path: a reader that takes it from the
-path gives '000' (DuckDB, unless told `hive_partitioning=false`) or refuses a whole directory (pandas and
-`pyarrow.parquet.read_table`, unless told `partitioning=None`).
 """
 
 import fcntl
