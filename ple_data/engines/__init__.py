@@ -65,11 +65,9 @@ class Engine(Protocol):
 
     def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
         """Yield every request of every unit with its completion, in any order."""
-        ...
 
     def close(self) -> None:
         """Free what the engine holds."""
-        ...
 
 
 def choose_engine(name: str | None) -> str:

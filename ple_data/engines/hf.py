@@ -44,7 +44,7 @@ class HfEngine:
         self._batch_size = int(engine_args.get("batch_size", DEFAULT_BATCH))
         if self._batch_size < 1:
             raise UsageError(f"--engine-arg batch_size must be at least 1, not {self._batch_size}")
-        self._device = _device(engine_args)
+        self._device = chosen_device(engine_args.get("device"), "--engine-arg device")
         self._end_ids = spec.end_ids
         disable_progress_bar()
         options = {name: value for name, value in engine_args.items() if name == "attn_implementation"}
@@ -175,12 +175,8 @@ def _top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
 def resolve_machine(dtype: str, engine_args: Mapping[str, Any]) -> tuple[str, str]:
     """Number type and device, in words, that the engine will sample with."""
-    device = _device(engine_args)
+    device = chosen_device(engine_args.get("device"), "--engine-arg device")
     return str(_dtype(dtype, device)).removeprefix("torch."), describe(device)
-
-
-def _device(engine_args: Mapping[str, Any]) -> torch.device:
-    return chosen_device(engine_args.get("device"), "--engine-arg device")
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

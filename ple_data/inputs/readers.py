@@ -47,7 +47,7 @@ def read_rows(source: str | Path, split: str | None = None) -> Rows:
     if not path.exists():
         if path.suffix in FORMATS or not _HUB_ID.match(str(source)) or str(source).startswith("."):
             raise UsageError(f"{source} does not exist; give a file ({', '.join(FORMATS)}) or a hub dataset id")
-        return _read_hub(str(source), split or "train")
+        return _hub(str(source), split or "train")
     if split is not None:
         raise UsageError(f"--split is for a hub dataset; {source} is a file")
     if path.suffix not in FORMATS:
@@ -61,7 +61,7 @@ def read_rows(source: str | Path, split: str | None = None) -> Rows:
     return Rows(str(source), sha256_file(path), columns, rows, places)
 
 
-def _read_parquet(path: Path) -> _Found:
+def _parquet(path: Path) -> _Found:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -72,7 +72,7 @@ def _read_parquet(path: Path) -> _Found:
     return rows, _numbered(rows)
 
 
-def _read_jsonl(path: Path) -> _Found:
+def _jsonl(path: Path) -> _Found:
     rows, places = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -86,11 +86,11 @@ def _read_jsonl(path: Path) -> _Found:
     return rows, places
 
 
-def _read_json(path: Path) -> _Found:
+def _json(path: Path) -> _Found:
     """A JSON array of objects; a file of one object a line is read as JSONL."""
     content = path.read_bytes()
     if not content.lstrip().startswith(b"["):
-        return _read_jsonl(path)
+        return _jsonl(path)
     try:
         rows = json.loads(content)
     except ValueError as error:
@@ -113,7 +113,7 @@ def _checked(row: Any, place: str) -> dict[str, Any]:
     return row
 
 
-def _read_csv(path: Path) -> _Found:
+def _csv(path: Path) -> _Found:
     csv.field_size_limit(sys.maxsize)
     rows, places = [], []
     try:
@@ -130,7 +130,7 @@ def _read_csv(path: Path) -> _Found:
     return rows, places
 
 
-def _read_hub(source: str, split: str) -> Rows:
+def _hub(source: str, split: str) -> Rows:
     need("datasets", f"{source} is no file here, and a hub dataset is loaded with")
     from datasets import load_dataset
 
@@ -151,11 +151,5 @@ def _numbered(rows: Sequence[Any]) -> list[str]:
     return [f"row {number}" for number in range(1, len(rows) + 1)]
 
 
-FORMATS = {
-    ".parquet": _read_parquet,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-}
+FORMATS = {".parquet": _parquet, ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv}
 """By suffix, what reads such a file."""

@@ -25,7 +25,6 @@ class RewardModel(Protocol):
 
         Rewards are in the model's own units (not checked for NaN or infinity). Raises PleError.
         """
-        ...
 
     def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
         """The same rewards, all of them, in order."""

@@ -3,11 +3,11 @@
 One chosen output of the classification head, raw (no sigmoid or softmax), is the reward.
 """
 
-import contextlib
 import inspect
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -137,17 +137,20 @@ def _load(model: str, *, dtype: Any, device: Any) -> tuple[Any, Any]:
     """Tokenizer and model, in evaluation mode, on the device."""
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
 
     from ple_data.common.device import load_weights
 
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UsageError(f"reward model {model}: the directory has no config.json, so it is no model")
+    options = {"dtype": dtype, "output_loading_info": True}
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        with _quiet():
-            loaded, info = load_weights(
-                AutoModelForSequenceClassification, model, device, dtype=dtype, output_loading_info=True
-            )
+        with ExitStack() as stack:  # transformers' own report on missing weights is not shown: ours is an error
+            stack.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity_error()
+            loaded, info = load_weights(AutoModelForSequenceClassification, model, device, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(
             f"reward model {model}: neither a URL, nor file.py:function, nor a model that transformers "
@@ -160,20 +163,6 @@ def _load(model: str, *, dtype: Any, device: Any) -> tuple[Any, Any]:
             "name a reward model, such as one that `ple reward` trained"
         )
     return tokenizer, loaded.to(device).eval()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' loading bar, and its own report on missing weights: ours is an error."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def choose_output(config: Any, chosen: int | None, model: str) -> int:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from ple_data.common.progress import Progress
 from ple_data.engines import Completion, Request
 from ple_data.inputs.chat import to_text
-from ple_data.sampling.plan import Plan, Unit
+from ple_data.sampling.plan import Plan, Prompt, Unit
 from ple_data.sampling.reuse import Reuse
 from ple_data.storage.store import Store
 from schemas.tables import SCHEMAS
@@ -33,13 +33,13 @@ class GenerateSummary:
 
 @dataclass
 class _OpenUnit:
-    """A claimed unit whose responses are coming in: rows by number, each row's completions by arm."""
+    """A claimed unit: its rows, complete but for the responses that are still to come, and how many those are."""
 
     unit: Unit
     claim: ExitStack
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    reused: int = 0
     missing: int = 0
-    reused: dict[int, dict[str, Any]] = field(default_factory=dict)
-    sampled: dict[tuple[int, str], Completion] = field(default_factory=dict)
 
 
 @dataclass
@@ -75,7 +75,13 @@ class Collector:
         """Take in one response; the last one of a unit commits it."""
         unit_id, row, arm = request.key
         opened = self._open[unit_id]
-        opened.sampled[row, arm] = completion
+        opened.rows[row] |= {
+            arm: completion.text,
+            f"{arm}_ids": completion.ids,
+            f"{arm}_finish": completion.finish,
+            f"{arm}_empty": not completion.text.strip(),
+            f"{arm}_logps": completion.logps,
+        }
         opened.missing -= 1
         self.summary.tokens += len(completion.ids)
         self.progress.advance(1)
@@ -92,8 +98,9 @@ class Collector:
         requests = []
         for row, (prompt, sample) in enumerate(unit.rows):
             earlier = self.reuse.row(prompt, sample) if self.reuse else None
-            if earlier is not None:
-                opened.reused[row] = earlier
+            opened.rows.append(earlier or self._row(prompt, sample))
+            if earlier:
+                opened.reused += 1
                 self.progress.advance(len(self.plan.arms))
             else:
                 requests += [self.plan.request(unit, row, arm) for arm in self.plan.arms]
@@ -104,17 +111,15 @@ class Collector:
 
     def _commit(self, opened: _OpenUnit) -> None:
         plan, unit = self.plan, opened.unit
-        rows = [opened.reused.get(row) or self._row(opened, row) for row in range(len(unit.rows))]
-        table = pa.Table.from_pylist(rows, schema=SCHEMAS[plan.kind])
+        table = pa.Table.from_pylist(opened.rows, schema=SCHEMAS[plan.kind])
         self.store.commit(plan.kind, plan.round, unit.id, table, self.provenance)
-        self.summary.rows_reused += len(opened.reused)
-        self.summary.rows_sampled += len(rows) - len(opened.reused)
+        self.summary.rows_reused += opened.reused
+        self.summary.rows_sampled += len(unit.rows) - opened.reused
         del self._open[unit.id]
         opened.claim.close()
 
-    def _row(self, opened: _OpenUnit, row: int) -> dict[str, Any]:
-        prompt, sample = opened.unit.rows[row]
-        values: dict[str, Any] = {
+    def _row(self, prompt: Prompt, sample: int) -> dict[str, Any]:
+        return {
             "query_id": prompt.query.id,
             "round": self.plan.round,
             "sample": sample,
@@ -125,13 +130,3 @@ class Collector:
             "reference": prompt.query.reference,
             "principle": self.plan.principle and self.plan.principle.text,
         }
-        for arm in self.plan.arms:
-            completion = opened.sampled[row, arm]
-            values |= {
-                arm: completion.text,
-                f"{arm}_ids": completion.ids,
-                f"{arm}_finish": completion.finish,
-                f"{arm}_empty": not completion.text.strip(),
-                f"{arm}_logps": completion.logps,
-            }
-        return values

@@ -120,21 +120,16 @@ def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel) -> tuple[
 
 def _refuse_other_model(target: Store, reward_model: RewardModel) -> None:
     """Raise UsageError where the pairs of `target` were scored by another reward model."""
-    owner = _owner(target)
+    owner: str | None = None
+    if (record := target.root / OWNER).exists():
+        owner = record.read_text(encoding="utf-8").strip()
+    elif shards := target.shards("pairs"):
+        owner = read_metadata(shards[0].path, "pairs").get("reward_model")
     if owner not in (None, reward_model.name):
         raise UsageError(
             f"the pairs in {target.root} were scored by {owner}, not by {reward_model.name}: two reward "
             "models are never mixed in one store; give another store with --output"
         )
-
-
-def _owner(target: Store) -> str | None:
-    """The reward model that the pairs of `target` belong to; None where there are none yet."""
-    record = target.root / OWNER
-    if record.exists():
-        return record.read_text(encoding="utf-8").strip()
-    first = next(iter(target.shards("pairs")), None)
-    return read_metadata(first.path, "pairs").get("reward_model") if first else None
 
 
 def _own_pairs(target: Store, reward_model: RewardModel) -> None:
