@@ -17,8 +17,6 @@ from ple_data.common.models import AdapterInfo
 from schemas.errors import UsageError
 from schemas.options import ENGINES, Sampling
 
-Finish = Literal["stop", "length"]
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -40,7 +38,7 @@ class Completion:
 
     ids: list[int]
     text: str
-    finish: Finish
+    finish: Literal["stop", "length"]
     logps: list[float] | None
 
 

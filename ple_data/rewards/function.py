@@ -1,7 +1,7 @@
 """A Python function as reward model: `file.py:function` or `module:function`.
 
-The function is called with a list of x and a list of y and gives back one number for each. It runs in this
-process, with its rights: point it only at code you trust.
+The function is called with a list of x and a list of y and gives back one number for each. It runs in this process,
+with its rights: name only code that you trust.
 """
 
 import importlib
@@ -63,15 +63,11 @@ class FunctionReward(RewardModel):
         with self._blame():
             result = self._function([x for x, _ in rows], [y for _, y in rows])
             values = list(result) if hasattr(result, "__iter__") and not isinstance(result, str | dict) else None
-        if values is None:
+        if values is None or len(values) != len(rows):
+            got = type(result).__name__ if values is None else f"{len(values)} rewards for {len(rows)} responses"
             raise PleError(
-                f"reward function {self._spec} gave back {type(result).__name__}: expected a list of "
-                f"{len(rows)} numbers, one for each response"
-            )
-        if len(values) != len(rows):
-            raise PleError(
-                f"reward function {self._spec} gave back {len(values)} rewards for {len(rows)} responses: "
-                "expected one for each, in order"
+                f"reward function {self._spec} gave back {got}: expected a list of {len(rows)} numbers, one for each "
+                "response, in order"
             )
         return [self._number(value, row) for row, value in enumerate(values)]
 

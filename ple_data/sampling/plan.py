@@ -91,10 +91,7 @@ class Plan:
         return Request((unit.id, row, arm), tuple(prompt.ids(arm)), seed)
 
     def provenance(self, engine: str, dtype: str, device: str) -> dict[str, Any]:
-        """What the metadata of each of the round's files says about where its rows come from.
-
-        dtype, device: what the engine samples with, in words.
-        """
+        """What the metadata of each of the round's files says about where its rows come from."""
         return {
             "policy": self.policy,
             **({"principle": {"name": self.principle.name, "digest": self.principle.digest}} if self.principle else {}),
