@@ -2,8 +2,7 @@
 
 PLE weighs every pair (`ple_data.partition`). Its baselines, and exports for other tools, choose instead: y_prompt given
 x, the best of N responses, or the better of a pair. Each function takes pairs with their texts, their token ids or
-both, and carries what there is. A query is known by its id and x: files without ids number their rows, so that ids of
-two stores may be the same.
+both, and carries what there is. A query is known by its id and x: two stores may have the same ids.
 """
 
 from __future__ import annotations

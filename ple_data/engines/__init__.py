@@ -92,8 +92,7 @@ def engine_module(name: str) -> Any:
 
 def make_engine(name: str, spec: EngineSpec, engine_args: Mapping[str, Any]) -> Engine:
     """Start an engine. Raises PleError where it does not start."""
-    engine: Engine = engine_module(name).start(spec, engine_args)
-    return engine
+    return engine_module(name).start(spec, engine_args)
 
 
 def parse_engine_args(texts: Iterable[str]) -> dict[str, Any]:

@@ -238,8 +238,7 @@ def _set_environment() -> None:
 def _interrupts(*, deferred: bool) -> Iterator[list[int]]:
     """Note Ctrl-C and SIGTERM as they come: inside vLLM a KeyboardInterrupt can turn into another error.
 
-    It is raised at once or, `deferred`, at the end of the block. Only the main thread has signals: elsewhere nothing
-    changes.
+    It is raised at once or, `deferred`, at the end of the block. Only the main thread has signals.
     """
     noted: list[int] = []
 

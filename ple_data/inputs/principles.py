@@ -31,10 +31,7 @@ class Principle:
 
 
 def load_principle(name_or_path: str) -> Principle:
-    """A built-in principle (`hh`, `imdb`, `tldr`), the empty one (`none`) or the text of a UTF-8 file.
-
-    Raises UsageError.
-    """
+    """A built-in principle (`hh`, `imdb`, `tldr`), the empty one (`none`) or a UTF-8 file's text. Raises UsageError."""
     if name_or_path == NO_PRINCIPLE:
         return Principle(NO_PRINCIPLE, "", text_digest(""))
     path = Path(name_or_path)

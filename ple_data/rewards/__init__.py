@@ -44,10 +44,7 @@ def kind_of(spec: str) -> str:
 
 
 def check_reward_model(spec: str, output_index: int | None = None) -> None:
-    """Refuse, without loading a model or running a function, a spec that `load_reward_model` would refuse.
-
-    Raises UsageError. An endpoint is not asked.
-    """
+    """Raise UsageError for a spec that cannot be used. Loads no model, runs no function and asks no endpoint."""
     _module(spec).check(spec, output_index)
 
 

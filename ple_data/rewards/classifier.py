@@ -42,8 +42,7 @@ def _split_output(spec: str, output_index: int | None) -> tuple[str, int | None]
 class ClassifierReward(RewardModel):
     """AutoModelForSequenceClassification with its own tokenizer, attention mask and padding.
 
-    Rows are batched by length under a token budget. A row's reward does not depend on its batch beyond rounding (1e-4
-    in float32).
+    Rows are batched by length under a token budget. The batch changes a reward by rounding alone (1e-4 in float32).
     """
 
     def __init__(self, spec: str, options: Rewards) -> None:

@@ -149,10 +149,7 @@ def make_prompts(
 
 
 def default_unit_size(queries: int, begun: RoundManifest | None = None) -> int:
-    """A 64th of the round's queries, but 64 to 2,048: a kill costs little, and training opens few files.
-
-    A round that was begun goes on as it was.
-    """
+    """A 64th of the queries, but 64 to 2,048 (a kill costs little, training opens few files); a begun round's own."""
     stored = begun.settings.get("unit_size") if begun else None
     return stored if isinstance(stored, int) and stored > 0 else min(max(64, -(-queries // 64)), 2048)
 

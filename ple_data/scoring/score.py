@@ -1,7 +1,6 @@
 """The scoring stage: responses of a store become pairs, unit by unit, in the same store or in another.
 
-A unit that is committed is never scored again; several processes share the units. The reward model is the only model in
-memory.
+A unit that is committed is never scored again; several processes share the units. No other model is in memory.
 """
 
 from dataclasses import dataclass
@@ -90,10 +89,9 @@ def _score_unit(store: Store, shard: Shard, reward_model: RewardModel, target: S
             counts.units += 1
             counts.rows += shard.rows
             return True
-    if target.is_committed("pairs", shard.round, shard.unit):
-        counts.rows_by_others += shard.rows
-        return True
-    return False
+    by_others = target.is_committed("pairs", shard.round, shard.unit)
+    counts.rows_by_others += shard.rows if by_others else 0
+    return by_others
 
 
 def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel) -> tuple[np.ndarray, np.ndarray]:

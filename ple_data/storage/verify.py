@@ -48,10 +48,7 @@ def check(directory: Path) -> Iterator[Problem]:
 
 
 def verify(store: Store) -> list[Problem]:
-    """All problems of the directory, in the order of its files; the "info" ones come last.
-
-    Raises UsageError where there is no data directory.
-    """
+    """All problems of a data directory in the order of its files, "info" last. Raises UsageError where it is none."""
     tables_there = (path for kind in tables.STORED for path in (store.root / kind).rglob("*.parquet"))
     if not (store.root / ".ple").is_dir() and not any(tables_there):
         raise UsageError(f"{store.root}: not a data directory: it has neither .ple nor responses nor pairs")
@@ -59,7 +56,7 @@ def verify(store: Store) -> list[Problem]:
     for kind in tables.STORED:
         shards: list[Shard] = []
         problems += _records(store, kind, shards)
-        problems += _orphans(store, kind, shards)
+        problems += _orphans(store, kind)
         whole = []
         for shard in shards:
             if faults := list(_faults(shard)):
@@ -93,15 +90,13 @@ def _records(store: Store, kind: str, shards: list[Shard]) -> Iterator[Problem]:
             shards.append(shard)
 
 
-def _orphans(store: Store, kind: str, shards: list[Shard]) -> Iterator[Problem]:
+def _orphans(store: Store, kind: str) -> Iterator[Problem]:
     """Parquet files beside the shards that no commit record names; those just being committed do not count."""
-    known = {shard.path for shard in shards}
-    reported = {store.path(kind, *unit) for unit in _recorded(store, kind)}
+    recorded = {store.path(kind, *unit) for unit in _recorded(store, kind)}
+    todo = f"if a command was killed, {_REMAKE[kind]}; otherwise move the file out of the data directory"
     for path in sorted((store.root / kind).rglob("*.parquet")):
-        if path in known | reported or _in_work(store, kind, path):
-            continue
-        todo = f"if a command was killed, {_REMAKE[kind]}; otherwise move the file out of the data directory"
-        yield Problem(path, "no commit record names this file, yet other programs read it with the rest", todo)
+        if path not in recorded and not _in_work(store, kind, path):
+            yield Problem(path, "no commit record names this file, yet other programs read it with the rest", todo)
 
 
 def _in_work(store: Store, kind: str, path: Path) -> bool:
