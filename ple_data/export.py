@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, nullcontext
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ple_data import selection
-from ple_data.inputs.chat import Message, as_chat, as_text, to_messages
+from ple_data.inputs.chat import Message, as_chat, as_text, stored_chat, to_messages
 from ple_data.storage.store import Shard, Store
 from schemas.errors import UsageError
 from schemas.files import writing_atomic
@@ -43,39 +43,55 @@ def export(data: Path, *, format: str, output: str, round: int | None = None) ->
 
     A chat that is stored in x becomes messages. Raises UsageError: no rows, an unknown suffix; DamagedError: a shard.
     """
-    kind = _output_kind(format, output)
+    write = _writer(format, output)
     store = Store(data)
     shards = _shards(store, format, round)
-    converted = (FORMATS[format](_read(store, shard, format)) for shard in shards)
-    read = sum(shard.rows for shard in shards)
-    count = 0
-    with _writer(kind, output) as writer:
-        for rows in converted:
-            writer.write(rows)
+    preferences = format == "trl-preference"
+    columns = ANSWER_COLUMNS if format == "alpacaeval" else EXPORTED
+    read, count = sum(shard.rows for shard in shards), 0
+
+    def converted() -> Iterator[Rows]:
+        nonlocal count
+        for shard in shards:
+            rows = FORMATS[format](pl.DataFrame(pl.from_arrow(store.read(shard, columns))))
             count += len(rows)
+            yield rows
         if not count:
-            raise UsageError(f"{data}: no row to write, as {_why_nothing(format, read)}")
-    _say(_summary(format, output, count, read, shards))
+            left_out = "all pairs have equal rewards" if preferences else "there is no first sample of a query"
+            raise UsageError(f"{data}: no row to write, as {left_out if read else 'its shards hold none'}")
+
+    try:
+        with nullcontext(sys.stdout.buffer) if output == STDOUT else writing_atomic(output) as file:
+            write(file, converted())
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UsageError(
+            f"--output {output}: some queries are text and some are chats, which one Parquet column cannot hold; "
+            "write to a .jsonl file"
+        ) from error
+    ties = f"; {read - count} pairs with equal rewards left out" if preferences else ""
+    where, rounds = "stdout" if output == STDOUT else output, len({shard.round for shard in shards})
+    print(f"export: {count} rows to {where}, from {read} of {rounds} rounds{ties}", file=sys.stderr, flush=True)
 
 
-def _output_kind(format: str, output: str) -> str:
-    """How the file is written: jsonl, json or parquet. Raises UsageError for a suffix that the format lacks."""
-    known = {"alpacaeval": {".json": "json"}}.get(format, {".jsonl": "jsonl", ".parquet": "parquet"})
-    if output == STDOUT:
-        return next(iter(known.values()))
-    if Path(output).suffix not in known:
+def _writer(format: str, output: str) -> Callable[[BinaryIO, Iterable[Rows]], None]:
+    """What writes such a file. Raises UsageError for a suffix that the format lacks."""
+    known = {".json": _write_json} if format == "alpacaeval" else {".jsonl": _write_jsonl, ".parquet": _write_parquet}
+    suffix = next(iter(known)) if output == STDOUT else Path(output).suffix
+    if suffix not in known:
         raise UsageError(f"--output {output}: {format} goes to a file that ends with {' or '.join(known)}, or to -")
-    return known[Path(output).suffix]
+    return known[suffix]
 
 
 def _shards(store: Store, format: str, round: int | None) -> list[Shard]:
-    shards = _newest_plain(store, round) if format == "alpacaeval" else store.shards("pairs", round=round)
-    if shards:
-        return shards
     of_round = "" if round is None else f" of round {round}"
-    if format == "alpacaeval":
-        raise UsageError(f"{store.root} has no answers or pairs or responses{of_round}: sample some with ple-gen")
-    raise UsageError(f"{store.root} has no pairs{of_round}: score its responses with ple-score")
+    if format != "alpacaeval":
+        shards, missing = store.shards("pairs", round=round), f"pairs{of_round}: score its responses with ple-score"
+    else:
+        shards = _newest_plain(store, round)
+        missing = f"answers or pairs or responses{of_round}: sample some with ple-gen"
+    if not shards:
+        raise UsageError(f"{store.root} has no {missing}")
+    return shards
 
 
 def _newest_plain(store: Store, round: int | None) -> list[Shard]:
@@ -86,25 +102,6 @@ def _newest_plain(store: Store, round: int | None) -> list[Shard]:
         shards = list({(shard.round, shard.unit): shard for table in tables for shard in table}.values())
     newest = max((shard.round for shard in shards), default=None)
     return sorted((shard for shard in shards if shard.round == newest), key=lambda shard: shard.unit)
-
-
-def _why_nothing(format: str, read: int) -> str:
-    if not read:
-        return "its shards hold none"
-    return "all pairs have equal rewards" if format == "trl-preference" else "there is no first sample of a query"
-
-
-def _read(store: Store, shard: Shard, format: str) -> pl.DataFrame:
-    columns = ANSWER_COLUMNS if format == "alpacaeval" else EXPORTED
-    return pl.DataFrame(pl.from_arrow(store.read(shard, columns=columns)))
-
-
-def _summary(format: str, output: str, count: int, read: int, shards: list[Shard]) -> str:
-    rounds = len({shard.round for shard in shards})
-    message = f"export: {count} rows to {'stdout' if output == STDOUT else output}, from {read} of {rounds} rounds"
-    if format == "trl-preference":
-        message += f"; {read - count} pairs with equal rewards left out"
-    return message
 
 
 # One shard → rows
@@ -147,12 +144,11 @@ FORMATS: dict[str, Callable[[pl.DataFrame], Rows]] = {
 
 
 def _prompt(x: str) -> str | list[Message]:
-    messages = to_messages(x)
-    return messages if _is_chat(x, messages) else x
+    return stored_chat(x) or x
 
 
 def _answer(x: str, y: str) -> str | list[Message]:
-    return [_assistant(y)] if _is_chat(x, to_messages(x)) else y
+    return [_assistant(y)] if stored_chat(x) else y
 
 
 def _instruction(x: str) -> str:
@@ -161,88 +157,35 @@ def _instruction(x: str) -> str:
     return messages[0]["content"] if len(messages) == 1 else as_text(x)
 
 
-def _is_chat(x: str, messages: list[Message]) -> bool:
-    return messages != [{"role": "user", "content": x}]
-
-
 def _assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-# Rows → a file
+# Rows of each shard → a file
 
 
-class _Writer(Protocol):
-    def write(self, rows: Rows) -> None: ...
-
-    def close(self) -> None: ...
+def _write_jsonl(file: BinaryIO, parts: Iterable[Rows]) -> None:
+    file.writelines(_json(row) + b"\n" for row in chain.from_iterable(parts))
 
 
-class _JsonLines:
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-
-    def write(self, rows: Rows) -> None:
-        self.file.writelines(_json(row) + b"\n" for row in rows)
-
-    def close(self) -> None:
-        """Nothing follows the last line."""
+def _write_json(file: BinaryIO, parts: Iterable[Rows]) -> None:
+    before = b"[\n"
+    for row in chain.from_iterable(parts):
+        file.write(before + _json(row))
+        before = b",\n"
+    file.write(b"\n]\n")
 
 
-class _JsonArray:
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.before = file, b"[\n"
-
-    def write(self, rows: Rows) -> None:
-        for row in rows:
-            self.file.write(self.before + _json(row))
-            self.before = b",\n"
-
-    def close(self) -> None:
-        self.file.write(b"\n]\n")
-
-
-class _Parquet:
+def _write_parquet(file: BinaryIO, parts: Iterable[Rows]) -> None:
     """Row groups of one shard each; the first one says what the columns hold."""
-
-    def __init__(self, file: BinaryIO, output: str) -> None:
-        self.file, self.output = file, output
-        self.writer: pq.ParquetWriter | None = None
-
-    def write(self, rows: Rows) -> None:
-        if not rows:
-            return
-        try:
-            table = pa.Table.from_pylist(rows, schema=self.writer.schema if self.writer else None)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise UsageError(
-                f"--output {self.output}: some queries are text and some are chats, which one Parquet column cannot "
-                "hold; write to a .jsonl file"
-            ) from error
-        if self.writer is None:
-            self.writer = pq.ParquetWriter(self.file, table.schema, compression="zstd")
-        self.writer.write_table(table)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+    with ExitStack() as stack:
+        writer = None
+        for rows in filter(None, parts):
+            table = pa.Table.from_pylist(rows, schema=writer.schema if writer else None)
+            if writer is None:
+                writer = stack.enter_context(pq.ParquetWriter(file, table.schema, compression="zstd"))
+            writer.write_table(table)
 
 
 def _json(row: dict[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode()
-
-
-@contextmanager
-def _writer(kind: str, output: str) -> Iterator[_Writer]:
-    with nullcontext(sys.stdout.buffer) if output == STDOUT else writing_atomic(output) as file:
-        writers: dict[str, Callable[[BinaryIO], _Writer]] = {
-            "jsonl": _JsonLines,
-            "json": _JsonArray,
-            "parquet": partial(_Parquet, output=output),
-        }
-        with closing(writers[kind](file)) as writer:
-            yield writer
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
 """What `ple inspect` and the trainer's dry run print: statistics by round, margins, pairs side by side.
 
-Returns text and plain dicts and prints nothing. Model text is data: whatever is not printable is escaped,
-so that no text can steer a terminal.
+Gives text and prints nothing. Model text is data: what is not printable is escaped, so that it cannot steer a terminal.
 """
 
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import polars as pl
 
 from ple_data.common.terminal import WIDTH, clipped, printable, shorten, shown, side_by_side, text_table
 from ple_data.partition import QUANTILES, own_tau, partition, round_statistics, warnings
+from ple_data.selection import ARMS
 from ple_data.storage.store import Store, collect
 from schemas import tables
 from schemas.errors import UsageError
@@ -27,27 +28,13 @@ _ARM_FLAGS = ["y_finish", "y_prompt_finish", "len_y", "len_y_prompt"]
 
 
 def inspect(
-    data: Path | str,
-    tau0: float = 0.2,
-    alpha: float = 0.9,
-    sort: str | None = None,
-    rows: int = 0,
-    as_json: bool = False,
+    data: Path, tau0: float = 0.2, alpha: float = 0.9, sort: str | None = None, rows: int = 0, as_json: bool = False
 ) -> str:
-    """The text (or one JSON object) about a data directory: counts, statistics by round at tau_t, and some
-    pairs.
+    """The text (or one JSON object) about a data directory: counts, statistics by round at tau_t, and some pairs.
 
     With `rows` that many pairs follow, with `sort` = "margin" those of the largest margin first.
     Raises UsageError where nothing is committed, DamagedError on a shard that cannot be read.
     """
-    found = summary(data, tau0, alpha, sort, rows or (DEFAULT_ROWS if sort else 0))
-    return json.dumps(found, indent=1, allow_nan=False) if as_json else _format(found)
-
-
-def summary(
-    data: Path | str, tau0: float = 0.2, alpha: float = 0.9, sort: str | None = None, rows: int = 0
-) -> dict[str, Any]:
-    """What `inspect` shows, as JSON values."""
     store = Store(data)
     shards = {kind: store.shards(kind) for kind in tables.STORED}
     if not any(shards.values()):
@@ -56,19 +43,22 @@ def summary(
         raise UsageError(f"{data}: no committed rows: run ple-gen first, or check the path")
     counts = [
         {"round": round, "kind": kind, "shards": len(sizes), "rows": sum(sizes)}
-        for kind, found in shards.items()
-        for round in sorted({shard.round for shard in found})
-        for sizes in [[shard.rows for shard in found if shard.round == round]]
+        for kind, committed in shards.items()
+        for round, of_round in groupby(committed, key=lambda shard: shard.round)
+        for sizes in [[shard.rows for shard in of_round]]
     ]
-    result: dict[str, Any] = {"data": str(data), "tau0": tau0, "alpha": alpha, "counts": counts}
     pairs = store.scan("pairs")
     statistics = round_statistics(pairs, tau0, alpha)
-    result["rounds"] = statistics.to_dicts()
-    result["warnings"] = warnings(statistics)
-    result["sources"] = _sources(pairs)
-    result["histogram"] = histogram(pairs)
-    result["rows"] = _rows(pairs, tau0, alpha, sort, rows) if rows else []
-    return result
+    rows = rows or (DEFAULT_ROWS if sort else 0)
+    found = {"data": str(data), "tau0": tau0, "alpha": alpha, "counts": counts}
+    found |= {
+        "rounds": statistics.to_dicts(),
+        "warnings": warnings(statistics),
+        "sources": _sources(pairs),
+        "histogram": _histogram(pairs),
+        "rows": _rows(pairs, tau0, alpha, sort, rows) if rows else [],
+    }
+    return json.dumps(found, indent=1, allow_nan=False) if as_json else _format(found)
 
 
 def _sources(pairs: pl.LazyFrame) -> list[dict[str, Any]]:
@@ -77,7 +67,7 @@ def _sources(pairs: pl.LazyFrame) -> list[dict[str, Any]]:
     return collect(by_round.with_columns(pl.col(_SOURCES).list.sort())).to_dicts()
 
 
-def histogram(pairs: pl.LazyFrame) -> dict[str, Any]:
+def _histogram(pairs: pl.LazyFrame) -> dict[str, Any]:
     """Margins counted in equal bins from the smallest to the largest: {low, high, counts: {round: [rows]}}."""
     margin = partition(0.0)[0]
     ends = collect(pairs.select(margin.min().alias("low"), margin.max().alias("high"))).row(0, named=True)
@@ -93,17 +83,14 @@ def histogram(pairs: pl.LazyFrame) -> dict[str, Any]:
 
 
 def _rows(pairs: pl.LazyFrame, tau0: float, alpha: float, sort: str | None, rows: int) -> list[dict[str, Any]]:
-    """Pairs with their set at their own round's tau; the largest margins first, or in the order of their
-    keys.
-    """
+    """Pairs with their set at their own round's tau; the largest margins first, or in the order of their keys."""
     if sort not in (None, "margin"):
         raise UsageError(f"--sort {sort}: pairs can be sorted by margin")
     threshold = own_tau(pairs, tau0, alpha)
-    lengths = [pl.col(f"{arm}_ids").list.len().alias(f"len_{arm}") for arm in ("y", "y_prompt")]
-    keys = ["round", "query_id", "sample"]
-    by, descending = (["margin", *keys], [True, False, False, False]) if sort else (keys, [False] * 3)
+    lengths = [pl.col(f"{arm}_ids").list.len().alias(f"len_{arm}") for arm in ARMS]
+    order = [*(["margin"] if sort else []), "round", "query_id", "sample"]
     frame = pairs.with_columns(*partition(threshold), *lengths, threshold.alias("tau"))
-    first = frame.sort(by, descending=descending).head(rows)
+    first = frame.sort(order, descending=[name == "margin" for name in order]).head(rows)
     return collect(first.select(*_SHOWN, "tau", *_TEXTS, *_ARM_FLAGS)).to_dicts()
 
 
@@ -128,23 +115,19 @@ def _statistics_lines(rounds: list[dict[str, Any]], tau0: float, alpha: float, a
         + [_number(r["tau"]), _share(r["rank_share"]), _share(r["lowered_share"])]
         for r in rounds
     ]
-    arms = ("y", "y_prompt")
     responses = [
         [r["round"]]
-        + [_share(r[f"{what}_{arm}"]) for what in ("truncated", "empty") for arm in arms]
-        + [f"{r[f'mean_len_{arm}']:.1f}" for arm in arms]
+        + [_share(r[f"{what}_{arm}"]) for what in ("truncated", "empty") for arm in ARMS]
+        + [f"{r[f'mean_len_{arm}']:.1f}" for arm in ARMS]
         for r in rounds
     ]
     return [
         "Rewards: means; quantiles of the margin s_prompt - s; share in the rank set, where the margin is",
         f"above the tau of {which} (tau_t = {tau0:g} * {alpha:g}^t); share where the principle lowered the reward",
-        *text_table(
-            ["round", "rows", "s", "s_prompt", "margin", *quantiles, "tau", "rank", "lowered"],
-            rewards,
-        ),
+        *text_table(["round", "rows", "s", "s_prompt", "margin", *quantiles, "tau", "rank", "lowered"], rewards),
         "",
         "Responses: share cut by length, share empty, mean length in tokens",
-        *text_table(["round", *[f"{what} {arm}" for what in ("cut", "empty", "tokens") for arm in arms]], responses),
+        *text_table(["round", *[f"{what} {arm}" for what in ("cut", "empty", "tokens") for arm in ARMS]], responses),
     ]
 
 
@@ -195,13 +178,12 @@ def _pair_lines(row: dict[str, Any]) -> list[str]:
     """One pair: what was decided, then x, then both responses side by side."""
     sign = ">" if row["set"] == "rank" else "<="
     half = (WIDTH - 3) // 2
-    titles = [
-        f"{arm}: {name} = {row[name]:.4g}, {row[f'len_{arm}']} tokens, {row[f'{arm}_finish']}"
-        for arm, name in (("y", "s"), ("y_prompt", "s_prompt"))
-    ]
     arms = [
-        [title, *clipped(shown(row[arm]), half, _TEXT_LINES)]
-        for title, arm in zip(titles, ("y", "y_prompt"), strict=True)
+        [
+            f"{arm}: {reward} = {row[reward]:.4g}, {row[f'len_{arm}']} tokens, {row[f'{arm}_finish']}",
+            *clipped(shown(row[arm]), half, _TEXT_LINES),
+        ]
+        for arm, reward in ARMS.items()
     ]
     return [
         shorten(f"query {printable(row['query_id'])}, round {row['round']}, sample {row['sample']}", WIDTH),

@@ -1,9 +1,8 @@
 """The math on rows (Eqs. 3-5 and 7): which set a pair is in, and the coefficient of each response, in polars.
 
-Every term of the loss is linear in log-probabilities, so that one pair costs `- c * sum_j log pi(y^j | x) -
-c_prompt * sum_j log pi(y_prompt^j | x)` (Eqs. 3, 4, 6) with coefficients that depend on its stored row
-alone. The trainer, its dry run, the inspector and the report all use these expressions; nothing else
-computes them again. This room reads no file and keeps no rows.
+Every term of the loss is linear in log-probabilities. So one pair costs `- c * sum_j log pi(y^j | x) - c_prompt *
+sum_j log pi(y_prompt^j | x)` (Eqs. 3, 4, 6), with coefficients that depend on its stored row alone. Whoever needs them
+uses these expressions. This room reads no file and keeps no rows.
 """
 
 import math
@@ -13,6 +12,7 @@ import polars as pl
 from ple_data.storage.store import collect
 from schemas.errors import UsageError
 from schemas.options import Without
+from schemas.tables import ARMS
 
 QUANTILES = {"margin_q05": 0.05, "margin_q25": 0.25, "margin_q50": 0.5, "margin_q75": 0.75, "margin_q95": 0.95}
 
@@ -22,17 +22,13 @@ def tau(tau0: float, alpha: float, t: int) -> float:
 
     Raises UsageError unless tau0 is finite and not negative, 0 < alpha < 1 and t >= 0.
     """
-    _check(tau0, alpha)
-    if t < 0:
-        raise UsageError(f"round {t}: rounds are counted from 0")
-    return tau0 * alpha**t
-
-
-def _check(tau0: float, alpha: float) -> None:
     if not 0 < alpha < 1:
         raise UsageError(f"alpha = {alpha}: the decay of tau must lie strictly between 0 and 1 (the paper has 0.9)")
     if not (math.isfinite(tau0) and tau0 >= 0):
         raise UsageError(f"tau0 = {tau0}: must be a finite number >= 0 in units of the reward (the paper has 0.2)")
+    if t < 0:
+        raise UsageError(f"round {t}: rounds are counted from 0")
+    return tau0 * alpha**t
 
 
 def partition(
@@ -48,12 +44,11 @@ def partition(
                    rank: -1/len(y), +1/len(y_prompt) (Eq. 3); wsft: w, w_prompt (Eq. 4)
     A response of length 0 has no tokens to multiply: where a coefficient is divided by it, it is 0.
 
-    Beyond the paper, off by default: `normalize_wsft` divides the weighted-SFT coefficients by the
-    response's length; `anchor` adds anchor/len to the coefficient of the response with the higher reward
-    (none on a tie).
+    Beyond the paper, off by default: `normalize_wsft` divides the weighted-SFT coefficients by the response's length;
+    `anchor` adds anchor/len to the coefficient of the response with the higher reward (none on a tie).
 
-    `without` leaves out a term of Eq. 6 (the ablations of Tables 4 and 5): `rank` puts every row in the
-    weighted-SFT set; `wsft` keeps the sets and gives the rows of the weighted-SFT set the coefficients 0.
+    `without` leaves out a term of Eq. 6 (the ablations of Tables 4 and 5): `rank` puts every row in the weighted-SFT
+    set; `wsft` keeps the sets and gives the rows of the weighted-SFT set the coefficients 0.
     """
     margin = _float("s_prompt") - _float("s")
     rank = pl.lit(False) if without == "rank" else margin > tau
@@ -89,27 +84,25 @@ def _inverse_length(ids: str) -> pl.Expr:
 def round_statistics(rows: pl.LazyFrame, tau0: float, alpha: float, at_round: int | None = None) -> pl.DataFrame:
     """One line for each round of the pairs `rows`, in order; streamed, keeping the margin of each row.
 
-    Columns: round, tau, rows, mean_s, mean_s_prompt, mean_margin, margin_q05 ... margin_q95, rank_share (at
-    tau), lowered_share (the principle lowered the reward: margin < 0), then for each arm
-    truncated_y/_y_prompt (cut by length), empty_..., mean_len_... in tokens. Shares are fractions of the
-    round's rows.
+    Columns: round, tau, rows, mean_s, mean_s_prompt, mean_margin, margin_q05 ... margin_q95, rank_share (at tau),
+    lowered_share (the principle lowered the reward: margin < 0), then for each arm truncated_y/_y_prompt (cut by
+    length), empty_..., mean_len_... in tokens. Shares are fractions of the round's rows.
 
-    tau is tau_t of the row's own round, or, with `at_round`, that of the round that trains: a row keeps its
-    rewards and changes its set.
+    tau is tau_t of the row's own round, or, with `at_round`, that of the round that trains: a row keeps its rewards and
+    changes its set. Raises UsageError as `tau` does.
     """
-    _check(tau0, alpha)
-    threshold = own_tau(rows, tau0, alpha) if at_round is None else pl.lit(tau(tau0, alpha, at_round))
-    arms = ("y", "y_prompt")
-    by_arm = [f"{what}_{arm}" for what in ("truncated", "empty", "mean_len") for arm in arms]
+    trained = tau(tau0, alpha, at_round or 0)
+    threshold = own_tau(rows, tau0, alpha) if at_round is None else pl.lit(trained)
+    by_arm = [f"{what}_{arm}" for what in ("truncated", "empty", "mean_len") for arm in ARMS]
     columns = rows.select(
         "round",
         threshold.alias("tau"),
         *partition(threshold)[:2],
         _float("s"),
         _float("s_prompt"),
-        *[(pl.col(f"{arm}_finish") == "length").alias(f"truncated_{arm}") for arm in arms],
-        *[pl.col(f"{arm}_empty").alias(f"empty_{arm}") for arm in arms],
-        *[pl.col(f"{arm}_ids").list.len().alias(f"mean_len_{arm}") for arm in arms],
+        *[(pl.col(f"{arm}_finish") == "length").alias(f"truncated_{arm}") for arm in ARMS],
+        *[pl.col(f"{arm}_empty").alias(f"empty_{arm}") for arm in ARMS],
+        *[pl.col(f"{arm}_ids").list.len().alias(f"mean_len_{arm}") for arm in ARMS],
     )
     margin = pl.col("margin")
     means = collect(
@@ -129,10 +122,8 @@ def round_statistics(rows: pl.LazyFrame, tau0: float, alpha: float, at_round: in
     quantiles = [margin.quantile(q, interpolation="linear").alias(name) for name, q in QUANTILES.items()]
     spread = collect(columns.select("round", "margin").group_by("round").agg(quantiles))  # these keep every margin
     return means.join(spread, on="round", maintain_order="left").select(
-        *("round", "tau", "rows", "mean_s", "mean_s_prompt", "mean_margin"),
-        *QUANTILES,
-        *("rank_share", "lowered_share"),
-        *by_arm,
+        *("round", "tau", "rows", "mean_s", "mean_s_prompt", "mean_margin", *QUANTILES),
+        *("rank_share", "lowered_share", *by_arm),
     )
 
 
@@ -162,11 +153,9 @@ def warnings(statistics: pl.DataFrame) -> list[str]:
     messages = []
     for row in statistics.filter(pl.col("rank_share").is_in([0.0, 1.0])).iter_rows(named=True):
         spread = f"5-95 % of the margins are {row['margin_q05']:.3g} to {row['margin_q95']:.3g}"
-        what, todo = (
-            ("all", "a higher --tau0 would leave some to weighted SFT")
-            if row["rank_share"]
-            else ("none", "a lower --tau0 or a principle that raises the reward more would change that")
-        )
+        what, todo = "none", "a lower --tau0 or a principle that raises the reward more would change that"
+        if row["rank_share"]:
+            what, todo = "all", "a higher --tau0 would leave some to weighted SFT"
         messages.append(
             f"round {row['round']}: {what} of the {row['rows']} rows in the rank set at tau = {row['tau']:.3g} "
             f"({spread}; tau is in units of the reward): {todo}"

@@ -2,8 +2,7 @@
 
 PLE weighs every pair (`ple_data.partition`). Its baselines, and exports for other tools, choose instead: y_prompt given
 x, the best of N responses, or the better of a pair. Each function takes pairs with their texts, their token ids or
-both, and carries what there is. A query is known by its id and x: files without ids number their rows, so that ids of
-two stores may be the same.
+both, and carries what there is. A query is known by its id and x: two stores may have the same ids.
 """
 
 from __future__ import annotations
@@ -64,19 +63,15 @@ def preferences(rows: pl.DataFrame) -> pl.DataFrame:
     Columns: those of the query, sample, then chosen, chosen_ids, chosen_reward and the same of rejected.
     """
     prompted = pl.col("s_prompt") > pl.col("s")
-    sides = {"chosen": prompted, "rejected": ~prompted}
+    parts = {part: ("y" + part, "y_prompt" + part) for part in _PARTS if "y" + part in rows.columns}
+    parts["_reward"] = "s", "s_prompt"
     return rows.filter(pl.col("s") != pl.col("s_prompt")).select(
         *_query(rows),
         "sample",
         *[
-            pl.when(takes_prompt).then(pl.col(f"y_prompt{part}")).otherwise(pl.col(f"y{part}")).alias(side + part)
-            for side, takes_prompt in sides.items()
-            for part in _PARTS
-            if f"y{part}" in rows.columns
-        ],
-        *[
-            pl.when(takes_prompt).then(pl.col("s_prompt")).otherwise(pl.col("s")).alias(f"{side}_reward")
-            for side, takes_prompt in sides.items()
+            pl.when(takes_prompt).then(pl.col(of_y_prompt)).otherwise(pl.col(of_y)).alias(side + part)
+            for part, (of_y, of_y_prompt) in parts.items()
+            for side, takes_prompt in (("chosen", prompted), ("rejected", ~prompted))
         ],
     )
 

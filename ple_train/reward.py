@@ -22,7 +22,7 @@ from ple_train.engine.tabular import ShuffledSequences, column, file_digest
 from ple_train.loss import preference_loss
 from ple_train.model.batches import Layout, MicroBatch, Sequence
 from schemas.errors import UsageError, first_line
-from schemas.options import Reward
+from schemas.options import Join, Reward
 
 
 class PaddedClassifier(nn.Module):
@@ -146,7 +146,7 @@ def _label(value: Any, place: str) -> int:
     return value
 
 
-def _encode(tokenizer: Any, xs: list[str], ys: list[str], max_length: int, join: str) -> list[np.ndarray]:
+def _encode(tokenizer: Any, xs: list[str], ys: list[str], max_length: int, join: Join) -> list[np.ndarray]:
     """Ids just as `ple-score` will make them of (x, y)."""
     encoded = (encode(tokenizer, x, y, join=join, max_length=max_length) for x, y in zip(xs, ys, strict=True))
     return [np.array(e.ids, dtype=np.int32) for e in encoded]

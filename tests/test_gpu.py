@@ -32,7 +32,7 @@ from ple_train.objectives.pairs import PairObjective
 from ple_train.sft import SftObjective
 from ple_train.stream import Response
 from schemas.errors import PleError, UsageError
-from schemas.options import Loop, Written
+from schemas.options import Loop, Rewards, Written
 from tests.ple_data.engines.test_engines import spec_of
 
 META = torch.device("meta")
@@ -287,7 +287,7 @@ def test_every_loader_puts_the_weights_straight_where_they_compute(policy, adapt
     for room in ("ple_data.engines.hf", "ple_train.model.policy", "ple_data.common.device"):
         monkeypatch.setattr(f"{room}.load_weights", loading)
     hf.HfEngine(spec_of(policy, adapter), {})
-    ClassifierReward(str(reward))
+    ClassifierReward(str(reward), Rewards())
     load_policy(str(policy))
     assert asked == ["cpu", "cpu", "cpu"]
 

@@ -10,15 +10,12 @@ import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ple_data.common.extras import missing
 from ple_data.common.models import AdapterInfo
 from schemas.errors import UsageError
 from schemas.options import ENGINES, Sampling
-
-Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +38,7 @@ class Completion:
 
     ids: list[int]
     text: str
-    finish: Finish
+    finish: Literal["stop", "length"]
     logps: list[float] | None
 
 
@@ -49,7 +46,7 @@ class Completion:
 class EngineSpec:
     """What an engine is made from, checked before: model, tokenizer, end token ids, longest sequence needed.
 
-    dtype: a number type, or `auto` for what `resolve_machine` chooses.
+    dtype: a number type, or `auto` for what the engine's `resolve_machine` chooses.
     """
 
     model: str
@@ -66,11 +63,9 @@ class Engine(Protocol):
 
     def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
         """Yield every request of every unit with its completion, in any order."""
-        ...
 
     def close(self) -> None:
         """Free what the engine holds."""
-        ...
 
 
 def choose_engine(name: str | None) -> str:
@@ -85,30 +80,19 @@ def choose_engine(name: str | None) -> str:
     return name
 
 
-def check_engine_args(name: str, engine_args: Mapping[str, Any], adapter: AdapterInfo | None) -> None:
-    """Refuse unknown engine arguments and adapters that the engine cannot load, before anything is started."""
-    _module(name).check(engine_args, adapter)
+def engine_module(name: str) -> Any:
+    """The module of an engine, with `start` and two functions for what comes before:
 
-
-def resolve_machine(name: str, dtype: str, engine_args: Mapping[str, Any]) -> tuple[str, str]:
-    """Number type and device, in words, that an engine will sample with.
-
-    `auto` is bfloat16 where the device computes in it, else float32; never float16, which nobody would notice.
-    Raises UsageError for a number type that there is not.
+    - check(engine_args, adapter) refuses arguments that there are not, and an adapter that the engine cannot load;
+    - resolve_machine(dtype, engine_args) gives the number type and the device, in words, that it will sample with.
+      `auto` is bfloat16 where the device computes in it, else float32; never float16, which nobody would notice.
     """
-    found: tuple[str, str] = _module(name).resolve_machine(dtype, engine_args)
-    return found
+    return importlib.import_module(f"ple_data.engines.{name}")
 
 
 def make_engine(name: str, spec: EngineSpec, engine_args: Mapping[str, Any]) -> Engine:
     """Start an engine. Raises PleError where it does not start."""
-    engine: Engine = _module(name).start(spec, engine_args)
-    return engine
-
-
-def _module(name: str) -> Any:
-    """A module of this package with `check`, `resolve_machine` and `start`."""
-    return importlib.import_module(f"ple_data.engines.{name}")
+    return engine_module(name).start(spec, engine_args)
 
 
 def parse_engine_args(texts: Iterable[str]) -> dict[str, Any]:
@@ -145,8 +129,3 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """Text of sampled ids, without special tokens and without any tidying of spaces."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def local_path(model: str) -> str:
-    """An absolute path for a directory, a hub id as it is."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model

@@ -35,11 +35,6 @@ def check(engine_args: Mapping[str, Any], adapter: AdapterInfo | None) -> None:
     refuse_unknown(engine_args, ENGINE_ARGS, "hf")
 
 
-def start(spec: EngineSpec, engine_args: Mapping[str, Any]) -> "HfEngine":
-    """The model, loaded."""
-    return HfEngine(spec, engine_args)
-
-
 class HfEngine:
     """transformers on one device. Engine arguments: batch_size, device, attn_implementation."""
 
@@ -49,24 +44,20 @@ class HfEngine:
         self._batch_size = int(engine_args.get("batch_size", DEFAULT_BATCH))
         if self._batch_size < 1:
             raise UsageError(f"--engine-arg batch_size must be at least 1, not {self._batch_size}")
-        self._device = _device(engine_args)
+        self._device = chosen_device(engine_args.get("device"), "--engine-arg device")
         self._end_ids = spec.end_ids
         disable_progress_bar()
-        options = {}
-        if "attn_implementation" in engine_args:
-            options["attn_implementation"] = engine_args["attn_implementation"]
+        options = {name: value for name, value in engine_args.items() if name == "attn_implementation"}
+        options |= {"revision": spec.revision, "dtype": _dtype(spec.dtype, self._device)}
         try:
-            dtype = _dtype(spec.dtype, self._device)
-            model = load_weights(
-                AutoModelForCausalLM, spec.model, self._device, revision=spec.revision, dtype=dtype, **options
-            )
+            model = load_weights(AutoModelForCausalLM, spec.model, self._device, **options)
         except (OSError, ValueError, ImportError) as error:
             raise PleError(f"cannot load the model {spec.model}: {error}") from error
         if spec.adapter is not None:
             from peft import PeftModel
 
-            on = str(self._device)
-            model = PeftModel.from_pretrained(model, str(spec.adapter.path), torch_device=on).get_base_model()
+            tuned = PeftModel.from_pretrained(model, str(spec.adapter.path), torch_device=str(self._device))
+            model = tuned.get_base_model()
         self._model = model.to(self._device).eval()
         # generate() fills what a call leaves open from here: a model's own sampling defaults must not slip in
         self._model.generation_config = GenerationConfig(
@@ -89,17 +80,16 @@ class HfEngine:
     def _sample_batch(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
         input_ids, attention_mask = self._left_padded(batch)  # (batch, longest prompt) each
         noise = _SeededSampler([request.seed for request in batch], sampling, self._device)
-        criteria = StoppingCriteriaList()
-        if sampling.stop:
-            criteria.append(_StopStrings(self._tokenizer, sampling.stop, input_ids.shape[1]))
+        width = input_ids.shape[1]
+        criteria = [_StopStrings(self._tokenizer, sampling.stop, width)] if sampling.stop else []
         output = self._model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             max_new_tokens=sampling.max_new_tokens,
             logits_processor=LogitsProcessorList([noise]),
-            stopping_criteria=criteria,
+            stopping_criteria=StoppingCriteriaList(criteria),
         )
-        new_ids = output[:, input_ids.shape[1] :].tolist()
+        new_ids = output[:, width:].tolist()
         logps = noise.logps(len(new_ids[0])) if sampling.logprobs else [None] * len(batch)
         return [self._completion(ids, values, sampling) for ids, values in zip(new_ids, logps, strict=True)]
 
@@ -119,9 +109,13 @@ class HfEngine:
         stopped = end is not None
         text = decode(self._tokenizer, ids[:length])
         if sampling.stop and cut_at_stop(text, sampling.stop) != text:
-            length, stopped = _first_length_with_stop(self._tokenizer, ids[:length], sampling.stop), True
-            text = cut_at_stop(decode(self._tokenizer, ids[:length]), sampling.stop)
+            lengths = range(1, length + 1)
+            length = next(n for n in lengths if any(word in decode(self._tokenizer, ids[:n]) for word in sampling.stop))
+            text, stopped = cut_at_stop(decode(self._tokenizer, ids[:length]), sampling.stop), True
         return Completion(ids[:length], text, "stop" if stopped else "length", logps and logps[:length])
+
+
+start = HfEngine
 
 
 class _SeededSampler(LogitsProcessor):
@@ -179,20 +173,10 @@ def _top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.empty_like(logits).scatter_(1, order, ordered)
 
 
-def _first_length_with_stop(tokenizer: Any, ids: list[int], stop: Sequence[str]) -> int:
-    return next(
-        length for length in range(1, len(ids) + 1) if any(word in decode(tokenizer, ids[:length]) for word in stop)
-    )
-
-
 def resolve_machine(dtype: str, engine_args: Mapping[str, Any]) -> tuple[str, str]:
     """Number type and device, in words, that the engine will sample with."""
-    device = _device(engine_args)
+    device = chosen_device(engine_args.get("device"), "--engine-arg device")
     return str(_dtype(dtype, device)).removeprefix("torch."), describe(device)
-
-
-def _device(engine_args: Mapping[str, Any]) -> torch.device:
-    return chosen_device(engine_args.get("device"), "--engine-arg device")
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

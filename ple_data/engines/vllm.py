@@ -5,25 +5,18 @@ makes its tokens nearly reproducible, not to the bit: batching changes the last 
 """
 
 import dataclasses
+import itertools
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args
 
 from ple_data.common.models import AdapterInfo
-from ple_data.engines import (
-    Completion,
-    EngineSpec,
-    Request,
-    Sampling,
-    cut_at_stop,
-    decode,
-    local_path,
-    refuse_unknown,
-)
+from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode, refuse_unknown
 from ple_data.engines.watchdog import Watchdog
 from schemas.errors import PleError, UsageError
 
@@ -56,12 +49,10 @@ def check(engine_args: Mapping[str, Any], adapter: AdapterInfo | None) -> None:
     for name, option in RESERVED.items():
         if name in engine_args:
             raise UsageError(f"--engine-arg {name}: use {option}")
-    if adapter is not None:
-        _check_adapter(adapter, engine_args.get("max_lora_rank"), max(get_args(MaxLoRARanks)))
-
-
-def _check_adapter(adapter: AdapterInfo, asked: int | None, highest: int) -> None:
-    limit = asked or highest
+    if adapter is None:
+        return
+    asked = engine_args.get("max_lora_rank")
+    limit = asked or max(get_args(MaxLoRARanks))
     if adapter.rank > limit:
         what = "--engine-arg max_lora_rank" if asked else "the vllm engine"
         raise UsageError(
@@ -71,11 +62,6 @@ def _check_adapter(adapter: AdapterInfo, asked: int | None, highest: int) -> Non
     for name in ("use_dora", "modules_to_save", "lora_bias"):
         if adapter.config.get(name):
             raise UsageError(f"adapter {adapter.path} has {name}, which vllm cannot load; use --engine hf")
-
-
-def start(spec: EngineSpec, engine_args: Mapping[str, Any]) -> "VllmEngine":
-    """vLLM in this process's charge. Raises PleError where it does not start."""
-    return VllmEngine(spec, engine_args)
 
 
 class VllmEngine:
@@ -90,7 +76,7 @@ class VllmEngine:
         self.llm: Any = None
         interrupts: list[int] = []
         try:
-            with _stdout_to_stderr(), _noted_interrupts(interrupts):
+            with _stdout_to_stderr(), _interrupts(deferred=False) as interrupts:
                 from vllm import LLM
                 from vllm.lora.request import LoRARequest
 
@@ -106,7 +92,7 @@ class VllmEngine:
             raise
         self.lora = LoRARequest("policy", 1, str(spec.adapter.path)) if spec.adapter else None
         self._window = WINDOW * self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-        self._number = 0
+        self._names = map(str, itertools.count(1))
 
     def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
         """Each request with its completion as it finishes. Raises PleError where the engine dies."""
@@ -152,12 +138,11 @@ class VllmEngine:
         )
 
     def _add(self, request: Request, sampling: Sampling) -> str:
-        self._number += 1
-        name = str(self._number)
+        name = next(self._names)
         prompt = {"type": "token", "prompt_token_ids": list(request.prompt_ids)}
         params = self.sampling_params(request.seed, sampling)
         try:
-            with _deferred_interrupts():
+            with _interrupts(deferred=True):
                 self.llm.llm_engine.add_request(name, prompt, params, lora_request=self.lora)
         except ValueError as error:
             raise PleError(f"vLLM refuses the request {request.key}: {error}") from error
@@ -167,13 +152,11 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            with _deferred_interrupts():
+            with _interrupts(deferred=True):
                 return self.llm.llm_engine.step()
         except EngineDeadError as error:
-            raise PleError(
-                "the vLLM engine died (its own messages are above); what was committed is safe: "
-                "run the same command again"
-            ) from error
+            what = "the vLLM engine died (its own messages are above); what was committed is safe"
+            raise PleError(f"{what}: run the same command again") from error
 
     def _completion(self, output: Any, sampling: Sampling) -> Completion:
         if output.finish_reason not in ("stop", "length"):
@@ -182,6 +165,9 @@ class VllmEngine:
         logps = list(output.logprobs.logprobs) if sampling.logprobs else None
         text = cut_at_stop(decode(self._tokenizer, ids), sampling.stop)
         return Completion(ids, text, output.finish_reason, logps)
+
+
+start = VllmEngine
 
 
 def resolve_machine(dtype: str, engine_args: Mapping[str, Any]) -> tuple[str, str]:
@@ -196,10 +182,11 @@ def resolve_machine(dtype: str, engine_args: Mapping[str, Any]) -> tuple[str, st
 
 def _engine_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[str, Any]:
     """vLLM's arguments: the user's over our defaults."""
+    from vllm.config.lora import MaxLoRARanks
     from vllm.platforms import current_platform
 
     arguments: dict[str, Any] = {
-        "model": local_path(spec.model),
+        "model": str(Path(spec.model).resolve()) if Path(spec.model).is_dir() else spec.model,
         "revision": spec.revision,
         "dtype": resolve_machine(spec.dtype, engine_args)[0],
         "max_model_len": spec.max_length,
@@ -210,7 +197,9 @@ def _engine_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[
         "logprobs_mode": "raw_logprobs",
     }
     if spec.adapter is not None:
-        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank_limit(spec.adapter.rank)}
+        # of the limits that vLLM has, the least that takes the rank
+        least = min(limit for limit in get_args(MaxLoRARanks) if limit >= spec.adapter.rank)
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": least}
     if current_platform.is_cpu():
         arguments |= _cpu_arguments(spec, engine_args)
     arguments |= engine_args
@@ -236,13 +225,6 @@ def _cpu_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[str
     return arguments
 
 
-def _lora_rank_limit(rank: int) -> int:
-    """The least limit of those vLLM has that takes the rank."""
-    from vllm.config.lora import MaxLoRARanks
-
-    return min(limit for limit in get_args(MaxLoRARanks) if limit >= rank)
-
-
 def _set_environment() -> None:
     """vLLM's own switches, where the user has not set them; they must stand before it is imported."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -253,41 +235,29 @@ def _set_environment() -> None:
 
 
 @contextmanager
-def _noted_interrupts(noted: list[int]) -> Iterator[None]:
-    """Write down interrupts as they come: inside vLLM a KeyboardInterrupt can turn into another error."""
+def _interrupts(*, deferred: bool) -> Iterator[list[int]]:
+    """Note Ctrl-C and SIGTERM as they come: inside vLLM a KeyboardInterrupt can turn into another error.
+
+    It is raised at once or, `deferred`, at the end of the block. Only the main thread has signals.
+    """
+    noted: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         noted.append(number)
-        raise KeyboardInterrupt
-
-    with _handled_by(note):
-        yield
-
-
-@contextmanager
-def _deferred_interrupts() -> Iterator[None]:
-    """Hold an interrupt back until vLLM's code is done with a step, for the same reason."""
-    noted: list[int] = []
-    try:
-        with _handled_by(lambda number, frame: noted.append(number)):
-            yield
-    finally:
-        if noted:
+        if not deferred:
             raise KeyboardInterrupt
 
-
-@contextmanager
-def _handled_by(handler: Any) -> Iterator[None]:
-    """Ctrl-C and SIGTERM go to `handler`; only the main thread has signals, elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield noted
         return
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield noted
     finally:
         for number, earlier in previous.items():
             signal.signal(number, earlier)
+        if deferred and noted:
+            raise KeyboardInterrupt
 
 
 @contextmanager

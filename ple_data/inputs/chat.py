@@ -7,6 +7,8 @@ from typing import Any, TypeGuard
 
 Message = dict[str, str]
 """A turn: its role (system, user, assistant) and content."""
+X = str | list[Message]
+"""A query x: a text, or chat messages."""
 CHAT_START = '[{"role": '
 """How the text of chat messages begins in an `x` column."""
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -15,21 +17,25 @@ TITLES = {role: title for title, role in HH_ROLES.items()}
 SPEAKERS = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
-def to_text(x: str | list[Message]) -> str:
+def to_text(x: X) -> str:
     """x as the `x` column keeps it: a text as it is, chat messages as a JSON array."""
     return x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)
 
 
 def to_messages(text: str) -> list[Message]:
     """Chat messages of an `x` column: those that `to_text` wrote, or the text as one user turn."""
-    if text.startswith(CHAT_START):
-        try:
-            messages = json.loads(text)
-        except ValueError:
-            messages = None
-        if is_turns(messages):
-            return messages
-    return [{"role": "user", "content": text}]
+    return stored_chat(text) or [{"role": "user", "content": text}]
+
+
+def stored_chat(x: str) -> list[Message] | None:
+    """The messages that `to_text` wrote; None where x is a text."""
+    if not x.startswith(CHAT_START):
+        return None
+    try:
+        messages = json.loads(x)
+    except ValueError:
+        return None
+    return messages if is_turns(messages) else None
 
 
 def is_turns(value: Any) -> TypeGuard[list[Message]]:
@@ -51,8 +57,7 @@ def hh_messages(x: str) -> list[Message]:
 
 def as_chat(x: str) -> list[Message]:
     """The turns of x: a chat stored as JSON text, a Human/Assistant dialogue that says something, or one user turn."""
-    stored = _stored_chat(x)
-    if stored is not None:
+    if stored := stored_chat(x):
         return stored
     parts = HH_TURN.split(x)
     if len(parts) > 1 and not parts[0].strip() and parts[1] == "Human":
@@ -65,16 +70,11 @@ def as_chat(x: str) -> list[Message]:
 
 def as_text(x: str) -> str:
     """x itself; a stored chat as a Human/Assistant dialogue that ends where the answer begins."""
-    stored = _stored_chat(x)
+    stored = stored_chat(x)
     if stored is None:
         return x
     turns = [f"\n\n{TITLES[m['role']]}: {m['content']}" if m["role"] in TITLES else m["content"] for m in stored]
     return "".join(turns) + "\n\nAssistant: "
-
-
-def _stored_chat(x: str) -> list[Message] | None:
-    messages = to_messages(x)
-    return None if messages == [{"role": "user", "content": x}] else messages
 
 
 def readable(x: str) -> str:

@@ -8,18 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ple_data.common.digests import text_digest
-from ple_data.inputs.chat import Message
+from ple_data.inputs.chat import Message, X
 from schemas.errors import UsageError
+from schemas.options import PromptFormat
 
 BUILT_IN = ("hh", "imdb", "tldr")
 """The paper's own principles (Liu, Xu, Geng, ICML 2025, appendix), verbatim in `principles/*.txt`."""
 NO_PRINCIPLE = "none"
 """An empty principle: [p, x] is x, so that y and y_prompt are two independent plain responses (an ablation)."""
-
-PromptFormat = Literal["auto", "plain", "chat"]
 
 
 @dataclass(frozen=True)
@@ -32,29 +31,23 @@ class Principle:
 
 
 def load_principle(name_or_path: str) -> Principle:
-    """A built-in principle (`hh`, `imdb`, `tldr`), the empty one (`none`) or the text of a UTF-8 file.
-
-    Raises UsageError.
-    """
+    """A built-in principle (`hh`, `imdb`, `tldr`), the empty one (`none`) or a UTF-8 file's text. Raises UsageError."""
     if name_or_path == NO_PRINCIPLE:
         return Principle(NO_PRINCIPLE, "", text_digest(""))
+    path = Path(name_or_path)
     if name_or_path in BUILT_IN:
-        text = (resources.files("ple_data.inputs") / "principles" / f"{name_or_path}.txt").read_text(encoding="utf-8")
-        name = name_or_path
+        file = resources.files("ple_data.inputs") / "principles" / f"{name_or_path}.txt"
+    elif path.is_file():
+        file = path
     else:
-        path = Path(name_or_path)
-        if not path.is_file():
-            choices = ", ".join(BUILT_IN)
-            raise UsageError(f"principle {name_or_path} is neither built in ({choices}, none) nor a file")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"principle file {path} is not UTF-8 text: {error}") from error
-        name = path.name
-    text = text.strip()
+        raise UsageError(f"principle {name_or_path} is neither built in ({', '.join(BUILT_IN)}, none) nor a file")
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"principle file {path} is not UTF-8 text: {error}") from error
     if not text:
         raise UsageError(f"principle file {name_or_path} is empty; write the rules that y_prompt should follow")
-    return Principle(name, text, text_digest(text))
+    return Principle(path.name, text, text_digest(text))
 
 
 def uses_chat(tokenizer: Any, prompt_format: PromptFormat = "auto") -> bool:
@@ -67,11 +60,7 @@ def uses_chat(tokenizer: Any, prompt_format: PromptFormat = "auto") -> bool:
 
 
 def render(
-    tokenizer: Any,
-    x: str | list[Message],
-    principle: Principle | None = None,
-    *,
-    prompt_format: PromptFormat = "auto",
+    tokenizer: Any, x: X, principle: Principle | None = None, *, prompt_format: PromptFormat = "auto"
 ) -> list[int]:
     """Token ids of x, or of [p, x] with a principle, ready for the model to continue.
 
@@ -82,28 +71,20 @@ def render(
 
 
 def render_all(
-    tokenizer: Any,
-    queries: Sequence[str | list[Message]],
-    principle: Principle | None = None,
-    *,
-    prompt_format: PromptFormat = "auto",
+    tokenizer: Any, queries: Sequence[X], principle: Principle | None = None, *, prompt_format: PromptFormat = "auto"
 ) -> list[list[int]]:
     """`render` of many queries, in their order; fast, because the tokenizer gets them together."""
     if not queries:
         return []
-    if principle is not None and not principle.text:
-        principle = None
+    p = principle.text if principle else ""
     if not uses_chat(tokenizer, prompt_format):
-        return _plain_ids(tokenizer, [_plain_text(x, principle) for x in queries])
-    with_system = principle is not None and _takes_system(tokenizer)
-    texts = [_chat_text(tokenizer, _as_messages(x), principle, with_system) for x in queries]
+        if not all(isinstance(x, str) for x in queries):
+            raise UsageError("queries are chat messages, but the model has no chat template; give a text column")
+        return _plain_ids(tokenizer, [f"{p}\n{x}" if p else str(x) for x in queries])
+    with_system = bool(p) and _takes_system(tokenizer)
+    chats = ([{"role": "user", "content": x}] if isinstance(x, str) else x for x in queries)
+    texts = [_chat_text(tokenizer, messages, p, with_system) for messages in chats]
     return tokenizer(texts, add_special_tokens=False).input_ids
-
-
-def _plain_text(x: str | list[Message], principle: Principle | None) -> str:
-    if not isinstance(x, str):
-        raise UsageError("queries are chat messages, but the model has no chat template; give a text column")
-    return x if principle is None else f"{principle.text}\n{x}"
 
 
 def _plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -118,25 +99,25 @@ def _plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return rendered
 
 
-def _chat_text(tokenizer: Any, messages: list[Message], principle: Principle | None, with_system: bool) -> str:
+def _chat_text(tokenizer: Any, messages: list[Message], p: str, with_system: bool) -> str:
     from jinja2.exceptions import TemplateError
 
     try:
-        return _template(tokenizer, _guided(messages, principle, with_system) if principle else messages)
+        return _template(tokenizer, _guided(messages, p, with_system) if p else messages)
     except TemplateError as error:
-        shown = str(messages)[:200]
-        raise UsageError(f"the chat template refuses the query {shown}: {error}") from error
+        raise UsageError(f"the chat template refuses the query {str(messages)[:200]}: {error}") from error
 
 
-def _guided(messages: list[Message], principle: Principle, with_system: bool) -> list[Message]:
+def _guided(messages: list[Message], p: str, with_system: bool) -> list[Message]:
     """The messages with p in front: in the system message, or in the first user turn."""
     if messages[0]["role"] == "system":
-        return [{"role": "system", "content": f"{principle.text}\n{messages[0]['content']}"}, *messages[1:]]
-    if with_system:
-        return [{"role": "system", "content": principle.text}, *messages]
-    at = next(i for i, message in enumerate(messages) if message["role"] == "user")
-    first_user = {"role": "user", "content": f"{principle.text}\n{messages[at]['content']}"}
-    return [*messages[:at], first_user, *messages[at + 1 :]]
+        at = 0
+    elif with_system:
+        return [{"role": "system", "content": p}, *messages]
+    else:
+        at = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    guided = {"role": messages[at]["role"], "content": f"{p}\n{messages[at]['content']}"}
+    return [*messages[:at], guided, *messages[at + 1 :]]
 
 
 def _takes_system(tokenizer: Any) -> bool:
@@ -153,7 +134,3 @@ def _takes_system(tokenizer: Any) -> bool:
 
 def _template(tokenizer: Any, messages: list[Message]) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def _as_messages(x: str | list[Message]) -> list[Message]:
-    return [{"role": "user", "content": x}] if isinstance(x, str) else x

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.common.digests import json_digest, text_digest
-from ple_data.inputs.chat import HH_TURN, Message, hh_messages, is_turns, to_text
+from ple_data.inputs.chat import HH_TURN, X, hh_messages, is_turns, to_text
 from ple_data.inputs.readers import Rows, read_rows
 from schemas.errors import UsageError
 from schemas.options import Reading
@@ -29,7 +29,7 @@ class Query:
     """One query: x as text or as chat messages that end with a user turn; reference: a known good response."""
 
     id: str
-    x: str | list[Message]
+    x: X
     reference: str | None = None
 
 
@@ -58,9 +58,11 @@ def load_queries(source: str | Path, how: Reading | None = None, *, chat: bool =
     how = how or Reading()
     rows = read_rows(source, how.split)
     read = {"auto": _auto, "hh": _hh, "imdb": _imdb, "tldr": _tldr}[how.reader]
-    found = read(_Source(rows, how.query_column, how.prefix_words or DEFAULT_PREFIX_WORDS, chat))
-    _refuse_empty(rows, [x for x, _ in found])
-    ids = _ids(rows, [x for x, _ in found])
+    found = read(_Source(rows, how, chat))
+    texts = [x if isinstance(x, str) else x[-1]["content"] for x, _ in found]
+    if empty := [place for place, text in zip(rows.places, texts, strict=True) if not text.strip()]:
+        raise UsageError(f"{rows.source} has empty queries in {_named(empty)}; remove these rows")
+    ids = _ids(rows, (to_text(x) for x, _ in found))
     queries = [Query(id, x, reference) for id, (x, reference) in zip(ids, found, strict=True)]
     return QuerySet(queries, rows.source, rows.digest)
 
@@ -68,20 +70,19 @@ def load_queries(source: str | Path, how: Reading | None = None, *, chat: bool =
 @dataclass(frozen=True)
 class _Source:
     rows: Rows
-    query_column: str | None
-    prefix_words: int
+    how: Reading
     chat: bool
 
     def column(self, *names: str) -> str:
         """The column to read: `query_column` where given, else the first of `names` that is there."""
-        for name in [self.query_column] if self.query_column else names:
-            if name in self.rows.columns:
-                return name
-        wanted = self.query_column or " or ".join(names)
-        there = ", ".join(self.rows.columns)
-        raise UsageError(
-            f"{self.rows.source} has no column {wanted}; its columns are {there}; name one with --query-column"
-        )
+        wanted = [self.how.query_column] if self.how.query_column else names
+        found = next((name for name in wanted if name in self.rows.columns), None)
+        if found is None:
+            raise UsageError(
+                f"{self.rows.source} has no column {' or '.join(wanted)}; its columns are "
+                f"{', '.join(self.rows.columns)}; name one with --query-column"
+            )
+        return found
 
     def texts(self, column: str) -> list[str]:
         faults = [
@@ -99,12 +100,12 @@ class _Source:
         return [value if isinstance(value, str) else None for value in values]
 
 
-_Found = list[tuple[str | list[Message], str | None]]
+_Found = list[tuple[X, str | None]]
 
 
 def _auto(source: _Source) -> _Found:
     columns = source.rows.columns
-    if source.query_column in (None, "messages") and "messages" in columns and not set(TEXT_COLUMNS) & set(columns):
+    if source.how.query_column in (None, "messages") and "messages" in columns and not set(TEXT_COLUMNS) & set(columns):
         return _messages(source)
     texts = source.texts(source.column(*TEXT_COLUMNS))
     return list(zip(texts, source.references("reference"), strict=True))
@@ -144,20 +145,15 @@ def _hh(source: _Source) -> _Found:
             )
         x = text[: last.end()]
         reference = text[last.end() :] if text[last.end() :].strip() else answer
-        if source.chat:
-            found.append((hh_messages(x), reference and reference.strip()))
-        else:
-            found.append((x, reference))
+        found.append((hh_messages(x), reference and reference.strip()) if source.chat else (x, reference))
     return found
 
 
 def _imdb(source: _Source) -> _Found:
     """x = the first words of a review, as they stand; the rest of the review is the reference."""
-    if source.prefix_words < 1:
-        raise UsageError(f"--prefix-words must be at least 1, not {source.prefix_words}")
     found: _Found = []
     for text in source.texts(source.column("text", *TEXT_COLUMNS)):
-        words = [match.end() for match in _WORD.finditer(text)][: source.prefix_words]
+        words = [match.end() for match in _WORD.finditer(text)][: source.how.prefix_words or DEFAULT_PREFIX_WORDS]
         end = words[-1] if words else 0
         found.append((text[:end], text[end:] or None))
     return found
@@ -168,32 +164,19 @@ def _tldr(source: _Source) -> _Found:
     return list(zip(texts, source.references("summary", "label", "reference"), strict=True))
 
 
-def _refuse_empty(rows: Rows, found: Iterable[str | list[Message]]) -> None:
-    empty = [place for place, x in zip(rows.places, found, strict=True) if not _last_text(x).strip()]
-    if empty:
-        raise UsageError(f"{rows.source} has empty queries in {_named(empty)}; remove these rows")
-
-
-def _last_text(x: str | list[Message]) -> str:
-    return x if isinstance(x, str) else x[-1]["content"]
-
-
-def _ids(rows: Rows, found: Iterable[str | list[Message]]) -> list[str]:
+def _ids(rows: Rows, texts: Iterable[str]) -> list[str]:
     """The `id` column; without one, a digest of the text, numbered from the second of equal texts on."""
     if "id" not in rows.columns:
         seen: Counter[str] = Counter()
         ids = []
-        for x in found:
-            digest = text_digest(to_text(x))
+        for digest in map(text_digest, texts):
             seen[digest] += 1
             ids.append(digest if seen[digest] == 1 else f"{digest}-{seen[digest]}")
         return ids
-    missing = [place for place, row in zip(rows.places, rows.rows, strict=True) if row.get("id") in (None, "")]
-    if missing:
+    if missing := [place for place, row in zip(rows.places, rows.rows, strict=True) if row.get("id") in (None, "")]:
         raise UsageError(f"{rows.source} has no id in {_named(missing)}; give every row one, or drop the column")
     ids = [str(row["id"]) for row in rows.rows]
-    repeated = {id for id, count in Counter(ids).items() if count > 1}
-    if repeated:
+    if repeated := {id for id, count in Counter(ids).items() if count > 1}:
         places = [f"{place} (id {id})" for place, id in zip(rows.places, ids, strict=True) if id in repeated]
         raise UsageError(f"{rows.source} has duplicate ids in {_named(places)}; every id may stand once")
     return ids

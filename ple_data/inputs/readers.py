@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.common.extras import need
-from schemas.errors import UsageError
+from schemas.errors import UsageError, first_line
+from schemas.files import sha256_file
 
-FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv"}
+_Found = tuple[list[dict[str, Any]], list[str]]
+"""The rows of a file, and their places."""
 _HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
 
 
@@ -45,24 +47,21 @@ def read_rows(source: str | Path, split: str | None = None) -> Rows:
     if not path.exists():
         if path.suffix in FORMATS or not _HUB_ID.match(str(source)) or str(source).startswith("."):
             raise UsageError(f"{source} does not exist; give a file ({', '.join(FORMATS)}) or a hub dataset id")
-        return _read_hub(str(source), split or "train")
+        return _hub(str(source), split or "train")
     if split is not None:
         raise UsageError(f"--split is for a hub dataset; {source} is a file")
     if path.suffix not in FORMATS:
         raise UsageError(f"{source} has an unknown format {path.suffix!r}; known are {', '.join(FORMATS)}")
     if path.stat().st_size == 0:
         raise UsageError(f"{source} is empty")
-    read = {"parquet": _read_parquet, "jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv}
-    rows, places = read[FORMATS[path.suffix]](path)
+    rows, places = FORMATS[path.suffix](path)
     if not rows:
         raise UsageError(f"{source} has no rows")
     columns = tuple(dict.fromkeys(column for row in rows for column in row))
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Rows(str(source), digest, columns, rows, places)
+    return Rows(str(source), sha256_file(path), columns, rows, places)
 
 
-def _read_parquet(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def _parquet(path: Path) -> _Found:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -70,10 +69,10 @@ def _read_parquet(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         rows = pq.ParquetFile(path).read().to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise UsageError(f"{path} is no whole Parquet file: {error}") from error
-    return rows, _numbered("row", len(rows))
+    return rows, _numbered(rows)
 
 
-def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def _jsonl(path: Path) -> _Found:
     rows, places = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -82,70 +81,28 @@ def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except ValueError as error:
             raise UsageError(f"{path} line {number} is no valid JSON: {error}; correct or remove the line") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"{path} line {number} is a JSON {type(row).__name__}, not an object with fields")
-        _refuse_half_characters(f"{path} line {number}", row)
-        rows.append(row)
+        rows.append(_checked(row, f"{path} line {number}"))
         places.append(f"line {number}")
     return rows, places
 
 
-def _read_json(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def _json(path: Path) -> _Found:
     """A JSON array of objects; a file of one object a line is read as JSONL."""
     content = path.read_bytes()
     if not content.lstrip().startswith(b"["):
-        return _read_jsonl(path)
+        return _jsonl(path)
     try:
         rows = json.loads(content)
     except ValueError as error:
         raise UsageError(f"{path} is no valid JSON: {error}") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UsageError(f"{path} row {number} is a JSON {type(row).__name__}, not an object with fields")
-        _refuse_half_characters(f"{path} row {number}", row)
-    return rows, _numbered("row", len(rows))
+    places = _numbered(rows)
+    return [_checked(row, f"{path} {place}") for row, place in zip(rows, places, strict=True)], places
 
 
-def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    csv.field_size_limit(sys.maxsize)
-    rows, places = [], []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            for row in reader:
-                if None in row or None in row.values():
-                    raise UsageError(
-                        f"{path} line {reader.line_num} does not have the {len(reader.fieldnames or [])} fields "
-                        "of the header"
-                    )
-                rows.append(row)
-                places.append(f"line {reader.line_num}")
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} line {len(rows) + 2} is no valid CSV: {error}") from error
-    return rows, places
-
-
-def _read_hub(source: str, split: str) -> Rows:
-    need("datasets", f"{source} is no file here, and a hub dataset is loaded with")
-    from datasets import load_dataset
-
-    name, _, configuration = source.partition(":")
-    try:
-        dataset = load_dataset(name, configuration or None, split=split)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(
-            f"cannot load split {split!r} of the hub dataset {source} (and no such file exists): {reason}"
-        ) from error
-    rows = dataset.to_list()
-    if not rows:
-        raise UsageError(f"split {split!r} of the hub dataset {source} has no rows")
-    digest = hashlib.sha256(f"{source}/{split}/{dataset._fingerprint}".encode()).hexdigest()
-    return Rows(f"{source}/{split}", digest, tuple(dataset.column_names), rows, _numbered("row", len(rows)))
-
-
-def _refuse_half_characters(place: str, row: dict[str, Any]) -> None:
-    r"""JSON may hold half of a surrogate pair (`"\ud83d"`), which is no text: no tokenizer and no file takes it."""
+def _checked(row: Any, place: str) -> dict[str, Any]:
+    r"""The row, if it is an object. JSON may hold half of a surrogate pair (`"\ud83d"`), which no tokenizer takes."""
+    if not isinstance(row, dict):
+        raise UsageError(f"{place} is a JSON {type(row).__name__}, not an object with fields")
     for column, value in row.items():
         try:
             json.dumps([column, value], ensure_ascii=False).encode()
@@ -153,7 +110,46 @@ def _refuse_half_characters(place: str, row: dict[str, Any]) -> None:
             raise UsageError(
                 f"{place}: column {column} holds half a character (a lone surrogate escape); correct or remove the row"
             ) from None
+    return row
 
 
-def _numbered(kind: str, count: int) -> list[str]:
-    return [f"{kind} {number}" for number in range(1, count + 1)]
+def _csv(path: Path) -> _Found:
+    csv.field_size_limit(sys.maxsize)
+    rows, places = [], []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                if None in row or None in row.values():
+                    fields = len(reader.fieldnames or [])
+                    raise UsageError(f"{path} line {reader.line_num} does not have the {fields} fields of the header")
+                rows.append(row)
+                places.append(f"line {reader.line_num}")
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} line {len(rows) + 2} is no valid CSV: {error}") from error
+    return rows, places
+
+
+def _hub(source: str, split: str) -> Rows:
+    need("datasets", f"{source} is no file here, and a hub dataset is loaded with")
+    from datasets import load_dataset
+
+    name, _, configuration = source.partition(":")
+    try:
+        dataset = load_dataset(name, configuration or None, split=split)
+    except Exception as error:
+        what = f"split {split!r} of the hub dataset {source} (and no such file exists)"
+        raise UsageError(f"cannot load {what}: {first_line(error)}") from error
+    rows = dataset.to_list()
+    if not rows:
+        raise UsageError(f"split {split!r} of the hub dataset {source} has no rows")
+    digest = hashlib.sha256(f"{source}/{split}/{dataset._fingerprint}".encode()).hexdigest()
+    return Rows(f"{source}/{split}", digest, tuple(dataset.column_names), rows, _numbered(rows))
+
+
+def _numbered(rows: Sequence[Any]) -> list[str]:
+    return [f"row {number}" for number in range(1, len(rows) + 1)]
+
+
+FORMATS = {".parquet": _parquet, ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv}
+"""By suffix, what reads such a file."""

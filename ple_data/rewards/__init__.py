@@ -4,8 +4,7 @@ A reward model sees x and y and never the principle. Nothing here samples, train
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,63 +12,50 @@ from schemas.options import Rewards
 
 
 class RewardModel(Protocol):
-    """What every kind of reward model can do."""
+    """What every kind of reward model can do. x is a text, or a chat as JSON text (a list of {"role", "content"})."""
 
     name: str
     """What is recorded beside each reward: the spec's last part with a digest of what computes it."""
 
-    truncated: int
+    truncated: int = 0
     """How many texts were cut to fit the model, so far."""
 
-    def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
-        """One reward for each (x, y), in order, in the model's own units (not checked for NaN or infinity).
-
-        x is a text, or a chat as JSON text (a list of {"role", "content"}). Raises PleError.
-        """
-        ...
-
     def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
-        """The same rewards as (row, reward), some at a time as they come, so that what was paid for can be kept."""
-        ...
+        """(row, reward) of each (x, y), some at a time as they come, so that what was paid for can be kept.
+
+        Rewards are in the model's own units (not checked for NaN or infinity). Raises PleError.
+        """
+
+    def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
+        """The same rewards, all of them, in order."""
+        rewards = dict(item for batch in self.stream(rows) for item in batch)
+        return [rewards[row] for row in range(len(rows))]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of reward model: which specs are its, and its module here.
+def kind_of(spec: str) -> str:
+    """The kind of reward model that a spec is for, which is a module here.
 
-    The module has `check(spec, output_index)`, which loads nothing, and `load(spec, options)`; where specs may hold
-    something secret, `shown(spec)` for messages and `recorded(spec)` for files.
+    The module has `check(spec, output_index)`, which loads nothing, and `load(spec, options)`. That of addresses, which
+    may hold something secret, has `shown(spec)` for messages and `recorded(spec)` for files.
     """
-
-    takes: Callable[[str], bool]
-    module: str
-    secret: bool = False
-
-
-KINDS = (
-    Kind(lambda spec: spec.startswith(("http://", "https://")), "endpoint", secret=True),
-    Kind(lambda spec: ":" in spec and not Path(spec).exists(), "function"),
-    Kind(lambda spec: True, "classifier"),
-)
-"""The first that takes a spec has it."""
+    if spec.startswith(("http://", "https://")):
+        return "endpoint"
+    return "function" if ":" in spec and not Path(spec).exists() else "classifier"
 
 
 def check_reward_model(spec: str, output_index: int | None = None) -> None:
-    """Refuse, without loading a model or running a function, a spec that `load_reward_model` would refuse.
-
-    Raises UsageError. An endpoint is not asked.
-    """
+    """Raise UsageError for a spec that cannot be used. Loads no model, runs no function and asks no endpoint."""
     _module(spec).check(spec, output_index)
 
 
 def shown_spec(spec: str) -> str:
     """The spec as messages show it: of an address nothing that may be secret. Raises UsageError for a wrong address."""
-    return _without_secrets(spec, "shown")
+    return _module(spec).shown(spec) if kind_of(spec) == "endpoint" else spec
 
 
 def recorded_spec(spec: str) -> str:
     """The spec as files hold it: of an address's query only the digest. Raises UsageError for a wrong address."""
-    return _without_secrets(spec, "recorded")
+    return _module(spec).recorded(spec) if kind_of(spec) == "endpoint" else spec
 
 
 def load_reward_model(spec: str, options: Rewards | None = None) -> RewardModel:
@@ -82,20 +68,8 @@ def load_reward_model(spec: str, options: Rewards | None = None) -> RewardModel:
 
     Raises UsageError where the spec names nothing usable.
     """
-    model: RewardModel = _module(spec).load(spec, options or Rewards())
-    return model
-
-
-def _without_secrets(spec: str, how: str) -> str:
-    if not _kind(spec).secret:
-        return spec
-    shown: str = getattr(_module(spec), how)(spec)
-    return shown
-
-
-def _kind(spec: str) -> Kind:
-    return next(kind for kind in KINDS if kind.takes(spec))
+    return _module(spec).load(spec, options or Rewards())
 
 
 def _module(spec: str) -> Any:
-    return importlib.import_module(f"ple_data.rewards.{_kind(spec).module}")
+    return importlib.import_module(f"ple_data.rewards.{kind_of(spec)}")

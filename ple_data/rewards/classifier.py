@@ -3,18 +3,19 @@
 One chosen output of the classification head, raw (no sigmoid or softmax), is the reward.
 """
 
-import contextlib
 import inspect
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ple_data.common.digests import policy_name
 from ple_data.common.models import check_model, load_config
+from ple_data.rewards import RewardModel
 from ple_data.rewards.texts import Encoded, encode, resolve_join
 from schemas.errors import PleError, UsageError, first_line
 from schemas.options import Rewards
@@ -33,56 +34,37 @@ def check(spec: str, output_index: int | None) -> None:
     choose_output(load_config(model), output, model)
 
 
-def load(spec: str, options: Rewards) -> "ClassifierReward":
-    """The classifier, loaded."""
-    model, output = _split_output(spec, options.output_index)
-    return ClassifierReward(
-        model,
-        output_index=output,
-        join=options.join,
-        batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS,
-        device=options.reward_device,
-        dtype=options.reward_dtype,
-    )
-
-
 def _split_output(spec: str, output_index: int | None) -> tuple[str, int | None]:
     found = _OUTPUT.search(spec)
     return (spec[: found.start()], int(found.group(1))) if found and not Path(spec).exists() else (spec, output_index)
 
 
-class ClassifierReward:
+class ClassifierReward(RewardModel):
     """AutoModelForSequenceClassification with its own tokenizer, attention mask and padding.
 
-    Rows are batched by length under a token budget, and a row's reward does not depend on its batch beyond
-    rounding (1e-4 in float32).
+    Rows are batched by length under a token budget. The batch changes a reward by rounding alone (1e-4 in float32).
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        output_index: int | None = None,
-        join: str = "auto",
-        batch_tokens: int = DEFAULT_BATCH_TOKENS,
-        device: str = "auto",
-        dtype: Literal["float32", "bfloat16"] = "float32",
-    ) -> None:
+    def __init__(self, spec: str, options: Rewards) -> None:
         """Load the model. Raises UsageError where it is no classifier or the output to use is not clear."""
         import torch
 
         from ple_data.common.device import chosen_device
 
-        self._device = chosen_device(device, "--reward-device")
+        model, output = _split_output(spec, options.output_index)
+        dtype = options.reward_dtype
+        self._device = chosen_device(options.reward_device, "--reward-device")
         self._tokenizer, self._model = _load(model, dtype=getattr(torch, dtype), device=self._device)
         config = self._model.config
-        self._index = choose_output(config, output_index, model)
-        self._join = resolve_join(join, self._tokenizer)
-        self._max_length = _max_length(self._tokenizer, config)
-        self._batch_tokens = batch_tokens
-        self._pad_id = _pad_id(config)
+        self._index = choose_output(config, output, model)
+        self._join = resolve_join(options.join, self._tokenizer)
+        self._batch_tokens = options.batch_tokens or DEFAULT_BATCH_TOKENS
+        text_config = config.get_text_config()
+        limits = self._tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None)
+        self._max_length = min((limit for limit in limits if limit and 0 < limit < _NO_LIMIT), default=None)
+        skipped = text_config.pad_token_id  # by the model itself, when it looks for the last token
+        self._pad_id = skipped if skipped is not None and skipped >= 0 else None
         self._takes = inspect.signature(self._model.forward).parameters.keys()
-        self.truncated = 0
         self.name = policy_name(model)
         if config.num_labels > 1:
             self.name += f"[{self._index}]"
@@ -90,10 +72,6 @@ class ClassifierReward:
             self.name += f"+{self._join}"
         if dtype != "float32":
             self.name += f"+{dtype}"
-
-    def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
-        rewards = dict(item for batch in self.stream(rows) for item in batch)
-        return [rewards[row] for row in range(len(rows))]
 
     def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
         encoded = [encode(self._tokenizer, x, y, join=self._join, max_length=self._max_length) for x, y in rows]
@@ -120,10 +98,7 @@ class ClassifierReward:
             return upload(np.array(full), self._device)
 
         ids = [item.ids for item in batch]
-        inputs = {
-            "input_ids": padded(ids, pad_id),
-            "attention_mask": padded([[1] * len(row) for row in ids], 0),
-        }
+        inputs = {"input_ids": padded(ids, pad_id), "attention_mask": padded([[1] * len(row) for row in ids], 0)}
         if left and "position_ids" in self._takes:
             inputs["position_ids"] = padded([list(range(len(row))) for row in ids], 0)
         types = [item.token_type_ids for item in batch if item.token_type_ids is not None]
@@ -142,9 +117,9 @@ class ClassifierReward:
     def _free_pad_id(self, batch: list[Encoded]) -> int:
         """A padding id for a model whose config names none.
 
-        Such a model takes its reward at the last token of a text. In a batch, classifiers of the Llama and
-        GPT-2 kind find that token as the last that differs from config.pad_token_id, so an id serves for
-        padding exactly if no text of the batch ends with it: end-of-text, a common choice, would not.
+        Such a model takes its reward at the last token of a text. In a batch, classifiers of the Llama and GPT-2 kind
+        find that token as the last that differs from config.pad_token_id. So an id serves for padding exactly if no
+        text of the batch ends with it: end-of-text, a common choice, would not.
         """
         endings = {item.ids[-1] for item in batch}
         preferred = [i for i in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if i is not None]
@@ -154,48 +129,39 @@ class ClassifierReward:
         return pad_id
 
 
+load = ClassifierReward
+
+
 def _load(model: str, *, dtype: Any, device: Any) -> tuple[Any, Any]:
     """Tokenizer and model, in evaluation mode, on the device."""
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
 
     from ple_data.common.device import load_weights
 
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UsageError(f"reward model {model}: the directory has no config.json, so it is no model")
+    options = {"dtype": dtype, "output_loading_info": True}
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        with _quiet():
-            loaded, info = load_weights(
-                AutoModelForSequenceClassification, model, device, dtype=dtype, output_loading_info=True
-            )
+        with ExitStack() as stack:  # transformers' own report on missing weights is not shown: ours is an error
+            stack.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity_error()
+            loaded, info = load_weights(AutoModelForSequenceClassification, model, device, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(
             f"reward model {model}: neither a URL, nor file.py:function, nor a model that transformers "
             f"can load as a sequence classifier ({first_line(error)})"
         ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         raise UsageError(
             f"reward model {model} is no trained sequence classifier: its files lack "
             f"{', '.join(missing[:3])}, which would be random numbers; "
             "name a reward model, such as one that `ple reward` trained"
         )
     return tokenizer, loaded.to(device).eval()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' loading bar, and its own report on missing weights: ours is an error."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def choose_output(config: Any, chosen: int | None, model: str) -> int:
@@ -211,19 +177,6 @@ def choose_output(config: Any, chosen: int | None, model: str) -> int:
     if not 0 <= chosen < config.num_labels:
         raise UsageError(f"reward model {model} has no output {chosen}: --output-index is one of {labels}")
     return chosen
-
-
-def _max_length(tokenizer: Any, config: Any) -> int | None:
-    """The longest input in tokens: the smaller of the tokenizer's and the model's limit; None if neither."""
-    limits = (tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None))
-    known = [limit for limit in limits if limit is not None and 0 < limit < _NO_LIMIT]
-    return min(known, default=None)
-
-
-def _pad_id(config: Any) -> int | None:
-    """The padding id that the model itself skips when it looks for the last token; None if it names none."""
-    pad_id = config.get_text_config().pad_token_id
-    return pad_id if pad_id is not None and pad_id >= 0 else None
 
 
 def _batches(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:

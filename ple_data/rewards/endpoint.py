@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ple_data.common.digests import text_digest
 from ple_data.common.web import Patience, checked_url, each, excerpt, key_from_environment, post_json, shown_url
+from ple_data.rewards import RewardModel
 from schemas.errors import PleError
 from schemas.options import Rewards
 
@@ -42,73 +44,56 @@ def recorded(url: str) -> str:
     return shown_url(parts) + (f"?{text_digest(parts.query.decode())}" if parts.query else "")
 
 
-class HttpReward:
-    """A reward model behind a URL. Several requests are in flight at once; each is tried several times."""
+@dataclass
+class HttpReward(RewardModel):
+    """A reward model behind a URL. Several requests are in flight at once; each is tried several times.
 
-    truncated = 0
+    batch_size: rows a request; timeout: seconds a try; first_wait: seconds, doubled every try.
+    """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        batch_size: int = 32,
-        in_flight: int = 4,
-        tries: int = 6,
-        timeout: float = 60.0,
-        first_wait: float = 0.5,
-    ) -> None:
-        """batch_size: rows a request; timeout: seconds a try; first_wait: seconds, doubled every try."""
-        self.name = recorded(url)
-        import httpx
+    url: str = field(repr=False)
+    batch_size: int = 32
+    in_flight: int = 4
+    tries: int = 6
+    timeout: float = 60.0
+    first_wait: float = 0.5
 
-        self._url = url
-        self._shown = shown_url(httpx.URL(url))
-        self._batch_size = batch_size
-        self._in_flight = in_flight
-        self._tries = tries
-        self._timeout = timeout
-        self._first_wait = first_wait
-
-    def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
-        rewards = dict(item for batch in self.stream(rows) for item in batch)
-        return [rewards[row] for row in range(len(rows))]
+    def __post_init__(self) -> None:
+        self.name = recorded(self.url)
+        self._who = f"reward model at {shown(self.url)}"
 
     def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
         import httpx
 
-        starts = range(0, len(rows), self._batch_size)
-        batches = [rows[start : start + self._batch_size] for start in starts]
+        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         key = key_from_environment(API_KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        with httpx.Client(headers=headers, timeout=self._timeout) as client:
+        with httpx.Client(headers=headers, timeout=self.timeout) as client:
 
             def score_batch(batch: Sequence[tuple[str, str]], stop: threading.Event) -> list[float]:
                 response = post_json(
                     client,
-                    self._url,
+                    self.url,
                     {"inputs": [{"x": x, "y": y} for x, y in batch]},
-                    Patience(self._tries, self._first_wait, stop),
-                    what=f"reward model at {self._shown}",
+                    Patience(self.tries, self.first_wait, stop),
+                    what=self._who,
                     failed="what was finished before is kept; check the server and run the same command again",
                     key=key,
                 )
                 return self._scores(response, len(batch), key)
 
-            for index, scores in each(score_batch, batches, self._in_flight):
-                yield list(enumerate(scores, start=index * self._batch_size))
+            for index, scores in each(score_batch, batches, self.in_flight):
+                yield list(enumerate(scores, start=index * self.batch_size))
 
     def _scores(self, response: httpx.Response, expected: int, key: str | None) -> list[float]:
         try:
             scores = response.json()["scores"]
         except (ValueError, KeyError, TypeError):
-            raise PleError(
-                f'reward model at {self._shown}: expected {{"scores": [...]}}, got {excerpt(response, key)}'
-            ) from None
+            raise PleError(f'{self._who}: expected {{"scores": [...]}}, got {excerpt(response, key)}') from None
         numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
         if not numbers or len(scores) != expected:
             got = f"{len(scores)} values" if isinstance(scores, list) else type(scores).__name__
             raise PleError(
-                f'reward model at {self._shown}: "scores" must be a list of {expected} numbers, got {got}: '
-                f"{excerpt(response, key)}"
+                f'{self._who}: "scores" must be a list of {expected} numbers, got {got}: {excerpt(response, key)}'
             )
         return [float(score) for score in scores]

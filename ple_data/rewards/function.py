@@ -1,7 +1,7 @@
 """A Python function as reward model: `file.py:function` or `module:function`.
 
-The function is called with a list of x and a list of y and gives back one number for each. It runs in this
-process, with its rights: point it only at code you trust.
+The function is called with a list of x and a list of y and gives back one number for each. It runs in this process,
+with its rights: name only code that you trust.
 """
 
 import importlib
@@ -9,13 +9,14 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ple_data.common.digests import text_digest
+from ple_data.rewards import RewardModel
 from schemas.errors import PleError, UsageError
 from schemas.options import Rewards
 
@@ -37,10 +38,8 @@ def check(spec: str, output_index: int | None = None) -> None:
         raise UsageError(f"reward model {spec}: there is no file {Path(location).resolve()}")
 
 
-class FunctionReward:
+class FunctionReward(RewardModel):
     """The user's function. Its name carries the digest of the file that holds it, not of its imports."""
-
-    truncated = 0
 
     def __init__(self, spec: str) -> None:
         check(spec)
@@ -52,7 +51,9 @@ class FunctionReward:
         else:
             module = self._load_module(location)
             self._file = Path(inspect.getfile(module)).resolve()
-        self._function = self._find(module, function)
+        self._function: Any = getattr(module, function, None)
+        if not callable(self._function):
+            raise UsageError(f"reward model {self._spec}: {self._file} has no function {function!r}")
         digest = text_digest(self._file.read_text(encoding="utf-8"))
         self.name = f"{Path(location).name}:{function}@{digest}"
 
@@ -62,15 +63,11 @@ class FunctionReward:
         with self._blame():
             result = self._function([x for x, _ in rows], [y for _, y in rows])
             values = list(result) if hasattr(result, "__iter__") and not isinstance(result, str | dict) else None
-        if values is None:
+        if values is None or len(values) != len(rows):
+            got = type(result).__name__ if values is None else f"{len(values)} rewards for {len(rows)} responses"
             raise PleError(
-                f"reward function {self._spec} gave back {type(result).__name__}: expected a list of "
-                f"{len(rows)} numbers, one for each response"
-            )
-        if len(values) != len(rows):
-            raise PleError(
-                f"reward function {self._spec} gave back {len(values)} rewards for {len(rows)} responses: "
-                "expected one for each, in order"
+                f"reward function {self._spec} gave back {got}: expected a list of {len(rows)} numbers, one for each "
+                "response, in order"
             )
         return [self._number(value, row) for row, value in enumerate(values)]
 
@@ -104,7 +101,8 @@ class FunctionReward:
             with _first_on_path(Path.cwd()), self._blame():
                 module = importlib.import_module(name)
         except PleError as error:
-            if isinstance(error.__cause__, ModuleNotFoundError) and _is_part(error.__cause__.name, name):
+            cause = error.__cause__  # the module itself, or a package above it
+            if isinstance(cause, ModuleNotFoundError) and f"{name}.".startswith(f"{cause.name}."):
                 raise UsageError(
                     f"reward model {self._spec}: there is no Python module {name!r} in the environment or in "
                     f"{Path.cwd()}, and no directory {self._spec!r}"
@@ -114,17 +112,9 @@ class FunctionReward:
             raise UsageError(f"reward model {self._spec}: the module {name!r} is not a Python file")
         return module
 
-    def _find(self, module: ModuleType, function: str) -> Callable[[list[str], list[str]], Any]:
-        found = getattr(module, function, None)
-        if not callable(found):
-            raise UsageError(f"reward model {self._spec}: {self._file} has no function {function!r}")
-        return found
-
     @contextmanager
     def _blame(self) -> Iterator[None]:
-        """Turn any exception of the user's code into an error that names its file and line; what it prints goes to
-        stderr, for stdout is for data.
-        """
+        """Any exception of the user's code becomes an error that names its file and line; prints go to stderr."""
         try:
             with redirect_stdout(sys.stderr):
                 yield
@@ -150,8 +140,3 @@ def _first_on_path(directory: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(directory))
-
-
-def _is_part(missing: str | None, name: str) -> bool:
-    """Whether the module that is missing is the one asked for or a package above it."""
-    return missing is not None and (name == missing or name.startswith(missing + "."))

@@ -4,10 +4,11 @@
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ple_data.inputs.chat import as_chat, as_text
 from schemas.errors import PleError, UsageError
+from schemas.options import Join
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,16 @@ class Encoded:
     cut: bool
 
 
-def resolve_join(join: str, tokenizer: Any) -> Literal["text", "pair", "chat"]:
+def resolve_join(join: Join, tokenizer: Any) -> Join:
     """ "auto" is chat where the tokenizer has a chat template, else text. Raises UsageError."""
     if join == "auto":
         return "chat" if tokenizer.chat_template else "text"
     if join == "chat" and not tokenizer.chat_template:
         raise UsageError("the reward model's tokenizer has no chat template: use --join text or pair")
-    if join not in ("text", "pair", "chat"):
-        raise UsageError(f"unknown way to join x and y for the reward model: {join!r} (auto, text, pair or chat)")
-    return join  # type: ignore[return-value]
+    return join
 
 
-def encode(tokenizer: Any, x: str, y: str, *, join: str = "auto", max_length: int | None = None) -> Encoded:
+def encode(tokenizer: Any, x: str, y: str, *, join: Join = "auto", max_length: int | None = None) -> Encoded:
     """The ids of (x, y), cut from the left of x where they are longer than max_length.
 
     - text: x and y run on as one text, with the tokenizer's own special tokens;

@@ -10,7 +10,7 @@ import pyarrow as pa
 from ple_data.common.progress import Progress
 from ple_data.engines import Completion, Request
 from ple_data.inputs.chat import to_text
-from ple_data.sampling.plan import Plan, Unit
+from ple_data.sampling.plan import Plan, Prompt, Unit
 from ple_data.sampling.reuse import Reuse
 from ple_data.storage.store import Store
 from schemas.tables import SCHEMAS
@@ -33,45 +33,41 @@ class GenerateSummary:
 
 @dataclass
 class _OpenUnit:
-    """A claimed unit whose responses are coming in: rows by number, each row's completions by arm."""
+    """A claimed unit: its rows, complete but for the responses that are still to come, and how many those are."""
 
     unit: Unit
     claim: ExitStack
-    missing: int
-    reused: dict[int, dict[str, Any]] = field(default_factory=dict)
-    sampled: dict[tuple[int, str], Completion] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    reused: int = 0
+    missing: int = 0
 
 
+@dataclass
 class Collector:
     """Claims units for the engine, gathers their responses and commits each unit that is whole."""
 
-    def __init__(
-        self,
-        store: Store,
-        plan: Plan,
-        provenance: Mapping[str, Any],
-        reuse: Reuse | None,
-        progress: Progress,
-        summary: GenerateSummary,
-    ) -> None:
-        self._store, self._plan, self._provenance = store, plan, provenance
-        self._reuse, self._progress, self._summary = reuse, progress, summary
-        self._open: dict[str, _OpenUnit] = {}
-        self.locked: list[Unit] = []
+    store: Store
+    plan: Plan
+    provenance: Mapping[str, Any]
+    reuse: Reuse | None
+    progress: Progress
+    summary: GenerateSummary
+    locked: list[Unit] = field(default_factory=list)
+    """The pending units that another process holds."""
+    _open: dict[str, _OpenUnit] = field(default_factory=dict)
 
     def units(self, pending: Sequence[Unit]) -> Iterator[list[Request]]:
         """The requests of each pending unit that is ours; a unit is claimed when it is asked for."""
         for unit in pending:
             claim = ExitStack()
-            if claim.enter_context(self._store.claim(self._plan.kind, self._plan.round, unit.id)):
-                requests = self._begin(unit, claim)
-                if requests:
+            if claim.enter_context(self.store.claim(self.plan.kind, self.plan.round, unit.id)):
+                if requests := self._begin(unit, claim):
                     yield requests
                 continue
             claim.close()
-            if self._store.is_committed(self._plan.kind, self._plan.round, unit.id):
-                self._summary.rows_by_others += self._plan.rows_of(unit)
-                self._progress.advance(len(self._plan.arms) * self._plan.rows_of(unit))
+            if self.store.is_committed(self.plan.kind, self.plan.round, unit.id):
+                self.summary.rows_by_others += len(unit.rows)
+                self.progress.advance(len(self.plan.arms) * len(unit.rows))
             else:
                 self.locked.append(unit)
 
@@ -79,67 +75,58 @@ class Collector:
         """Take in one response; the last one of a unit commits it."""
         unit_id, row, arm = request.key
         opened = self._open[unit_id]
-        opened.sampled[row, arm] = completion
+        opened.rows[row] |= {
+            arm: completion.text,
+            f"{arm}_ids": completion.ids,
+            f"{arm}_finish": completion.finish,
+            f"{arm}_empty": not completion.text.strip(),
+            f"{arm}_logps": completion.logps,
+        }
         opened.missing -= 1
-        self._summary.tokens += len(completion.ids)
-        self._progress.advance(1)
+        self.summary.tokens += len(completion.ids)
+        self.progress.advance(1)
         if not opened.missing:
             self._commit(opened)
 
-    def __enter__(self) -> "Collector":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Give up the claims of units that are not whole."""
         for opened in self._open.values():
             opened.claim.close()
 
     def _begin(self, unit: Unit, claim: ExitStack) -> list[Request]:
-        opened = _OpenUnit(unit, claim, 0)
-        self._open[unit.id] = opened
+        opened = self._open[unit.id] = _OpenUnit(unit, claim)
         requests = []
-        for row in range(self._plan.rows_of(unit)):
-            earlier = self._reuse.row(*self._plan.prompt_of(unit, row)) if self._reuse else None
-            if earlier is not None:
-                opened.reused[row] = earlier
-                self._progress.advance(len(self._plan.arms))
+        for row, (prompt, sample) in enumerate(unit.rows):
+            earlier = self.reuse.row(prompt, sample) if self.reuse else None
+            opened.rows.append(earlier or self._row(prompt, sample))
+            if earlier:
+                opened.reused += 1
+                self.progress.advance(len(self.plan.arms))
             else:
-                requests += [self._plan.request(unit, row, arm) for arm in self._plan.arms]
+                requests += [self.plan.request(unit, row, arm) for arm in self.plan.arms]
         opened.missing = len(requests)
         if not requests:
             self._commit(opened)
         return requests
 
     def _commit(self, opened: _OpenUnit) -> None:
-        plan, unit = self._plan, opened.unit
-        rows = [opened.reused.get(row) or self._row(opened, row) for row in range(plan.rows_of(unit))]
-        table = pa.Table.from_pylist(rows, schema=SCHEMAS[plan.kind])
-        self._store.commit(plan.kind, plan.round, unit.id, table, self._provenance)
-        self._summary.rows_reused += len(opened.reused)
-        self._summary.rows_sampled += len(rows) - len(opened.reused)
+        plan, unit = self.plan, opened.unit
+        table = pa.Table.from_pylist(opened.rows, schema=SCHEMAS[plan.kind])
+        self.store.commit(plan.kind, plan.round, unit.id, table, self.provenance)
+        self.summary.rows_reused += opened.reused
+        self.summary.rows_sampled += len(unit.rows) - opened.reused
         del self._open[unit.id]
         opened.claim.close()
 
-    def _row(self, opened: _OpenUnit, row: int) -> dict[str, Any]:
-        prompt, sample = self._plan.prompt_of(opened.unit, row)
-        values: dict[str, Any] = {
+    def _row(self, prompt: Prompt, sample: int) -> dict[str, Any]:
+        return {
             "query_id": prompt.query.id,
-            "round": self._plan.round,
+            "round": self.plan.round,
             "sample": sample,
             "x": to_text(prompt.query.x),
             "x_ids": list(prompt.x_ids),
-            "policy": self._plan.policy,
-            "seed": self._plan.seed,
+            "policy": self.plan.policy,
+            "seed": self.plan.seed,
             "reference": prompt.query.reference,
+            "principle": self.plan.principle and self.plan.principle.text,
         }
-        if self._plan.principle:
-            values["principle"] = self._plan.principle.text
-        for arm in self._plan.arms:
-            completion = opened.sampled[row, arm]
-            values |= {
-                arm: completion.text,
-                f"{arm}_ids": completion.ids,
-                f"{arm}_finish": completion.finish,
-                f"{arm}_empty": not completion.text.strip(),
-                f"{arm}_logps": completion.logps,
-            }
-        return values

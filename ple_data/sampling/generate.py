@@ -8,7 +8,8 @@ import itertools
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import fields
 from typing import Any
 
@@ -17,17 +18,7 @@ from ple_data.common.models import check_adapter, check_model, end_ids, load_tok
 from ple_data.common.progress import Progress
 from ple_data.common.settings import as_json, counted
 from ple_data.common.terminal import printable
-from ple_data.engines import (
-    Completion,
-    Engine,
-    EngineSpec,
-    Request,
-    check_engine_args,
-    choose_engine,
-    make_engine,
-    parse_engine_args,
-    resolve_machine,
-)
+from ple_data.engines import Engine, EngineSpec, choose_engine, engine_module, make_engine, parse_engine_args
 from ple_data.inputs.principles import load_principle, uses_chat
 from ple_data.inputs.queries import load_queries
 from ple_data.sampling.collector import Collector, GenerateSummary
@@ -61,14 +52,15 @@ def generate(options: Gen) -> GenerateSummary:
     engine_name, arguments = choose_engine(options.engine), parse_engine_args(options.engine_arg)
     check_model(model)
     adapter = check_adapter(options.adapter, model) if options.adapter else None
-    check_engine_args(engine_name, arguments, adapter)
+    engine = engine_module(engine_name)
+    engine.check(arguments, adapter)
     tokenizer = load_tokenizer(model, revision, note=_say)
     store = Store(options.data)
     plan, source = make_plan(options, tokenizer, store)
     _check_length(plan, max_positions(model, revision), model)
     if options.dry_run:
         return GenerateSummary(rows=plan.rows, counts=plan.counts, dry_run=_show(plan, tokenizer))
-    dtype, device = resolve_machine(engine_name, options.dtype, arguments)
+    dtype, device = engine.resolve_machine(options.dtype, arguments)
     ends = end_ids(model, tokenizer, revision)
     spec = EngineSpec(model, revision, adapter, tokenizer, ends, max_length=plan.longest, dtype=dtype)
     found = Reuse(options.reuse, plan, options.data) if options.reuse else None
@@ -102,11 +94,10 @@ def make_plan(options: Gen, tokenizer: Any, store: Store) -> tuple[Plan, str]:
     plan = Plan(
         round=options.round,
         seed=options.seed,
-        samples=options.samples,
         sampling=options.part(Sampling),
         policy=policy,
         principle=principle,
-        units=make_units(prompts, unit_size, identity),
+        units=make_units(prompts, options.samples, unit_size, identity),
         settings=identity | read,
         counts=counts,
     )
@@ -123,56 +114,37 @@ def sample_round(
     """Sample and commit what is left of a plan. The engine is started when there is something to sample, and closed."""
     summary = GenerateSummary(rows=plan.rows, counts=plan.counts)
     pending = [unit for unit in plan.units if not store.is_committed(plan.kind, plan.round, unit.id)]
-    summary.rows_done_before = plan.rows - sum(map(plan.rows_of, pending))
-    arms = len(plan.arms)
+    summary.rows_done_before = plan.rows - sum(len(unit.rows) for unit in pending)
+    arms, engine, began = len(plan.arms), None, time.monotonic()
     with (
         Progress("generate", arms * plan.rows, "responses", done=arms * summary.rows_done_before) as progress,
-        _EngineHolder(start_engine, progress, "{engine} in {dtype} on {device}".format(**provenance)) as engine,
+        ExitStack() as stack,
     ):
         waits = Waits(store, plan.kind, progress.note)
         while pending:
-            collector = Collector(store, plan, provenance, reuse, progress, summary)
-            with collector:
-                for request, completion in engine.sample(collector.units(pending), plan.sampling):
-                    collector.add(request, completion)
+            with closing(Collector(store, plan, provenance, reuse, progress, summary)) as collector:
+                units = collector.units(pending)
+                for first in units:  # the engine takes those behind it
+                    if engine is None:
+                        engine = stack.enter_context(closing(start_engine()))
+                        name = "{engine} in {dtype} on {device}".format(**provenance)
+                        progress.note(f"engine {name}, started in {time.monotonic() - began:.0f} s")
+                        progress.restart_clock()
+                        began = time.monotonic()
+                    for request, completion in engine.sample(itertools.chain([first], units), plan.sampling):
+                        collector.add(request, completion)
             if len(collector.locked) == len(pending):
                 waits.a_moment((plan.round, unit.id) for unit in collector.locked)
             pending = collector.locked
         what = "pairs" if plan.kind == "responses" else "responses"
-        progress.note(_result(summary, what, time.monotonic() - engine.started))
+        progress.note(_result(summary, what, time.monotonic() - began))
     return summary
-
-
-class _EngineHolder:
-    """Starts the engine with the first unit that needs it, so that a finished round starts none."""
-
-    def __init__(self, start: Callable[[], Engine], progress: Progress, name: str) -> None:
-        self._start, self._progress, self._name = start, progress, name
-        self._engine: Engine | None = None
-        self.started = time.monotonic()
-
-    def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
-        first = next(units, None)
-        if first is None:
-            return
-        if self._engine is None:
-            self._engine = self._start()
-            self._progress.note(f"engine {self._name}, started in {time.monotonic() - self.started:.0f} s")
-            self._progress.restart_clock()
-            self.started = time.monotonic()
-        yield from self._engine.sample(itertools.chain([first], units), sampling)
-
-    def __enter__(self) -> "_EngineHolder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._engine is not None:
-            self._engine.close()
 
 
 def _freeze(store: Store, plan: Plan, notes: dict[str, Any]) -> None:
     """Freeze the round's settings at its first start; later starts must have the same."""
-    ours = plan.manifest({**notes, "machine": f"{platform.machine()}, {platform.system()}"})
+    notes |= {"machine": f"{platform.machine()}, {platform.system()}"}
+    ours = RoundManifest(round=plan.round, settings=plan.settings, counts=plan.counts, notes=notes)
     theirs = store.save_manifest(ours)
     defaults = {option.name: as_json(option.default) for option in fields(Gen)}
     if differences := ours.differences(theirs, defaults):
@@ -205,7 +177,7 @@ def _check_length(plan: Plan, positions: int | None, model: str) -> None:
 
 
 def _show(plan: Plan, tokenizer: Any) -> str:
-    prompt = plan.units[0].prompts[0]
+    prompt, _ = plan.units[0].rows[0]
     lines = [f"query {prompt.query.id}, 1 of {plan.counts['queries_taken']}; policy {plan.policy}"]
     names = {"y": "plain prompt x", "y_prompt": "guided prompt [p, x]"}
     for arm in plan.arms:
@@ -216,15 +188,13 @@ def _show(plan: Plan, tokenizer: Any) -> str:
 
 def _result(summary: GenerateSummary, what: str, seconds: float) -> str:
     rate = f"{summary.tokens} tokens, {summary.tokens / seconds:.0f} tokens/s"
-    parts = [f"{summary.rows_sampled} {what} sampled ({rate})"]
-    for count, how in (
-        (summary.rows_reused, "reused"),
-        (summary.rows_done_before, f"{what} done before"),
-        (summary.rows_by_others, "sampled by other processes"),
-    ):
-        if count:
-            parts.append(f"{count} {how}")
-    return ", ".join(parts)
+    others = {
+        "reused": summary.rows_reused,
+        f"{what} done before": summary.rows_done_before,
+        "sampled by other processes": summary.rows_by_others,
+    }
+    parts = [f"{count} {how}" for how, count in others.items() if count]
+    return ", ".join([f"{summary.rows_sampled} {what} sampled ({rate})", *parts])
 
 
 def _say(message: str) -> None:

@@ -4,14 +4,17 @@ The same arguments give the same plan in every process: that is what lets severa
 """
 
 import hashlib
+import itertools
 import json
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from ple_data.common.digests import json_digest
+from ple_data.common.settings import counted
 from ple_data.engines import Request, Sampling
 from ple_data.inputs.chat import to_text
 from ple_data.inputs.principles import Principle, render_all
@@ -40,10 +43,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Unit:
-    """A slice of the prompts that is stored as one file: row i is sample i % samples of prompt i // samples."""
+    """A slice of the round that is stored as one file. A row is a prompt and the number of its sample."""
 
     id: str
-    prompts: Sequence[Prompt]
+    rows: Sequence[tuple[Prompt, int]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,6 @@ class Plan:
 
     round: int
     seed: int
-    samples: int
     sampling: Sampling
     policy: str
     principle: Principle | None
@@ -73,42 +75,27 @@ class Plan:
     @property
     def rows(self) -> int:
         """Pairs of responses in the round."""
-        return sum(self.rows_of(unit) for unit in self.units)
+        return sum(len(unit.rows) for unit in self.units)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt and a full response to it."""
-        prompts = (prompt for unit in self.units for prompt in unit.prompts)
+        prompts = (prompt for unit in self.units for prompt, _ in unit.rows)
         longest = max(max(len(prompt.x_ids), len(prompt.guided_ids)) for prompt in prompts)
         return longest + self.sampling.max_new_tokens
 
-    def rows_of(self, unit: Unit) -> int:
-        """Pairs of responses in one unit."""
-        return len(unit.prompts) * self.samples
-
-    def prompt_of(self, unit: Unit, row: int) -> tuple[Prompt, int]:
-        """The prompt and the sample number of a row of a unit."""
-        return unit.prompts[row // self.samples], row % self.samples
-
     def request(self, unit: Unit, row: int, arm: Arm) -> Request:
         """The request for one response; its key is (unit id, row, arm)."""
-        prompt, sample = self.prompt_of(unit, row)
+        prompt, sample = unit.rows[row]
         seed = request_seed(self.seed, self.round, prompt.query.id, arm, sample)
         return Request((unit.id, row, arm), tuple(prompt.ids(arm)), seed)
 
-    def manifest(self, notes: dict[str, Any]) -> RoundManifest:
-        """The record that freezes the round's settings."""
-        return RoundManifest(round=self.round, settings=self.settings, counts=self.counts, notes=notes)
-
     def provenance(self, engine: str, dtype: str, device: str) -> dict[str, Any]:
-        """What the metadata of each of the round's files says about where its rows come from.
-
-        dtype, device: what the engine samples with (`ple_data.engines.resolve_machine`).
-        """
+        """What the metadata of each of the round's files says about where its rows come from."""
         return {
             "policy": self.policy,
             **({"principle": {"name": self.principle.name, "digest": self.principle.digest}} if self.principle else {}),
-            "sampling": asdict(self.sampling) | {"stop": list(self.sampling.stop)},
+            "sampling": counted(self.sampling),
             "seed": self.seed,
             "engine": engine,
             "dtype": dtype,
@@ -124,11 +111,7 @@ def request_seed(seed: int, round: int, query_id: str, arm: Arm, sample: int) ->
 
 
 def make_prompts(
-    tokenizer: Any,
-    queries: Sequence[Query],
-    principle: Principle | None,
-    how: Reading,
-    seed: int = 0,
+    tokenizer: Any, queries: Sequence[Query], principle: Principle | None, how: Reading, seed: int = 0
 ) -> tuple[list[Prompt], dict[str, int]]:
     """Prompts of the queries that are taken, and counts of what became of all queries.
 
@@ -149,7 +132,8 @@ def make_prompts(
             (q, array("i", ids)) for q, ids in zip(part, rendered, strict=True) if len(ids) <= how.max_query_tokens
         ]
         looked_at += len(part)
-    taken = _cyclic(kept, skip, limit)
+    start = skip % max(len(kept), 1)
+    taken = kept[start:] if limit is None else (kept[start:] + kept[:start])[:limit]
     if principle is None:
         prompts = [Prompt(query, plain, ()) for query, plain in taken]
     else:
@@ -164,30 +148,20 @@ def make_prompts(
     return prompts, counts
 
 
-def _cyclic(kept: Sequence[Any], skip: int, limit: int | None) -> list[Any]:
-    if not kept:
-        return []
-    start = skip % len(kept)
-    count = len(kept) - start if limit is None else min(limit, len(kept))
-    return [kept[(start + at) % len(kept)] for at in range(count)]
-
-
 def default_unit_size(queries: int, begun: RoundManifest | None = None) -> int:
-    """A 64th of the round's queries, but 64 to 2,048: a kill costs little, and training opens few files.
-
-    A round that was begun goes on as it was.
-    """
+    """A 64th of the queries, but 64 to 2,048 (a kill costs little, training opens few files); a begun round's own."""
     stored = begun.settings.get("unit_size") if begun else None
     return stored if isinstance(stored, int) and stored > 0 else min(max(64, -(-queries // 64)), 2048)
 
 
-def make_units(prompts: Sequence[Prompt], unit_size: int, identity: dict[str, Any]) -> list[Unit]:
+def make_units(prompts: Sequence[Prompt], samples: int, unit_size: int, identity: dict[str, Any]) -> list[Unit]:
     """Slices of `unit_size` prompts, each with an id from its place, its queries and the `identity` of the round."""
     units = []
     for index, start in enumerate(range(0, len(prompts), unit_size)):
         part = prompts[start : start + unit_size]
         queries = [[prompt.query.id, to_text(prompt.query.x)] for prompt in part]
-        units.append(Unit(f"{index:05d}-{json_digest([identity, queries])}", part))
+        rows = list(itertools.product(part, range(samples)))
+        units.append(Unit(f"{index:05d}-{json_digest([identity, queries])}", rows))
     return units
 
 
@@ -195,8 +169,6 @@ def package_versions() -> dict[str, str]:
     """Versions of the installed packages that decide what is sampled."""
     found = {}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found

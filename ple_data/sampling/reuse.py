@@ -9,10 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from ple_data.common.digests import digests_of, ids_digest
-from ple_data.common.settings import as_json
+from ple_data.common.settings import counted
 from ple_data.sampling.plan import Plan, Prompt
 from ple_data.storage.store import Shard, Store
 from schemas.errors import UsageError
@@ -31,7 +29,7 @@ class Reuse:
         self._principle = plan.principle.text
         self._plan = plan
         self._places: dict[_Key, tuple[Store, Shard, int]] = {}
-        self._table = lru_cache(maxsize=_TABLES_IN_MEMORY)(_read)
+        self._table = lru_cache(maxsize=_TABLES_IN_MEMORY)(Store.read)
         for directory in directories:
             store = Store(directory)
             if directory.resolve() == data.resolve():
@@ -65,12 +63,7 @@ class Reuse:
                 self._places.setdefault(key, (store, shard, at))
 
     def _same_sampling(self, found: Any) -> bool:
-        wanted = {name: as_json(value) for name, value in self._plan.sampling.values().items()}
+        wanted = counted(self._plan.sampling)
         if not isinstance(found, dict) or (wanted["logprobs"] and not found.get("logprobs")):
             return False
-        defaults = {name: as_json(value) for name, value in Sampling().values().items()}  # of what is younger
-        return defaults | found | {"logprobs": wanted["logprobs"]} == wanted
-
-
-def _read(store: Store, shard: Shard) -> pa.Table:
-    return store.read(shard)
+        return counted(Sampling()) | found | {"logprobs": wanted["logprobs"]} == wanted  # of what is younger, defaults

@@ -1,14 +1,13 @@
 """Numbers that cost a model or an endpoint to compute, kept by a digest of what they are of. Computes none itself.
 
-One Parquet file (kind `scores`) for one thing that scores, replaced whole every few seconds, at the end and when
-something fails: the next run goes on from there, and what is there is never computed again.
+One Parquet file (kind `scores`) for one thing that scores. It is replaced whole every few seconds, at the end and when
+something fails. The next run goes on from there: what is there is never computed again.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +56,12 @@ def cached_scores(
         known = _read(path, made_by) if path.exists() else {}
         first_place = {key: place for place, key in reversed(list(enumerate(keys)))}
         missing = [place for place, key in enumerate(keys) if key not in known and first_place[key] == place]
-        with (
-            Progress(label, len(first_place), unit, done=len(first_place) - len(missing)) as progress,
-            _saved(path, made_by, known) as save_if_due,
-        ):
-            for start in range(0, len(missing), ROWS_AT_ONCE):
-                places = missing[start : start + ROWS_AT_ONCE]
-                for batch in compute(places):
+        parts = (missing[start : start + ROWS_AT_ONCE] for start in range(0, len(missing), ROWS_AT_ONCE))
+        batches = ((places, batch) for places in parts for batch in compute(places))
+        saved, last_save = len(known), time.monotonic()
+        with Progress(label, len(first_place), unit, done=len(first_place) - len(missing)) as progress:
+            try:
+                for places, batch in batches:
                     refuse_non_finite(
                         f"{made_by} gave values that are not finite",
                         [(names[places[at]], value) for at, (value, _) in batch],
@@ -71,28 +69,13 @@ def cached_scores(
                     )
                     known |= {keys[places[at]]: score for at, score in batch}
                     progress.advance(len(batch))
-                    save_if_due()
+                    if time.monotonic() - last_save >= SECONDS_BETWEEN_SAVES:
+                        _save(path, made_by, known)
+                        saved, last_save = len(known), time.monotonic()
+            finally:
+                if len(known) > saved:
+                    _save(path, made_by, known)
     return [known[key] for key in keys]
-
-
-@contextmanager
-def _saved(path: Path, made_by: str, known: dict[str, Score]) -> Iterator[Callable[[], None]]:
-    """Save `known` whenever it has grown: at the end and on failure, and in between as often as the caller asks and
-    SECONDS_BETWEEN_SAVES allows.
-    """
-    rows, last = len(known), time.monotonic()
-
-    def save_if_due() -> None:
-        nonlocal rows, last
-        if time.monotonic() - last >= SECONDS_BETWEEN_SAVES:
-            _save(path, made_by, known)
-            rows, last = len(known), time.monotonic()
-
-    try:
-        yield save_if_due
-    finally:
-        if len(known) > rows:
-            _save(path, made_by, known)
 
 
 def _save(path: Path, made_by: str, known: dict[str, Score]) -> None:
@@ -101,19 +84,13 @@ def _save(path: Path, made_by: str, known: dict[str, Score]) -> None:
 
 
 def _read(path: Path, made_by: str) -> dict[str, Score]:
-    with _advised(path):
+    try:
         if read_metadata(path, "scores").get("made_by") != made_by:
             raise DamagedError(f"{path}: holds scores of something else")
         rows = read_table(path, "scores").to_pylist()
-    return {row["key"]: (row["value"], row["tokens"]) for row in rows}
-
-
-@contextmanager
-def _advised(path: Path) -> Iterator[None]:
-    try:
-        yield
     except NewerError:
         raise
     except DamagedError as error:
         what = str(error).split(": restore it", 1)[0]
         raise DamagedError(f"{what}: remove {path}, and its numbers are computed anew") from error
+    return {row["key"]: (row["value"], row["tokens"]) for row in rows}

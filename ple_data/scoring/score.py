@@ -1,7 +1,6 @@
 """The scoring stage: responses of a store become pairs, unit by unit, in the same store or in another.
 
-A unit that is committed is never scored again; several processes share the units. Nothing is sampled here,
-and the reward model is the only model in memory.
+A unit that is committed is never scored again; several processes share the units. No other model is in memory.
 """
 
 from dataclasses import dataclass
@@ -17,6 +16,9 @@ from ple_data.storage.store import Shard, Store, Waits
 from schemas.errors import UsageError
 from schemas.files import write_new
 from schemas.tables import PAIRS, read_metadata
+
+OWNER = Path(".ple") / "reward_model"
+"""Where a store holds the name of the model that its pairs are scored by."""
 
 
 @dataclass
@@ -35,9 +37,9 @@ def score(
 ) -> ScoreCounts:
     """Score every committed unit of responses (of one round, or of all) and commit it as pairs to `output`.
 
-    `output` is `store` itself by default. Units that another process is scoring are waited for, and taken
-    over if it dies. Raises UsageError where there are no responses or where the pairs there belong to another
-    reward model, and PleError where a reward is NaN or infinite; the units before it stay committed.
+    `output` is `store` itself by default. Units that another process is scoring are waited for, and taken over if it
+    dies. Raises UsageError where there are no responses or where the pairs there belong to another reward model, and
+    PleError where a reward is NaN or infinite; the units before it stay committed.
     """
     target = output or store
     shards = store.shards("responses", round=round)
@@ -79,17 +81,17 @@ def _score_unit(store: Store, shard: Shard, reward_model: RewardModel, target: S
         if ours:
             table = store.read(shard)
             s, s_prompt = _rewards(table, shard, reward_model)
-            pairs = _pairs(table, s, s_prompt, reward_model.name)
+            added = [pa.array(s), pa.array(s_prompt), pa.array([reward_model.name] * len(table))]
+            pairs = pa.table([*table.columns, *added], schema=PAIRS)
             provenance = {**read_metadata(shard.path, "responses"), "reward_model": reward_model.name}
             _own_pairs(target, reward_model)
             target.commit("pairs", shard.round, shard.unit, pairs, provenance)
             counts.units += 1
             counts.rows += shard.rows
             return True
-    if target.is_committed("pairs", shard.round, shard.unit):
-        counts.rows_by_others += shard.rows
-        return True
-    return False
+    by_others = target.is_committed("pairs", shard.round, shard.unit)
+    counts.rows_by_others += shard.rows if by_others else 0
+    return by_others
 
 
 def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel) -> tuple[np.ndarray, np.ndarray]:
@@ -114,15 +116,13 @@ def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel) -> tuple[
     return s, s_prompt
 
 
-def _pairs(table: pa.Table, s: np.ndarray, s_prompt: np.ndarray, name: str) -> pa.Table:
-    added = {"s": pa.array(s), "s_prompt": pa.array(s_prompt), "reward_model": pa.array([name] * len(table))}
-    columns = [table[column] if column in table.column_names else added[column] for column in PAIRS.names]
-    return pa.table(columns, schema=PAIRS)
-
-
 def _refuse_other_model(target: Store, reward_model: RewardModel) -> None:
     """Raise UsageError where the pairs of `target` were scored by another reward model."""
-    owner = _owner(target)
+    owner: str | None = None
+    if (record := target.root / OWNER).exists():
+        owner = record.read_text(encoding="utf-8").strip()
+    elif shards := target.shards("pairs"):
+        owner = read_metadata(shards[0].path, "pairs").get("reward_model")
     if owner not in (None, reward_model.name):
         raise UsageError(
             f"the pairs in {target.root} were scored by {owner}, not by {reward_model.name}: two reward "
@@ -130,22 +130,9 @@ def _refuse_other_model(target: Store, reward_model: RewardModel) -> None:
         )
 
 
-def _owner(target: Store) -> str | None:
-    """The reward model that the pairs of `target` belong to; None where there are none yet."""
-    record = _owner_record(target)
-    if record.exists():
-        return record.read_text(encoding="utf-8").strip()
-    first = next(iter(target.shards("pairs")), None)
-    return read_metadata(first.path, "pairs").get("reward_model") if first else None
-
-
 def _own_pairs(target: Store, reward_model: RewardModel) -> None:
     """Make `target` this model's before the first commit: of two that start at once, one is refused."""
-    record = _owner_record(target)
+    record = target.root / OWNER
     if not record.exists():
         write_new(record, reward_model.name + "\n", target.root / ".ple" / "tmp")
     _refuse_other_model(target, reward_model)
-
-
-def _owner_record(target: Store) -> Path:
-    return target.root / ".ple" / "reward_model"

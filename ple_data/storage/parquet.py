@@ -1,4 +1,4 @@
-"""Tables as Parquet files with their metadata, in memory or in place at once. Which rows belong where, others know."""
+"""Tables as Parquet files with their metadata. Which rows belong where, others know."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

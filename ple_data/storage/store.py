@@ -4,14 +4,9 @@
     DATA/.ple/commits/pairs/round=000/<unit>.json     its commit record; without one the shard does not exist
     DATA/.ple/locks, DATA/.ple/tmp, DATA/.ple/rounds  who works on what, unfinished files, settings of rounds
 
-A unit of work is claimed (an flock, dropped by the kernel when its holder dies), written to a temporary file,
-linked to its final name and then recorded. Killed between any two of these steps, the next claim of the unit
-finds out how far it got. Nothing here is ever overwritten, and nothing is unpickled.
-
-Other programs read the tables unaided. `round` is a column and also part of the path: a reader that takes
-it from the path gives '000' (DuckDB, unless told `hive_partitioning=false`) or refuses a whole directory
-(pandas and `pyarrow.parquet.read_table`, unless told `partitioning=None`); single files read the same
-everywhere.
+A unit of work is claimed (an flock, dropped by the kernel when its holder dies), written to a temporary file, linked to
+its final name and then recorded. After a kill between any two of these steps, the next claim finds out how far it got.
+Nothing here is ever overwritten, and nothing is unpickled.
 """
 
 import fcntl
@@ -74,10 +69,9 @@ class Store:
     def claim(self, kind: str, round: int, unit: str) -> Iterator[bool]:
         """Holds the unit for the time of the `with` block, without waiting.
 
-        Yields True when the unit is ours and still to do; False when another process (or another claim of
-        this one) holds it, see `holder`, or when it is committed, see `is_committed`. The kernel drops the
-        lock when the process dies. A finished file that a killed process left without its record is
-        recorded now.
+        Yields True when the unit is ours and still to do; False when another process (or another claim of this one)
+        holds it, see `holder`, or when it is committed, see `is_committed`. The kernel drops the lock when the process
+        dies. A finished file that a killed process left without its record is recorded now.
         """
         self._prepare()
         path = self._lock_path(kind, round, unit)
@@ -126,10 +120,9 @@ class Store:
     def commit(self, kind: str, round: int, unit: str, table: pa.Table, provenance: Mapping[str, Any]) -> Shard:
         """Puts the unit's rows on disk, whole or not at all, and records them; call it under `claim`.
 
-        `table` has the columns of `schemas.tables` for `kind`; `provenance` (JSON values) goes into the
-        file's metadata. When the unit has been committed meanwhile, what was first stays and is returned.
-        Raises PleError: rows of another round, doubled or not in the schema, or a disk that cannot be
-        written.
+        `table` has the columns of `schemas.tables` for `kind`; `provenance` (JSON values) goes into the file's
+        metadata. When the unit has been committed meanwhile, what was first stays and is returned. Raises PleError:
+        rows of another round, doubled or not in the schema, or a disk that cannot be written.
         """
         self._prepare()
         final = self.path(kind, round, unit)
@@ -163,13 +156,13 @@ class Store:
         return True
 
     def _record(self, kind: str, round: int, unit: str, rows: int, size: int, sha256: str) -> None:
-        shard = Shard(kind, round, unit, self.path(kind, round, unit), rows, size, sha256)
-        files.write_new(self.record_path(kind, round, unit), self._commit(shard).to_json(), self._tmp)
+        file = self.path(kind, round, unit).relative_to(self.root).as_posix()
+        values: dict[str, Any] = {"kind": kind, "round": round, "unit": unit, "bytes": size, "sha256": sha256}
+        record = Commit(file=file, rows=rows, **values)
+        files.write_new(self.record_path(kind, round, unit), record.to_json(), self._tmp)
 
     def _prepare(self) -> None:
-        """Makes the directories, removes what dead writers left, and tries out what the disk must be able
-        to do.
-        """
+        """Makes the directories, removes what dead writers left, and tries out what the disk must be able to do."""
         if self._prepared:
             return
         with files.explained(self.root):
@@ -186,21 +179,14 @@ class Store:
 
         From the commit records alone; the files are not opened. Raises DamagedError on an unreadable record.
         """
-        shards = [self.read_record(path) for path in self.record_paths(kind)]
-        if round is not None:
-            shards = [shard for shard in shards if shard.round == round]
-        if max_round is not None:
-            shards = [shard for shard in shards if shard.round <= max_round]
-        return sorted(shards, key=lambda shard: (shard.round, shard.path.name))
+        committed = map(self.read_record, self.record_paths(kind))
+        wanted = (s for s in committed if round in (None, s.round) and (max_round is None or s.round <= max_round))
+        return sorted(wanted, key=lambda shard: (shard.round, shard.path.name))
 
     def read_record(self, path: Path) -> Shard:
         """The shard that the commit record at `path` describes. Raises DamagedError."""
         commit = read_record(Commit, path)
         return Shard(path=self.root / commit.file, **commit.model_dump(exclude={"version", "file"}))
-
-    def _commit(self, shard: Shard) -> Commit:
-        values = {name: getattr(shard, name) for name in ("kind", "round", "unit", "rows", "bytes", "sha256")}
-        return Commit(file=shard.path.relative_to(self.root).as_posix(), **values)
 
     def read(self, shard: Shard, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of a shard in the current version's columns, or those named; page checksums are verified.
@@ -215,9 +201,7 @@ class Store:
         return table
 
     def provenance(self, shard: Shard) -> dict[str, Any]:
-        """The `ple` metadata of a shard: kind, version, round, unit, and what its writer gave. Reads the
-        footer only.
-        """
+        """The `ple` metadata of a shard: kind, version, round, unit, and what its writer gave. Reads the footer."""
         return tables.read_metadata(shard.path, shard.kind)
 
     def scan(self, kind: str, max_round: int | None = None, round: int | None = None) -> "pl.LazyFrame":
@@ -228,9 +212,7 @@ class Store:
         return scan_shards(kind, self.shards(kind, max_round, round))
 
     def save_manifest(self, manifest: RoundManifest) -> RoundManifest:
-        """Freezes the settings of a round. Returns what stands: the first one saved, ours or another
-        process's.
-        """
+        """Freezes the settings of a round. Returns what stands: the first one saved, ours or another process's."""
         self._prepare()
         files.write_new(self.manifest_path(manifest.round), manifest.to_json(), self._tmp)
         return self.load_manifest(manifest.round) or manifest
@@ -238,11 +220,7 @@ class Store:
     def load_manifest(self, round: int) -> RoundManifest | None:
         """The frozen settings of a round, None before its first start. Raises DamagedError."""
         path = self.manifest_path(round)
-        return self.read_manifest(path) if path.exists() else None
-
-    def read_manifest(self, path: Path) -> RoundManifest:
-        """The settings in the file at `path`. Raises DamagedError."""
-        return read_record(RoundManifest, path)
+        return read_record(RoundManifest, path) if path.exists() else None
 
     def unfinished(self, shards: Iterable[Shard]) -> list[tuple[int, int, int]]:
         """(round, rows, rows asked for) of the rounds of which `shards` hold fewer rows than were asked for."""
@@ -288,12 +266,8 @@ def scan_shards(kind: str, shards: Sequence[Shard]) -> "pl.LazyFrame":
         tables.read_metadata(shard.path, kind)
     if not shards:
         return pl.LazyFrame(schema=schema)
-    return pl.scan_parquet(
-        [shard.path for shard in shards],
-        schema=schema,
-        missing_columns="insert",
-        hive_partitioning=False,
-    )
+    paths = [shard.path for shard in shards]
+    return pl.scan_parquet(paths, schema=schema, missing_columns="insert", hive_partitioning=False)
 
 
 class Waits:

@@ -12,6 +12,7 @@ from ple_data.storage.store import Shard, Store
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
 from schemas.files import TMP_SUFFIX, is_stale, sha256_file
+from schemas.records import RoundManifest, read_record
 
 _NAMED = 5  # doubled keys that one problem names
 
@@ -47,10 +48,7 @@ def check(directory: Path) -> Iterator[Problem]:
 
 
 def verify(store: Store) -> list[Problem]:
-    """All problems of the directory, in the order of its files; the "info" ones come last.
-
-    Raises UsageError where there is no data directory.
-    """
+    """All problems of a data directory in the order of its files, "info" last. Raises UsageError where it is none."""
     tables_there = (path for kind in tables.STORED for path in (store.root / kind).rglob("*.parquet"))
     if not (store.root / ".ple").is_dir() and not any(tables_there):
         raise UsageError(f"{store.root}: not a data directory: it has neither .ple nor responses nor pairs")
@@ -58,12 +56,14 @@ def verify(store: Store) -> list[Problem]:
     for kind in tables.STORED:
         shards: list[Shard] = []
         problems += _records(store, kind, shards)
-        problems += _orphans(store, kind, shards)
+        problems += _orphans(store, kind)
         whole = []
         for shard in shards:
-            found = _shard(store, shard)
-            problems += found
-            if not found:
+            if faults := list(_faults(shard)):
+                record = store.record_path(kind, shard.round, shard.unit)
+                remake = f"restore it from a copy, or remove it and {record}, then {_REMAKE[kind]}"
+                problems.append(Problem(shard.path, "; ".join(faults), remake))
+            else:
                 whole.append(shard)
         problems += _doubled_keys(kind, whole)
     problems += _manifests(store)
@@ -90,15 +90,13 @@ def _records(store: Store, kind: str, shards: list[Shard]) -> Iterator[Problem]:
             shards.append(shard)
 
 
-def _orphans(store: Store, kind: str, shards: list[Shard]) -> Iterator[Problem]:
+def _orphans(store: Store, kind: str) -> Iterator[Problem]:
     """Parquet files beside the shards that no commit record names; those just being committed do not count."""
-    known = {shard.path for shard in shards}
-    reported = {store.path(kind, *unit) for unit in _recorded(store, kind)}
+    recorded = {store.path(kind, *unit) for unit in _recorded(store, kind)}
+    todo = f"if a command was killed, {_REMAKE[kind]}; otherwise move the file out of the data directory"
     for path in sorted((store.root / kind).rglob("*.parquet")):
-        if path in known | reported or _in_work(store, kind, path):
-            continue
-        todo = f"if a command was killed, {_REMAKE[kind]}; otherwise move the file out of the data directory"
-        yield Problem(path, "no commit record names this file, yet other programs read it with the rest", todo)
+        if path not in recorded and not _in_work(store, kind, path):
+            yield Problem(path, "no commit record names this file, yet other programs read it with the rest", todo)
 
 
 def _in_work(store: Store, kind: str, path: Path) -> bool:
@@ -112,17 +110,8 @@ def _recorded(store: Store, kind: str) -> set[tuple[int, str]]:
     return {(int(round), unit) for round, unit in names if round.isdigit()}
 
 
-def _shard(store: Store, shard: Shard) -> list[Problem]:
-    """Whether the file is there, is the one that was committed, and holds what a table of its kind must: one problem
-    at most, with all that is wrong.
-    """
-    record = store.record_path(shard.kind, shard.round, shard.unit)
-    remake = f"restore it from a copy, or remove it and {record}, then {_REMAKE[shard.kind]}"
-    faults = list(_faults(shard))
-    return [Problem(shard.path, "; ".join(faults), remake)] if faults else []
-
-
 def _faults(shard: Shard) -> Iterator[str]:
+    """Whether the file is there, is the one that was committed, and holds what a table of its kind must."""
     try:
         size = shard.path.stat().st_size
     except OSError as error:
@@ -146,9 +135,7 @@ def _faults(shard: Shard) -> Iterator[str]:
 
 
 def _doubled_keys(kind: str, shards: Iterable[Shard]) -> Iterator[Problem]:
-    """(query_id, round, sample) keys that stand in more than one file; `shards` are whole and sorted by
-    round.
-    """
+    """(query_id, round, sample) keys that stand in more than one file; `shards` are whole and sorted by round."""
     import polars as pl
 
     for _, group in groupby(shards, key=lambda shard: shard.round):
@@ -178,7 +165,7 @@ def _doubled_keys(kind: str, shards: Iterable[Shard]) -> Iterator[Problem]:
 def _manifests(store: Store) -> Iterator[Problem]:
     for path in store.manifest_paths():
         try:
-            store.read_manifest(path)
+            read_record(RoundManifest, path)
         except DamagedError as error:
             yield Problem(path, _without_path(error, path), "remove it and run the same ple-gen command again")
 

@@ -23,9 +23,9 @@ from ple_data.engines import (
     EngineSpec,
     Request,
     Sampling,
-    check_engine_args,
     choose_engine,
     cut_at_stop,
+    hf,
     make_engine,
     parse_engine_args,
 )
@@ -238,7 +238,7 @@ def test_engine_arguments() -> None:
     with pytest.raises(UsageError, match="'batch_size' must be name=value"):
         parse_engine_args(["batch_size"])
     with pytest.raises(UsageError, match=r"batch_sise: the hf engine has no such argument; did you mean batch_size\?"):
-        check_engine_args("hf", {"batch_sise": 2}, None)
+        hf.check({"batch_sise": 2}, None)
 
 
 def test_choice_of_engine(monkeypatch: pytest.MonkeyPatch) -> None:

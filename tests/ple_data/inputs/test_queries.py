@@ -253,11 +253,11 @@ def test_unit_ids_follow_content_and_not_what_comes_after() -> None:
     tokenizer = tiny.tiny_tokenizer()
     queries = [Query(str(i), f"query {i}") for i in range(5)]
     prompts, _ = make_prompts(tokenizer, queries, load_principle("hh"), Queries(max_query_tokens=99))
-    units = make_units(prompts, 2, {"seed": 0})
-    assert [len(unit.prompts) for unit in units] == [2, 2, 1]
+    units = make_units(prompts, 1, 2, {"seed": 0})
+    assert [len(unit.rows) for unit in units] == [2, 2, 1]
     assert [unit.id[:6] for unit in units] == ["00000-", "00001-", "00002-"]
-    assert make_units(prompts[:3], 2, {"seed": 0})[0].id == units[0].id
-    assert make_units(prompts, 2, {"seed": 1})[0].id != units[0].id
+    assert make_units(prompts[:3], 1, 2, {"seed": 0})[0].id == units[0].id
+    assert make_units(prompts, 1, 2, {"seed": 1})[0].id != units[0].id
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,6 @@ def test_long_texts_lose_the_beginning_of_x(add_bos: bool):
 def test_join_that_does_not_fit_the_tokenizer_is_refused():
     with pytest.raises(UsageError, match="no chat template"):
         encode(tiny.tiny_tokenizer(), "a", "b", join="chat")
-    with pytest.raises(UsageError, match="unknown way"):
-        encode(tiny.tiny_tokenizer(), "a", "b", join="glue")
 
 
 # --- classifiers ----------------------------------------------------------------------------------
@@ -207,8 +205,8 @@ def gpt2_left(directory: Path) -> Path:
 @pytest.mark.parametrize("join", ["text", "pair"])
 def test_a_batch_of_one_and_of_many_agree(make, join: str, tmp_path: Path):
     make(tmp_path / "model")
-    many = ClassifierReward(str(tmp_path / "model"), join=join)
-    single = ClassifierReward(str(tmp_path / "model"), join=join, batch_tokens=1)
+    many = ClassifierReward(str(tmp_path / "model"), Rewards(join=join))
+    single = ClassifierReward(str(tmp_path / "model"), Rewards(join=join, batch_tokens=1))
     together = many.score(ROWS)
     alone = single.score(ROWS)
     assert together == pytest.approx(alone, abs=1e-4)
@@ -224,7 +222,7 @@ def test_without_a_padding_id_the_reward_is_at_the_last_token(make, tmp_path: Pa
     directory = make(tmp_path / "model")
     model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
     assert model.config.pad_token_id is None
-    reward_model = ClassifierReward(str(directory))
+    reward_model = ClassifierReward(str(directory), Rewards())
     expected = []
     for x, y in ROWS:
         ids = torch.tensor([encode(reward_model._tokenizer, x, y).ids])
@@ -235,7 +233,7 @@ def test_without_a_padding_id_the_reward_is_at_the_last_token(make, tmp_path: Pa
 
 def test_pair_and_text_join_are_different_reward_models(tmp_path: Path):
     directory = str(tiny_bert(tmp_path / "bert"))
-    text, pair = ClassifierReward(directory), ClassifierReward(directory, join="pair")
+    text, pair = (ClassifierReward(directory, Rewards(join=join)) for join in ("auto", "pair"))
     assert text.score([("the film", "was great")]) != pair.score([("the film", "was great")])
     assert pair.name == text.name + "+pair"
 
@@ -243,7 +241,7 @@ def test_pair_and_text_join_are_different_reward_models(tmp_path: Path):
 def test_cut_texts_are_counted_and_keep_the_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     directory = tiny.tiny_reward(tmp_path / "model")
     edit_tokenizer(directory, model_max_length=16)
-    reward_model = ClassifierReward(str(directory))
+    reward_model = ClassifierReward(str(directory), Rewards())
     long_x = "the film was great and my friend was sad "
     first, second, _ = reward_model.score([(long_x * 5, "No."), (long_x * 9, "No."), ("Yes", "No.")])
     assert first == pytest.approx(second, abs=1e-5)
@@ -253,16 +251,16 @@ def test_cut_texts_are_counted_and_keep_the_end(tmp_path: Path, capfd: pytest.Ca
 
 def test_limit_of_the_model_holds_where_the_tokenizer_has_none(tmp_path: Path):
     directory = tiny_gpt2(tmp_path / "model")
-    reward_model = ClassifierReward(str(directory))
+    reward_model = ClassifierReward(str(directory), Rewards())
     reward_model.score([("the film was great and my friend was sad " * 200, "No.")])
     assert reward_model.truncated == 1
 
 
 def test_the_chosen_output_is_the_reward(tmp_path: Path):
     directory = str(tiny.tiny_reward(tmp_path / "model", num_labels=3))
-    rewards = [ClassifierReward(directory, output_index=index).score(ROWS[:1])[0] for index in range(3)]
+    rewards = [ClassifierReward(directory, Rewards(output_index=index)).score(ROWS[:1])[0] for index in range(3)]
     assert len(set(rewards)) == 3
-    names = {ClassifierReward(directory, output_index=index).name[-3:] for index in range(3)}
+    names = {ClassifierReward(directory, Rewards(output_index=index)).name[-3:] for index in range(3)}
     assert names == {"[0]", "[1]", "[2]"}
 
 
