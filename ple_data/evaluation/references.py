@@ -64,7 +64,7 @@ def _from_file(where: str) -> dict[str, str | None]:
             f"--references {where} needs the columns id and reference; its columns are {', '.join(rows.columns)}"
         )
     ids = [str(row.get(id_column)) for row in rows.rows]
-    found = dict(zip(ids, _texts(rows, "reference"), strict=True))
+    found = dict(zip(ids, optional_texts(rows, "reference"), strict=True))
     if len(found) < len(ids):
         doubled = next(place for at, place in enumerate(rows.places) if ids[at] in ids[:at])
         raise UsageError(f"--references {where} {doubled}: its id stands there twice; every id may stand once")
@@ -77,7 +77,7 @@ def _from_column(name: str, source: str, how: Reading) -> dict[str, str | None]:
         raise UsageError(
             f"--references {name} is neither a file nor a column of {rows.source}, which has {', '.join(rows.columns)}"
         )
-    return by_query_id(_texts(rows, name), source, how)
+    return by_query_id(optional_texts(rows, name), source, how)
 
 
 def by_query_id(values: Sequence[str | None] | None, source: str, how: Reading) -> dict[str, str | None]:
@@ -89,7 +89,8 @@ def by_query_id(values: Sequence[str | None] | None, source: str, how: Reading) 
     return found
 
 
-def _texts(rows: Rows, name: str) -> list[str | None]:
+def optional_texts(rows: Rows, name: str) -> list[str | None]:
+    """A column that holds a text or nothing in each row. Raises UsageError with the first row that holds neither."""
     values = [row.get(name) for row in rows.rows]
     for place, value in zip(rows.places, values, strict=True):
         if not isinstance(value, str | None):

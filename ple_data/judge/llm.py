@@ -96,26 +96,20 @@ APIS = {
 }
 
 
-@dataclass
 class LanguageModelJudge:
     """One model behind one endpoint. `fields` go into every request; a field that is None is left out."""
 
-    kind: str
-    model: str
-    endpoint: str | None
-    template: Template
-    fields: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, kind: str, model: str, endpoint: str | None, template: Template, fields: dict[str, Any]) -> None:
         """Raises UsageError for a wrong address, or where the kind's own endpoint lacks its key."""
-        self._api = APIS[self.kind]
-        self._base = checked_url((self.endpoint or self._api.endpoint).rstrip("/"), "judge", self._api.key_variable)
-        self._url = str(self._base.copy_with(path=f"{self._base.path}/{self._api.path}"))
-        if self.endpoint is None and not key_from_environment(self._api.key_variable):
-            raise UsageError(f"judge {self.kind}:{self.model}: set the environment variable {self._api.key_variable}")
-        self.name = f"{self.kind}:{self.model}"
-        self.address = shown_url(self._base)
-        given = {self._api.length: DEFAULT_MAX_TOKENS, "temperature": 0, **self.fields}
+        self.name, self.template = f"{kind}:{model}", template
+        self._kind, self._model, self._api = kind, model, APIS[kind]
+        base = checked_url((endpoint or self._api.endpoint).rstrip("/"), "judge", self._api.key_variable)
+        self._key = key_from_environment(self._api.key_variable)
+        if endpoint is None and not self._key:
+            raise UsageError(f"judge {self.name}: set the environment variable {self._api.key_variable}")
+        self._url = str(base.copy_with(path=f"{base.path}/{self._api.path}"))
+        self.address = shown_url(base)
+        given = {self._api.length: DEFAULT_MAX_TOKENS, "temperature": 0, **fields}
         self.request_fields = {name: value for name, value in given.items() if value is not None}
 
     def ask(self, pairs: Sequence[Pair], answers: Journal[Answer], concurrency: int) -> dict[tuple[str, Order], Answer]:
@@ -129,18 +123,18 @@ class LanguageModelJudge:
 
         requests = [self._request(pair, order) for pair in pairs for order in get_args(Order)]
         distinct = {request.digest: request for request in requests}
-        waiting = [request for request in distinct.values() if answers.get(request.digest) is None]
-        key = key_from_environment(self._api.key_variable)
+        waiting = [request for request in distinct.values() if request.digest not in answers]
+        headers = self._api.headers(self._key) if self._key else {}
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         faults = _Faults(answered=len(waiting) < len(distinct), enough=min(MOST_FAULTS, len(waiting)))
         with (
-            httpx.Client(headers=self._api.headers(key) if key else {}, timeout=TIMEOUT, limits=limits) as client,
+            httpx.Client(headers=headers, timeout=TIMEOUT, limits=limits) as client,
             Progress("judge", len(distinct), "answers", done=len(distinct) - len(waiting)) as progress,
         ):
 
             def answer(request: _Request, stop: threading.Event) -> RefusedError | UnansweredError | None:
                 try:
-                    answers.add(self._post(client, request, key, stop))
+                    answers.add(self._post(client, request, stop))
                 except RefusedError as error:
                     if error.status not in _QUERY_REFUSED:
                         raise UsageError(f"{error}: check the key, the model's name and the address") from error
@@ -156,20 +150,20 @@ class LanguageModelJudge:
                 faults.note(waiting[at].query_id, fault)
         for message in faults.messages:
             print(f"judge: no verdict: {message}", file=sys.stderr)
-        found = ((request, answers.get(request.digest)) for request in requests)
-        return {(request.query_id, request.order): answer for request, answer in found if answer is not None}
+        found = [request for request in requests if request.digest in answers]
+        return {(request.query_id, request.order): answers[request.digest] for request in found}
 
     def _request(self, pair: Pair, order: Order) -> _Request:
         first, second = (pair.a, pair.b) if order == "a_first" else (pair.b, pair.a)
         question = self.template.render(readable(pair.x), first, second)
-        body = {"model": self.model, "messages": [{"role": "user", "content": question}], **self.request_fields}
-        return _Request(pair.query_id, order, body, json_digest({"api": self.kind, "body": body}))
+        body = {"model": self._model, "messages": [{"role": "user", "content": question}], **self.request_fields}
+        return _Request(pair.query_id, order, body, json_digest({"api": self._kind, "body": body}))
 
-    def _post(self, client: httpx.Client, request: _Request, key: str | None, stop: threading.Event) -> Answer:
+    def _post(self, client: httpx.Client, request: _Request, stop: threading.Event) -> Answer:
         what = f"judge {self.name} at {self.address}"
         failed = "what was answered is kept; check the server and run the same command again"
         patience = Patience(TRIES, FIRST_WAIT, stop)
-        response = post_json(client, self._url, request.body, patience, what=what, failed=failed, key=key)
+        response = post_json(client, self._url, request.body, patience, what=what, failed=failed, key=self._key)
         try:
             text, finish, prompt_tokens, completion_tokens = self._api.read(response.json())
             return Answer(
@@ -182,8 +176,8 @@ class LanguageModelJudge:
                 completion_tokens=completion_tokens,
             )
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            got = excerpt(response, key)
-            raise UnansweredError(f"{what}: expected the answer of the {self.kind} API, got {got}") from None
+            got = excerpt(response, self._key)
+            raise UnansweredError(f"{what}: expected the answer of the {self._kind} API, got {got}") from None
 
 
 @dataclass(frozen=True)

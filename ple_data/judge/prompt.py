@@ -6,7 +6,6 @@ A template is a text with the placeholders {query}, {response_1} and {response_2
 
 import re
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -36,13 +35,10 @@ class Template:
 
 def load_template(path: Path | None = None) -> Template:
     """The template in a UTF-8 file, or the one that comes with the program. Raises UsageError with every fault."""
-    if path is None:
-        text = (resources.files("ple_data") / "judge" / "pairwise.txt").read_text(encoding="utf-8")
-    else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"template {path} cannot be read as UTF-8 text: {error}") from error
+    try:
+        text = (path or Path(__file__).parent / "pairwise.txt").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"template {path} cannot be read as UTF-8 text: {error}") from error
     found = set(_PLACEHOLDER.findall(text))
     faults = [f"{{{name}}} is missing" for name in PLACEHOLDERS if name not in found]
     faults += [f"{{{name}}} is unknown" for name in sorted(found - set(PLACEHOLDERS))]

@@ -12,8 +12,6 @@ from ple_data.report.pairs import visible
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ple_data.report.sources import Sources
-
 _LABEL = 20
 _NAME = 40
 """Columns of a name in a picture, and in a table."""
@@ -55,16 +53,6 @@ class Section:
     def draw(self, name: str, title: str, caption: str, figure: Figure) -> None:
         svg.lay_out(figure)
         self.charts.append(Chart(name, title, caption, svg.to_svg(figure, name, title, caption), svg.to_png(figure)))
-
-
-@dataclass(frozen=True)
-class Page:
-    """What sections are made from: what was read, the threshold, and whether to show tau and the sets."""
-
-    sources: Sources
-    tau0: float
-    alpha: float
-    sets: bool
 
 
 def label(text: str) -> str:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ple_data.report.cases import Cases, read_cases
-from ple_data.report.reward_models import RewardModel, numbered
+from ple_data.report.pairs import visible
 from ple_data.storage.store import Store, collect
-from schemas.errors import DamagedError, UsageError
+from schemas.errors import DamagedError, UsageError, first_line
+from schemas.options import Threshold
 from schemas.recipe import Recipe, load_recipe
 from schemas.records import Record, read_record
 from schemas.reports import EvalReport, JudgeReport, PurityReport
@@ -29,8 +30,20 @@ _ROUND = re.compile(r"round=(\d+)")
 
 
 @dataclass(frozen=True)
+class RewardModel:
+    """A reward model of the page: R1, R2, ..., what stands over its rewards, and a sentence that says which it is."""
+
+    short: str
+    title: str
+    legend: str
+
+
+@dataclass(frozen=True)
 class Sources:
-    """What the report is made from. `metrics`: the trainer's table by round; `evals`, `judges`: (name, record)."""
+    """What the report is made from. `metrics`: the trainer's table by round; `evals`, `judges`: (name, record).
+
+    `sets`: tau_t (tau0 * alpha**t) puts pairs into two sets, and the page shows them.
+    """
 
     root: Path
     store: Store
@@ -41,6 +54,9 @@ class Sources:
     judges: list[tuple[str, JudgeReport]]
     purity: PurityReport | None
     cases: Cases | None
+    tau0: float
+    alpha: float
+    sets: bool
 
     @property
     def method(self) -> str:
@@ -58,22 +74,29 @@ class Sources:
         if self.cases:
             names += self.cases.reward_models
             marked |= set(self.cases.trained)
-        return numbered(names, marked, self._own_reward_models())
-
-    def _own_reward_models(self) -> set[str]:
-        """Those that the pairs name."""
-        return set(collect(self.store.scan("pairs").select("reward_model").unique())["reward_model"])
-
-    @property
-    def has_sets(self) -> bool:
-        """Whether tau_t puts pairs into two sets: not in a baseline, and not without the rank term."""
-        return not self.recipe or (self.recipe.baseline is None and self.recipe.train.without != "rank")
+        own = set(collect(self.store.scan("pairs").select("reward_model").unique())["reward_model"])
+        found = {}
+        for place, name in enumerate(dict.fromkeys(names), start=1):
+            origin = "which scored the pairs of this run" if name in own else ""
+            origin = "which trained a policy" if name in marked else origin
+            legend = f"R{place}: reward by {visible(name)}, {origin or 'not marked as having trained a policy'}."
+            found[name] = RewardModel(f"R{place}", f"R{place}{' (trained)' if origin else ''}", legend)
+        return found
 
 
 def read_sources(
-    root: Path, evals: tuple[Path, ...], judges: tuple[Path, ...], purity: Path | None, cases: Path | None
+    root: Path,
+    evals: tuple[Path, ...],
+    judges: tuple[Path, ...],
+    purity: Path | None,
+    cases: Path | None,
+    tau0: float | None = None,
+    alpha: float | None = None,
 ) -> Sources:
-    """Raises UsageError where `root` is neither a run nor a data directory, or a named directory lacks its file."""
+    """`tau0`, `alpha`: those of the recipe, else the paper's; where they are given, a baseline's page has sets too.
+
+    Raises UsageError where `root` is neither a run nor a data directory, or a named directory lacks its file.
+    """
     if not root.is_dir():
         raise UsageError(f"{root}: no such directory; give the RUN of ple run, or a DATA directory")
     is_run = (root / "recipe.yaml").is_file() or (root / "data").is_dir()
@@ -83,6 +106,8 @@ def read_sources(
     recipe = load_recipe(root / "recipe.yaml") if (root / "recipe.yaml").is_file() else None
     if purity is None and (root / "purity" / "purity.json").is_file():
         purity = root / "purity"
+    own = not recipe or (recipe.baseline is None and recipe.train.without != "rank")
+    threshold = recipe or Threshold()
     return Sources(
         root=root,
         store=store,
@@ -93,6 +118,9 @@ def read_sources(
         judges=[(path.name, _record(JudgeReport, path / "judge.json", "ple judge")) for path in judges],
         purity=_record(PurityReport, purity / "purity.json", "ple purity") if purity else None,
         cases=read_cases(cases / "cases.parquet") if cases else None,
+        tau0=threshold.tau0 if tau0 is None else tau0,
+        alpha=threshold.alpha if alpha is None else alpha,
+        sets=own or tau0 is not None or alpha is not None,
     )
 
 
@@ -118,18 +146,16 @@ def _metrics(root: Path) -> dict[int, pl.DataFrame]:
     import polars as pl
     from polars.exceptions import ComputeError
 
-    paths: dict[int, Path] = {}
-    for path in [*root.glob("policy/round=*/metrics.parquet"), *root.glob("metrics/round=*.parquet")]:
-        if place := _ROUND.search(str(path.relative_to(root))):
-            paths[int(place[1])] = path
+    found = [*root.glob("policy/round=*/metrics.parquet"), *root.glob("metrics/round=*.parquet")]
+    places = [(_ROUND.search(str(path.relative_to(root))), path) for path in found]
     tables = {}
-    for t, path in sorted(paths.items()):
+    for t, path in sorted({int(place[1]): path for place, path in places if place}.items()):
         try:
-            table = pl.read_parquet(path)
+            tables[t] = pl.read_parquet(path)
         except (ComputeError, OSError) as error:
-            first_line = str(error).splitlines()[0]
-            raise DamagedError(f"{path}: not a readable table ({first_line}): move it away to leave it out") from error
-        if "step" not in table.columns or "loss" not in table.columns:
+            raise DamagedError(
+                f"{path}: not a readable table ({first_line(error)}): move it away to leave it out"
+            ) from error
+        if not {"step", "loss"} <= set(tables[t].columns):
             raise DamagedError(f"{path}: no training metrics (it has no step and loss): move it away to leave it out")
-        tables[t] = table
     return tables

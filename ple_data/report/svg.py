@@ -12,7 +12,8 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,44 +30,14 @@ PALETTE = {
 }
 """Colours on white (the PNG files); the page's style sheet has those on dark."""
 
-STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": PALETTE["muted"],
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.labelcolor": PALETTE["ink"],
-    "axes.labelsize": 9,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": PALETTE["ink"],
-    "axes.titlesize": 9,
-    "figure.facecolor": "none",
-    "font.size": 9,
-    "grid.color": PALETTE["grid"],
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "legend.labelcolor": PALETTE["ink"],
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-    "svg.fonttype": "none",
-    "text.color": PALETTE["ink"],
-    "text.parse_math": False,
-    "xtick.color": PALETTE["muted"],
-    "xtick.labelcolor": PALETTE["ink"],
-    "xtick.labelsize": 8.5,
-    "ytick.color": PALETTE["muted"],
-    "ytick.labelcolor": PALETTE["ink"],
-    "ytick.labelsize": 8.5,
-}
-
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Figures made inside have the report's look; labels are text, never formulas."""
-    import matplotlib
+    """Figures made inside have the report's look."""
+    import matplotlib.style
 
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    look = Path(__file__).parent / "assets" / "report.mplstyle"
+    with matplotlib.style.context(look), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 

@@ -27,7 +27,6 @@ from schemas.errors import UsageError
 from schemas.files import write_atomic
 from schemas.options import Evaluate, Rewards
 from schemas.reports import Comparison, EvalReport, PolicyResult, RewardModelUse
-from schemas.tables import EVALUATION
 
 RESULT, TABLE = "eval.json", "eval.parquet"
 
@@ -37,7 +36,6 @@ class _Measured:
     """One policy's answers to the queries that all policies answered, their references and its likelihoods of them."""
 
     answers: Answers
-    rows: list[list[dict[str, Any]]]  # [queries][samples]
     references: References
     likelihoods: dict[str, tuple[float, int]]
 
@@ -61,17 +59,16 @@ def evaluate(options: Evaluate) -> EvalReport:
         answers = sample_answers(policies, output, source, options)
     else:
         answers = stored_answers(policies, data, options.round)
-    rows = _common_rows(answers)
+    answers = _comparable(answers)
     if where is not None and given is not None:
-        refuse_strangers(where, given, {query[0]["query_id"]: None for query in rows[0]})
-    beside = references_beside(answers) if given is None else [given] * len(answers)
-    measured = [_measure(each, own, known, options) for each, own, known in zip(answers, rows, beside, strict=True)]
-    shown = [
-        Answers(each.policy, [row for query in own for row in query]) for each, own in zip(answers, rows, strict=True)
+        refuse_strangers(where, given, answers[0].by_query())
+    known = references_beside(answers) if given is None else [given] * len(answers)
+    precision = resolve_precision(options.precision)
+    measured = [
+        _Measured(each, own, score_references(each, own, output, precision, options.microbatch_tokens))
+        for each, own in zip(answers, known, strict=True)
     ]
-    names = score_answers(shown, options, output)
-    specs = zip(names, options.reward_model, strict=True)
-    uses = [RewardModelUse(name=name, trained=spec in options.trained_with) for name, spec in specs]
+    uses = score_answers(answers, options, output)
     metrics, signature = _metrics(measured, uses)
     _note_unequal_tokens(measured)
     report = EvalReport(
@@ -81,18 +78,18 @@ def evaluate(options: Evaluate) -> EvalReport:
         bleu_signature=signature,
         policies=[
             PolicyResult(
-                label=each.policy.label,
-                policy=each.policy.name,
+                label=policy.label,
+                policy=policy.name,
                 metrics={name: metric.estimate(seed) for name, metric in own.items()},
             )
-            for each, own in zip(answers, metrics, strict=True)
+            for policy, own in zip(policies, metrics, strict=True)
         ],
-        comparisons=_comparisons([p.label for p in policies], metrics, seed),
+        comparisons=_comparisons([policy.label for policy in policies], metrics, seed),
         settings={
             "data": [str(path) for path in data],
             "round": options.round,
             "references": where,
-            "precision": resolve_precision(options.precision),
+            "precision": precision,
             "reward_options": options.part(Rewards).values(),
             **(asked_settings(options, source) if source is not None else {}),
         },
@@ -101,8 +98,8 @@ def evaluate(options: Evaluate) -> EvalReport:
     return report
 
 
-def _common_rows(answers: Sequence[Answers]) -> list[list[list[dict[str, Any]]]]:
-    """[policies][queries][samples]: the rows of the queries that every policy answered, in the first one's order."""
+def _comparable(answers: Sequence[Answers]) -> list[Answers]:
+    """The answers to the queries that every policy answered, in the order of the first one's."""
     found = [each.by_query() for each in answers]
     common = [query for query in found[0] if all(query in other for other in found)]
     if not common:
@@ -110,11 +107,9 @@ def _common_rows(answers: Sequence[Answers]) -> list[list[list[dict[str, Any]]]]
             "the policies have no query in common, so they cannot be compared: give the queries an id column, or "
             "evaluate the policies one by one"
         )
-    rows = [[own[query] for query in common] for own in found]
+    asked = {query: found[0][query][0]["x"] for query in common}
     differ = [
-        query
-        for at, query in enumerate(common)
-        if not all(same_query(rows[0][at][0]["x"], row["x"]) for own in rows for row in own[at])
+        query for query, x in asked.items() if not all(same_query(x, row["x"]) for own in found for row in own[query])
     ]
     if differ:
         raise UsageError(
@@ -123,20 +118,10 @@ def _common_rows(answers: Sequence[Answers]) -> list[list[list[dict[str, Any]]]]
     left_out = len(set().union(*found)) - len(common)
     if left_out:
         print_to_log(f"{left_out} queries left out, which not every policy answered; {len(common)} are compared")
-    return rows
-
-
-def _measure(
-    answers: Answers,
-    rows: list[list[dict[str, Any]]],
-    known: References,
-    options: Evaluate,
-) -> _Measured:
-    """The references of the queries that are compared, and how likely the policy finds them."""
-    ids = (query[0]["query_id"] for query in rows)
-    references = {id: known[id] for id in ids if id in known}
-    likelihoods = score_references(answers, references, options.output, options.precision, options.microbatch_tokens)
-    return _Measured(answers, rows, references, likelihoods)
+    return [
+        Answers(each.policy, [row for query in common for row in own[query]])
+        for each, own in zip(answers, found, strict=True)
+    ]
 
 
 def _metrics(
@@ -147,22 +132,19 @@ def _metrics(
     signature = None
     scored = [id for id in measured[0].likelihoods if all(id in each.likelihoods for each in measured)]
     for each in measured:
+        queries = each.answers.by_query()
+        rows = list(queries.values())
         own: dict[str, Metric] = {
-            f"reward:{use.name}": _mean(each.rows, lambda r, at=at: r["rewards"][at]) for at, use in enumerate(uses)
+            f"reward:{use.name}": _mean(rows, lambda row, at=at: row["rewards"][at]) for at, use in enumerate(uses)
         }
         if scored:
             own["perplexity"] = Perplexity(np.array([each.likelihoods[id] for id in scored], dtype=np.float64))
-        texts = [[row["y"] for row in query] for query in each.rows]
-        answered = [
-            (ys, each.references[query[0]["query_id"]])
-            for ys, query in zip(texts, each.rows, strict=True)
-            if query[0]["query_id"] in each.references
-        ]
-        if answered:
-            own["bleu"], signature = bleu([ys for ys, _ in answered], [reference for _, reference in answered])
-        own["length"] = _mean(each.rows, lambda row: row["tokens"])
-        own["truncated"] = _mean(each.rows, lambda row: row["finish"] == "length")
-        own |= {f"distinct_{n}": distinct(texts, n) for n in (1, 2)}
+        texts = {id: [row["y"] for row in query] for id, query in queries.items()}
+        if answered := [id for id in texts if id in each.references]:
+            own["bleu"], signature = bleu([texts[id] for id in answered], [each.references[id] for id in answered])
+        own["length"] = _mean(rows, lambda row: row["tokens"])
+        own["truncated"] = _mean(rows, lambda row: row["finish"] == "length")
+        own |= {f"distinct_{n}": distinct(list(texts.values()), n) for n in (1, 2)}
         found.append(own)
     return found, signature
 
@@ -196,16 +178,14 @@ def _note_unequal_tokens(measured: Sequence[_Measured]) -> None:
 
 
 def _save(output: Path, report: EvalReport, measured: Sequence[_Measured]) -> None:
-    nothing = (None, None)
-    rows = [
-        {name: row[name] for name in EVALUATION.names if name in row}
-        | {"label": each.answers.policy.label, "policy": each.answers.policy.name}
-        | {"reference": each.references.get(row["query_id"])}
-        | dict(zip(("reference_nll", "reference_tokens"), each.likelihoods.get(row["query_id"], nothing), strict=True))
-        for each in measured
-        for query in each.rows
-        for row in query
-    ]
+    rows = []
+    for each in measured:
+        policy = each.answers.policy
+        for row in each.answers.rows:
+            nats, tokens = each.likelihoods.get(row["query_id"], (None, None))
+            reference = each.references.get(row["query_id"])
+            own = {"reference": reference, "reference_nll": nats, "reference_tokens": tokens}
+            rows.append(row | {"label": policy.label, "policy": policy.name} | own)
     reward_models = [use.model_dump() for use in report.reward_models]
     provenance = {"queries": report.queries, "seed": report.seed, "reward_models": reward_models}
     save_rows(output / TABLE, "evaluation", rows, provenance)
