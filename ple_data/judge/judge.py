@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from ple_data.common.digests import json_digest
+from ple_data.common.digests import json_digest, text_digest
 from ple_data.common.finite import refuse_non_finite
 from ple_data.common.progress import Progress
 from ple_data.judge import results
@@ -54,8 +54,8 @@ def judge(options: Judge) -> str:
             settings["reward_options"] = options.part(Rewards).values()
         else:
             model = LanguageModelJudge(kind, name, endpoint, load_template(template), request_args)
-            name = model.name
-            results.refuse_other(output, a, b, name, model.template.digest)
+            name, digest = model.name, text_digest(model.template.text)
+            results.refuse_other(output, a, b, name, digest)
             with Journal(output / "answers.jsonl", Answer) as file:
                 answers = model.ask(chosen, file, options.concurrency)
             verdicts = [by_answers(pair, answers) for pair in chosen]
@@ -64,7 +64,7 @@ def judge(options: Judge) -> str:
             settings |= {"endpoint": model.address, "request": model.request_fields}
             ties = [verdict.details for verdict in verdicts if verdict.outcome == "tie"]
             more = {
-                "template": model.template.digest,
+                "template": digest,
                 "prompt_tokens": sum(answer.prompt_tokens or 0 for answer in paid),
                 "completion_tokens": sum(answer.completion_tokens or 0 for answer in paid),
                 "orders_disagree": sum(chosen["a_first"] != chosen["b_first"] for chosen in ties),

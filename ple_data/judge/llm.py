@@ -13,19 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
+from ple_data.common import web
 from ple_data.common.digests import json_digest
 from ple_data.common.progress import Progress
-from ple_data.common.web import (
-    Patience,
-    RefusedError,
-    UnansweredError,
-    checked_url,
-    each,
-    excerpt,
-    key_from_environment,
-    post_json,
-    shown_url,
-)
 from ple_data.inputs.chat import readable
 from ple_data.judge.journal import Journal
 from ple_data.judge.prompt import Template
@@ -103,12 +93,12 @@ class LanguageModelJudge:
         """Raises UsageError for a wrong address, or where the kind's own endpoint lacks its key."""
         self.name, self.template = f"{kind}:{model}", template
         self._kind, self._model, self._api = kind, model, APIS[kind]
-        base = checked_url((endpoint or self._api.endpoint).rstrip("/"), "judge", self._api.key_variable)
-        self._key = key_from_environment(self._api.key_variable)
+        base = web.checked_url((endpoint or self._api.endpoint).rstrip("/"), "judge", self._api.key_variable)
+        self._key = web.key_from_environment(self._api.key_variable)
         if endpoint is None and not self._key:
             raise UsageError(f"judge {self.name}: set the environment variable {self._api.key_variable}")
         self._url = str(base.copy_with(path=f"{base.path}/{self._api.path}"))
-        self.address = shown_url(base)
+        self.address = web.shown_url(base)
         given = {self._api.length: DEFAULT_MAX_TOKENS, "temperature": 0, **fields}
         self.request_fields = {name: value for name, value in given.items() if value is not None}
 
@@ -132,20 +122,20 @@ class LanguageModelJudge:
             Progress("judge", len(distinct), "answers", done=len(distinct) - len(waiting)) as progress,
         ):
 
-            def answer(request: _Request, stop: threading.Event) -> RefusedError | UnansweredError | None:
+            def answer(request: _Request, stop: threading.Event) -> web.RefusedError | web.UnansweredError | None:
                 try:
                     answers.add(self._post(client, request, stop))
-                except RefusedError as error:
+                except web.RefusedError as error:
                     if error.status not in _QUERY_REFUSED:
                         raise UsageError(f"{error}: check the key, the model's name and the address") from error
                     return error
-                except UnansweredError as error:
+                except web.UnansweredError as error:
                     if stop.is_set():
                         raise
                     return error
                 return None
 
-            for at, fault in each(answer, waiting, concurrency):
+            for at, fault in web.each(answer, waiting, concurrency):
                 progress.advance(1)
                 faults.note(waiting[at].query_id, fault)
         for message in faults.messages:
@@ -162,8 +152,8 @@ class LanguageModelJudge:
     def _post(self, client: httpx.Client, request: _Request, stop: threading.Event) -> Answer:
         what = f"judge {self.name} at {self.address}"
         failed = "what was answered is kept; check the server and run the same command again"
-        patience = Patience(TRIES, FIRST_WAIT, stop)
-        response = post_json(client, self._url, request.body, patience, what=what, failed=failed, key=self._key)
+        patience = web.Patience(TRIES, FIRST_WAIT, stop)
+        response = web.post_json(client, self._url, request.body, patience, what=what, failed=failed, key=self._key)
         try:
             text, finish, prompt_tokens, completion_tokens = self._api.read(response.json())
             return Answer(
@@ -176,8 +166,8 @@ class LanguageModelJudge:
                 completion_tokens=completion_tokens,
             )
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            got = excerpt(response, self._key)
-            raise UnansweredError(f"{what}: expected the answer of the {self._kind} API, got {got}") from None
+            got = web.excerpt(response, self._key)
+            raise web.UnansweredError(f"{what}: expected the answer of the {self._kind} API, got {got}") from None
 
 
 @dataclass(frozen=True)
@@ -200,15 +190,15 @@ class _Faults:
     messages: list[str] = field(default_factory=list)
     _failed_in_a_row: int = 0
 
-    def note(self, query_id: str, fault: RefusedError | UnansweredError | None) -> None:
+    def note(self, query_id: str, fault: web.RefusedError | web.UnansweredError | None) -> None:
         """Count what became of one request. Raises UsageError or PleError where going on makes no sense."""
-        self._failed_in_a_row = self._failed_in_a_row + 1 if isinstance(fault, UnansweredError) else 0
+        self._failed_in_a_row = self._failed_in_a_row + 1 if isinstance(fault, web.UnansweredError) else 0
         if fault is None:
             self.answered = True
             return
         self.messages.append(f"query {query_id!r}: {fault}")
         hopeless = not self.answered and len(self.messages) == self.enough
-        if hopeless and isinstance(fault, RefusedError):
+        if hopeless and isinstance(fault, web.RefusedError):
             raise UsageError(
                 f"{self.messages[-1]} (and none of {self.enough} requests was answered): check the model's name and "
                 "the request's fields; --request-arg temperature=null leaves a field out"

@@ -1,12 +1,12 @@
-"""`ple judge A B --human`: writes the annotation page, and reads annotators' exports back."""
+"""`ple judge A B --human`: writes the annotation page, and reads annotators' exports back: what they say together."""
 
 import secrets
 import sys
+from collections import Counter
 from collections.abc import Sequence, Set
 from pathlib import Path
 
 from ple_data.judge import results
-from ple_data.judge.agreement import fleiss_kappa, majority
 from ple_data.judge.page import Item, arrange, page_digest, render_page, resource, studio_tasks
 from ple_data.judge.results import PAGE_RECORD, PEOPLE, VALUES, Outcome, Verdict
 from ple_data.judge.sources import Pairs, choose, load_pairs
@@ -144,3 +144,26 @@ def _outcome(item: Item, choice: Choice) -> Outcome:
     if choice == "tie":
         return "tie"
     return "win" if (choice == "first") == item.first_is_a else "lose"
+
+
+def majority(outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcome that more annotators chose than any other; a tie where there is none."""
+    ranked = Counter(outcomes).most_common(2)
+    return ranked[0][0] if len(ranked) == 1 or ranked[0][1] > ranked[1][1] else "tie"
+
+
+def fleiss_kappa(counts: Sequence[Sequence[int]]) -> float | None:
+    """Fleiss' kappa (Fleiss 1971) of N subjects, each rated by the same n >= 2 raters.
+
+    counts: for each subject the number of raters by category. None where it is not defined: no subject, a single
+    rater, or all ratings in one category. Raises ValueError where subjects have different numbers of ratings.
+    """
+    if len({sum(row) for row in counts}) > 1:
+        raise ValueError("every subject needs the same number of ratings")
+    raters = sum(counts[0]) if counts else 0
+    if raters < 2:
+        return None
+    total = raters * len(counts)
+    agreement = sum(sum(n * (n - 1) for n in row) for row in counts) / (total * (raters - 1))
+    chance = sum((sum(column) / total) ** 2 for column in zip(*counts, strict=True))
+    return None if chance == 1 else (agreement - chance) / (1 - chance)

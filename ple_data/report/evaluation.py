@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ple_data.judge.results import PEOPLE, REWARD
 from ple_data.report import figures
 from ple_data.report.pairs import visible
-from ple_data.report.section import Section, Table, label, side, wide_label
+from ple_data.report.section import WIDE, Section, Table, label, side
 from ple_data.report.sources import RewardModel
 from schemas.reports import Estimate, EvalReport, JudgePart, JudgeReport
 
@@ -18,14 +18,13 @@ def evaluations(reports: Sequence[tuple[str, EvalReport]], reward_models: Mappin
     if not reports:
         section.missing.append("No evaluation given: ple eval … --output DIR, then ple report RUN --eval DIR.")
     titles = {f"reward:{name}": model.title for name, model in reward_models.items()}
-    for folder, report in reports:
+    for folder, report in [(label(name, WIDE), report) for name, report in reports]:
         signature = f" BLEU: {visible(report.bleu_signature)}." if report.bleu_signature else ""
-        section.words.append(f"{wide_label(folder)}: queries {visible(report.queries)}.{signature}")
+        section.words.append(f"{folder}: queries {visible(report.queries)}.{signature}")
         found = {policy.label: policy.metrics for policy in report.policies}
-        what = f"{wide_label(folder)}: values with 95 % intervals over queries"
-        section.tables.append(_metrics_table(what, found, titles))
+        section.tables.append(_metrics_table(f"{folder}: values with 95 % intervals over queries", found, titles))
         for baseline, differences in report.differences().items():
-            what = f"{wide_label(folder)}: differences from {wide_label(baseline)}, paired on the same queries"
+            what = f"{folder}: differences from {label(baseline, WIDE)}, paired on the same queries"
             section.tables.append(_metrics_table(what, differences, titles))
     used = {model.name for _, report in reports for model in report.reward_models}
     section.words += [model.legend for name, model in reward_models.items() if name in used]
@@ -36,7 +35,7 @@ def _metrics_table(caption: str, found: dict[str, dict[str, Estimate]], titles: 
     """A row a policy, a column a metric: first the rewards, with their titles."""
     measured = dict.fromkeys(metric for own in found.values() for metric in own)
     metrics = [*[metric for metric in titles if metric in measured], *[m for m in measured if m not in titles]]
-    rows = [[wide_label(policy), *[_estimate(own.get(metric)) for metric in metrics]] for policy, own in found.items()]
+    rows = [[label(policy, WIDE), *[_estimate(own.get(metric)) for metric in metrics]] for policy, own in found.items()]
     return Table(caption, ["policy", *[titles.get(metric) or visible(metric) for metric in metrics]], rows)
 
 
@@ -64,7 +63,7 @@ def judged(reports: Sequence[tuple[str, JudgeReport]]) -> Section:
             "people (kappa)"]  # fmt: skip
     rows = [
         [
-            *[side(r.a), side(r.b), wide_label(r.judge), *_counts(r)],
+            *[side(r.a), side(r.b), label(r.judge, WIDE), *_counts(r)],
             "–" if r.orders_disagree is None else str(r.orders_disagree),
             str(r.unparsed),
             _estimate(r.win_rate),
@@ -99,4 +98,4 @@ def _how_a_wins(judge: str) -> str:
 
 def _bar_label(report: JudgeReport) -> str:
     unparsed = f"\nunparsed {report.unparsed}" if report.unparsed else ""
-    return f"{side(report.a)}\nagainst {side(report.b)}\nby {wide_label(report.judge)}{unparsed}"
+    return f"{side(report.a)}\nagainst {side(report.b)}\nby {label(report.judge, WIDE)}{unparsed}"

@@ -13,7 +13,7 @@ from ple_data.judge.page import csp_hash
 from ple_data.report.pairs import SHOWN_PAIRS, sample_pairs, visible
 from ple_data.report.section import Chart, Section
 from ple_data.report.sections import sections
-from ple_data.report.sources import Sources, read_sources
+from ple_data.report.sources import Sources
 from ple_data.rewards import shown_spec
 from schemas.files import write_atomic
 from schemas.recipe import Recipe
@@ -40,7 +40,7 @@ def report(
     same bytes.
     Raises UsageError (no such run or file), DamagedError (one that does not read), PleError (not writable).
     """
-    sources = read_sources(Path(run), evals, judges, purity, cases, tau0, alpha)
+    sources = Sources(Path(run), evals, judges, purity, cases, tau0, alpha)
     parts = sections(sources)
     page = _render(sources, parts)
     path = Path(output) if output else Path(run) / "report.html"

@@ -6,7 +6,6 @@ Every text is made visible (control and bidi characters as ⟨U+202E⟩); escapi
 from __future__ import annotations
 
 import difflib
-import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -121,4 +120,5 @@ def _most_steps(a: list[str], b: list[str]) -> int:
 
 def _common(a: list[str], b: list[str]) -> int:
     """How many words are the same from the beginning on."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    differ = (place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other)
+    return next(differ, min(len(a), len(b)))

@@ -12,9 +12,8 @@ from ple_data.report.pairs import visible
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LABEL = 20
-_NAME = 40
-"""Columns of a name in a picture, and in a table."""
+WIDE = 40
+"""Columns of a name in a table."""
 
 
 @dataclass
@@ -51,21 +50,15 @@ class Section:
     missing: list[str] = field(default_factory=list)
 
     def draw(self, name: str, title: str, caption: str, figure: Figure) -> None:
-        svg.lay_out(figure)
         self.charts.append(Chart(name, title, caption, svg.to_svg(figure, name, title, caption), svg.to_png(figure)))
 
 
-def label(text: str) -> str:
-    """A name from a file, short and visible."""
-    return shorten(visible(text), _LABEL)
-
-
-def wide_label(text: str) -> str:
-    """The same for a cell of a table."""
-    return shorten(visible(text), _NAME)
+def label(text: str, width: int = 20) -> str:
+    """A name from a file, short and visible; in a picture it has 20 columns."""
+    return shorten(visible(text), width)
 
 
 def side(source: str) -> str:
     """One side of a comparison: the name of an evaluation's policy, else a path, of which the end counts."""
     text = visible(source.rpartition("#label=")[2])
-    return shorten(text[::-1], _NAME)[::-1]
+    return shorten(text[::-1], WIDE)[::-1]

@@ -42,26 +42,22 @@ def style() -> Iterator[None]:
         yield
 
 
-def lay_out(figure: Figure) -> None:
-    """Place everything, once; drawing does it again every time."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-
-
 def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """An `<svg>` element with a title and a description for those who do not see it; its ids begin with `name`."""
+    """An `<svg>` element with a title and a description for those who do not see it; its ids begin with `name`.
+
+    Everything has its place from then on: the layout is not made again for another file of the figure.
+    """
     import matplotlib
 
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue().decode()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style type=\"text/css\">.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = re.sub(r'href="#', f'href="#{name}-', text)
+    text = re.sub(r"<metadata>.*?</metadata>\s*|<style type=\"text/css\">.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     for variable, colour in PALETTE.items():
         text = text.replace(colour, f"var(--{variable})")
     box = re.search(r'viewBox="[^"]*"', text)

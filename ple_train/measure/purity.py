@@ -47,14 +47,14 @@ def purity(options: Purity) -> str:
     pairs (not the policies). Raises UsageError, DamagedError (a shard or a kept file).
     """
     sources, stores, output = _what(options)
-    round = options.round
+    round, where = options.round, ", ".join(str(store.root) for store in stores)
     shards = [(store, shard) for store in stores for shard in store.shards("pairs")]
     missing = sorted(set(round) - {shard.round for _, shard in shards})
     if missing:
-        raise UsageError(f"--round {missing[0]}: no pairs of that round in {_names(stores)}")
+        raise UsageError(f"--round {missing[0]}: no pairs of that round in {where}")
     shards = [(store, shard) for store, shard in shards if not round or shard.round in round]
     if not any(shard.rows for _, shard in shards):
-        raise UsageError(f"no pairs in {_names(stores)}: generate and score them first")
+        raise UsageError(f"no pairs in {where}: generate and score them first")
 
     resolved = resolve_precision(options.precision)
     measured = [_measure(source, shards, output, resolved, options.microbatch_tokens) for source in sources]
@@ -88,10 +88,6 @@ def _what(options: Purity) -> tuple[list[NamedPolicy], list[Store], Path]:
             raise UsageError("--model needs --data and --output")
         policies = _policies_given(str(options.model), options.adapter, options.revision)
     return policies, [Store(root) for root in data], output
-
-
-def _names(stores: list[Store]) -> str:
-    return ", ".join(str(store.root) for store in stores)
 
 
 def _policies_of_run(run: Path) -> Iterator[NamedPolicy]:
