@@ -284,7 +284,7 @@ def judge(chosen: options.Judge) -> None:
       ple judge tuned.jsonl base.jsonl --human --output page
       ple judge tuned.jsonl base.jsonl --human --output page --read exports
     """
-    from ple_data.judge.command import run
+    from ple_data.judge.judge import run
 
     click.echo(run(chosen))
 

@@ -77,9 +77,7 @@ def _told_apart(asked: Asked) -> dict[str, Any]:
     arguments = parse_engine_args(asked.engine_arg)
     engine_args = {name: value for name, value in arguments.items() if name not in _ONLY_FASTER}
     counts = counted(asked.part(Asked), always=KEPT_APART)
-    return {name: value for name, value in counts.items() if name not in ("engine", "engine_arg")} | {
-        "engine_args": engine_args
-    }
+    return {name: counts[name] for name in counts.keys() - {"engine", "engine_arg"}} | {"engine_args": engine_args}
 
 
 def asked_settings(asked: Asked, source: str) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""`ple judge A B --judge SPEC`: verdicts of a language model or a reward model on two sources of responses."""
+"""`ple judge`: which judge it is, and verdicts of a language model or a reward model on two sources of responses."""
 
 import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
+from ple_data.common.click_options import refuse_given
 from ple_data.common.digests import json_digest, text_digest
 from ple_data.common.finite import refuse_non_finite
 from ple_data.common.progress import Progress
-from ple_data.judge import results
+from ple_data.judge import people, results
 from ple_data.judge.journal import Journal
 from ple_data.judge.llm import APIS, LanguageModelJudge, parse_request_args
 from ple_data.judge.prompt import load_template, preference
@@ -22,6 +23,26 @@ from schemas.options import Judge, Rewards
 CHUNK = 1024
 """Responses that a reward model is given together, so that it can batch them by length."""
 _CUT = {"length", "max_tokens"}  # finish reasons of an answer that the token limit ended
+
+
+def run(options: Judge) -> str:
+    """Judge by a model, write a page for people, or read what they chose → the text to print. Raises UsageError."""
+    if options.human == (options.spec is not None):
+        raise UsageError("give either --judge SPEC or --human")
+    if options.spec is not None:
+        refuse_given(["People"], "without --human")
+        if options.spec.startswith("reward:"):
+            refuse_given(["Language model"], "by a reward model")
+        else:
+            refuse_given(["Reward model"], "by a language model")
+        return judge(options)
+    refuse_given(["Language model", "Reward model"], "with --human")
+    a, b, output = options.a, options.b, options.output
+    if options.exports:
+        refuse_given([], "with --read, which goes by what the page was made with", "limit", "seed", "label_studio")
+        return people.read_exports(a, b, options.exports, output)
+    limit, seed = options.limit, options.seed
+    return people.write_page(a, b, output, limit=limit, seed=seed, label_studio=options.label_studio)
 
 
 def judge(options: Judge) -> str:

@@ -12,8 +12,8 @@ from ple_data.inputs.chat import CHAT_START, as_chat, to_messages
 from ple_data.inputs.readers import Rows, read_rows
 from ple_data.storage.store import Store, collect
 from schemas.errors import UsageError
+from schemas.tables import ARMS
 
-ARMS = ("y", "y_prompt")
 _NAMED = 5  # query ids that a message names
 
 

@@ -58,7 +58,6 @@ def _write_images(folder: Path, charts: list[Chart]) -> None:
 
 def _render(sources: Sources, parts: list[Section]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
@@ -68,9 +67,6 @@ def _render(sources: Sources, parts: list[Section]) -> str:
         lstrip_blocks=True,
     )
     script = (ASSETS / "report.js").read_text(encoding="utf-8")
-    for part in parts:
-        for chart in part.charts:
-            chart.svg = Markup(chart.svg)  # matplotlib escaped its labels
     return environment.get_template("report.html").render(
         title=visible("/".join(sources.root.resolve().parts[-2:]).strip("/")),
         facts=_facts(sources),
@@ -81,8 +77,8 @@ def _render(sources: Sources, parts: list[Section]) -> str:
         limit=SHOWN_PAIRS,
         cases=sources.cases.queries if sources.cases else [],
         case_rewards=[sources.reward_models[name] for name in sources.cases.reward_models] if sources.cases else [],
-        style=Markup((ASSETS / "report.css").read_text(encoding="utf-8")),
-        script=Markup(script),
+        style=(ASSETS / "report.css").read_text(encoding="utf-8"),
+        script=script,
         script_hash=csp_hash(script),
     )
 

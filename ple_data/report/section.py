@@ -16,7 +16,7 @@ WIDE = 40
 """Columns of a name in a table."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Chart:
     """A drawn figure: its name (of ids and of the PNG file), what is said above and below it, and its two forms."""
 
@@ -27,7 +27,7 @@ class Chart:
     png: bytes
 
 
-@dataclass
+@dataclass(frozen=True)
 class Table:
     """Cells as text; the first column is a heading of its row. `note` stands below; `folded`: shown on request."""
 
