@@ -38,11 +38,7 @@ def cases(options: Cases) -> str:
     answers = sample_answers(policies, options.output, options.queries, options)
     uses = score_answers(answers, options, options.output)
     kinds = by_query_id(optional_texts(rows, "kind"), options.queries, options) if "kind" in rows.columns else {}
-    found = [
-        row | {"label": each.policy.label, "policy": each.policy.name, "kind": kinds.get(row["query_id"])}
-        for each in answers
-        for row in each.rows
-    ]
+    found = [row | {"kind": kinds.get(row["query_id"])} for each in answers for row in each.rows]
     provenance = {
         "queries": options.queries,
         "reward_models": [use.name for use in uses],

@@ -7,8 +7,6 @@ missing and no more. Every number has a 95 % interval over queries. Never trains
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ import numpy as np
 from ple_data.evaluation.answers import Answers, asked_settings, sample_answers, stored_answers
 from ple_data.evaluation.metrics import Mean, Metric, Perplexity, bleu, distinct
 from ple_data.evaluation.policies import parse_policies
-from ple_data.evaluation.references import References, load_references, references_beside, refuse_strangers
+from ple_data.evaluation.references import load_references, references_beside, refuse_strangers
 from ple_data.evaluation.rewards import check_reward_models, score_answers
 from ple_data.judge.sources import named, same_query
 from ple_data.storage.parquet import save_rows
@@ -29,15 +27,7 @@ from schemas.options import Evaluate, Rewards
 from schemas.reports import Comparison, EvalReport, PolicyResult, RewardModelUse
 
 RESULT, TABLE = "eval.json", "eval.parquet"
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """One policy's answers to the queries that all policies answered, their references and its likelihoods of them."""
-
-    answers: Answers
-    references: References
-    likelihoods: dict[str, tuple[float, int]]
+Row = dict[str, Any]
 
 
 def evaluate(options: Evaluate) -> EvalReport:
@@ -64,13 +54,11 @@ def evaluate(options: Evaluate) -> EvalReport:
         refuse_strangers(where, given, answers[0].by_query())
     known = references_beside(answers) if given is None else [given] * len(answers)
     precision = resolve_precision(options.precision)
-    measured = [
-        _Measured(each, own, score_references(each, own, output, precision, options.microbatch_tokens))
-        for each, own in zip(answers, known, strict=True)
-    ]
+    for each, references in zip(answers, known, strict=True):
+        score_references(each, references, output, precision, options.microbatch_tokens)
     uses = score_answers(answers, options, output)
-    metrics, signature = _metrics(measured, uses)
-    _note_unequal_tokens(measured)
+    metrics, signature = _metrics([each.by_query() for each in answers], uses)
+    _note_unequal_tokens(answers)
     report = EvalReport(
         queries=source or ", ".join(map(str, data)),
         seed=seed,
@@ -94,7 +82,10 @@ def evaluate(options: Evaluate) -> EvalReport:
             **(asked_settings(options, source) if source is not None else {}),
         },
     )
-    _save(output, report, measured)
+    reward_models = [use.model_dump() for use in uses]
+    provenance = {"queries": report.queries, "seed": seed, "reward_models": reward_models}
+    save_rows(output / TABLE, "evaluation", [row for each in answers for row in each.rows], provenance)
+    write_atomic(output / RESULT, report.to_json())
     return report
 
 
@@ -125,31 +116,34 @@ def _comparable(answers: Sequence[Answers]) -> list[Answers]:
 
 
 def _metrics(
-    measured: Sequence[_Measured], uses: Sequence[RewardModelUse]
+    policies: Sequence[dict[str, list[Row]]], uses: Sequence[RewardModelUse]
 ) -> tuple[list[dict[str, Metric]], str | None]:
-    """By policy: its metrics by name, rewards in the order of the reward models. And BLEU's signature."""
+    """Of each policy's rows by query: its metrics by name, rewards in the order of `uses`. And BLEU's signature."""
     found: list[dict[str, Metric]] = []
     signature = None
-    scored = [id for id in measured[0].likelihoods if all(id in each.likelihoods for each in measured)]
-    for each in measured:
-        queries = each.answers.by_query()
+    scored = [id for id in policies[0] if all(own[id][0]["reference_nll"] is not None for own in policies)]
+    for queries in policies:
         rows = list(queries.values())
         own: dict[str, Metric] = {
             f"reward:{use.name}": _mean(rows, lambda row, at=at: row["rewards"][at]) for at, use in enumerate(uses)
         }
         if scored:
-            own["perplexity"] = Perplexity(np.array([each.likelihoods[id] for id in scored], dtype=np.float64))
-        texts = {id: [row["y"] for row in query] for id, query in queries.items()}
-        if answered := [id for id in texts if id in each.references]:
-            own["bleu"], signature = bleu([texts[id] for id in answered], [each.references[id] for id in answered])
+            likelihoods = [(queries[id][0]["reference_nll"], queries[id][0]["reference_tokens"]) for id in scored]
+            own["perplexity"] = Perplexity(np.array(likelihoods, dtype=np.float64))
+        if answered := [query for query in rows if query[0]["reference"] is not None]:
+            own["bleu"], signature = bleu(_texts(answered), [query[0]["reference"] for query in answered])
         own["length"] = _mean(rows, lambda row: row["tokens"])
         own["truncated"] = _mean(rows, lambda row: row["finish"] == "length")
-        own |= {f"distinct_{n}": distinct(list(texts.values()), n) for n in (1, 2)}
+        own |= {f"distinct_{n}": distinct(_texts(rows), n) for n in (1, 2)}
         found.append(own)
     return found, signature
 
 
-def _mean(rows: list[list[dict[str, Any]]], value: Any) -> Mean:
+def _texts(rows: list[list[Row]]) -> list[list[str]]:
+    return [[row["y"] for row in query] for query in rows]
+
+
+def _mean(rows: list[list[Row]], value: Any) -> Mean:
     return Mean(np.array([[sum(map(value, query)), len(query)] for query in rows], dtype=np.float64))
 
 
@@ -167,26 +161,12 @@ def _comparisons(labels: Sequence[str], metrics: Sequence[Mapping[str, Metric]],
     ]
 
 
-def _note_unequal_tokens(measured: Sequence[_Measured]) -> None:
-    first = measured[0].likelihoods
-    for each in measured[1:]:
-        if any(tokens != first[id][1] for id, (_, tokens) in each.likelihoods.items() if id in first):
+def _note_unequal_tokens(answers: Sequence[Answers]) -> None:
+    first = {row["query_id"]: row["reference_tokens"] for row in answers[0].rows}
+    for each in answers[1:]:
+        counts = [(row["reference_tokens"], first[row["query_id"]]) for row in each.rows]
+        if any(own != other for own, other in counts if own is not None and other is not None):
             print_to_log(
-                f"note: {each.answers.policy.label} and {measured[0].answers.policy.label} split the references into "
-                "different tokens: their perplexities and lengths are not comparable"
+                f"note: {each.policy.label} and {answers[0].policy.label} split the references into different tokens: "
+                "their perplexities and lengths are not comparable"
             )
-
-
-def _save(output: Path, report: EvalReport, measured: Sequence[_Measured]) -> None:
-    rows = []
-    for each in measured:
-        policy = each.answers.policy
-        for row in each.answers.rows:
-            nats, tokens = each.likelihoods.get(row["query_id"], (None, None))
-            reference = each.references.get(row["query_id"])
-            own = {"reference": reference, "reference_nll": nats, "reference_tokens": tokens}
-            rows.append(row | {"label": policy.label, "policy": policy.name} | own)
-    reward_models = [use.model_dump() for use in report.reward_models]
-    provenance = {"queries": report.queries, "seed": report.seed, "reward_models": reward_models}
-    save_rows(output / TABLE, "evaluation", rows, provenance)
-    write_atomic(output / RESULT, report.to_json())

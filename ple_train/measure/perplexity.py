@@ -46,8 +46,9 @@ def perplexity(model: str, data: Path, *, adapter: str | None = None) -> float:
 
 def score_references(
     answers: Answers, references: dict[str, str], output: Path, precision: str, batch_tokens: int
-) -> dict[str, tuple[float, int]]:
-    """By query id: - log pi(reference|x) in nats and the tokens of the reference, its end-of-sequence id counted.
+) -> None:
+    """Set `reference` in every row, by query id, and how likely it is: `reference_nll`, - log pi(reference|x) in nats,
+    and `reference_tokens`, its end-of-sequence id counted; all None where there is none.
 
     x is what the policy was asked, token by token; batch_tokens: tokens in memory at once. References that with x
     exceed the policy's positions are left out, and counted on stderr. What was computed before is taken from `output`;
@@ -91,4 +92,7 @@ def score_references(
         unit="references",
         names=[f"query {id!r}" for id in sequences],
     )
-    return {id: (nats, tokens or 0) for id, (nats, tokens) in zip(sequences, scores, strict=True)}
+    found = dict(zip(sequences, scores, strict=True))
+    for row in answers.rows:
+        row["reference"] = references.get(row["query_id"])
+        row["reference_nll"], row["reference_tokens"] = found.get(row["query_id"], (None, None))
