@@ -118,6 +118,8 @@ def test_density_ratio_of_a_two_step_density():
     margins = np.concatenate([np.linspace(0, 1, 7500, endpoint=False), np.linspace(1, 2, 2500, endpoint=False)])
     assert density_ratio(margins) == pytest.approx(3, rel=0.03)
     assert density_ratio(np.concatenate([np.linspace(0, 1, 500), np.linspace(9, 10, 500)])) is None
+    assert density_ratio(np.ones(5)) is None
+    assert density_ratio(np.array([0.0, 1.0])) is None  # no margin between the quantiles
 
 
 def pure(e: float | None) -> list[PureSet]:

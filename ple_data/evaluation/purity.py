@@ -86,14 +86,18 @@ def binned(margin: Floats, log_ratio: Floats, edges: Sequence[float]) -> list[Pu
 
 def density_ratio(margin: Floats) -> float | None:
     """l = c^*/c_*: the highest density of the margin over the lowest, between its 5 % and 95 % quantiles, from a
-    histogram with Freedman-Diaconis bins. None where the lowest is 0.
+    histogram with Freedman-Diaconis bins. None where the lowest is 0, or these margins are equal or none.
 
     An estimate with two biases: the least and the greatest of noisy counts lie too far apart, which raises it, and the
     tails, where the density is lower, are left out, which lowers it.
     """
-    between = tuple(np.quantile(margin, TAILS).tolist())
-    bins = len(np.histogram_bin_edges(margin, "fd", between)) - 1
-    counts, _ = np.histogram(margin, min(bins, _DENSITY_BINS), between)
+    low, high = np.quantile(margin, TAILS)
+    inside = margin[(margin >= low) & (margin <= high)]
+    if low == high or not len(inside):
+        return None
+    width = 2 * np.subtract(*np.quantile(inside, [0.75, 0.25])) * len(inside) ** (-1 / 3)
+    bins = min(_DENSITY_BINS, math.ceil((high - low) / width)) if width > 0 else 1
+    counts, _ = np.histogram(inside, bins, (low, high))
     return float(counts.max() / counts.min()) if counts.min() else None
 
 
@@ -105,18 +109,18 @@ def theorem_bound(s: Floats, s_prompt: Floats, first: Sequence[PureSet], last: S
     both policies reach. The theorem puts 1 and 1/|V| for R(x, y_prompt): its condition (3) is then the logarithm of a
     negative number for every e_0 above 1/|V|, and says nothing.
     """
+    low = float(min(s.min(), s_prompt.min()))
+    scale = float(max(s.max(), s_prompt.max())) - low or 1.0
+    margin = (s_prompt - s) / scale
+    l = density_ratio(margin)  # noqa: E741
     reached = [(a.percent, a.e, b.e) for a, b in zip(first, last, strict=True) if a.e is not None and b.e is not None]
     if not reached:
         lacking = "first" if all(a.e is None for a in first) else "last"
-        return PurityBound(
-            says=f"no level set is pure for the {lacking} policy, at 90 % either; the theorem starts from one"
-        )
-    low = min(s.min(), s_prompt.min())
-    scale = max(s.max(), s_prompt.max()) - low
-    percent, e_0, e_end = max(reached)
-    margin, e_0, e_end = (s_prompt - s) / scale, float(e_0 / scale), float(e_end / scale)
+        says = f"no level set is pure for the {lacking} policy, at 90 % either; the theorem starts from one"
+        return PurityBound(l=l, says=says)
+    percent, *ends = max(reached)
+    e_0, e_end = (e / scale for e in ends)
     r = float(np.median((s_prompt[margin >= e_0] - low) / scale))
-    l = density_ratio(margin)  # noqa: E741
     rounds, says = None, ""
     if l is None:
         says = "the margins' density is 0 somewhere between its 5 % and 95 % quantiles, so l has no bound"
