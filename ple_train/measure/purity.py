@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ple_data.common.digests import json_digest
 from ple_data.common.progress import Progress
@@ -194,7 +195,7 @@ def _policies_and_bound(sources: list[NamedPolicy], measured: list[pa.Table], lo
     edges = bin_edges(margin)
     policies = []
     for source, rows in zip(sources, measured, strict=True):
-        ratio = _floats(rows[f"{logps}_y_prompt"]) - _floats(rows[f"{logps}_y"])
+        ratio = pc.subtract(rows[f"{logps}_y_prompt"], rows[f"{logps}_y"]).to_numpy()  # NaN for null
         policies.append(
             PurityPolicy(
                 label=source.label,
@@ -209,8 +210,3 @@ def _policies_and_bound(sources: list[NamedPolicy], measured: list[pa.Table], lo
     start, end = policies[0].all_pairs.pure_sets, policies[-1].all_pairs.pure_sets
     bound = theorem_bound(first["s"].to_numpy(), first["s_prompt"].to_numpy(), start, end)
     return {"policies": policies, "bound": bound}
-
-
-def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    """float64, NaN for null."""
-    return column.to_numpy(zero_copy_only=False).astype(np.float64)
