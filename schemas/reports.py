@@ -191,10 +191,12 @@ class PurityBound(_Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_old_fields(cls, found: dict[str, Any]) -> dict[str, Any]:
+    def _without_old_fields(cls, found: Any) -> Any:
         """Versions 1 and 2 also held the theorem's conditions (1) and (3) as printed, and what they were made from."""
         scale = {"reward_low", "reward_high", "density_low", "density_high"}
         conditions = {"vocabulary", "epsilon", "alpha_limit", "rounds"}
+        if not isinstance(found, dict):
+            return found
         return {name: value for name, value in found.items() if name not in scale | conditions}
 
 

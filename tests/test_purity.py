@@ -182,6 +182,9 @@ def test_a_bound_of_an_older_version_is_read_without_the_printed_conditions(vers
     (tmp_path / "purity.json").write_text(json.dumps(record))
     found = read_record(PurityReport, tmp_path / "purity.json")
     assert found.bound == purity_report("p").bound.model_copy(update={"e_0": 0.4})
+    (tmp_path / "purity.json").write_text(json.dumps(record | {"bound": 7}))
+    with pytest.raises(DamagedError, match="not a readable PurityReport record"):
+        read_record(PurityReport, tmp_path / "purity.json")
 
 
 def test_bound_takes_the_strictest_purity_that_both_policies_reach():
