@@ -37,6 +37,9 @@ MOST_FAULTS = 8
 _QUERY_REFUSED = {400, 413, 422}
 """Statuses that may be about one query (too long, say); any other refusal is about all."""
 
+Asked = tuple[str, Order]
+"""A question: its query id, and which response stands first."""
+
 
 @dataclass(frozen=True)
 class Api:
@@ -102,8 +105,8 @@ class LanguageModelJudge:
         given = {self._api.length: DEFAULT_MAX_TOKENS, "temperature": 0, **fields}
         self.request_fields = {name: value for name, value in given.items() if value is not None}
 
-    def ask(self, pairs: Sequence[Pair], answers: Journal[Answer], concurrency: int) -> dict[tuple[str, Order], Answer]:
-        """The answer by (query id, order), from the file where it was given before, else from the endpoint.
+    def ask(self, pairs: Sequence[Pair], answers: Journal[Answer], concurrency: int) -> dict[Asked, Answer]:
+        """The answer to each question, from the file where it was given before, else from the endpoint.
 
         Equal requests are sent once. One that the endpoint refuses because of its text, or on which it fails in every
         try, is left out and told on stderr. Raises PleError where the endpoint is down, UsageError where it refuses
@@ -111,9 +114,10 @@ class LanguageModelJudge:
         """
         import httpx
 
-        requests = [self._request(pair, order) for pair in pairs for order in get_args(Order)]
-        distinct = {request.digest: request for request in requests}
-        waiting = [request for request in distinct.values() if request.digest not in answers]
+        bodies = {(pair.query_id, order): self._body(pair, order) for pair in pairs for order in get_args(Order)}
+        digests = {asked: json_digest({"api": self._kind, "body": body}) for asked, body in bodies.items()}
+        distinct = {digest: asked for asked, digest in digests.items()}
+        waiting = [asked for digest, asked in distinct.items() if digest not in answers]
         headers = self._api.headers(self._key) if self._key else {}
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         faults = _Faults(answered=len(waiting) < len(distinct), enough=min(MOST_FAULTS, len(waiting)))
@@ -122,9 +126,9 @@ class LanguageModelJudge:
             Progress("judge", len(distinct), "answers", done=len(distinct) - len(waiting)) as progress,
         ):
 
-            def answer(request: _Request, stop: threading.Event) -> web.RefusedError | web.UnansweredError | None:
+            def answer(asked: Asked, stop: threading.Event) -> web.RefusedError | web.UnansweredError | None:
                 try:
-                    answers.add(self._post(client, request, stop))
+                    answers.add(self._post(client, asked, digests[asked], bodies[asked], stop))
                 except web.RefusedError as error:
                     if error.status not in _QUERY_REFUSED:
                         raise UsageError(f"{error}: check the key, the model's name and the address") from error
@@ -137,29 +141,27 @@ class LanguageModelJudge:
 
             for at, fault in web.each(answer, waiting, concurrency):
                 progress.advance(1)
-                faults.note(waiting[at].query_id, fault)
+                faults.note(waiting[at][0], fault)
         for message in faults.messages:
             print(f"judge: no verdict: {message}", file=sys.stderr)
-        found = [request for request in requests if request.digest in answers]
-        return {(request.query_id, request.order): answers[request.digest] for request in found}
+        return {asked: answers[digest] for asked, digest in digests.items() if digest in answers}
 
-    def _request(self, pair: Pair, order: Order) -> _Request:
+    def _body(self, pair: Pair, order: Order) -> dict[str, Any]:
         first, second = (pair.a, pair.b) if order == "a_first" else (pair.b, pair.a)
         question = self.template.render(readable(pair.x), first, second)
-        body = {"model": self._model, "messages": [{"role": "user", "content": question}], **self.request_fields}
-        return _Request(pair.query_id, order, body, json_digest({"api": self._kind, "body": body}))
+        return {"model": self._model, "messages": [{"role": "user", "content": question}], **self.request_fields}
 
-    def _post(self, client: httpx.Client, request: _Request, stop: threading.Event) -> Answer:
+    def _post(self, client: httpx.Client, asked: Asked, digest: str, body: Any, stop: threading.Event) -> Answer:
         what = f"judge {self.name} at {self.address}"
         failed = "what was answered is kept; check the server and run the same command again"
         patience = web.Patience(TRIES, FIRST_WAIT, stop)
-        response = web.post_json(client, self._url, request.body, patience, what=what, failed=failed, key=self._key)
+        response = web.post_json(client, self._url, body, patience, what=what, failed=failed, key=self._key)
         try:
             text, finish, prompt_tokens, completion_tokens = self._api.read(response.json())
             return Answer(
-                request=request.digest,
-                query_id=request.query_id,
-                order=request.order,
+                request=digest,
+                query_id=asked[0],
+                order=asked[1],
                 text=text.encode("utf-8", "replace").decode(),
                 finish=finish,
                 prompt_tokens=prompt_tokens,
@@ -168,14 +170,6 @@ class LanguageModelJudge:
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             got = web.excerpt(response, self._key)
             raise web.UnansweredError(f"{what}: expected the answer of the {self._kind} API, got {got}") from None
-
-
-@dataclass(frozen=True)
-class _Request:
-    query_id: str
-    order: Order
-    body: dict[str, Any]
-    digest: str
 
 
 @dataclass

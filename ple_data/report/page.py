@@ -11,7 +11,7 @@ from typing import Any
 
 from ple_data.judge.page import csp_hash
 from ple_data.report.pairs import SHOWN_PAIRS, sample_pairs, visible
-from ple_data.report.section import Chart, Section
+from ple_data.report.section import Section
 from ple_data.report.sections import sections
 from ple_data.report.sources import Sources
 from ple_data.rewards import shown_spec
@@ -44,16 +44,14 @@ def report(
     parts = sections(sources)
     page = _render(sources, parts)
     path = Path(output) if output else Path(run) / "report.html"
-    _write_images(path.parent / f"{path.stem}-figures", [chart for part in parts for chart in part.charts])
+    folder = path.parent / f"{path.stem}-figures"
+    images = {folder / f"{chart.name}.png": chart.png for part in parts for chart in part.charts}
+    for image, content in images.items():
+        write_atomic(image, content)
+    for old in set(folder.glob("*.png")) - images.keys():
+        old.unlink()
     write_atomic(path, page)
     return str(path)
-
-
-def _write_images(folder: Path, charts: list[Chart]) -> None:
-    for chart in charts:
-        write_atomic(folder / f"{chart.name}.png", chart.png)
-    for old in set(folder.glob("*.png")) - {folder / f"{chart.name}.png" for chart in charts}:
-        old.unlink()
 
 
 def _render(sources: Sources, parts: list[Section]) -> str:
