@@ -121,7 +121,7 @@ COMMANDS = {
     "eval": command("eval", options.Evaluate, _evaluate, _ELSEWHERE),
     "cases": command("cases", options.Cases, "ple_data.evaluation.cases:cases", _ELSEWHERE),
     "baseline": baseline,
-    "judge": command("judge", options.Judge, "ple_data.judge.command:run"),
+    "judge": command("judge", options.Judge, "ple_data.judge.judge:run"),
     "inspect": command("inspect", options.Inspect, "ple_data.inspection:inspect", by_name=True),
     "export": command("export", options.Export, "ple_data.export:export", by_name=True),
     "verify": command("verify", options.Verify, _verify),

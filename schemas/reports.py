@@ -3,9 +3,9 @@
 Written by `ple eval`, `ple judge` and `ple purity`; every number is in the units of what it measures.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from schemas.records import Record
 
@@ -65,6 +65,13 @@ class EvalReport(Record):
     policies: list[PolicyResult]
     comparisons: list[Comparison]
     settings: dict[str, JsonValue] = Field(default_factory=dict)
+
+    def differences(self) -> dict[str, dict[str, dict[str, Estimate]]]:
+        """The comparisons by baseline, label and metric."""
+        found: dict[str, dict[str, dict[str, Estimate]]] = {}
+        for c in self.comparisons:
+            found.setdefault(c.baseline, {}).setdefault(c.label, {})[c.metric] = c.difference
+        return found
 
 
 class JudgePart(_Part):
@@ -166,32 +173,31 @@ class PurityPolicy(_Part):
 
 
 class PurityBound(_Part):
-    """Theorem 5.3 as measured. Rewards, e and densities are on the scale on which the observed rewards run from 0 to 1
-    (the proof's assumption): reward r stands at (r - reward_low) / (reward_high - reward_low). Fields are None where
-    they could not be measured; `says` tells why.
+    """The rounds that the proof of Theorem 5.3 asks for, as measured; on the scale on which the observed rewards run
+    from 0 to 1 (the proof's assumption). Fields are None where they could not be measured; `says` tells why.
 
-    percent: the purity at which e_0 (first policy) and e_end (last) were taken; l = density_high / density_low, an
-    estimate; epsilon = e_end; alpha_limit: condition (1) holds for an alpha of Eq. 8 up to here (alpha < 1 there, so 1
-    is every alpha); rounds: condition (3) as printed; rounds_by_proof: Eq. 17, the proof's own step before it puts 1
-    and 1/|V| for r = R(x, y_prompt), 6 l alpha / epsilon * log((r - epsilon) / (r - e_0)) for alpha = 1, at
-    `median_reward`, the median r in L(e_0).
+    percent: the purity at which e_0 (first policy) and e_end (last) were taken; l: the margins' highest density over
+    the lowest, an estimate; median_reward: the median r = R(x, y_prompt) in L(e_0); rounds_by_proof: Eq. 17 at alpha =
+    1, 6 l / e_end * log((r - e_end) / (r - e_0)).
     """
 
-    percent: int | None
-    reward_low: float | None
-    reward_high: float | None
-    density_low: float | None
-    density_high: float | None
-    l: float | None  # noqa: E741 (the paper's symbol)
-    e_0: float | None
-    e_end: float | None
-    epsilon: float | None
-    vocabulary: int
-    alpha_limit: float | None
-    rounds: float | None
-    median_reward: float | None
-    rounds_by_proof: float | None
-    says: str
+    percent: int | None = None
+    e_0: float | None = None
+    e_end: float | None = None
+    l: float | None = None  # noqa: E741 (the paper's symbol)
+    median_reward: float | None = None
+    rounds_by_proof: float | None = None
+    says: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_old_fields(cls, found: Any) -> Any:
+        """Versions 1 and 2 also held the theorem's conditions (1) and (3) as printed, and what they were made from."""
+        scale = {"reward_low", "reward_high", "density_low", "density_high"}
+        conditions = {"vocabulary", "epsilon", "alpha_limit", "rounds"}
+        if not isinstance(found, dict):
+            return found
+        return {name: value for name, value in found.items() if name not in scale | conditions}
 
 
 class PurityReport(Record):
@@ -200,7 +206,7 @@ class PurityReport(Record):
     start policy first.
     """
 
-    version: Literal[1, 2] = 2
+    version: Literal[1, 2, 3] = 3
     kind: Literal["purity"] = "purity"
     data: list[str]
     rounds: list[int]

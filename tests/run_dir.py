@@ -93,8 +93,7 @@ def purity_report(label: str) -> PurityReport:
                 all_pairs=counts, by_round=[], bins=bins
             )
         )  # fmt: skip
-    nothing = dict.fromkeys(name for name in PurityBound.model_fields if name not in ("vocabulary", "says"))
-    bound = PurityBound(vocabulary=9, says=f"nothing of {label}", **nothing)
+    bound = PurityBound(says=f"nothing of {label}")
     return PurityReport(data=["d"], rounds=[0], normalized=False, precision="bf16", policies=policies, bound=bound)
 
 

@@ -40,7 +40,9 @@ _ONLY_FASTER = {
 
 @dataclass(frozen=True)
 class Answers:
-    """One policy's answers. A row is a dict of query_id, sample, x, x_ids, y, tokens, finish and reference."""
+    """One policy's answers. A row is a dict of query_id, sample, x, x_ids, y, tokens, finish, reference, and label and
+    policy (its name); what is measured of an answer is put there too.
+    """
 
     policy: NamedPolicy
     rows: list[dict[str, Any]]
@@ -69,7 +71,8 @@ def sample_answers(policies: Sequence[NamedPolicy], output: Path, source: str, a
         generate(Gen(**start, **asked.part(Asked).values(), queries=source, data=data, principles=None, round=0))
         rows = collect(_answers(Store(data), "answers")).to_dicts()
         references = {query.id: query.reference for query in queries.queries}
-        found.append(Answers(policy, [row | {"reference": references[row["query_id"]]} for row in rows]))
+        told = {"label": policy.label, "policy": policy.name}
+        found.append(Answers(policy, [row | told | {"reference": references[row["query_id"]]} for row in rows]))
     return found
 
 
@@ -77,9 +80,7 @@ def _told_apart(asked: Asked) -> dict[str, Any]:
     arguments = parse_engine_args(asked.engine_arg)
     engine_args = {name: value for name, value in arguments.items() if name not in _ONLY_FASTER}
     counts = counted(asked.part(Asked), always=KEPT_APART)
-    return {name: value for name, value in counts.items() if name not in ("engine", "engine_arg")} | {
-        "engine_args": engine_args
-    }
+    return {name: counts[name] for name in counts.keys() - {"engine", "engine_arg"}} | {"engine_args": engine_args}
 
 
 def asked_settings(asked: Asked, source: str) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def stored_answers(policies: Sequence[NamedPolicy], stores: Sequence[Path], roun
             raise UsageError(
                 f"--policy {policy.label}: {places} holds no responses of {policy.name}; it holds those of {there}"
             )
-        found.append(Answers(policy, own.to_dicts()))
+        found.append(Answers(policy, [row | {"label": policy.label, "policy": policy.name} for row in own.to_dicts()]))
     return found
 
 

@@ -6,11 +6,9 @@ adds up rows of numbers and reads no text again. Words of distinct-n are those b
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -21,36 +19,26 @@ from schemas.reports import Estimate
 BLEU_ORDER = 4
 
 
-class Metric(Protocol):
-    """A corpus statistic of one policy over queries in a fixed order."""
-
-    def estimate(self, seed: int) -> Estimate:
-        """Its value with a 95 % interval."""
-        ...
-
-    def less(self, other: Metric, seed: int) -> Estimate:
-        """Its value less that of the other policy on the same queries, with a 95 % interval."""
-        ...
-
-
 @dataclass(frozen=True)
-class SumMetric(ABC):
-    """A function of sums over queries. sums: [queries, k]."""
+class SumMetric:
+    """A function of sums over queries. sums: [queries, k]. Made by its subclasses."""
 
     sums: np.ndarray
 
-    @abstractmethod
     def of(self, totals: np.ndarray) -> np.ndarray:
         """[draws, k] totals -> [draws] values."""
+        raise NotImplementedError
 
     def at(self, places: np.ndarray) -> np.ndarray:
         """Values on drawn queries: [draws, queries] places -> [draws]."""
         return self.of(np.stack([column[places].sum(axis=-1) for column in self.sums.T], axis=-1))
 
     def estimate(self, seed: int) -> Estimate:
+        """Its value with a 95 % interval."""
         return bootstrap(self.at, len(self.sums), seed=seed)
 
     def less(self, other: Metric, seed: int) -> Estimate:
+        """Its value less that of the other policy on the same queries, with a 95 % interval."""
         assert isinstance(other, SumMetric)
         return bootstrap(lambda places: self.at(places) - other.at(places), len(self.sums), seed=seed)
 
@@ -62,11 +50,11 @@ class Mean(SumMetric):
         return totals[:, 0] / totals[:, 1]
 
 
-class Perplexity(SumMetric):
+class Perplexity(Mean):
     """exp of the negative log-likelihood of a token: sums are [nats, tokens]."""
 
     def of(self, totals: np.ndarray) -> np.ndarray:
-        return np.exp(totals[:, 0] / totals[:, 1])
+        return np.exp(super().of(totals))
 
 
 class Bleu(SumMetric):
@@ -76,12 +64,9 @@ class Bleu(SumMetric):
         from sacrebleu.metrics import BLEU
 
         split = 2 + BLEU_ORDER
-        return np.array(
-            [
-                BLEU.compute_bleu(row[2:split], row[split:], row[0], row[1], smooth_method="exp").score
-                for row in totals.astype(np.int64).tolist()
-            ]
-        )
+        rows = totals.astype(np.int64).tolist()
+        scores = [BLEU.compute_bleu(r[2:split], r[split:], r[0], r[1], smooth_method="exp").score for r in rows]
+        return np.array(scores)
 
 
 def need_bleu() -> None:
@@ -122,17 +107,18 @@ class Distinct:
         return jackknife(self.value - other.value, self.without - other.without)
 
 
+Metric = SumMetric | Distinct
+"""A corpus statistic of one policy over queries in a fixed order."""
+
+
 def distinct(responses: Sequence[Sequence[str]], n: int) -> Distinct:
     """distinct-n of each query's responses together; 0 where there is no n-gram."""
-    grams = [Counter(gram for y in ys for gram in _ngrams(y.split(), n)) for ys in responses]
-    sizes = np.array([counts.total() for counts in grams])
-    queries_with: Counter[tuple[str, ...]] = Counter()
-    for counts in grams:
-        queries_with.update(counts.keys())
-    only_here = np.array([sum(queries_with[gram] == 1 for gram in counts) for counts in grams])
+    grams = [[gram for y in ys for gram in _ngrams(y.split(), n)] for ys in responses]
+    sizes = np.array([len(own) for own in grams])
+    queries_with = Counter(gram for own in grams for gram in set(own))
+    only_here = np.array([sum(queries_with[gram] == 1 for gram in set(own)) for own in grams])
     total = int(sizes.sum())
-    rest = total - sizes
-    without = (len(queries_with) - only_here) / np.maximum(rest, 1)
+    without = (len(queries_with) - only_here) / np.maximum(total - sizes, 1)
     return Distinct(len(queries_with) / max(total, 1), without)
 
 

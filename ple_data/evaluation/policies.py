@@ -10,18 +10,30 @@ from ple_data.common.models import check_adapter, check_model
 from schemas.errors import UsageError
 
 _LABEL = re.compile(r"[\w.+-]+")
-FORM = "NAME=MODEL[,ADAPTER]"
 
 
 @dataclass(frozen=True)
 class NamedPolicy:
-    """A policy and what a table calls it (`label`); `name` is the one with digests, as in a store."""
+    """A policy and what a table calls it (`label`); `name` is the one with digests, as in a store. `after_round`: the
+    round whose training made it; None for a start policy, or where it is not known.
+    """
 
     label: str
     model: str
     revision: str | None
     adapter: str | None
     name: str
+    after_round: int | None = None
+
+
+def named_policy(
+    label: str, model: str, revision: str | None, adapter: str | None = None, after_round: int | None = None
+) -> NamedPolicy:
+    """The policy under its name with digests. Raises UsageError for a model or adapter that cannot be used."""
+    check_model(model)
+    if adapter:
+        check_adapter(adapter, model)
+    return NamedPolicy(label, model, revision, adapter, policy_name(model, adapter, revision), after_round)
 
 
 def parse_policies(words: Sequence[str]) -> list[NamedPolicy]:
@@ -43,14 +55,10 @@ def _parse(word: str) -> NamedPolicy:
     model, comma, adapter = rest.partition(",")
     if not (_LABEL.fullmatch(label) and model) or (comma and not adapter):
         raise UsageError(
-            f"--policy {word!r} must be {FORM}, such as sft=runs/sft or ple=runs/sft,runs/policy/round=004 "
-            "(a name of letters, digits and . _ + -)"
+            f"--policy {word!r} must be NAME=MODEL[,ADAPTER], such as sft=runs/sft or "
+            "ple=runs/sft,runs/policy/round=004 (a name of letters, digits and . _ + -)"
         )
-    revision = None
+    revision = ""
     if not Path(model).exists():
         model, _, revision = model.partition("@")
-    check_model(model)
-    if adapter:
-        check_adapter(adapter, model)
-    name = policy_name(model, adapter or None, revision or None)
-    return NamedPolicy(label, model, revision or None, adapter or None, name)
+    return named_policy(label, model, revision or None, adapter or None)

@@ -25,11 +25,15 @@ def load_references(where: str, source: str | None, how: Reading) -> References:
         found = _from_file(where)
         if source is not None:
             refuse_strangers(where, found, by_query_id(None, source, how))
-    elif source is not None:
-        found = _from_column(where, source, how)
-    else:
+        return _told(found)
+    if source is None:
         raise UsageError(f"--references {where}: there is no such file, and a column needs --queries")
-    return _told(found)
+    rows = read_rows(source, how.split)
+    if where not in rows.columns:
+        raise UsageError(
+            f"--references {where} is neither a file nor a column of {rows.source}, which has {', '.join(rows.columns)}"
+        )
+    return _told(by_query_id(optional_texts(rows, where), source, how))
 
 
 def refuse_strangers(where: str, references: Mapping[str, Any], ids: Mapping[str, Any]) -> None:
@@ -64,20 +68,11 @@ def _from_file(where: str) -> dict[str, str | None]:
             f"--references {where} needs the columns id and reference; its columns are {', '.join(rows.columns)}"
         )
     ids = [str(row.get(id_column)) for row in rows.rows]
-    found = dict(zip(ids, _texts(rows, "reference"), strict=True))
+    found = dict(zip(ids, optional_texts(rows, "reference"), strict=True))
     if len(found) < len(ids):
         doubled = next(place for at, place in enumerate(rows.places) if ids[at] in ids[:at])
         raise UsageError(f"--references {where} {doubled}: its id stands there twice; every id may stand once")
     return found
-
-
-def _from_column(name: str, source: str, how: Reading) -> dict[str, str | None]:
-    rows = read_rows(source, how.split)
-    if name not in rows.columns:
-        raise UsageError(
-            f"--references {name} is neither a file nor a column of {rows.source}, which has {', '.join(rows.columns)}"
-        )
-    return by_query_id(_texts(rows, name), source, how)
 
 
 def by_query_id(values: Sequence[str | None] | None, source: str, how: Reading) -> dict[str, str | None]:
@@ -89,7 +84,8 @@ def by_query_id(values: Sequence[str | None] | None, source: str, how: Reading) 
     return found
 
 
-def _texts(rows: Rows, name: str) -> list[str | None]:
+def optional_texts(rows: Rows, name: str) -> list[str | None]:
+    """A column that holds a text or nothing in each row. Raises UsageError with the first row that holds neither."""
     values = [row.get(name) for row in rows.rows]
     for place, value in zip(rows.places, values, strict=True):
         if not isinstance(value, str | None):

@@ -10,6 +10,7 @@ from ple_data.rewards import RewardModel, check_reward_model, load_reward_model,
 from ple_data.scoring.cache import Score, cached_scores, key_of
 from schemas.errors import UsageError
 from schemas.options import Judged
+from schemas.reports import RewardModelUse
 
 
 def check_reward_models(options: Judged) -> None:
@@ -26,36 +27,38 @@ def check_reward_models(options: Judged) -> None:
             raise UsageError(f"--reward-model {shown_spec(spec)} is given twice; give each once")
 
 
-def score_answers(answers: Sequence[Answers], options: Judged, output: Path) -> list[str]:
-    """Append each model's reward to the list `rewards` of every row. Gives back the models' recorded names.
+def score_answers(answers: Sequence[Answers], options: Judged, output: Path) -> list[RewardModelUse]:
+    """Append each model's reward to the list `rewards` of every row. Gives back the models, by their recorded names.
 
     One model is in memory at a time. Raises UsageError where two specs name the same model, and PleError for a reward
     that is not a finite number.
     """
-    names: list[str] = []
+    uses: list[RewardModelUse] = []
     rows = [row for each in answers for row in each.rows]
     for row in rows:
         row["rewards"] = []
     for spec in options.reward_model:
         model = load_reward_model(spec, options)
-        if model.name in names:
+        if model.name in [use.name for use in uses]:
             raise UsageError(f"--reward-model {model.name} is given twice, in two spellings; give each once")
-        names.append(model.name)
+        uses.append(RewardModelUse(name=model.name, trained=spec in options.trained_with))
         for row, reward in zip(rows, _rewards(model, rows, output / "rewards"), strict=True):
             row["rewards"].append(reward)
         del model
-    return names
+    return uses
 
 
 def _rewards(model: RewardModel, rows: Sequence[Mapping[str, Any]], directory: Path) -> list[float]:
+    texts = [(row["x"], row["y"]) for row in rows]
+
     def compute(places: list[int]) -> Iterator[list[tuple[int, Score]]]:
-        for batch in model.stream([(rows[place]["x"], rows[place]["y"]) for place in places]):
+        for batch in model.stream([texts[place] for place in places]):
             yield [(at, (reward, None)) for at, reward in batch]
 
     scores = cached_scores(
         directory,
         model.name,
-        [key_of(row["x"], row["y"]) for row in rows],
+        [key_of(x, y) for x, y in texts],
         compute,
         label=f"score with {model.name}",
         unit="responses",

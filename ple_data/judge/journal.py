@@ -7,8 +7,7 @@ process at a time.
 import os
 import threading
 from pathlib import Path
-from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Self, TypeVar
 
 from pydantic import ValidationError
 
@@ -19,20 +18,21 @@ from schemas.judging import Paid
 Kept = TypeVar("Kept", bound=Paid)
 
 
-class Journal(Generic[Kept]):
-    """The records in a file by the digest of their request. A context manager; `add` may be called from any thread.
+class Journal(dict[str, Kept]):
+    """The records in a file by the digest of their request. A context manager; `add` keeps more, from any thread.
 
     Raises DamagedError where a line is no such record.
     """
 
     def __init__(self, path: Path, record: type[Kept]) -> None:
+        super().__init__()
         self._path, self._record = path, record
         self._lock = threading.Lock()
         with explained(path):
             make_dirs(path.parent)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
-            self._kept = self._load()
+            self._load()
             fsync_dir(path.parent)
         except BaseException:
             os.close(self._fd)
@@ -41,14 +41,8 @@ class Journal(Generic[Kept]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._fd)
-
-    def get(self, request: str) -> Kept | None:
-        """The record of a request, by its digest."""
-        return self._kept.get(request)
 
     def add(self, *records: Kept) -> None:
         """Keep records: on disk when this returns. Raises PleError on a disk that cannot be written."""
@@ -62,14 +56,13 @@ class Journal(Generic[Kept]):
             except OSError:
                 os.ftruncate(self._fd, size)
                 raise
-            self._kept |= {record.request: record for record in records}
+            self.update({record.request: record for record in records})
 
-    def _load(self) -> dict[str, Kept]:
+    def _load(self) -> None:
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             os.ftruncate(self._fd, len(whole))
-        found: dict[str, Kept] = {}
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 record = self._record.model_validate_json(line)
@@ -80,5 +73,4 @@ class Journal(Generic[Kept]):
                     f"{self._path} line {number}: not a readable {self._record.__name__} ({where}: {fault['msg']}): "
                     "remove the line, and it is asked for again"
                 ) from error
-            found[record.request] = record
-        return found
+            self[record.request] = record

@@ -13,19 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
+from ple_data.common import web
 from ple_data.common.digests import json_digest
 from ple_data.common.progress import Progress
-from ple_data.common.web import (
-    Patience,
-    RefusedError,
-    UnansweredError,
-    checked_url,
-    each,
-    excerpt,
-    key_from_environment,
-    post_json,
-    shown_url,
-)
 from ple_data.inputs.chat import readable
 from ple_data.judge.journal import Journal
 from ple_data.judge.prompt import Template
@@ -46,6 +36,9 @@ MOST_FAULTS = 8
 """So many requests without a single answer mean that the settings are wrong or the server is down, not a query."""
 _QUERY_REFUSED = {400, 413, 422}
 """Statuses that may be about one query (too long, say); any other refusal is about all."""
+
+Asked = tuple[str, Order]
+"""A question: its query id, and which response stands first."""
 
 
 @dataclass(frozen=True)
@@ -96,30 +89,24 @@ APIS = {
 }
 
 
-@dataclass
 class LanguageModelJudge:
     """One model behind one endpoint. `fields` go into every request; a field that is None is left out."""
 
-    kind: str
-    model: str
-    endpoint: str | None
-    template: Template
-    fields: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, kind: str, model: str, endpoint: str | None, template: Template, fields: dict[str, Any]) -> None:
         """Raises UsageError for a wrong address, or where the kind's own endpoint lacks its key."""
-        self._api = APIS[self.kind]
-        self._base = checked_url((self.endpoint or self._api.endpoint).rstrip("/"), "judge", self._api.key_variable)
-        self._url = str(self._base.copy_with(path=f"{self._base.path}/{self._api.path}"))
-        if self.endpoint is None and not key_from_environment(self._api.key_variable):
-            raise UsageError(f"judge {self.kind}:{self.model}: set the environment variable {self._api.key_variable}")
-        self.name = f"{self.kind}:{self.model}"
-        self.address = shown_url(self._base)
-        given = {self._api.length: DEFAULT_MAX_TOKENS, "temperature": 0, **self.fields}
+        self.name, self.template = f"{kind}:{model}", template
+        self._kind, self._model, self._api = kind, model, APIS[kind]
+        base = web.checked_url((endpoint or self._api.endpoint).rstrip("/"), "judge", self._api.key_variable)
+        self._key = web.key_from_environment(self._api.key_variable)
+        if endpoint is None and not self._key:
+            raise UsageError(f"judge {self.name}: set the environment variable {self._api.key_variable}")
+        self._url = str(base.copy_with(path=f"{base.path}/{self._api.path}"))
+        self.address = web.shown_url(base)
+        given = {self._api.length: DEFAULT_MAX_TOKENS, "temperature": 0, **fields}
         self.request_fields = {name: value for name, value in given.items() if value is not None}
 
-    def ask(self, pairs: Sequence[Pair], answers: Journal[Answer], concurrency: int) -> dict[tuple[str, Order], Answer]:
-        """The answer by (query id, order), from the file where it was given before, else from the endpoint.
+    def ask(self, pairs: Sequence[Pair], answers: Journal[Answer], concurrency: int) -> dict[Asked, Answer]:
+        """The answer to each question, from the file where it was given before, else from the endpoint.
 
         Equal requests are sent once. One that the endpoint refuses because of its text, or on which it fails in every
         try, is left out and told on stderr. Raises PleError where the endpoint is down, UsageError where it refuses
@@ -127,71 +114,62 @@ class LanguageModelJudge:
         """
         import httpx
 
-        requests = [self._request(pair, order) for pair in pairs for order in get_args(Order)]
-        distinct = {request.digest: request for request in requests}
-        waiting = [request for request in distinct.values() if answers.get(request.digest) is None]
-        key = key_from_environment(self._api.key_variable)
+        bodies = {(pair.query_id, order): self._body(pair, order) for pair in pairs for order in get_args(Order)}
+        digests = {asked: json_digest({"api": self._kind, "body": body}) for asked, body in bodies.items()}
+        distinct = {digest: asked for asked, digest in digests.items()}
+        waiting = [asked for digest, asked in distinct.items() if digest not in answers]
+        headers = self._api.headers(self._key) if self._key else {}
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         faults = _Faults(answered=len(waiting) < len(distinct), enough=min(MOST_FAULTS, len(waiting)))
         with (
-            httpx.Client(headers=self._api.headers(key) if key else {}, timeout=TIMEOUT, limits=limits) as client,
+            httpx.Client(headers=headers, timeout=TIMEOUT, limits=limits) as client,
             Progress("judge", len(distinct), "answers", done=len(distinct) - len(waiting)) as progress,
         ):
 
-            def answer(request: _Request, stop: threading.Event) -> RefusedError | UnansweredError | None:
+            def answer(asked: Asked, stop: threading.Event) -> web.RefusedError | web.UnansweredError | None:
                 try:
-                    answers.add(self._post(client, request, key, stop))
-                except RefusedError as error:
+                    answers.add(self._post(client, asked, digests[asked], bodies[asked], stop))
+                except web.RefusedError as error:
                     if error.status not in _QUERY_REFUSED:
                         raise UsageError(f"{error}: check the key, the model's name and the address") from error
                     return error
-                except UnansweredError as error:
+                except web.UnansweredError as error:
                     if stop.is_set():
                         raise
                     return error
                 return None
 
-            for at, fault in each(answer, waiting, concurrency):
+            for at, fault in web.each(answer, waiting, concurrency):
                 progress.advance(1)
-                faults.note(waiting[at].query_id, fault)
+                faults.note(waiting[at][0], fault)
         for message in faults.messages:
             print(f"judge: no verdict: {message}", file=sys.stderr)
-        found = ((request, answers.get(request.digest)) for request in requests)
-        return {(request.query_id, request.order): answer for request, answer in found if answer is not None}
+        return {asked: answers[digest] for asked, digest in digests.items() if digest in answers}
 
-    def _request(self, pair: Pair, order: Order) -> _Request:
+    def _body(self, pair: Pair, order: Order) -> dict[str, Any]:
         first, second = (pair.a, pair.b) if order == "a_first" else (pair.b, pair.a)
         question = self.template.render(readable(pair.x), first, second)
-        body = {"model": self.model, "messages": [{"role": "user", "content": question}], **self.request_fields}
-        return _Request(pair.query_id, order, body, json_digest({"api": self.kind, "body": body}))
+        return {"model": self._model, "messages": [{"role": "user", "content": question}], **self.request_fields}
 
-    def _post(self, client: httpx.Client, request: _Request, key: str | None, stop: threading.Event) -> Answer:
+    def _post(self, client: httpx.Client, asked: Asked, digest: str, body: Any, stop: threading.Event) -> Answer:
         what = f"judge {self.name} at {self.address}"
         failed = "what was answered is kept; check the server and run the same command again"
-        patience = Patience(TRIES, FIRST_WAIT, stop)
-        response = post_json(client, self._url, request.body, patience, what=what, failed=failed, key=key)
+        patience = web.Patience(TRIES, FIRST_WAIT, stop)
+        response = web.post_json(client, self._url, body, patience, what=what, failed=failed, key=self._key)
         try:
             text, finish, prompt_tokens, completion_tokens = self._api.read(response.json())
             return Answer(
-                request=request.digest,
-                query_id=request.query_id,
-                order=request.order,
+                request=digest,
+                query_id=asked[0],
+                order=asked[1],
                 text=text.encode("utf-8", "replace").decode(),
                 finish=finish,
                 prompt_tokens=prompt_tokens,
                 completion_tokens=completion_tokens,
             )
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            got = excerpt(response, key)
-            raise UnansweredError(f"{what}: expected the answer of the {self.kind} API, got {got}") from None
-
-
-@dataclass(frozen=True)
-class _Request:
-    query_id: str
-    order: Order
-    body: dict[str, Any]
-    digest: str
+            got = web.excerpt(response, self._key)
+            raise web.UnansweredError(f"{what}: expected the answer of the {self._kind} API, got {got}") from None
 
 
 @dataclass
@@ -206,15 +184,15 @@ class _Faults:
     messages: list[str] = field(default_factory=list)
     _failed_in_a_row: int = 0
 
-    def note(self, query_id: str, fault: RefusedError | UnansweredError | None) -> None:
+    def note(self, query_id: str, fault: web.RefusedError | web.UnansweredError | None) -> None:
         """Count what became of one request. Raises UsageError or PleError where going on makes no sense."""
-        self._failed_in_a_row = self._failed_in_a_row + 1 if isinstance(fault, UnansweredError) else 0
+        self._failed_in_a_row = self._failed_in_a_row + 1 if isinstance(fault, web.UnansweredError) else 0
         if fault is None:
             self.answered = True
             return
         self.messages.append(f"query {query_id!r}: {fault}")
         hopeless = not self.answered and len(self.messages) == self.enough
-        if hopeless and isinstance(fault, RefusedError):
+        if hopeless and isinstance(fault, web.RefusedError):
             raise UsageError(
                 f"{self.messages[-1]} (and none of {self.enough} requests was answered): check the model's name and "
                 "the request's fields; --request-arg temperature=null leaves a field out"

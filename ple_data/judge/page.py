@@ -1,4 +1,5 @@
-"""The annotation page: one HTML file that compares blindly, loads nothing and runs nothing but its own script.
+"""The annotation page: one HTML file that compares blindly, loads nothing and runs nothing but its own script. And the
+same comparisons as tasks for Label Studio.
 
 Texts go in as JSON in which no character can end the script element, and are shown as text only. Which side is A is
 not in the page: it follows from a seed (`Item.first_is_a`). The page swaps the sides of some queries, others for each
@@ -11,7 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 
 from ple_data.common.digests import json_digest
 from ple_data.inputs.chat import readable
@@ -23,24 +24,15 @@ _ESCAPED = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u20
 
 @dataclass(frozen=True)
 class Item:
-    """One comparison as the page holds it."""
+    """One comparison as the page holds it, before the page swaps any sides."""
 
     pair: Pair
     first_is_a: bool
 
-    @property
-    def first(self) -> str:
-        """The response on the first side, before the page swaps any."""
-        return self.pair.a if self.first_is_a else self.pair.b
-
-    @property
-    def second(self) -> str:
-        """The response on the second side, before the page swaps any."""
-        return self.pair.b if self.first_is_a else self.pair.a
-
     def shown(self) -> dict[str, str]:
         """All that a page holds of it."""
-        return {"id": self.pair.query_id, "x": readable(self.pair.x), "first": self.first, "second": self.second}
+        first, second = (self.pair.a, self.pair.b) if self.first_is_a else (self.pair.b, self.pair.a)
+        return {"id": self.pair.query_id, "x": readable(self.pair.x), "first": first, "second": second}
 
 
 def arrange(pairs: Sequence[Pair], seed: int) -> list[Item]:
@@ -56,22 +48,36 @@ def page_digest(items: Sequence[Item]) -> str:
 
 def render_page(items: Sequence[Item]) -> str:
     """The page as HTML text."""
-    page, style, script = (_resource(name) for name in ("page.html", "page.css", "page.js"))
+    style, script = resource("page.css"), resource("page.js")
     data = {"page": page_digest(items), "items": [item.shown() for item in items]}
     slots = {
-        "SCRIPT_HASH": _hash(script),
-        "STYLE_HASH": _hash(style),
+        "SCRIPT_HASH": csp_hash(script),
+        "STYLE_HASH": csp_hash(style),
         "SCRIPT": script,
         "STYLE": style,
         "DATA": json.dumps(data, ensure_ascii=False).translate(_ESCAPED),
     }
-    return _SLOT.sub(lambda found: slots[found.group(1)], page)
+    return _SLOT.sub(lambda found: slots[found.group(1)], resource("page.html"))
 
 
-def _resource(name: str) -> str:
-    return (resources.files("ple_data") / "judge" / name).read_text(encoding="utf-8")
+def studio_tasks(items: Sequence[Item]) -> str:
+    """Tasks for Label Studio as a JSON list; `page` and `query_id` say later to which comparison an answer belongs.
+
+    label_studio.xml is the labelling page. Its Pairwise tag knows no tie, so a choice for ties stands beside it.
+    prompt, answer1 and answer2 are the names of https://labelstud.io/templates/generative-pairwise-human-preference.
+    """
+    page = page_digest(items)
+    names = {"prompt": "x", "answer1": "first", "answer2": "second", "query_id": "id"}
+    shown = [item.shown() for item in items]
+    rows = [{"data": {name: texts[own] for name, own in names.items()} | {"page": page}} for texts in shown]
+    return json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
 
 
-def _hash(text: str) -> str:
+def resource(name: str) -> str:
+    """A text file that comes with the judge."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def csp_hash(text: str) -> str:
     """As a Content-Security-Policy names an inline element (https://www.w3.org/TR/CSP3/#match-element-to-source-list)."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

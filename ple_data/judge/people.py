@@ -1,24 +1,21 @@
-"""`ple judge A B --human`: writes the annotation page, and reads annotators' exports back."""
+"""`ple judge A B --human`: writes the annotation page, and reads annotators' exports back: what they say together."""
 
 import secrets
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Sequence, Set
 from pathlib import Path
 
-from ple_data.judge import label_studio as studio
 from ple_data.judge import results
-from ple_data.judge.agreement import fleiss_kappa, majority
-from ple_data.judge.page import Item, arrange, page_digest, render_page
+from ple_data.judge.page import Item, arrange, page_digest, render_page, resource, studio_tasks
 from ple_data.judge.results import PAGE_RECORD, PEOPLE, VALUES, Outcome, Verdict
 from ple_data.judge.sources import Pairs, choose, load_pairs
 from schemas.errors import DamagedError, UsageError
 from schemas.files import locked, write_atomic
-from schemas.judging import AnnotationExport, AnnotationPage
+from schemas.judging import AnnotationExport, AnnotationPage, Choice
 from schemas.records import read_record
 
 PAGE = "annotate.html"
-Votes = dict[str, dict[str, Outcome]]
-"""By annotator, the outcome by query id."""
 
 
 def write_page(
@@ -37,7 +34,9 @@ def write_page(
     with locked(output / ".lock"):
         results.refuse_other(output, a, b, PEOPLE, None)
         there = _read_page(output) if (output / PAGE_RECORD).exists() else None
-        secret = _secret(seed, there)
+        secret = None
+        if seed is None:
+            secret = there.secret if there else secrets.randbits(64)
         items = _arranged(pairs, seed or 0, secret, limit)
         record = AnnotationPage(page=page_digest(items), a=a, b=b, seed=seed or 0, secret=secret, limit=limit)
         if there is not None and there.page != record.page:
@@ -47,8 +46,8 @@ def write_page(
         written = [output / PAGE]
     if label_studio is not None:
         config = label_studio.with_suffix(".xml")
-        write_atomic(label_studio, studio.tasks(items))
-        write_atomic(config, studio.CONFIG)
+        write_atomic(label_studio, studio_tasks(items))
+        write_atomic(config, resource("label_studio.xml"))
         written += [label_studio, config]
     return "\n".join(map(str, written))
 
@@ -61,55 +60,44 @@ def read_exports(a: str, b: str, exports: Sequence[Path], output: Path) -> str:
     """
     record = _read_page(output)
     pairs = load_pairs(a, b)
-    items = _arranged(pairs, record.seed, record.secret, record.limit)
-    if page_digest(items) != record.page:
+    arranged = _arranged(pairs, record.seed, record.secret, record.limit)
+    if page_digest(arranged) != record.page:
         raise UsageError(
             f"{a} and {b} are not what the page in {output} shows: it was made from {record.a} and {record.b}"
         )
-    read = _read(_files(exports), record.page, {item.pair.query_id for item in items})
-    votes = _votes(read, items)
-    sided = [verdict for export in read for verdict in export.verdicts if verdict.choice != "tie"]
-    verdicts = [
-        Verdict(item.pair, majority([said[id] for said in votes.values() if id in said]), {})
-        for item in items
-        for id in [item.pair.query_id]
-        if any(id in said for said in votes.values())
-    ]
+    items = {item.pair.query_id: item for item in arranged}
+    found = _read(exports, record.page, items.keys())
+    votes = {  # by annotator and query id
+        export.annotator: {said.query_id: _outcome(items[said.query_id], said.choice) for said in export.verdicts}
+        for export in found
+    }
+    by_query = {id: [said[id] for said in votes.values() if id in said] for id in items}
+    verdicts = [Verdict(items[id].pair, majority(outcomes)) for id, outcomes in by_query.items() if outcomes]
     if len(verdicts) < len(items):
         print(f"{len(items) - len(verdicts)} of {len(items)} queries were judged by nobody; left out", file=sys.stderr)
     verdicts += [
-        Verdict(item.pair, said[item.pair.query_id], {}, annotator)
+        Verdict(item.pair, said[id], annotator)
         for annotator, said in votes.items()
-        for item in items
-        if item.pair.query_id in said
+        for id, item in items.items()
+        if id in said
     ]
-    common = [id for id in (item.pair.query_id for item in items) if all(id in said for said in votes.values())]
-    counts = [[[said[id] for said in votes.values()].count(outcome) for outcome in VALUES] for id in common]
+    common = [outcomes for outcomes in by_query.values() if len(outcomes) == len(votes)]
+    sided = [said.took_first_shown for export in found for said in export.verdicts if said.choice != "tie"]
     with locked(output / ".lock"):
         results.refuse_other(output, a, b, PEOPLE, None)
-        report = results.count(
+        return results.conclude(
+            output,
             verdicts,
             pairs,
-            a=a,
-            b=b,
             judge=PEOPLE,
             seed=record.seed,
             settings={"limit": record.limit, "seed": record.seed},
             annotators=len(votes),
-            kappa=fleiss_kappa(counts),
+            kappa=fleiss_kappa([[outcomes.count(value) for value in VALUES] for outcomes in common]),
             kappa_queries=len(common),
-            first_side=sum(verdict.took_first_shown for verdict in sided),
+            first_side=sum(sided),
             sides=len(sided),
         )
-        results.save(output, verdicts, report)
-    return results.shown(report)
-
-
-def _secret(seed: int | None, there: AnnotationPage | None) -> int | None:
-    """What draws order and sides: nothing where a seed is given; else that of the page which is there, or a new one."""
-    if seed is not None:
-        return None
-    return there.secret if there else secrets.randbits(64)
 
 
 def _arranged(pairs: Pairs, seed: int, secret: int | None, limit: int | None) -> list[Item]:
@@ -125,53 +113,57 @@ def _read_page(output: Path) -> AnnotationPage:
     )
 
 
-def _files(exports: Sequence[Path]) -> list[Path]:
+def _read(exports: Sequence[Path], page: str, query_ids: Set[str]) -> list[AnnotationExport]:
+    """The exports, each of this page and of an annotator of its own."""
     files = [file for path in exports for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     if not files:
         raise UsageError(f"no .json files in {', '.join(map(str, exports))}: give annotators' exports")
-    return files
-
-
-def _votes(exports: Sequence[AnnotationExport], items: Sequence[Item]) -> Votes:
-    outcomes = {item.pair.query_id: _outcomes(item) for item in items}
-    return {
-        export.annotator: {found.query_id: outcomes[found.query_id][found.choice] for found in export.verdicts}
-        for export in exports
-    }
-
-
-def _read(files: Sequence[Path], page: str, query_ids: set[str]) -> list[AnnotationExport]:
-    """The exports, each of this page and of an annotator of its own."""
-    read: list[AnnotationExport] = []
-    origins: dict[str, Path] = {}
+    read: dict[str, tuple[Path, AnnotationExport]] = {}
     for file in files:
-        export = _read_export(file)
+        try:
+            export = read_record(AnnotationExport, file, "give a file that an annotation page exported")
+        except DamagedError as error:
+            raise UsageError(str(error)) from error
         if export.page != page:
             raise UsageError(
                 f"{file}: these verdicts are of page {export.page}, not of {page}: read them with their own page"
             )
-        if export.annotator in origins:
+        if export.annotator in read:
             raise UsageError(
-                f"{file}: annotator {export.annotator!r} stands in {origins[export.annotator]} as well: keep the newer "
+                f"{file}: annotator {export.annotator!r} stands in {read[export.annotator][0]} as well: keep the newer "
                 "file, or change `annotator` where these are two people"
             )
         ids = [verdict.query_id for verdict in export.verdicts]
-        if len(set(ids)) < len(ids) or not set(ids) <= query_ids:
+        if len(set(ids)) < len(ids) or not query_ids >= set(ids):
             raise UsageError(f"{file}: it has a query twice or one that is not in the page: ask for a new export")
-        origins[export.annotator] = file
-        read.append(export)
-    return read
+        read[export.annotator] = file, export
+    return [export for _, export in read.values()]
 
 
-def _read_export(file: Path) -> AnnotationExport:
-    try:
-        return read_record(AnnotationExport, file, "give a file that an annotation page exported")
-    except DamagedError as error:
-        raise UsageError(str(error)) from error
+def _outcome(item: Item, choice: Choice) -> Outcome:
+    if choice == "tie":
+        return "tie"
+    return "win" if (choice == "first") == item.first_is_a else "lose"
 
 
-def _outcomes(item: Item) -> dict[str, Outcome]:
-    """The outcome by what an annotator chose."""
-    if item.first_is_a:
-        return {"first": "win", "second": "lose", "tie": "tie"}
-    return {"first": "lose", "second": "win", "tie": "tie"}
+def majority(outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcome that more annotators chose than any other; a tie where there is none."""
+    ranked = Counter(outcomes).most_common(2)
+    return ranked[0][0] if len(ranked) == 1 or ranked[0][1] > ranked[1][1] else "tie"
+
+
+def fleiss_kappa(counts: Sequence[Sequence[int]]) -> float | None:
+    """Fleiss' kappa (Fleiss 1971) of N subjects, each rated by the same n >= 2 raters.
+
+    counts: for each subject the number of raters by category. None where it is not defined: no subject, a single
+    rater, or all ratings in one category. Raises ValueError where subjects have different numbers of ratings.
+    """
+    if len({sum(row) for row in counts}) > 1:
+        raise ValueError("every subject needs the same number of ratings")
+    raters = sum(counts[0]) if counts else 0
+    if raters < 2:
+        return None
+    total = raters * len(counts)
+    agreement = sum(sum(n * (n - 1) for n in row) for row in counts) / (total * (raters - 1))
+    chance = sum((sum(column) / total) ** 2 for column in zip(*counts, strict=True))
+    return None if chance == 1 else (agreement - chance) / (1 - chance)

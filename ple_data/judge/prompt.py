@@ -6,11 +6,8 @@ A template is a text with the placeholders {query}, {response_1} and {response_2
 
 import re
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Literal
 
-from ple_data.common.digests import text_digest
 from schemas.errors import UsageError
 
 PLACEHOLDERS = ("query", "response_1", "response_2")
@@ -18,15 +15,12 @@ VERDICTS = ("[[1]]", "[[2]]")
 _PLACEHOLDER = re.compile(r"\{([a-z_0-9]+)\}")
 _VERDICT = re.compile(r"\[\[\s*(1|2|tie)\s*\]\]", re.IGNORECASE)
 
-Preference = Literal["1", "2", "tie"]
-
 
 @dataclass(frozen=True)
 class Template:
-    """A checked template and the digest of its text."""
+    """A checked template."""
 
     text: str
-    digest: str
 
     def render(self, query: str, response_1: str, response_2: str) -> str:
         """The question, the first response shown as number 1."""
@@ -36,13 +30,10 @@ class Template:
 
 def load_template(path: Path | None = None) -> Template:
     """The template in a UTF-8 file, or the one that comes with the program. Raises UsageError with every fault."""
-    if path is None:
-        text = (resources.files("ple_data") / "judge" / "pairwise.txt").read_text(encoding="utf-8")
-    else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"template {path} cannot be read as UTF-8 text: {error}") from error
+    try:
+        text = (path or Path(__file__).parent / "pairwise.txt").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"template {path} cannot be read as UTF-8 text: {error}") from error
     found = set(_PLACEHOLDER.findall(text))
     faults = [f"{{{name}}} is missing" for name in PLACEHOLDERS if name not in found]
     faults += [f"{{{name}}} is unknown" for name in sorted(found - set(PLACEHOLDERS))]
@@ -52,10 +43,10 @@ def load_template(path: Path | None = None) -> Template:
             f"template {path}: {'; '.join(faults)}: a template holds {{query}}, {{response_1}} and {{response_2}} and "
             "asks the judge to end with [[1]], [[2]] or [[tie]]"
         )
-    return Template(text, text_digest(text))
+    return Template(text)
 
 
-def preference(answer: str) -> Preference | None:
-    """The verdict in a judge's answer; None where it holds none, or two that differ."""
+def preference(answer: str) -> str | None:
+    """The verdict in a judge's answer, 1, 2 or tie; None where it holds none, or two that differ."""
     found = {match.lower() for match in _VERDICT.findall(answer)}
     return found.pop() if len(found) == 1 else None

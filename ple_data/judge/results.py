@@ -4,9 +4,9 @@ A verdict is a win where A is better, a tie, a lose, or unparsed. Decides none.
 """
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,20 +23,23 @@ from schemas.reports import Estimate, JudgePart, JudgeReport
 Outcome = Literal["win", "tie", "lose", "unparsed"]
 VALUES: dict[Outcome, float] = {"win": 1.0, "tie": 0.5, "lose": 0.0}
 RESAMPLES = 10_000
+REPORT, TABLE, PAGE_RECORD = "judge.json", "verdicts.parquet", "page.json"
+PEOPLE, REWARD = "people", "reward"
+"""Kinds of judge, as a report's `judge` begins; any other is a language model."""
 _NAME_WIDTH = 36  # columns of a terminal for the name of a part
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was decided on a pair; details: further columns of the table of verdicts."""
+    """What was decided on a pair, in all or by one annotator; details: further columns of the table of verdicts."""
 
     pair: Pair
     outcome: Outcome
-    details: dict[str, Any]
     annotator: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
-def win_rate(outcomes: Iterable[Outcome], seed: int) -> Estimate | None:
+def win_rate(outcomes: Sequence[Outcome], seed: int) -> Estimate | None:
     """(wins + ties / 2) / (wins + ties + losses) with its 95 % percentile bootstrap interval over queries (Efron 1979).
 
     Queries have one of three values, so a resample is a multinomial draw of their counts. None without any verdict.
@@ -52,42 +55,36 @@ def win_rate(outcomes: Iterable[Outcome], seed: int) -> Estimate | None:
     return Estimate(mean=float(numbers @ values / total), low=float(low), high=float(high), count=total)
 
 
-def count(
-    verdicts: Sequence[Verdict], pairs: Pairs, *, a: str, b: str, judge: str, seed: int, **more: Any
-) -> JudgeReport:
-    """The report on verdicts: those that count in all and by kind, those of each annotator by name.
-
-    more: the further fields of schemas.reports.JudgeReport.
+def conclude(output: Path, verdicts: Sequence[Verdict], pairs: Pairs, *, judge: str, seed: int, **more: Any) -> str:
+    """Write the table of verdicts, then the report on them: those that count in all and by kind, and those of each
+    annotator. Gives the report as text. more: further fields of schemas.reports.JudgeReport. Raises PleError.
     """
-    counted = [verdict for verdict in verdicts if verdict.annotator is None]
-    parts = [_part("kind", name, found, seed) for name, found in _groups((v.pair.kind, v) for v in counted)]
-    parts += [_part("annotator", name, found, seed) for name, found in _groups((v.annotator, v) for v in verdicts)]
-    return JudgeReport(
-        a=a,
-        b=b,
+    groups: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
+    for verdict in verdicts:
+        by, name = ("kind", verdict.pair.kind) if verdict.annotator is None else ("annotator", verdict.annotator)
+        if name is not None:
+            groups[by, name].append(verdict.outcome)
+    in_order = sorted(groups, key=lambda group: (group[0] != "kind", group[1]))
+    report = JudgeReport(
+        a=pairs.a,
+        b=pairs.b,
         judge=judge,
-        **_counts(counted, seed),
-        parts=parts,
+        **_counts([verdict.outcome for verdict in verdicts if verdict.annotator is None], seed),
+        parts=[JudgePart.model_validate({"by": g[0], "name": g[1], **_counts(groups[g], seed)}) for g in in_order],
         only_a=pairs.only_a,
         only_b=pairs.only_b,
         **{"prompt_tokens": 0, "completion_tokens": 0, **more},
     )
+    rows = [
+        vars(verdict.pair) | verdict.details | {"annotator": verdict.annotator, "verdict": verdict.outcome}
+        for verdict in verdicts
+    ]
+    save_rows(output / TABLE, "verdicts", rows, {"a": pairs.a, "b": pairs.b, "judge": judge})
+    write_atomic(output / REPORT, report.to_json())
+    return shown(report)
 
 
-def _groups(named: Iterable[tuple[str | None, Verdict]]) -> list[tuple[str, list[Verdict]]]:
-    groups: dict[str, list[Verdict]] = {}
-    for name, verdict in named:
-        if name is not None:
-            groups.setdefault(name, []).append(verdict)
-    return sorted(groups.items())
-
-
-def _part(by: Literal["kind", "annotator"], name: str, verdicts: list[Verdict], seed: int) -> JudgePart:
-    return JudgePart(by=by, name=name, **_counts(verdicts, seed))
-
-
-def _counts(verdicts: Sequence[Verdict], seed: int) -> dict[str, Any]:
-    outcomes = [verdict.outcome for verdict in verdicts]
+def _counts(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
     return {
         "wins": outcomes.count("win"),
         "ties": outcomes.count("tie"),
@@ -95,11 +92,6 @@ def _counts(verdicts: Sequence[Verdict], seed: int) -> dict[str, Any]:
         "unparsed": outcomes.count("unparsed"),
         "win_rate": win_rate(outcomes, seed),
     }
-
-
-REPORT, TABLE, PAGE_RECORD = "judge.json", "verdicts.parquet", "page.json"
-PEOPLE, REWARD = "people", "reward"
-"""Kinds of judge, as a report's `judge` begins; any other is a language model."""
 
 
 def refuse_other(output: Path, a: str, b: str, judge: str, template: str | None) -> None:
@@ -111,12 +103,16 @@ def refuse_other(output: Path, a: str, b: str, judge: str, template: str | None)
         return
     found = read_record(JudgeReport, path, "remove it, or give another --output")
     wanted = {
-        "A": (found.a, a, _same_source(found.a, a)),
-        "B": (found.b, b, _same_source(found.b, b)),
-        "judge": (found.judge, judge, found.judge == judge),
-        "template": (found.template, template, found.template == template),
+        "A": (found.a, a),
+        "B": (found.b, b),
+        "judge": (found.judge, judge),
+        "template": (found.template, template),
     }
-    differ = [f"{name} {there}, not {here}" for name, (there, here, same) in wanted.items() if not same]
+    differ = [
+        f"{name} {there}, not {here}"
+        for name, (there, here) in wanted.items()
+        if there != here and not (name in ("A", "B") and _same_source(there or "", here or ""))
+    ]
     if differ:
         raise UsageError(
             f"{output} holds the verdicts of {'; of '.join(differ)}: give another --output, or move {REPORT} and "
@@ -130,28 +126,14 @@ def _same_source(spec: str, other: str) -> bool:
     return spec == other or (os.path.abspath(path), choice) == (os.path.abspath(other_path), other_choice)
 
 
-def save(output: Path, verdicts: Sequence[Verdict], found: JudgeReport) -> None:
-    """Writes the table of verdicts, then the report. Raises PleError."""
-    rows = [
-        {
-            **verdict.details,
-            "query_id": verdict.pair.query_id,
-            "kind": verdict.pair.kind,
-            "annotator": verdict.annotator,
-            "verdict": verdict.outcome,
-            "x": verdict.pair.x,
-            "a": verdict.pair.a,
-            "b": verdict.pair.b,
-        }
-        for verdict in verdicts
-    ]
-    save_rows(output / TABLE, "verdicts", rows, {"a": found.a, "b": found.b, "judge": found.judge})
-    write_atomic(output / REPORT, found.to_json())
-
-
 def shown(found: JudgeReport) -> str:
     """The report for a terminal."""
-    rows = [_row("all", found)] + [_row(f"{part.by} {part.name}", part) for part in found.parts]
+    parts: list[tuple[str, JudgeReport | JudgePart]] = [("all", found)]
+    parts += [(f"{part.by} {part.name}", part) for part in found.parts]
+    rows = [
+        [shorten(printable(name), _NAME_WIDTH), c.wins, c.ties, c.losses, c.unparsed, c.win_rate or "none"]
+        for name, c in parts
+    ]
     lines = [
         f"A: {printable(found.a)}",
         f"B: {printable(found.b)}",
@@ -173,9 +155,3 @@ def shown(found: JudgeReport) -> str:
     if found.prompt_tokens or found.completion_tokens:
         lines.append(f"tokens paid for: {found.prompt_tokens} read, {found.completion_tokens} written")
     return "\n".join(lines)
-
-
-def _row(name: str, counts: JudgeReport | JudgePart) -> list[Any]:
-    rate = "none" if counts.win_rate is None else str(counts.win_rate)
-    label = shorten(printable(name), _NAME_WIDTH)
-    return [label, counts.wins, counts.ties, counts.losses, counts.unparsed, rate]

@@ -12,8 +12,8 @@ from ple_data.inputs.chat import CHAT_START, as_chat, to_messages
 from ple_data.inputs.readers import Rows, read_rows
 from ple_data.storage.store import Store, collect
 from schemas.errors import UsageError
+from schemas.tables import ARMS
 
-ARMS = ("y", "y_prompt")
 _NAMED = 5  # query ids that a message names
 
 
@@ -40,8 +40,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The queries that both sides have, and how many only one has."""
+    """The queries that both sides have, and how many only one has; a, b: the sources as they were named."""
 
+    a: str
+    b: str
     rows: list[Pair]
     only_a: int
     only_b: int
@@ -60,22 +62,20 @@ def load_pairs(a: str, b: str) -> Pairs:
     `#label=NAME` chooses the policy. Raises UsageError: nothing in common, doubled ids, or an id that stands for two
     different queries.
     """
-    left = {response.query_id: response for response in load_responses(a)}
-    right = {response.query_id: response for response in load_responses(b)}
-    common = [query_id for query_id in left if query_id in right]
+    left, right = ({response.query_id: response for response in load_responses(spec)} for spec in (a, b))
+    common = [(one, right[id]) for id, one in left.items() if id in right]
     if not common:
         raise UsageError(f"{a} and {b} have no query in common: both must answer the same query ids")
-    differ = [query_id for query_id in common if not same_query(left[query_id].x, right[query_id].x)]
+    differ = [one.query_id for one, other in common if not same_query(one.x, other.x)]
     if differ:
         raise UsageError(
             f"{a} and {b} have different queries x under the same id, in {named(differ)}: "
             "compare responses to the same queries"
         )
     rows = [
-        Pair(id, left[id].x, left[id].y, right[id].y, left[id].kind if left[id].kind is not None else right[id].kind)
-        for id in common
+        Pair(one.query_id, one.x, one.y, other.y, other.kind if one.kind is None else one.kind) for one, other in common
     ]
-    return Pairs(rows, len(left) - len(common), len(right) - len(common))
+    return Pairs(a, b, rows, len(left) - len(common), len(right) - len(common))
 
 
 def choose(pairs: Sequence[Pair], limit: int | None, seed: int) -> list[Pair]:
@@ -156,18 +156,14 @@ def _from_file(rows: Rows) -> list[Response]:
         hint = " (or choose a policy: FILE#label=NAME)" if "label" in rows.columns else ""
         raise UsageError(f"{rows.source} has two rows for {named(doubled)}: keep one response a query{hint}")
     kinds = [None if row.get("kind") is None else str(row["kind"]) for row in rows.rows]
-    texts = [_values(rows, name, other, of=(str,)) for name, other in (("x", "prompt"), ("y", "response"))]
-    _refuse_half_chats(rows, texts[0])
-    return [Response(*row) for row in zip(ids, *texts, kinds, strict=True)]
-
-
-def _refuse_half_chats(rows: Rows, xs: Sequence[str]) -> None:
+    xs, ys = (_values(rows, *names, of=(str,)) for names in (("x", "prompt"), ("y", "response")))
     for place, x in zip(rows.places, xs, strict=True):
         if x.startswith(CHAT_START) and to_messages(x) == [{"role": "user", "content": x}]:
             raise UsageError(
                 f"{rows.source} {place}: x begins like a stored chat but is no list of turns with role and content as "
                 f"text ({x!r:.80}): correct the row"
             )
+    return [Response(*row) for row in zip(ids, xs, ys, kinds, strict=True)]
 
 
 def _values(rows: Rows, *names: str, of: tuple[type, ...]) -> list[Any]:

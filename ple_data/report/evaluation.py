@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from ple_data.judge.results import PEOPLE, REWARD
 from ple_data.report import figures
 from ple_data.report.pairs import visible
-from ple_data.report.reward_models import RewardModel
-from ple_data.report.section import Section, Table, label, side, wide_label
-from schemas.reports import Estimate, EvalReport, JudgeReport
+from ple_data.report.section import WIDE, Section, Table, label, side
+from ple_data.report.sources import RewardModel
+from schemas.reports import Estimate, EvalReport, JudgePart, JudgeReport
 
 
 def evaluations(reports: Sequence[tuple[str, EvalReport]], reward_models: Mapping[str, RewardModel]) -> Section:
@@ -18,19 +18,13 @@ def evaluations(reports: Sequence[tuple[str, EvalReport]], reward_models: Mappin
     if not reports:
         section.missing.append("No evaluation given: ple eval … --output DIR, then ple report RUN --eval DIR.")
     titles = {f"reward:{name}": model.title for name, model in reward_models.items()}
-    for folder, report in reports:
-        words = [f"{wide_label(folder)}: queries {visible(report.queries)}."]
-        words += [f"BLEU: {visible(report.bleu_signature)}."] if report.bleu_signature else []
-        section.words.append(" ".join(words))
+    for folder, report in [(label(name, WIDE), report) for name, report in reports]:
+        signature = f" BLEU: {visible(report.bleu_signature)}." if report.bleu_signature else ""
+        section.words.append(f"{folder}: queries {visible(report.queries)}.{signature}")
         found = {policy.label: policy.metrics for policy in report.policies}
-        what = f"{wide_label(folder)}: values with 95 % intervals over queries"
-        section.tables.append(_metrics_table(what, found, titles))
-        for baseline in dict.fromkeys(c.baseline for c in report.comparisons):
-            differences: dict[str, dict[str, Estimate]] = {}
-            for c in report.comparisons:
-                if c.baseline == baseline:
-                    differences.setdefault(c.label, {})[c.metric] = c.difference
-            what = f"{wide_label(folder)}: differences from {wide_label(baseline)}, paired on the same queries"
+        section.tables.append(_metrics_table(f"{folder}: values with 95 % intervals over queries", found, titles))
+        for baseline, differences in report.differences().items():
+            what = f"{folder}: differences from {label(baseline, WIDE)}, paired on the same queries"
             section.tables.append(_metrics_table(what, differences, titles))
     used = {model.name for _, report in reports for model in report.reward_models}
     section.words += [model.legend for name, model in reward_models.items() if name in used]
@@ -41,20 +35,20 @@ def _metrics_table(caption: str, found: dict[str, dict[str, Estimate]], titles: 
     """A row a policy, a column a metric: first the rewards, with their titles."""
     measured = dict.fromkeys(metric for own in found.values() for metric in own)
     metrics = [*[metric for metric in titles if metric in measured], *[m for m in measured if m not in titles]]
-    rows = [[wide_label(policy), *[_estimate(own.get(metric)) for metric in metrics]] for policy, own in found.items()]
+    rows = [[label(policy, WIDE), *[_estimate(own.get(metric)) for metric in metrics]] for policy, own in found.items()]
     return Table(caption, ["policy", *[titles.get(metric) or visible(metric) for metric in metrics]], rows)
 
 
 def _estimate(value: Estimate | None) -> str:
     if value is None:
         return "–"
-    if abs(value.mean) >= 1e5:
-        return f"{value.mean:.2e} [{value.low:.2e}, {value.high:.2e}]"
-    digits = 2 if abs(value.mean) >= 10 else 4 if abs(value.mean) < 0.1 else 3
-    return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    size = abs(value.mean)
+    form = ".2e" if size >= 1e5 else ".2f" if size >= 10 else ".3f" if size >= 0.1 else ".4f"
+    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
 
 
 def judged(reports: Sequence[tuple[str, JudgeReport]]) -> Section:
+    """Win rates, with a bar and a row for each comparison."""
     section = Section("win-rates", "Win rates")
     if not reports:
         section.missing.append("No verdicts given: ple judge A B … --output DIR, then ple report RUN --judge DIR.")
@@ -69,8 +63,7 @@ def judged(reports: Sequence[tuple[str, JudgeReport]]) -> Section:
             "people (kappa)"]  # fmt: skip
     rows = [
         [
-            *[side(r.a), side(r.b), wide_label(r.judge)],
-            *[str(count) for count in (r.wins, r.ties, r.losses)],
+            *[side(r.a), side(r.b), label(r.judge, WIDE), *_counts(r)],
             "–" if r.orders_disagree is None else str(r.orders_disagree),
             str(r.unparsed),
             _estimate(r.win_rate),
@@ -80,8 +73,18 @@ def judged(reports: Sequence[tuple[str, JudgeReport]]) -> Section:
         for _, r in reports
     ]
     section.tables.append(Table("Verdicts; the win rate with its 95 % interval", head, rows))
-    section.tables += [_judge_parts(report) for _, report in reports if report.parts]
+    for report in [report for _, report in reports if report.parts]:
+        caption = f"{side(report.a)} against {side(report.b)}: verdicts by kind of query and by annotator"
+        rows = [
+            [f"{part.by} {label(part.name)}", *_counts(part), str(part.unparsed), _estimate(part.win_rate)]
+            for part in report.parts
+        ]
+        section.tables.append(Table(caption, ["part", "won", "tied", "lost", "unparsed", "win rate"], rows))
     return section
+
+
+def _counts(found: JudgeReport | JudgePart) -> list[str]:
+    return [str(found.wins), str(found.ties), str(found.losses)]
 
 
 def _how_a_wins(judge: str) -> str:
@@ -95,17 +98,4 @@ def _how_a_wins(judge: str) -> str:
 
 def _bar_label(report: JudgeReport) -> str:
     unparsed = f"\nunparsed {report.unparsed}" if report.unparsed else ""
-    return f"{side(report.a)}\nagainst {side(report.b)}\nby {wide_label(report.judge)}{unparsed}"
-
-
-def _judge_parts(report: JudgeReport) -> Table:
-    rows = [
-        [
-            f"{part.by} {label(part.name)}",
-            *[str(count) for count in (part.wins, part.ties, part.losses, part.unparsed)],
-            _estimate(part.win_rate),
-        ]
-        for part in report.parts
-    ]
-    caption = f"{side(report.a)} against {side(report.b)}: verdicts by kind of query and by annotator"
-    return Table(caption, ["part", "won", "tied", "lost", "unparsed", "win rate"], rows)
+    return f"{side(report.a)}\nagainst {side(report.b)}\nby {label(report.judge, WIDE)}{unparsed}"

@@ -19,6 +19,7 @@ from schemas.reports import JudgeReport, PurityPolicy
 SIZE = (4.6, 3.0)
 MOST_ROWS = 10
 """Rounds that a figure with a row a round shows."""
+ARMS = (("y", "blue", "o-", "y"), ("y_prompt", "orange", "s-", "y_prompt, with the principle"))
 
 Rows = list[dict[str, Any]]
 
@@ -28,72 +29,60 @@ def _axes(height: float = SIZE[1]) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _rounds(axes: Axes, rounds: Sequence[int]) -> None:
+def _by_round(rows: Rows, label: str) -> tuple[Figure, Axes, list[int]]:
+    """Axes over the rounds, of which each has a row, and the rounds; `label`: what stands beside the other axis."""
+    figure, axes = _axes()
+    rounds = [row["round"] for row in rows]
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     axes.set_xlim(min(rounds) - 0.3, max(rounds) + 0.3)
     axes.set_xlabel("round")
+    axes.set_ylabel(label)
+    return figure, axes, rounds
 
 
-def _curve(axes: Axes, rows: Rows, mean: str, half: str, colour: str, label: str, marker: str = "o") -> None:
+def _means(axes: Axes, rows: Rows, name: str, colour: str, fmt: str, label: str) -> None:
+    values, halves = [row[f"mean_{name}"] for row in rows], [row[f"half_{name}"] or 0.0 for row in rows]
     axes.errorbar(
-        [row["round"] for row in rows],
-        [row[mean] for row in rows],
-        yerr=[row[half] or 0.0 for row in rows],
-        fmt=f"{marker}-",
-        color=PALETTE[colour],
-        capsize=3,
-        label=label,
+        [row["round"] for row in rows], values, halves, fmt=fmt, color=PALETTE[colour], capsize=3, label=label
     )
 
 
-def _legend(figure: Figure, columns: int = 2) -> None:
+def _legend(figure: Figure, columns: int = 2) -> Figure:
     figure.legend(loc="outside upper left", ncols=columns, handlelength=1.6, columnspacing=1.2)
+    return figure
 
 
 def rewards(rows: Rows) -> Figure:
     """s and s_prompt by round with 95 % intervals."""
-    figure, axes = _axes()
-    _curve(axes, rows, "mean_s_prompt", "half_s_prompt", "orange", "s_prompt, with the principle", "s")
-    _curve(axes, rows, "mean_s", "half_s", "blue", "s, without")
-    _rounds(axes, [row["round"] for row in rows])
-    axes.set_ylabel("mean reward")
-    _legend(figure)
-    return figure
+    figure, axes, _ = _by_round(rows, "mean reward")
+    _means(axes, rows, "s_prompt", "orange", "s-", "s_prompt, with the principle")
+    _means(axes, rows, "s", "blue", "o-", "s, without")
+    return _legend(figure)
 
 
 def gap(rows: Rows, sets: bool = True) -> Figure:
     """Mean margin with its interval, and (with `sets`) tau_t."""
-    figure, axes = _axes()
-    rounds = [row["round"] for row in rows]
-    _curve(axes, rows, "mean_margin", "half_margin", "purple", "gap: mean of s_prompt − s")
+    figure, axes, rounds = _by_round(rows, "reward")
+    _means(axes, rows, "margin", "purple", "o-", "gap: mean of s_prompt − s")
     if sets:
         axes.plot(rounds, [row["tau"] for row in rows], "D--", color=PALETTE["muted"], label="threshold τ_t")
     axes.axhline(0, color=PALETTE["muted"], linewidth=0.8)
-    _rounds(axes, rounds)
-    axes.set_ylabel("reward")
-    _legend(figure)
-    return figure
+    return _legend(figure)
 
 
 def shares(rows: Rows, sets: bool = True) -> Figure:
     """Share of the pairs (with `sets`) in the rank set, and of those whose reward the principle lowered."""
-    figure, axes = _axes()
-    rounds = [row["round"] for row in rows]
+    figure, axes, rounds = _by_round(rows, "share of the pairs")
     rank = [("rank_share", "orange", "s-", "rank set: margin > τ_t")] if sets else []
-    for name, colour, style, label in (*rank, ("lowered_share", "blue", "o-", "reward lowered: margin < 0")):
-        ends = [wilson(round(row[name] * row["rows"]), row["rows"]) for row in rows]
+    for name, colour, fmt, label in (*rank, ("lowered_share", "blue", "o-", "reward lowered: margin < 0")):
         values = [row[name] for row in rows]
-        errors = [
-            [max(0.0, v - low) for v, (low, _) in zip(values, ends, strict=True)],
-            [max(0.0, high - v) for v, (_, high) in zip(values, ends, strict=True)],
-        ]
-        axes.errorbar(rounds, values, yerr=errors, fmt=style, color=PALETTE[colour], capsize=3, label=label)
-    _rounds(axes, rounds)
+        ends = [wilson(round(row[name] * row["rows"]), row["rows"]) for row in rows]
+        below = [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]
+        above = [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)]
+        axes.errorbar(rounds, values, (below, above), fmt=fmt, color=PALETTE[colour], capsize=3, label=label)
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylabel("share of the pairs")
-    _legend(figure)
-    return figure
+    return _legend(figure)
 
 
 def shown_rounds(rounds: Sequence[int]) -> list[int]:
@@ -129,19 +118,12 @@ def margins(histogram: Histogram, taus: dict[int, float] | None) -> Figure:
 
 def rewards_by_length(by_round: dict[int, dict[str, Rows]]) -> Figure:
     """Mean reward against the response's length: a panel for each round given."""
-    figure = Figure(figsize=(SIZE[0], SIZE[1]), layout="constrained")
+    figure = Figure(figsize=SIZE, layout="constrained")
     panels = figure.subplots(1, len(by_round), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (t, arms) in zip(panels, by_round.items(), strict=True):
-        for arm, colour, fmt in (("y", "blue", "o-"), ("y_prompt", "orange", "s-")):
-            axes.errorbar(
-                [row["length"] for row in arms[arm]],
-                [row["mean"] for row in arms[arm]],
-                yerr=[row["half"] for row in arms[arm]],
-                fmt=fmt,
-                color=PALETTE[colour],
-                capsize=2,
-                label={"y": "y", "y_prompt": "y_prompt, with the principle"}[arm],
-            )
+        for arm, colour, fmt, label in ARMS:
+            x, y, half = ([row[name] for row in arms[arm]] for name in ("length", "mean", "half"))
+            axes.errorbar(x, y, half, fmt=fmt, color=PALETTE[colour], capsize=2, label=label)
         axes.set_title(f"round {t}")
         axes.set_xlabel("tokens")
     panels[0].set_ylabel("mean reward")
@@ -151,72 +133,58 @@ def rewards_by_length(by_round: dict[int, dict[str, Rows]]) -> Figure:
 
 def lengths(rows: Rows) -> Figure:
     """Mean length of the responses by round."""
-    figure, axes = _axes()
-    rounds = [row["round"] for row in rows]
-    for arm, colour, fmt, label in (("y_prompt", "orange", "s-", "y_prompt, with the principle"),
-                                    ("y", "blue", "o-", "y")):  # fmt: skip
+    figure, axes, rounds = _by_round(rows, "mean length in tokens")
+    for arm, colour, fmt, label in reversed(ARMS):
         axes.plot(rounds, [row[f"mean_len_{arm}"] for row in rows], fmt, color=PALETTE[colour], label=label)
-    _rounds(axes, rounds)
     axes.set_ylim(0, 1.12 * axes.dataLim.ymax)
-    axes.set_ylabel("mean length in tokens")
-    _legend(figure)
-    return figure
+    return _legend(figure)
 
 
-def training(curves: dict[str, list[tuple[float, float]]], borders: dict[int, float], label: str) -> Figure:
+def training(curves: dict[str, list[tuple[float, float]]], borders: dict[int, int], label: str) -> Figure:
     """Curves over the steps of all rounds, one behind the other; `borders`: where each round begins."""
     figure, axes = _axes()
-    colours = ("orange", "blue", "green", "purple")
-    values = [value for points in curves.values() for _, value in points]
-    for (name, points), colour in zip(curves.items(), colours, strict=False):
+    for (name, points), colour in zip(curves.items(), ("orange", "blue", "green", "purple"), strict=False):
         axes.plot(*zip(*points, strict=True), color=PALETTE[colour], linewidth=1.3, label=name)
     for t, start in borders.items():
         axes.axvline(start, color=PALETTE["grid"], linewidth=1)
         if len(borders) <= MOST_ROWS:
             axes.annotate(f"{t}", (start, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
                           textcoords="offset points", color=PALETTE["muted"], fontsize=8)  # fmt: skip
-    if max(map(abs, values), default=0.0) > 1000:
+    if max((abs(value) for points in curves.values() for _, value in points), default=0.0) > 1000:
         axes.set_yscale("symlog", linthresh=1)
     axes.set_xlabel("step of training; the numbers above are rounds")
     axes.set_ylabel(label)
-    _legend(figure)
-    return figure
+    return _legend(figure)
 
 
 def purity_by_margin(policies: Sequence[PurityPolicy]) -> Figure:
     """Share in agreement with the reward by margin: the start policy, the last one, and thinly those between."""
     figure, axes = _axes(3.4)
-    first, last = policies[0], policies[-1]
+    thin: dict[str, Any] = {"color": PALETTE["muted"], "linewidth": 0.7}
     for policy in policies[1:-1]:
-        _agreement(axes, policy, color=PALETTE["muted"], linewidth=0.7, linestyle="-", alpha=0.6)
-    drawn = [(first, "blue", "o"), (last, "orange", "s")] if len(policies) > 1 else [(last, "orange", "s")]
-    for policy, colour, marker in drawn:
-        _agreement(axes, policy, color=PALETTE[colour], marker=marker, label=policy.label)
-        bins = [b for b in policy.bins if b.pairs]
-        ends = [wilson(b.agree, b.pairs) for b in bins]
-        places = [place for place, b in enumerate(policy.bins) if b.pairs]
-        axes.vlines(places, [a for a, _ in ends], [b for _, b in ends], color=PALETTE[colour], linewidth=1, alpha=0.7)
+        axes.plot(*_agreement(policy), linestyle="-", alpha=0.6, **thin)
+    ends = [(policies[-1], "orange", "s")]
+    for policy, colour, marker in [(policies[0], "blue", "o"), *ends] if len(policies) > 1 else ends:
+        places, shares = _agreement(policy)
+        axes.plot(places, shares, color=PALETTE[colour], marker=marker, label=policy.label)
+        low, high = zip(*[wilson(b.agree, b.pairs) for b in policy.bins if b.pairs], strict=True)
+        axes.vlines(places, low, high, color=PALETTE[colour], linewidth=1, alpha=0.7)
     if len(policies) > 2:
-        axes.plot([], [], color=PALETTE["muted"], linewidth=0.7, label="between")
+        axes.plot([], [], label="between", **thin)
     axes.axhline(0.5, color=PALETTE["muted"], linewidth=0.8, linestyle=":")
-    axes.set_xticks(
-        range(len(last.bins)),
-        [f"{b.low:.2g} to {b.high:.2g}" for b in last.bins],
-        rotation=40,
-        ha="right",
-        fontsize=7.5,
-    )
+    names = [f"{b.low:.2g} to {b.high:.2g}" for b in policies[-1].bins]
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7.5)
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("margin s_prompt − s")
     axes.set_ylabel("policy agrees with the reward")
-    _legend(figure, 3)
-    return figure
+    return _legend(figure, 3)
 
 
-def _agreement(axes: Axes, policy: PurityPolicy, **look: Any) -> None:
-    points = [(place, b.agree / b.pairs) for place, b in enumerate(policy.bins) if b.pairs]
-    axes.plot([place for place, _ in points], [share for _, share in points], **look)
+def _agreement(policy: PurityPolicy) -> tuple[list[int], list[float]]:
+    """Places of the bins that have pairs, and the share in agreement there."""
+    full = [(place, b) for place, b in enumerate(policy.bins) if b.pairs]
+    return [place for place, _ in full], [b.agree / b.pairs for _, b in full]
 
 
 def smallest_pure(policies: Sequence[PurityPolicy]) -> Figure:
@@ -237,32 +205,30 @@ def smallest_pure(policies: Sequence[PurityPolicy]) -> Figure:
     axes.set_ylim(0, 1.12 * highest)
     axes.set_xlabel("policy")
     axes.set_ylabel("smallest pure e (margin)")
-    _legend(figure, 3)
-    return figure
+    return _legend(figure, 3)
 
 
 def win_rates(reports: Sequence[tuple[str, JudgeReport]]) -> Figure:
     """A bar for each comparison: won, tied, lost. A label has up to four lines."""
     figure, axes = _axes(1.3 + 0.7 * len(reports))
+    colours = ("orange", "grid", "blue")
     for place, (_, report) in enumerate(reversed(reports)):
-        total = (report.wins + report.ties + report.losses) or 1
+        counts = (report.wins, report.ties, report.losses)
         left = 0.0
-        for count, colour in ((report.wins, "orange"), (report.ties, "grid"), (report.losses, "blue")):
-            share = count / total
+        for count, colour in zip(counts, colours, strict=True):
+            share = count / (sum(counts) or 1)
             axes.barh(place, share, left=left, color=PALETTE[colour], height=0.6)
             if share > 0.08:
                 ink = PALETTE["ink" if colour == "grid" else "paper"]
                 axes.text(left + share / 2, place, str(count), ha="center", va="center", color=ink, fontsize=8.5)
             left += share
-    names = [name for name, _ in reversed(reports)]
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(reports)), [name for name, _ in reversed(reports)])
     axes.set_xlim(0, 1)
     axes.grid(False)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    for label, colour in (("won", "orange"), ("tied", "grid"), ("lost", "blue")):
+    for label, colour in zip(("won", "tied", "lost"), colours, strict=True):
         axes.barh(0, 0, color=PALETTE[colour], label=label)
-    _legend(figure, 3)
-    return figure
+    return _legend(figure, 3)
 
 
 def stage_times(seconds: dict[str, dict[str, float]]) -> Figure:
@@ -273,15 +239,12 @@ def stage_times(seconds: dict[str, dict[str, float]]) -> Figure:
     for place, stages in enumerate(seconds.values()):
         left = 0.0
         for stage, time in stages.items():
-            label = None if stage in done else stage
-            axes.barh(
-                place, time / 60, left=left, color=PALETTE[colours.get(stage, "purple")], height=0.65, label=label
-            )
+            label, colour = None if stage in done else stage, PALETTE[colours.get(stage, "purple")]
+            axes.barh(place, time / 60, left=left, color=colour, height=0.65, label=label)
             done.add(stage)
             left += time / 60
     axes.set_yticks(range(len(seconds)), list(seconds))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("minutes")
-    _legend(figure, 5)
-    return figure
+    return _legend(figure, 5)

@@ -6,18 +6,16 @@ load, and every script but the one whose hash it names. Model text reaches it th
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from pathlib import Path
 from typing import Any
 
+from ple_data.judge.page import csp_hash
 from ple_data.report.pairs import SHOWN_PAIRS, sample_pairs, visible
-from ple_data.report.section import Chart, Page, Section
+from ple_data.report.section import Section
 from ple_data.report.sections import sections
-from ple_data.report.sources import Sources, read_sources
+from ple_data.report.sources import Sources
 from ple_data.rewards import shown_spec
 from schemas.files import write_atomic
-from schemas.options import Threshold
 from schemas.recipe import Recipe
 
 ASSETS = Path(__file__).parent / "assets"
@@ -42,28 +40,22 @@ def report(
     same bytes.
     Raises UsageError (no such run or file), DamagedError (one that does not read), PleError (not writable).
     """
-    sources = read_sources(Path(run), evals, judges, purity, cases)
-    sets = sources.has_sets or tau0 is not None or alpha is not None
-    tau0 = tau0 if tau0 is not None else sources.recipe.tau0 if sources.recipe else Threshold().tau0
-    alpha = alpha if alpha is not None else sources.recipe.alpha if sources.recipe else Threshold().alpha
-    parts = sections(Page(sources, tau0, alpha, sets))
-    page = _render(sources, parts, tau0, alpha, sets)
+    sources = Sources(Path(run), evals, judges, purity, cases, tau0, alpha)
+    parts = sections(sources)
+    page = _render(sources, parts)
     path = Path(output) if output else Path(run) / "report.html"
-    _write_images(path.parent / f"{path.stem}-figures", [chart for part in parts for chart in part.charts])
+    folder = path.parent / f"{path.stem}-figures"
+    images = {folder / f"{chart.name}.png": chart.png for part in parts for chart in part.charts}
+    for image, content in images.items():
+        write_atomic(image, content)
+    for old in set(folder.glob("*.png")) - images.keys():
+        old.unlink()
     write_atomic(path, page)
     return str(path)
 
 
-def _write_images(folder: Path, charts: list[Chart]) -> None:
-    for chart in charts:
-        write_atomic(folder / f"{chart.name}.png", chart.png)
-    for old in set(folder.glob("*.png")) - {folder / f"{chart.name}.png" for chart in charts}:
-        old.unlink()
-
-
-def _render(sources: Sources, parts: list[Section], tau0: float, alpha: float, sets: bool) -> str:
+def _render(sources: Sources, parts: list[Section]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
@@ -73,38 +65,30 @@ def _render(sources: Sources, parts: list[Section], tau0: float, alpha: float, s
         lstrip_blocks=True,
     )
     script = (ASSETS / "report.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    pairs = sample_pairs(sources.store.scan("pairs"), tau0, alpha)
-    for part in parts:
-        for chart in part.charts:
-            chart.svg = Markup(chart.svg)  # matplotlib escaped its labels
     return environment.get_template("report.html").render(
         title=visible("/".join(sources.root.resolve().parts[-2:]).strip("/")),
-        facts=_facts(sources, tau0, alpha, sets),
+        facts=_facts(sources),
         parts=parts,
-        pairs=pairs,
-        sets=sets,
+        pairs=sample_pairs(sources.store.scan("pairs"), sources.tau0, sources.alpha),
+        sets=sources.sets,
         all_pairs=sum(shard.rows for shard in sources.store.shards("pairs")),
-        rounds=sorted({pair["round"] for pair in pairs}),
         limit=SHOWN_PAIRS,
         cases=sources.cases.queries if sources.cases else [],
         case_rewards=[sources.reward_models[name] for name in sources.cases.reward_models] if sources.cases else [],
-        style=Markup((ASSETS / "report.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=digest,
+        style=(ASSETS / "report.css").read_text(encoding="utf-8"),
+        script=script,
+        script_hash=csp_hash(script),
     )
 
 
-def _facts(sources: Sources, tau0: float, alpha: float, sets: bool) -> list[tuple[str, str]]:
+def _facts(sources: Sources) -> list[tuple[str, str]]:
     """What was run, in a few words each."""
     rows: dict[str, Any] = {}
     shards = sources.store.shards("pairs")
     rows["pairs"] = f"{sum(shard.rows for shard in shards)} in {len({shard.round for shard in shards})} rounds"
     if sources.recipe:
         recipe = sources.recipe
-        rows["model"] = recipe.model
-        rows["queries"] = recipe.queries
-        rows["principle"] = recipe.principles
+        rows |= {"model": recipe.model, "queries": recipe.queries, "principle": recipe.principles}
         if recipe.reward_model:
             rows["reward model"] = shown_spec(recipe.reward_model)
         elif recipe.reward:
@@ -112,8 +96,8 @@ def _facts(sources: Sources, tau0: float, alpha: float, sets: bool) -> list[tupl
         rows["method"] = sources.method + _safeguards(recipe)
         rows["learning rate"] = f"{(recipe.baseline or recipe.train).learning_rate:g}"
         rows["seed"] = str(recipe.seed)
-    if sets:
-        rows["threshold"] = f"τ_t = {tau0:g} · {alpha:g}^t"
+    if sources.sets:
+        rows["threshold"] = f"τ_t = {sources.tau0:g} · {sources.alpha:g}^t"
     return [(name, visible(value)) for name, value in rows.items()]
 
 

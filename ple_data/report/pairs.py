@@ -6,7 +6,6 @@ Every text is made visible (control and bidi characters as ⟨U+202E⟩); escapi
 from __future__ import annotations
 
 import difflib
-import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -47,14 +46,10 @@ def sample_pairs(pairs: pl.LazyFrame, tau0: float, alpha: float, limit: int = SH
     frame = pairs.with_columns(*partition(threshold)[:2], threshold.alias("tau"))
     keys = collect(frame.select(*KEY, "margin")).sort("round", "margin", "query_id", "sample")
     parts = keys.partition_by("round", maintain_order=True)
-    each = [limit // len(parts) + (place < limit % len(parts)) for place in range(len(parts))] if parts else []
-    chosen = [
-        part[np.unique(np.linspace(0, part.height - 1, min(count, part.height)).round().astype(int))].select(KEY)
-        for part, count in zip(parts, each, strict=True)
-        if count
-    ]
-    if not chosen:
-        return []
+    chosen = [keys.clear()]
+    for place, part in enumerate(parts):
+        count = min(limit // len(parts) + (place < limit % len(parts)), part.height)
+        chosen.append(part[np.unique(np.linspace(0, part.height - 1, count).round().astype(int))])
     lengths = [pl.col(f"{arm}_ids").list.len().alias(f"length_{arm}") for arm in ("y", "y_prompt")]
     texts = ["x", "y", "y_prompt", "y_finish", "y_prompt_finish", "s", "s_prompt", "margin", "set", "tau"]
     rows = collect(frame.join(pl.concat(chosen).lazy(), on=KEY, how="semi").select(*KEY, *texts, *lengths))
@@ -63,10 +58,8 @@ def sample_pairs(pairs: pl.LazyFrame, tau0: float, alpha: float, limit: int = SH
 
 
 def _card(row: dict[str, Any]) -> dict[str, Any]:
-    y, y_prompt = clipped(row["y"]), clipped(row["y_prompt"])
-    y_segments, y_prompt_segments = word_difference(y, y_prompt)
-    shown = {"query_id": visible(row["query_id"]), "x": clipped(row["x"])}
-    return row | shown | {"y": y_segments, "y_prompt": y_prompt_segments}
+    y, y_prompt = word_difference(clipped(row["y"]), clipped(row["y_prompt"]))
+    return row | {"query_id": visible(row["query_id"]), "x": clipped(row["x"]), "y": y, "y_prompt": y_prompt}
 
 
 def clipped(text: str) -> str:
@@ -127,4 +120,5 @@ def _most_steps(a: list[str], b: list[str]) -> int:
 
 def _common(a: list[str], b: list[str]) -> int:
     """How many words are the same from the beginning on."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    differ = (place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other)
+    return next(differ, min(len(a), len(b)))

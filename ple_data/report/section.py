@@ -12,14 +12,11 @@ from ple_data.report.pairs import visible
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ple_data.report.sources import Sources
-
-_LABEL = 20
-_NAME = 40
-"""Columns of a name in a picture, and in a table."""
+WIDE = 40
+"""Columns of a name in a table."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Chart:
     """A drawn figure: its name (of ids and of the PNG file), what is said above and below it, and its two forms."""
 
@@ -30,7 +27,7 @@ class Chart:
     png: bytes
 
 
-@dataclass
+@dataclass(frozen=True)
 class Table:
     """Cells as text; the first column is a heading of its row. `note` stands below; `folded`: shown on request."""
 
@@ -53,31 +50,15 @@ class Section:
     missing: list[str] = field(default_factory=list)
 
     def draw(self, name: str, title: str, caption: str, figure: Figure) -> None:
-        svg.lay_out(figure)
         self.charts.append(Chart(name, title, caption, svg.to_svg(figure, name, title, caption), svg.to_png(figure)))
 
 
-@dataclass(frozen=True)
-class Page:
-    """What sections are made from: what was read, the threshold, and whether to show tau and the sets."""
-
-    sources: Sources
-    tau0: float
-    alpha: float
-    sets: bool
-
-
-def label(text: str) -> str:
-    """A name from a file, short and visible."""
-    return shorten(visible(text), _LABEL)
-
-
-def wide_label(text: str) -> str:
-    """The same for a cell of a table."""
-    return shorten(visible(text), _NAME)
+def label(text: str, width: int = 20) -> str:
+    """A name from a file, short and visible; in a picture it has 20 columns."""
+    return shorten(visible(text), width)
 
 
 def side(source: str) -> str:
     """One side of a comparison: the name of an evaluation's policy, else a path, of which the end counts."""
     text = visible(source.rpartition("#label=")[2])
-    return shorten(text[::-1], _NAME)[::-1]
+    return shorten(text[::-1], WIDE)[::-1]

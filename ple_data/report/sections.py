@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from ple_data.evaluation.purity_text import L_BIAS, percentage, shrinking
+from ple_data.evaluation.purity_text import L_BIAS, policy_table, steps_down
 from ple_data.partition import round_statistics, warnings
 from ple_data.report import figures, svg
 from ple_data.report import round_tables as statistics
 from ple_data.report.evaluation import evaluations, judged
 from ple_data.report.pairs import visible
-from ple_data.report.section import Page, Section, Table, label
+from ple_data.report.section import Section, Table, label
+from ple_data.report.sources import Sources
 from ple_data.report.training import training
 from schemas.reports import PurityReport
 
 
-def sections(page: Page) -> list[Section]:
+def sections(sources: Sources) -> list[Section]:
     """All sections but the pairs and the cases, in the order of the page."""
     with svg.style():
-        return [section for make in SECTIONS for section in make(page)]
+        return [
+            *_of_pairs(sources),
+            training(sources.metrics),
+            _purity(sources.purity),
+            evaluations(sources.evals, sources.reward_models),
+            judged(sources.judges),
+            _stages(sources.stages),
+        ]
 
 
-# The pairs
-
-
-def pair_sections(page: Page) -> Iterator[Section]:
+def _of_pairs(sources: Sources) -> Iterator[Section]:
     """Rewards, margins and lengths of the pairs."""
-    pairs, tau0, alpha = page.sources.store.scan("pairs"), page.tau0, page.alpha
-    sets, method = page.sets, page.sources.method
+    pairs, tau0, alpha = sources.store.scan("pairs"), sources.tau0, sources.alpha
+    sets, method = sources.sets, sources.method
     rows = statistics.rounds(pairs, tau0, alpha)
-    rewards, margins, lengths = (
-        Section("rewards", "Rewards by round"),
-        Section("margins", "Margins and the rank set" if sets else "Margins"),
-        Section("length", "Rewards against length"),
-    )
+    rewards = Section("rewards", "Rewards by round")
     if not rows:
         rewards.missing.append("No pairs yet: ple-gen samples responses, ple-score makes pairs of them.")
         yield rewards
@@ -55,18 +56,20 @@ def pair_sections(page: Page) -> Iterator[Section]:
     rewards.tables.append(_round_table(rows, sets))
     yield rewards
 
+    margins = Section("margins", "Margins and the rank set" if sets else "Margins")
     if sets:
         margins.words += [f"Warning: {message}" for message in warnings(round_statistics(pairs, tau0, alpha))]
     if method != "PLE":
-        margins.words.append(f"Trained by {method}: {_use_of_sets(method)}.")
-    histogram = statistics.margins(pairs, tau0, alpha)
+        margins.words.append(f"Trained by {method}: {_USE_OF_SETS.get(method, 'it knows no τ_t and no sets')}.")
     some = "" if len(rows) <= figures.MOST_ROWS else f" {figures.MOST_ROWS} of {len(rows)} rounds."
     margins.draw(
         "margins",
         "Margins by round",
         f"How many pairs have which margin{'; the dashed line is the round’s τ_t' if sets else ''}. The outer bars "
         f"hold what lies beyond the 0.5 % and 99.5 % quantiles.{some}",
-        figures.margins(histogram, {row["round"]: row["tau"] for row in rows} if sets else None),
+        figures.margins(
+            statistics.margins(pairs, tau0, alpha), {row["round"]: row["tau"] for row in rows} if sets else None
+        ),
     )
     margins.draw(
         "rank-share" if sets else "lowered-share",
@@ -76,6 +79,7 @@ def pair_sections(page: Page) -> Iterator[Section]:
     )
     yield margins
 
+    lengths = Section("length", "Rewards against length")
     ends = sorted({rows[0]["round"], rows[-1]["round"]})
     lengths.draw(
         "rewards-by-length",
@@ -89,28 +93,22 @@ def pair_sections(page: Page) -> Iterator[Section]:
     yield lengths
 
 
-def _use_of_sets(method: str) -> str:
-    if method == "PLE without rank":
-        return "every pair is weighted SFT, so there is no τ_t"
-    if method == "PLE without wsft":
-        return "pairs in the weighted-SFT set teach nothing"
-    return "it knows no τ_t and no sets"
+_USE_OF_SETS = {
+    "PLE without rank": "every pair is weighted SFT, so there is no τ_t",
+    "PLE without wsft": "pairs in the weighted-SFT set teach nothing",
+}
 
 
 def _round_table(rows: list[dict[str, Any]], sets: bool) -> Table:
     cells = [
         [
-            str(row["round"]),
-            str(row["rows"]),
-            *[
-                _interval(row[f"mean_{name}"], row[f"half_{name}"])
-                for name in ("s", "s_prompt", "margin")
-            ],
+            *[str(row["round"]), str(row["rows"])],
+            *[_interval(row[f"mean_{name}"], row[f"half_{name}"]) for name in ("s", "s_prompt", "margin")],
             *([f"{row['tau']:.3f}", _share(row["rank_share"])] if sets else []),
             _share(row["lowered_share"]),
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     head = ["round", "pairs", "s", "s_prompt", "gap", *(["τ_t", "rank set"] if sets else []), "lowered"]
     return Table("Means with 95 % intervals (1.96 standard errors over queries)", head, cells)
 
@@ -135,15 +133,8 @@ def _share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-# Purity
-
-
-def purity(page: Page) -> Iterator[Section]:
-    """Section 5 of the paper."""
-    yield _purity(page.sources.purity)
-
-
 def _purity(report: PurityReport | None) -> Section:
+    """Section 5 of the paper."""
     section = Section("purity", "Purity (Section 5)")
     if report is None:
         section.missing.append("No purity.json: ple purity --run RUN measures it.")
@@ -156,8 +147,9 @@ def _purity(report: PurityReport | None) -> Section:
         f"Log-probabilities are the {how} over tokens{f' in {report.precision}' if report.precision else ''}."
     )
     if len(policies) > 1:
-        fell = ", ".join(f"at {percent} % in {fell} of {steps}" for percent, fell, steps in shrinking(policies))
-        section.words.append(f"Lemma 5.2 says that the smallest pure e falls with every round. It fell {fell} steps.")
+        section.words.append(
+            f"Lemma 5.2 says that the smallest pure e falls with every round. It fell {steps_down(policies)} steps."
+        )
     section.draw(
         "purity-by-margin",
         "Agreement by margin",
@@ -172,34 +164,15 @@ def _purity(report: PurityReport | None) -> Section:
             "The smallest margin e whose level set is this pure; no point where none is.",
             figures.smallest_pure(policies),
         )
-    percents = [pure.percent for pure in policies[0].all_pairs.pure_sets]
-    section.tables.append(
-        Table(
-            "Agreement of each policy, and the smallest pure e with the number of pairs in its level set",
-            ["policy", "agree", *[f"e at {percent} %" for percent in percents]],
-            [
-                [policy.label, percentage(policy.all_pairs.agree, policy.all_pairs.ranked)]
-                + [
-                    "none" if pure.e is None else f"{pure.e:.3g} ({pure.pairs} pairs)"
-                    for pure in policy.all_pairs.pure_sets
-                ]
-                for policy in policies
-            ],
-        )
-    )
+    caption = "Agreement of each policy, and the smallest pure e with the number of pairs in its level set"
+    labels = [policy.label for policy in policies]
+    section.tables.append(Table(caption, *policy_table(policies, labels, "({} pairs)")))
     bound = report.bound
-    values = [
-        ("density of the margin, lowest", bound.density_low),
-        ("density of the margin, highest", bound.density_high),
-        ("l, estimated", bound.l),
-        ("e_0", bound.e_0),
-        ("e_end = ε", bound.epsilon),
-        ("(3) as printed: rounds I", bound.rounds),
-        ("Eq. 17, the proof's own step: rounds, at most", bound.rounds_by_proof),
-    ]
-    rows = [[name, "–" if value is None else f"{value:.4g}"] for name, value in values]
+    values = {"l, estimated": bound.l, "e_0": bound.e_0, "e_end": bound.e_end}
+    values["Eq. 17, the proof's own step: rounds, at most"] = bound.rounds_by_proof
+    rows = [[name, "–" if value is None else f"{value:.4g}"] for name, value in values.items()]
     note = (
-        f"{_sentence(visible(bound.says))} l is {L_BIAS}. The number of Eq. 17 is for α = 1; in general it is that "
+        f"{_sentence(visible(bound.says))}l is {L_BIAS}. The number of Eq. 17 is for α = 1; in general it is that "
         "number times α, and α < 1."
     )
     section.tables.append(Table("Theorem 5.3, on rewards mapped to [0, 1]", ["quantity", "value"], rows, note=note))
@@ -207,53 +180,28 @@ def _purity(report: PurityReport | None) -> Section:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
-
-
-# Stages
-
-
-def stages(page: Page) -> Iterator[Section]:
-    """What ple run has done, and how long it took."""
-    yield _stages(page.sources.stages)
+    return f"{text[:1].upper()}{text[1:]}. " if text else ""
 
 
 def _stages(stages: list[dict[str, Any]]) -> Section:
+    """What ple run has done, and how long it took."""
     section = Section("stages", "Stages and their time")
     if not stages:
         section.missing.append("No stages.json: ple run keeps one.")
         return section
     seconds: dict[str, dict[str, float]] = {}
-    for stage in stages:
-        row = str(stage["stage"]) if stage["round"] is None else f"round {stage['round']}"
-        times = seconds.setdefault(label(row), {})
-        name = label(str(stage["stage"]))
-        times[name] = times.get(name, 0.0) + (stage["seconds"] or 0.0)
-    section.draw("stages", "Time by stage", "Minutes, all attempts together.", figures.stage_times(seconds))
     attempts = []
-    for (name, t), group in groupby(stages, key=lambda stage: (stage["stage"], stage["round"])):
-        records = list(group)
+    for (stage, t), group in groupby(stages, key=lambda stage: (stage["stage"], stage["round"])):
+        records, name = list(group), label(str(stage))
         time = sum(record["seconds"] or 0.0 for record in records)
-        attempts.append([label(str(name)), "" if t is None else str(t), str(len(records)), f"{time:.1f}",
-                         _outcome(records[-1])])  # fmt: skip
+        times = seconds.setdefault(name if t is None else label(f"round {t}"), {})
+        times[name] = times.get(name, 0.0) + time
+        code = records[-1]["exit_code"]
+        ended = "running, or killed" if code is None else "done" if code == 0 else f"exit code {code}"
+        attempts.append([name, "" if t is None else str(t), str(len(records)), f"{time:.1f}", ended])
+    section.draw("stages", "Time by stage", "Minutes, all attempts together.", figures.stage_times(seconds))
     total = sum(stage["seconds"] or 0.0 for stage in stages)
     head = ["stage", "round", "attempts", "seconds", "ended"]
     section.words.append(f"{total / 60:.1f} minutes in all.")
     section.tables.append(Table("Every stage", head, attempts, folded=True))
     return section
-
-
-def _outcome(record: dict[str, Any]) -> str:
-    code = record["exit_code"]
-    return "running, or killed" if code is None else "done" if code == 0 else f"exit code {code}"
-
-
-SECTIONS: tuple[Callable[[Page], Iterable[Section]], ...] = (
-    pair_sections,
-    lambda page: [training(page.sources.metrics)],
-    purity,
-    lambda page: [evaluations(page.sources.evals, page.sources.reward_models)],
-    lambda page: [judged(page.sources.judges)],
-    stages,
-)
-"""In the order of the page."""

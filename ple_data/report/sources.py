@@ -12,13 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ple_data.report.cases import Cases, read_cases
-from ple_data.report.reward_models import RewardModel, numbered
+from ple_data.report.pairs import clipped, visible
 from ple_data.storage.store import Store, collect
-from schemas.errors import DamagedError, UsageError
-from schemas.recipe import Recipe, load_recipe
+from schemas.errors import DamagedError, UsageError, first_line
+from schemas.options import Threshold
+from schemas.recipe import load_recipe
 from schemas.records import Record, read_record
 from schemas.reports import EvalReport, JudgeReport, PurityReport
+from schemas.tables import read_metadata, read_table
 
 if TYPE_CHECKING:
     import polars as pl
@@ -29,18 +30,64 @@ _ROUND = re.compile(r"round=(\d+)")
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What the report is made from. `metrics`: the trainer's table by round; `evals`, `judges`: (name, record)."""
+class Cases:
+    """By query, in the file's order: x, kind (or None) and answers, each with label, y, a note for people and its
+    rewards, which are in the order of `reward_models`. `trained`: those of them that trained a policy.
+    """
 
-    root: Path
-    store: Store
-    recipe: Recipe | None
-    stages: list[dict[str, Any]]
-    metrics: dict[int, pl.DataFrame]
-    evals: list[tuple[str, EvalReport]]
-    judges: list[tuple[str, JudgeReport]]
-    purity: PurityReport | None
-    cases: Cases | None
+    queries: list[dict[str, Any]]
+    reward_models: list[str]
+    trained: list[str]
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model of the page: R1, R2, ..., what stands over its rewards, and a sentence that says which it is."""
+
+    short: str
+    title: str
+    legend: str
+
+
+class Sources:
+    """What the report is made from. `metrics`: the trainer's table by round; `evals`, `judges`: (name, record).
+
+    `sets`: tau_t (tau0 * alpha**t) puts pairs into two sets, and the page shows them.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        evals: tuple[Path, ...] = (),
+        judges: tuple[Path, ...] = (),
+        purity: Path | None = None,
+        cases: Path | None = None,
+        tau0: float | None = None,
+        alpha: float | None = None,
+    ) -> None:
+        """`tau0`, `alpha`: those of the recipe, else the paper's; where they are given, a baseline's page has sets too.
+
+        Raises UsageError where `root` is neither a run nor a data directory, or a named directory lacks its file.
+        """
+        if not root.is_dir():
+            raise UsageError(f"{root}: no such directory; give the RUN of ple run, or a DATA directory")
+        is_run = (root / "recipe.yaml").is_file() or (root / "data").is_dir()
+        self.root, self.store = root, Store(root / "data" if is_run else root)
+        if not is_run and not self.store.shards("pairs") and not self.store.shards("responses"):
+            raise UsageError(f"{root}: neither a run (recipe.yaml, data/) nor a data directory with committed rows")
+        self.recipe = load_recipe(root / "recipe.yaml") if (root / "recipe.yaml").is_file() else None
+        self.stages, self.metrics = _stages(root / "stages.json"), _metrics(root)
+        self.evals = [(path.name, _record(EvalReport, path / "eval.json", "ple eval")) for path in evals]
+        self.judges = [(path.name, _record(JudgeReport, path / "judge.json", "ple judge")) for path in judges]
+        if purity is None and (root / "purity" / "purity.json").is_file():
+            purity = root / "purity"
+        self.purity = _record(PurityReport, purity / "purity.json", "ple purity") if purity else None
+        self.cases = _cases(cases / "cases.parquet") if cases else None
+        threshold = self.recipe or Threshold()
+        self.tau0 = threshold.tau0 if tau0 is None else tau0
+        self.alpha = threshold.alpha if alpha is None else alpha
+        own = not self.recipe or (self.recipe.baseline is None and self.recipe.train.without != "rank")
+        self.sets = own or tau0 is not None or alpha is not None
 
     @property
     def method(self) -> str:
@@ -58,42 +105,14 @@ class Sources:
         if self.cases:
             names += self.cases.reward_models
             marked |= set(self.cases.trained)
-        return numbered(names, marked, self._own_reward_models())
-
-    def _own_reward_models(self) -> set[str]:
-        """Those that the pairs name."""
-        return set(collect(self.store.scan("pairs").select("reward_model").unique())["reward_model"])
-
-    @property
-    def has_sets(self) -> bool:
-        """Whether tau_t puts pairs into two sets: not in a baseline, and not without the rank term."""
-        return not self.recipe or (self.recipe.baseline is None and self.recipe.train.without != "rank")
-
-
-def read_sources(
-    root: Path, evals: tuple[Path, ...], judges: tuple[Path, ...], purity: Path | None, cases: Path | None
-) -> Sources:
-    """Raises UsageError where `root` is neither a run nor a data directory, or a named directory lacks its file."""
-    if not root.is_dir():
-        raise UsageError(f"{root}: no such directory; give the RUN of ple run, or a DATA directory")
-    is_run = (root / "recipe.yaml").is_file() or (root / "data").is_dir()
-    store = Store(root / "data" if is_run else root)
-    if not is_run and not store.shards("pairs") and not store.shards("responses"):
-        raise UsageError(f"{root}: neither a run (recipe.yaml, data/) nor a data directory with committed rows")
-    recipe = load_recipe(root / "recipe.yaml") if (root / "recipe.yaml").is_file() else None
-    if purity is None and (root / "purity" / "purity.json").is_file():
-        purity = root / "purity"
-    return Sources(
-        root=root,
-        store=store,
-        recipe=recipe,
-        stages=_stages(root / "stages.json"),
-        metrics=_metrics(root),
-        evals=[(path.name, _record(EvalReport, path / "eval.json", "ple eval")) for path in evals],
-        judges=[(path.name, _record(JudgeReport, path / "judge.json", "ple judge")) for path in judges],
-        purity=_record(PurityReport, purity / "purity.json", "ple purity") if purity else None,
-        cases=read_cases(cases / "cases.parquet") if cases else None,
-    )
+        own = set(collect(self.store.scan("pairs").select("reward_model").unique())["reward_model"])
+        found = {}
+        for place, name in enumerate(dict.fromkeys(names), start=1):
+            origin = "which scored the pairs of this run" if name in own else ""
+            origin = "which trained a policy" if name in marked else origin
+            legend = f"R{place}: reward by {visible(name)}, {origin or 'not marked as having trained a policy'}."
+            found[name] = RewardModel(f"R{place}", f"R{place}{' (trained)' if origin else ''}", legend)
+        return found
 
 
 def _record(model: type[R], path: Path, command: str) -> R:
@@ -118,18 +137,38 @@ def _metrics(root: Path) -> dict[int, pl.DataFrame]:
     import polars as pl
     from polars.exceptions import ComputeError
 
-    paths: dict[int, Path] = {}
-    for path in [*root.glob("policy/round=*/metrics.parquet"), *root.glob("metrics/round=*.parquet")]:
-        if place := _ROUND.search(str(path.relative_to(root))):
-            paths[int(place[1])] = path
+    found = [*root.glob("policy/round=*/metrics.parquet"), *root.glob("metrics/round=*.parquet")]
+    places = [(_ROUND.search(str(path.relative_to(root))), path) for path in found]
     tables = {}
-    for t, path in sorted(paths.items()):
+    for t, path in sorted({int(place[1]): path for place, path in places if place}.items()):
         try:
-            table = pl.read_parquet(path)
+            tables[t] = pl.read_parquet(path)
         except (ComputeError, OSError) as error:
-            first_line = str(error).splitlines()[0]
-            raise DamagedError(f"{path}: not a readable table ({first_line}): move it away to leave it out") from error
-        if "step" not in table.columns or "loss" not in table.columns:
+            raise DamagedError(
+                f"{path}: not a readable table ({first_line(error)}): move it away to leave it out"
+            ) from error
+        if not {"step", "loss"} <= set(tables[t].columns):
             raise DamagedError(f"{path}: no training metrics (it has no step and loss): move it away to leave it out")
-        tables[t] = table
     return tables
+
+
+def _cases(path: Path) -> Cases:
+    """Raises DamagedError where the file is missing, is no table of cases or does not name its reward models."""
+    found = read_metadata(path, "cases")
+    names = found.get("reward_models", [])
+    by_query: dict[str, dict[str, Any]] = {}
+    for row in read_table(path, "cases").to_pylist():
+        if len(row["rewards"]) != len(names):
+            raise DamagedError(
+                f"{path}: {len(row['rewards'])} rewards of {len(names)} reward models: run ple cases again"
+            )
+        case: dict[str, Any] = {"x": clipped(row["x"]), "kind": row["kind"] and visible(row["kind"]), "answers": []}
+        by_query.setdefault(row["query_id"], case)["answers"].append(
+            {
+                "label": visible(row["label"]),
+                "y": clipped(row["y"]),
+                "note": f"{row['tokens']} tokens, {row['finish']}",
+                "rewards": [f"{reward:.3g}" for reward in row["rewards"]],
+            }
+        )
+    return Cases(list(by_query.values()), names, found.get("trained_with", []))

@@ -12,7 +12,8 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,68 +30,34 @@ PALETTE = {
 }
 """Colours on white (the PNG files); the page's style sheet has those on dark."""
 
-STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": PALETTE["muted"],
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.labelcolor": PALETTE["ink"],
-    "axes.labelsize": 9,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": PALETTE["ink"],
-    "axes.titlesize": 9,
-    "figure.facecolor": "none",
-    "font.size": 9,
-    "grid.color": PALETTE["grid"],
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "legend.labelcolor": PALETTE["ink"],
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-    "svg.fonttype": "none",
-    "text.color": PALETTE["ink"],
-    "text.parse_math": False,
-    "xtick.color": PALETTE["muted"],
-    "xtick.labelcolor": PALETTE["ink"],
-    "xtick.labelsize": 8.5,
-    "ytick.color": PALETTE["muted"],
-    "ytick.labelcolor": PALETTE["ink"],
-    "ytick.labelsize": 8.5,
-}
-
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Figures made inside have the report's look; labels are text, never formulas."""
-    import matplotlib
+    """Figures made inside have the report's look."""
+    import matplotlib.style
 
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    look = Path(__file__).parent / "assets" / "report.mplstyle"
+    with matplotlib.style.context(look), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
 
-def lay_out(figure: Figure) -> None:
-    """Place everything, once; drawing does it again every time."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-
-
 def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """An `<svg>` element with a title and a description for those who do not see it; its ids begin with `name`."""
+    """An `<svg>` element with a title and a description for those who do not see it; its ids begin with `name`.
+
+    Everything has its place from then on: the layout is not made again for another file of the figure.
+    """
     import matplotlib
 
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue().decode()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style type=\"text/css\">.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = re.sub(r'href="#', f'href="#{name}-', text)
+    text = re.sub(r"<metadata>.*?</metadata>\s*|<style type=\"text/css\">.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     for variable, colour in PALETTE.items():
         text = text.replace(colour, f"var(--{variable})")
     box = re.search(r'viewBox="[^"]*"', text)

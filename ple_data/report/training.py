@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import polars as pl
 
 from ple_data.report import figures
@@ -21,14 +23,10 @@ def training(metrics: dict[int, pl.DataFrame]) -> Section:
     every = -(-steps.height // CURVE_POINTS)
     means = "a point a step" if every == 1 else f"means of {every} steps"
     terms = curves_of(steps, {"rank": "loss_rank", "weighted SFT": "loss_wsft"}, every)
-    section.draw(
-        "loss",
-        "Loss by step",
-        f"Terms of Eq. 6, per pair of the batch; {means}. They are linear in log-probabilities: below 0 is no fault."
-        if terms
-        else f"The loss of the method that trained; {means}.",
-        figures.training(terms or curves_of(steps, {"loss": "loss"}, every), borders, "loss"),
-    )
+    said = f"Terms of Eq. 6, per pair of the batch; {means}. They are linear in log-probabilities: below 0 is no fault."
+    if not terms:
+        terms, said = curves_of(steps, {"loss": "loss"}, every), f"The loss of the method that trained; {means}."
+    section.draw("loss", "Loss by step", said, figures.training(terms, borders, "loss"))
     logps = {
         "rank, y_prompt": "mean_logps_rank_y_prompt",
         "rank, y": "mean_logps_rank_y",
@@ -55,30 +53,23 @@ def training(metrics: dict[int, pl.DataFrame]) -> Section:
     return section
 
 
-def numbered(metrics: dict[int, pl.DataFrame]) -> tuple[pl.DataFrame, dict[int, float]]:
-    """The steps of all rounds numbered through (column `at`), and the number at which each round begins."""
-    borders: dict[int, float] = {}
-    tables, done = [], 0
-    for t, table in metrics.items():
-        borders[t] = done
-        tables.append(
-            table.with_columns(pl.all().cast(pl.Float64)).with_columns(at=pl.int_range(1, pl.len() + 1) + done)
-        )
-        done += table.height
-    return pl.concat(tables, how="diagonal"), borders
+def numbered(metrics: dict[int, pl.DataFrame]) -> tuple[pl.DataFrame, dict[int, int]]:
+    """The steps of all rounds numbered through (column `at`), and how many lie before each round."""
+    steps = pl.concat([table.cast(pl.Float64) for table in metrics.values()], how="diagonal")
+    before = itertools.accumulate((table.height for table in metrics.values()), initial=0)
+    return steps.with_columns(at=pl.int_range(1, pl.len() + 1)), dict(zip(metrics, before, strict=False))
 
 
 def curves_of(steps: pl.DataFrame, names: dict[str, str], every: int) -> dict[str, list[tuple[float, float]]]:
     """Points (step, value) of each column that has values, each the mean of `every` steps."""
     found = {}
     for name, column in names.items():
-        if column not in steps.columns or steps[column].null_count() == steps.height:
-            continue
-        means = (
-            steps.select("at", column)
-            .drop_nulls()
-            .group_by((pl.col("at") - 1) // every, maintain_order=True)
-            .agg(pl.col("at").mean().alias("step"), pl.col(column).mean())
-        )
-        found[name] = list(zip(means["step"], means[column], strict=True))
+        if column in steps.columns and steps[column].count():
+            means = (
+                steps.select("at", column)
+                .drop_nulls()
+                .group_by((pl.col("at") - 1) // every, maintain_order=True)
+                .agg(pl.col("at").mean().alias("step"), pl.col(column).mean())
+            )
+            found[name] = list(zip(means["step"], means[column], strict=True))
     return found

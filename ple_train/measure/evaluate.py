@@ -7,8 +7,6 @@ missing and no more. Every number has a 95 % interval over queries. Never trains
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ import numpy as np
 from ple_data.evaluation.answers import Answers, asked_settings, sample_answers, stored_answers
 from ple_data.evaluation.metrics import Mean, Metric, Perplexity, bleu, distinct
 from ple_data.evaluation.policies import parse_policies
-from ple_data.evaluation.references import References, load_references, references_beside, refuse_strangers
+from ple_data.evaluation.references import load_references, references_beside, refuse_strangers
 from ple_data.evaluation.rewards import check_reward_models, score_answers
 from ple_data.judge.sources import named, same_query
 from ple_data.storage.parquet import save_rows
@@ -27,19 +25,9 @@ from schemas.errors import UsageError
 from schemas.files import write_atomic
 from schemas.options import Evaluate, Rewards
 from schemas.reports import Comparison, EvalReport, PolicyResult, RewardModelUse
-from schemas.tables import EVALUATION
 
 RESULT, TABLE = "eval.json", "eval.parquet"
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """One policy's answers to the queries that all policies answered, their references and its likelihoods of them."""
-
-    answers: Answers
-    rows: list[list[dict[str, Any]]]  # [queries][samples]
-    references: References
-    likelihoods: dict[str, tuple[float, int]]
+Row = dict[str, Any]
 
 
 def evaluate(options: Evaluate) -> EvalReport:
@@ -61,19 +49,16 @@ def evaluate(options: Evaluate) -> EvalReport:
         answers = sample_answers(policies, output, source, options)
     else:
         answers = stored_answers(policies, data, options.round)
-    rows = _common_rows(answers)
+    answers = _comparable(answers)
     if where is not None and given is not None:
-        refuse_strangers(where, given, {query[0]["query_id"]: None for query in rows[0]})
-    beside = references_beside(answers) if given is None else [given] * len(answers)
-    measured = [_measure(each, own, known, options) for each, own, known in zip(answers, rows, beside, strict=True)]
-    shown = [
-        Answers(each.policy, [row for query in own for row in query]) for each, own in zip(answers, rows, strict=True)
-    ]
-    names = score_answers(shown, options, output)
-    specs = zip(names, options.reward_model, strict=True)
-    uses = [RewardModelUse(name=name, trained=spec in options.trained_with) for name, spec in specs]
-    metrics, signature = _metrics(measured, uses)
-    _note_unequal_tokens(measured)
+        refuse_strangers(where, given, answers[0].by_query())
+    known = references_beside(answers) if given is None else [given] * len(answers)
+    precision = resolve_precision(options.precision)
+    for each, references in zip(answers, known, strict=True):
+        score_references(each, references, output, precision, options.microbatch_tokens)
+    uses = score_answers(answers, options, output)
+    metrics, signature = _metrics([each.by_query() for each in answers], uses)
+    _note_unequal_tokens(answers)
     report = EvalReport(
         queries=source or ", ".join(map(str, data)),
         seed=seed,
@@ -81,28 +66,31 @@ def evaluate(options: Evaluate) -> EvalReport:
         bleu_signature=signature,
         policies=[
             PolicyResult(
-                label=each.policy.label,
-                policy=each.policy.name,
+                label=policy.label,
+                policy=policy.name,
                 metrics={name: metric.estimate(seed) for name, metric in own.items()},
             )
-            for each, own in zip(answers, metrics, strict=True)
+            for policy, own in zip(policies, metrics, strict=True)
         ],
-        comparisons=_comparisons([p.label for p in policies], metrics, seed),
+        comparisons=_comparisons([policy.label for policy in policies], metrics, seed),
         settings={
             "data": [str(path) for path in data],
             "round": options.round,
             "references": where,
-            "precision": resolve_precision(options.precision),
+            "precision": precision,
             "reward_options": options.part(Rewards).values(),
             **(asked_settings(options, source) if source is not None else {}),
         },
     )
-    _save(output, report, measured)
+    reward_models = [use.model_dump() for use in uses]
+    provenance = {"queries": report.queries, "seed": seed, "reward_models": reward_models}
+    save_rows(output / TABLE, "evaluation", [row for each in answers for row in each.rows], provenance)
+    write_atomic(output / RESULT, report.to_json())
     return report
 
 
-def _common_rows(answers: Sequence[Answers]) -> list[list[list[dict[str, Any]]]]:
-    """[policies][queries][samples]: the rows of the queries that every policy answered, in the first one's order."""
+def _comparable(answers: Sequence[Answers]) -> list[Answers]:
+    """The answers to the queries that every policy answered, in the order of the first one's."""
     found = [each.by_query() for each in answers]
     common = [query for query in found[0] if all(query in other for other in found)]
     if not common:
@@ -110,11 +98,9 @@ def _common_rows(answers: Sequence[Answers]) -> list[list[list[dict[str, Any]]]]
             "the policies have no query in common, so they cannot be compared: give the queries an id column, or "
             "evaluate the policies one by one"
         )
-    rows = [[own[query] for query in common] for own in found]
+    asked = {query: found[0][query][0]["x"] for query in common}
     differ = [
-        query
-        for at, query in enumerate(common)
-        if not all(same_query(rows[0][at][0]["x"], row["x"]) for own in rows for row in own[at])
+        query for query, x in asked.items() if not all(same_query(x, row["x"]) for own in found for row in own[query])
     ]
     if differ:
         raise UsageError(
@@ -123,51 +109,41 @@ def _common_rows(answers: Sequence[Answers]) -> list[list[list[dict[str, Any]]]]
     left_out = len(set().union(*found)) - len(common)
     if left_out:
         print_to_log(f"{left_out} queries left out, which not every policy answered; {len(common)} are compared")
-    return rows
-
-
-def _measure(
-    answers: Answers,
-    rows: list[list[dict[str, Any]]],
-    known: References,
-    options: Evaluate,
-) -> _Measured:
-    """The references of the queries that are compared, and how likely the policy finds them."""
-    ids = (query[0]["query_id"] for query in rows)
-    references = {id: known[id] for id in ids if id in known}
-    likelihoods = score_references(answers, references, options.output, options.precision, options.microbatch_tokens)
-    return _Measured(answers, rows, references, likelihoods)
+    return [
+        Answers(each.policy, [row for query in common for row in own[query]])
+        for each, own in zip(answers, found, strict=True)
+    ]
 
 
 def _metrics(
-    measured: Sequence[_Measured], uses: Sequence[RewardModelUse]
+    policies: Sequence[dict[str, list[Row]]], uses: Sequence[RewardModelUse]
 ) -> tuple[list[dict[str, Metric]], str | None]:
-    """By policy: its metrics by name, rewards in the order of the reward models. And BLEU's signature."""
+    """Of each policy's rows by query: its metrics by name, rewards in the order of `uses`. And BLEU's signature."""
     found: list[dict[str, Metric]] = []
     signature = None
-    scored = [id for id in measured[0].likelihoods if all(id in each.likelihoods for each in measured)]
-    for each in measured:
+    scored = [id for id in policies[0] if all(own[id][0]["reference_nll"] is not None for own in policies)]
+    for queries in policies:
+        rows = list(queries.values())
         own: dict[str, Metric] = {
-            f"reward:{use.name}": _mean(each.rows, lambda r, at=at: r["rewards"][at]) for at, use in enumerate(uses)
+            f"reward:{use.name}": _mean(rows, lambda row, at=at: row["rewards"][at]) for at, use in enumerate(uses)
         }
         if scored:
-            own["perplexity"] = Perplexity(np.array([each.likelihoods[id] for id in scored], dtype=np.float64))
-        texts = [[row["y"] for row in query] for query in each.rows]
-        answered = [
-            (ys, each.references[query[0]["query_id"]])
-            for ys, query in zip(texts, each.rows, strict=True)
-            if query[0]["query_id"] in each.references
-        ]
-        if answered:
-            own["bleu"], signature = bleu([ys for ys, _ in answered], [reference for _, reference in answered])
-        own["length"] = _mean(each.rows, lambda row: row["tokens"])
-        own["truncated"] = _mean(each.rows, lambda row: row["finish"] == "length")
-        own |= {f"distinct_{n}": distinct(texts, n) for n in (1, 2)}
+            likelihoods = [(queries[id][0]["reference_nll"], queries[id][0]["reference_tokens"]) for id in scored]
+            own["perplexity"] = Perplexity(np.array(likelihoods, dtype=np.float64))
+        if answered := [query for query in rows if query[0]["reference"] is not None]:
+            own["bleu"], signature = bleu(_texts(answered), [query[0]["reference"] for query in answered])
+        own["length"] = _mean(rows, lambda row: row["tokens"])
+        own["truncated"] = _mean(rows, lambda row: row["finish"] == "length")
+        own |= {f"distinct_{n}": distinct(_texts(rows), n) for n in (1, 2)}
         found.append(own)
     return found, signature
 
 
-def _mean(rows: list[list[dict[str, Any]]], value: Any) -> Mean:
+def _texts(rows: list[list[Row]]) -> list[list[str]]:
+    return [[row["y"] for row in query] for query in rows]
+
+
+def _mean(rows: list[list[Row]], value: Any) -> Mean:
     return Mean(np.array([[sum(map(value, query)), len(query)] for query in rows], dtype=np.float64))
 
 
@@ -185,28 +161,12 @@ def _comparisons(labels: Sequence[str], metrics: Sequence[Mapping[str, Metric]],
     ]
 
 
-def _note_unequal_tokens(measured: Sequence[_Measured]) -> None:
-    first = measured[0].likelihoods
-    for each in measured[1:]:
-        if any(tokens != first[id][1] for id, (_, tokens) in each.likelihoods.items() if id in first):
+def _note_unequal_tokens(answers: Sequence[Answers]) -> None:
+    first = {row["query_id"]: row["reference_tokens"] for row in answers[0].rows}
+    for each in answers[1:]:
+        counts = [(row["reference_tokens"], first[row["query_id"]]) for row in each.rows]
+        if any(own != other for own, other in counts if own is not None and other is not None):
             print_to_log(
-                f"note: {each.answers.policy.label} and {measured[0].answers.policy.label} split the references into "
-                "different tokens: their perplexities and lengths are not comparable"
+                f"note: {each.policy.label} and {answers[0].policy.label} split the references into different tokens: "
+                "their perplexities and lengths are not comparable"
             )
-
-
-def _save(output: Path, report: EvalReport, measured: Sequence[_Measured]) -> None:
-    nothing = (None, None)
-    rows = [
-        {name: row[name] for name in EVALUATION.names if name in row}
-        | {"label": each.answers.policy.label, "policy": each.answers.policy.name}
-        | {"reference": each.references.get(row["query_id"])}
-        | dict(zip(("reference_nll", "reference_tokens"), each.likelihoods.get(row["query_id"], nothing), strict=True))
-        for each in measured
-        for query in each.rows
-        for row in query
-    ]
-    reward_models = [use.model_dump() for use in report.reward_models]
-    provenance = {"queries": report.queries, "seed": report.seed, "reward_models": reward_models}
-    save_rows(output / TABLE, "evaluation", rows, provenance)
-    write_atomic(output / RESULT, report.to_json())

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
+import pyarrow.compute as pc
 
-from ple_data.common.digests import json_digest, policy_name
-from ple_data.common.models import check_adapter, check_model
+from ple_data.common.digests import json_digest
 from ple_data.common.progress import Progress
-from ple_data.evaluation.purity import Scored, bin_edges, binned, count, theorem_bound
+from ple_data.evaluation.policies import NamedPolicy, named_policy
+from ple_data.evaluation.purity import bin_edges, binned, count, theorem_bound
 from ple_data.evaluation.purity_text import format_purity
 from ple_data.storage.parquet import parquet_bytes
 from ple_data.storage.store import Shard, Store
 from ple_train.log import print_to_log
-from ple_train.loss import sum_by_response
-from ple_train.model.batches import Sequence, micro_batches
+from ple_train.measure.perplexity import negative_log_likelihoods
+from ple_train.model.batches import Sequence
 from ple_train.model.policy import Policy, load_policy, resolve_precision
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
@@ -41,21 +40,6 @@ MEASURED = ["query_id", "round", "sample", "s", "s_prompt", "x_ids", "y_ids", "y
 _ROUND = re.compile(r"round=(\d+)$")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A policy to measure: how to load it, and the round whose training made it (None: the start, or unknown)."""
-
-    label: str
-    after_round: int | None
-    model: str
-    adapter: str | None
-    revision: str | None
-
-    @property
-    def name(self) -> str:
-        return policy_name(self.model, self.adapter, self.revision)
-
-
 def purity(options: Purity) -> str:
     """Measure every policy on the same pairs; write purity.json and purity.parquet to `output`; give the tables.
 
@@ -64,21 +48,24 @@ def purity(options: Purity) -> str:
     pairs (not the policies). Raises UsageError, DamagedError (a shard or a kept file).
     """
     sources, stores, output = _what(options)
-    round, normalized = options.round, options.normalized
+    round, where = options.round, ", ".join(str(store.root) for store in stores)
     shards = [(store, shard) for store in stores for shard in store.shards("pairs")]
     missing = sorted(set(round) - {shard.round for _, shard in shards})
     if missing:
-        raise UsageError(f"--round {missing[0]}: no pairs of that round in {_names(stores)}")
+        raise UsageError(f"--round {missing[0]}: no pairs of that round in {where}")
     shards = [(store, shard) for store, shard in shards if not round or shard.round in round]
     if not any(shard.rows for _, shard in shards):
-        raise UsageError(f"no pairs in {_names(stores)}: generate and score them first")
+        raise UsageError(f"no pairs in {where}: generate and score them first")
 
     resolved = resolve_precision(options.precision)
-    measured, vocabulary = [], 0
-    for source in sources:
-        pieces, vocabulary = _measure(source, shards, output, resolved, options.microbatch_tokens)
-        measured.append(pa.concat_tables(pieces))
-    report = _report(sources, measured, vocabulary, normalized, resolved, stores)
+    measured = [_measure(source, shards, output, resolved, options.microbatch_tokens) for source in sources]
+    report = PurityReport(
+        data=[str(store.root) for store in stores],
+        rounds=sorted(set(measured[0]["round"].to_pylist())),
+        normalized=options.normalized,
+        precision=resolved,
+        **_policies_and_bound(sources, measured, "mean_logps" if options.normalized else "sum_logps"),
+    )
     whole = pa.concat_tables(measured)
     write_atomic(output / "purity.parquet", parquet_bytes(KIND, whole, {}))
     write_atomic(output / "purity.json", report.to_json())
@@ -86,7 +73,7 @@ def purity(options: Purity) -> str:
     return format_purity(report)
 
 
-def _what(options: Purity) -> tuple[list[Source], list[Store], Path]:
+def _what(options: Purity) -> tuple[list[NamedPolicy], list[Store], Path]:
     """Policies, stores and output directory; existence and fit of every model are checked before any is loaded."""
     run, data, output = options.run, options.data, options.output
     if (run is None) == (options.model is None):
@@ -94,81 +81,63 @@ def _what(options: Purity) -> tuple[list[Source], list[Store], Path]:
     if run is not None:
         if options.adapter or options.revision:
             raise UsageError("--run finds the policies itself: leave out --adapter and --revision")
-        sources = _policies_of_run(run)
+        policies = list(_policies_of_run(run))
         data = data or (run / "data",)
         output = output or run / "purity"
     else:
         if not data or output is None:
             raise UsageError("--model needs --data and --output")
-        sources = _policies_given(str(options.model), options.adapter, options.revision)
-    for source in sources:
-        check_model(source.model)
-        if source.adapter:
-            check_adapter(source.adapter, source.model)
-    return sources, [Store(root) for root in data], output
+        policies = _policies_given(str(options.model), options.adapter, options.revision)
+    return policies, [Store(root) for root in data], output
 
 
-def _names(stores: list[Store]) -> str:
-    return ", ".join(str(store.root) for store in stores)
-
-
-def _policies_of_run(run: Path) -> list[Source]:
+def _policies_of_run(run: Path) -> Iterator[NamedPolicy]:
     if not (run / "recipe.yaml").is_file():
         raise UsageError(f"--run {run}: no run directory (it has no recipe.yaml); give --model, --adapter and --data")
     recipe = load_recipe(run / "recipe.yaml")
     start, revision = (str(run / "sft"), None) if recipe.sft else (recipe.model, recipe.revision)
-    sources = [Source("start", None, start, None, revision)]
+    yield named_policy("start", start, revision)
     for directory in sorted((run / "policy").glob("round=*")):
         place = _ROUND.search(directory.name)
         if place is None or not (directory / "ple.json").is_file():  # its last file: without it, not finished
             continue
-        t, whole = int(place[1]), not (directory / "adapter_config.json").is_file()
-        found = (str(directory), None, None) if whole else (start, str(directory), revision)
-        sources.append(Source(f"after {t}", t, *found))
-    return sources
+        t = int(place[1])
+        if (directory / "adapter_config.json").is_file():
+            yield named_policy(f"after {t}", start, revision, str(directory), t)
+        else:
+            yield named_policy(f"after {t}", str(directory), None, None, t)
 
 
-def _policies_given(model: str, adapters: tuple[str, ...], revision: str | None) -> list[Source]:
-    sources = [Source("start", None, model, None, revision)]
+def _policies_given(model: str, adapters: tuple[str, ...], revision: str | None) -> list[NamedPolicy]:
+    policies = [named_policy("start", model, revision)]
     for adapter in adapters:
         place = _ROUND.search(Path(adapter).name)
         label, t = (f"after {int(place[1])}", int(place[1])) if place else (Path(adapter).name, None)
-        if label in {source.label for source in sources}:
+        if label in {policy.label for policy in policies}:
             label = adapter
-        sources.append(Source(label, t, model, adapter, revision))
-    return sources
+        policies.append(named_policy(label, model, revision, adapter, t))
+    return policies
 
 
 def _measure(
-    source: Source, shards: list[tuple[Store, Shard]], output: Path, precision: str, microbatch_tokens: int
-) -> tuple[list[pa.Table], int]:
-    """The rows of every shard under one policy, computed where they are not kept yet, and the policy's |V|."""
-    name = source.name
-    directory = output / "logps" / json_digest([name, precision])
+    source: NamedPolicy, shards: list[tuple[Store, Shard]], output: Path, precision: str, microbatch_tokens: int
+) -> pa.Table:
+    """The rows of every shard under one policy, computed where they are not kept yet."""
+    directory = output / "logps" / json_digest([source.name, precision])
     paths = [directory / f"{shard.sha256[:16]}.parquet" for _, shard in shards]
-    to_do = [index for index, path in enumerate(paths) if not path.exists()]
-    done = sum(shard.rows for _, shard in shards) - sum(shards[index][1].rows for index in to_do)
-    policy = None
-    with Progress(f"purity of {source.label}", sum(shard.rows for _, shard in shards), "pairs", done=done) as progress:
-        for index in to_do:
-            if policy is None:
-                loaded = load_policy(
-                    source.model, adapter=source.adapter, revision=source.revision, precision=precision
-                )
-                policy = loaded.eval()
-                progress.restart_clock()
-            store, shard = shards[index]
+    to_do = [(path, *where) for path, where in zip(paths, shards, strict=True) if not path.exists()]
+    total = sum(shard.rows for _, shard in shards)
+    done = total - sum(shard.rows for *_, shard in to_do)
+    with Progress(f"purity of {source.label}", total, "pairs", done=done) as progress:
+        if to_do:
+            policy = load_policy(source.model, adapter=source.adapter, revision=source.revision, precision=precision)
+            progress.restart_clock()
+        for path, store, shard in to_do:
             rows = store.read(shard, columns=MEASURED)
-            scored = _score(policy, name, rows, shard.path, microbatch_tokens)
-            write_atomic(paths[index], parquet_bytes(KIND, scored, {}))
+            scored = _score(policy, source.name, rows, shard.path, microbatch_tokens)
+            write_atomic(path, parquet_bytes(KIND, scored, {}))
             progress.advance(shard.rows)
-    return [_read_piece(path, shard) for path, (_, shard) in zip(paths, shards, strict=True)], _vocabulary(source)
-
-
-def _vocabulary(source: Source) -> int:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(source.model, revision=source.revision).get_text_config().vocab_size
+    return pa.concat_tables([_read_piece(path, shard) for path, (_, shard) in zip(paths, shards, strict=True)])
 
 
 def _read_piece(path: Path, shard: Shard) -> pa.Table:
@@ -182,27 +151,24 @@ def _read_piece(path: Path, shard: Shard) -> pa.Table:
 
 def _score(policy: Policy, name: str, rows: pa.Table, path: Path, microbatch_tokens: int) -> pa.Table:
     """The rows of a shard in the columns of `purity_logps`."""
+    found = []
     records = rows.to_pylist()
-    columns: dict[str, list[Any]] = {field: [] for field in tables.PURITY_LOGPS.names}
     for first in range(0, len(records), PAIRS_AT_ONCE):
         part = records[first : first + PAIRS_AT_ONCE]
         for record, sums in zip(part, _sum_logps(policy, part, path, microbatch_tokens), strict=True):
-            columns["policy"].append(name)
-            for field in ("query_id", "round", "sample", "s", "s_prompt"):
-                columns[field].append(record[field])
-            columns["margin"].append(record["s_prompt"] - record["s"])
+            row = record | {"policy": name, "margin": record["s_prompt"] - record["s"]}
             for arm, total in zip(ARMS, sums, strict=True):
-                length = len(record[f"{arm}_ids"])
-                columns[f"sum_logps_{arm}"].append(total)
-                columns[f"mean_logps_{arm}"].append(None if total is None else total / length)
-    return pa.table(columns, schema=tables.PURITY_LOGPS)
+                row[f"sum_logps_{arm}"] = total
+                row[f"mean_logps_{arm}"] = None if total is None else total / len(record[f"{arm}_ids"])
+            found.append({column: row[column] for column in tables.PURITY_LOGPS.names})
+    return pa.Table.from_pylist(found, schema=tables.PURITY_LOGPS)
 
 
 def _sum_logps(
     policy: Policy, records: list[dict[str, Any]], path: Path, microbatch_tokens: int
 ) -> Iterator[tuple[float | None, float | None]]:
     """log pi(y|x) and log pi(y_prompt|x) of each pair in nats; equal responses get the very same number."""
-    sequences: dict[tuple[int, str], Sequence] = {}
+    sequences = []
     for index, record in enumerate(records):
         for arm in ARMS if record["y_ids"] != record["y_prompt_ids"] else ARMS[:1]:
             ids = np.array(record["x_ids"] + record[f"{arm}_ids"], dtype=np.int32)
@@ -214,57 +180,33 @@ def _sum_logps(
                 )
             sequence = Sequence(ids, len(record["x_ids"]), (index, arm), query=index)
             if sequence.response > 0 and (policy.positions is None or ids.size <= policy.positions):
-                sequences[index, arm] = sequence
-    sums: dict[tuple[int, str], float] = {}
-    with torch.no_grad():
-        for batch in micro_batches(list(sequences.values()), 1, microbatch_tokens, 1, 0, layout=policy.layout):
-            tokens = policy.collate(batch.sequences)
-            found = sum_by_response(policy(tokens).double(), tokens.responses, len(batch.sequences))
-            sums |= {sequence.tag: total for sequence, total in zip(batch.sequences, found.tolist(), strict=True)}
+                sequences.append(sequence)
+    nats = negative_log_likelihoods(policy, sequences, microbatch_tokens)
+    sums = {sequences[place].tag: -value for place, value in nats}
     for index, record in enumerate(records):
         same = record["y_ids"] == record["y_prompt_ids"]
         yield sums.get((index, "y")), sums.get((index, "y" if same else "y_prompt"))
 
 
-def _report(
-    sources: list[Source],
-    measured: list[pa.Table],
-    vocabulary: int,
-    normalized: bool,
-    precision: str,
-    stores: list[Store],
-) -> PurityReport:
-    which = "mean_logps" if normalized else "sum_logps"
-    policies = []
+def _policies_and_bound(sources: list[NamedPolicy], measured: list[pa.Table], logps: str) -> dict[str, Any]:
+    """The fields of a PurityReport that are counted from the rows of each policy; `logps`: the columns to compare."""
     first = measured[0]
-    margin, rounds = first["margin"].to_numpy(), first["round"].to_numpy().astype(np.int64)
+    margin, rounds = first["margin"].to_numpy(), first["round"].to_numpy()
     edges = bin_edges(margin)
+    policies = []
     for source, rows in zip(sources, measured, strict=True):
-        ratio = _floats(rows[f"{which}_y_prompt"]) - _floats(rows[f"{which}_y"])
-        pairs = Scored(margin, ratio, rounds)
+        ratio = pc.subtract(rows[f"{logps}_y_prompt"], rows[f"{logps}_y"]).to_numpy()  # NaN for null
         policies.append(
             PurityPolicy(
                 label=source.label,
                 policy=rows["policy"][0].as_py(),
                 after_round=source.after_round,
                 left_out=int(np.isnan(ratio).sum()),
-                all_pairs=count(pairs),
-                by_round=[count(pairs, t) for t in sorted(set(rounds.tolist()))],
-                bins=binned(pairs, edges),
+                all_pairs=count(margin, ratio),
+                by_round=[count(margin[rounds == t], ratio[rounds == t], t) for t in np.unique(rounds).tolist()],
+                bins=binned(margin, ratio, edges),
             )
         )
-    pure_sets = [policy.all_pairs.pure_sets for policy in policies]
-    bound = theorem_bound(first["s"].to_numpy(), first["s_prompt"].to_numpy(), pure_sets[0], pure_sets[-1], vocabulary)
-    return PurityReport(
-        data=[str(store.root) for store in stores],
-        rounds=sorted(set(rounds.tolist())),
-        normalized=normalized,
-        precision=precision,
-        policies=policies,
-        bound=bound,
-    )
-
-
-def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    """float64, NaN for null."""
-    return column.to_numpy(zero_copy_only=False).astype(np.float64)
+    start, end = policies[0].all_pairs.pure_sets, policies[-1].all_pairs.pure_sets
+    bound = theorem_bound(first["s"].to_numpy(), first["s_prompt"].to_numpy(), start, end)
+    return {"policies": policies, "bound": bound}

@@ -6,6 +6,7 @@ It never trains and never writes a file.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 
 import numpy as np
 
@@ -19,45 +20,27 @@ def sample_responses(
     queries: Sequence[str],
     *,
     adapter: str | None = None,
-    revision: str | None = None,
-    principle: str | None = None,
     engine: str | None = None,
     max_new_tokens: int = 1024,
     seed: int = 0,
 ) -> list[str]:
-    """One response to each query, in order, given x alone or [p, x] with a principle's name or file.
+    """One response to each query, in order, given x alone.
 
     A query's response depends on the seed and its place in the list, so that two policies are compared draw by draw.
     """
     from ple_data.common.models import check_adapter, check_model, end_ids, load_tokenizer
     from ple_data.engines import EngineSpec, Request, Sampling, choose_engine, make_engine
-    from ple_data.inputs.principles import load_principle, render
+    from ple_data.inputs.principles import render
 
     check_model(model)
-    tokenizer = load_tokenizer(model, revision, note=print_to_log)
-    guide = load_principle(principle) if principle else None
-    requests = [
-        Request(
-            index,
-            tuple(render(tokenizer, x, guide)),
-            int(np.random.SeedSequence([seed, index]).generate_state(1)[0]),
-        )
-        for index, x in enumerate(queries)
-    ]
-    units = [requests[first : first + BATCH] for first in range(0, len(requests), BATCH)]
-    longest = max(len(request.prompt_ids) for request in requests)
-    spec = EngineSpec(
-        model,
-        revision,
-        check_adapter(adapter, model) if adapter else None,
-        tokenizer,
-        end_ids(model, tokenizer, revision),
-        longest + max_new_tokens,
-    )
-    sampler = make_engine(choose_engine(engine), spec, {})
-    try:
-        sampling = Sampling(max_new_tokens=max_new_tokens, logprobs=False)
-        texts = {request.key: completion.text for request, completion in sampler.sample(iter(units), sampling)}
-    finally:
-        sampler.close()
+    tokenizer = load_tokenizer(model, note=print_to_log)
+    seeds = [int(np.random.SeedSequence([seed, index]).generate_state(1)[0]) for index in range(len(queries))]
+    requests = [Request(at, tuple(render(tokenizer, x)), seeds[at]) for at, x in enumerate(queries)]
+    longest = max(len(request.prompt_ids) for request in requests) + max_new_tokens
+    info = check_adapter(adapter, model) if adapter else None
+    spec = EngineSpec(model, None, info, tokenizer, end_ids(model, tokenizer), longest)
+    sampling = Sampling(max_new_tokens=max_new_tokens, logprobs=False)
+    with closing(make_engine(choose_engine(engine), spec, {})) as sampler:
+        units = (requests[first : first + BATCH] for first in range(0, len(requests), BATCH))
+        texts = {request.key: completion.text for request, completion in sampler.sample(units, sampling)}
     return [texts[index] for index in range(len(queries))]

@@ -12,9 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from ple_data.judge.agreement import fleiss_kappa, majority
 from ple_data.judge.page import arrange, page_digest, render_page
-from ple_data.judge.people import read_exports, write_page
+from ple_data.judge.people import fleiss_kappa, majority, read_exports, write_page
 from ple_data.judge.results import refuse_other
 from ple_data.judge.sources import Pair, choose, load_pairs
 from schemas import tables

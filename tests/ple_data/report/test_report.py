@@ -22,7 +22,7 @@ from ple_data.report.evaluation import evaluations, judged
 from ple_data.report.page import report
 from ple_data.report.pairs import LONGEST_TEXT, clipped, sample_pairs, visible, word_difference
 from ple_data.report.section import side
-from ple_data.report.sources import read_sources
+from ple_data.report.sources import Sources
 from ple_data.storage.parquet import save_rows
 from schemas.errors import DamagedError, UsageError
 from schemas.reports import EvalReport, JudgeReport
@@ -147,7 +147,7 @@ def test_figures_draw_the_numbers_they_are_given(rows):
 
 def test_training_curves_run_through_all_rounds(tmp_path):
     run = make_run(tmp_path / "run", [plain_rows(4), plain_rows(4, 1)])
-    steps, borders = training.numbered(read_sources(run, (), (), None, None).metrics)
+    steps, borders = training.numbered(Sources(run).metrics)
     assert borders == {0: 0, 1: 10}
     assert training.curves_of(steps, {"loss": "loss", "none": "mean_logps_rank_y"}, 5) == {
         "loss": [(3.0, -2.0), (8.0, -7.0), (13.0, -2.0), (18.0, -7.0)]
@@ -399,7 +399,7 @@ def test_a_reward_model_trained_where_it_is_marked_or_scored_the_pairs(tmp_path)
     assert "ndependent" not in page
     path = tmp_path / "eval" / "eval.json"
     path.write_text(path.read_text().replace('"second"', '"judge@0123456789ab"'))
-    second = read_sources(run, results["evals"], (), None, None).reward_models["judge@0123456789ab"]
+    second = Sources(run, results["evals"]).reward_models["judge@0123456789ab"]
     assert second.title == "R2 (trained)"
     assert second.legend == "R2: reward by judge@0123456789ab, which scored the pairs of this run."
 

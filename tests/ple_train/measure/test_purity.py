@@ -2,6 +2,7 @@
 of transformers, Theorem 5.3 by hand, and that nothing is computed twice.
 """
 
+import json
 import math
 import shutil
 import signal
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 import cli
 from ple_data.common.digests import policy_name
-from ple_data.evaluation.purity import Scored, bin_edges, binned, count, density_bounds, smallest_pure, theorem_bound
+from ple_data.evaluation.purity import bin_edges, binned, count, density_ratio, smallest_pure, theorem_bound
 from ple_data.evaluation.purity_text import format_purity
 from ple_data.storage.store import Store
 from ple_train.measure.purity import purity
@@ -92,36 +93,33 @@ def test_smallest_pure_e_by_hand(margins, ratios, e):
 
 def test_counts_and_bins_by_hand():
     """One pair without a log-probability, one with margin 0; -2, 1 and 4 agree, -1 and 3 do not."""
-    pairs = Scored(
-        np.array([-2.0, -1.0, 0.0, 1.0, 3.0, 4.0, 9.0]),
-        np.array([-1.0, 5.0, 1.0, 2.0, -2.0, 0.5, math.nan]),
-        np.array([0, 0, 0, 0, 1, 1, 1]),
-    )
-    everything = count(pairs)
+    margin = np.array([-2.0, -1.0, 0.0, 1.0, 3.0, 4.0, 9.0])
+    log_ratio = np.array([-1.0, 5.0, 1.0, 2.0, -2.0, 0.5, math.nan])
+    everything = count(margin, log_ratio)
     assert (everything.pairs, everything.ranked, everything.agree, everything.positive) == (6, 5, 3, 3)
     assert everything.pure_sets[0] == PureSet(percent=100, e=4.0, pairs=1)
-    second = count(pairs, 1)
+    second = count(margin[4:], log_ratio[4:], 1)
     assert (second.round, second.pairs, second.agree) == (1, 2, 1)
-    found = binned(pairs, [-2.0, -1.0, 0.0, 3.0, 9.0])
+    found = binned(margin, log_ratio, [-2.0, -1.0, 0.0, 3.0, 9.0])
     assert [(b.pairs, b.agree) for b in found] == [(2, 1), (0, 0), (1, 1), (2, 1)]
 
 
 @given(st.lists(st.floats(-5, 5).filter(bool), min_size=1, max_size=50))
 def test_every_pair_with_a_margin_is_in_one_bin(margins):
-    pairs = Scored(np.array(margins), np.ones(len(margins)), np.zeros(len(margins), dtype=np.int64))
-    assert sum(b.pairs for b in binned(pairs, bin_edges(pairs.margin))) == len(margins)
+    found = binned(np.array(margins), np.ones(len(margins)), bin_edges(np.array(margins)))
+    assert sum(b.pairs for b in found) == len(margins)
 
 
 # Theorem 5.3
 
 
-def test_density_bounds_of_a_two_step_density():
+def test_density_ratio_of_a_two_step_density():
     """Density 0.75 on [0, 1), 0.25 on [1, 2): l is about 3 (bins that straddle 1 lie between)."""
     margins = np.concatenate([np.linspace(0, 1, 7500, endpoint=False), np.linspace(1, 2, 2500, endpoint=False)])
-    low, high = density_bounds(margins)
-    assert low == pytest.approx(0.25, rel=0.02)
-    assert high == pytest.approx(0.75, rel=0.02)
-    assert density_bounds(np.ones(5)) is None
+    assert density_ratio(margins) == pytest.approx(3, rel=0.03)
+    assert density_ratio(np.concatenate([np.linspace(0, 1, 500), np.linspace(9, 10, 500)])) is None
+    assert density_ratio(np.ones(5)) is None
+    assert density_ratio(np.array([0.0, 1.0])) is None  # no margin between the quantiles
 
 
 def pure(e: float | None) -> list[PureSet]:
@@ -137,27 +135,17 @@ def uniform_rewards() -> tuple[np.ndarray, np.ndarray]:
 def test_bound_by_hand():
     """e_0 = 4 and e_end = 2 are 0.4 and 0.2 of the rewards' range of 10; L(0.4) holds r = 0.4 ... 1, median 0.7."""
     s, s_prompt = uniform_rewards()
-    bound = theorem_bound(s, s_prompt, pure(4.0), pure(2.0), vocabulary=2)
-    assert (bound.e_0, bound.epsilon, bound.percent) == (pytest.approx(0.4), pytest.approx(0.2), 100)
+    bound = theorem_bound(s, s_prompt, pure(4.0), pure(2.0))
+    assert (bound.e_0, bound.e_end, bound.percent) == (pytest.approx(0.4), pytest.approx(0.2), 100)
     assert bound.l == pytest.approx(1, rel=0.05)
-    assert bound.alpha_limit == pytest.approx((0.4 - 0.2 / 6) / 0.6)
-    assert bound.rounds == pytest.approx(6 * bound.l / 0.2 * math.log((1 - 0.2) / (1 / 2 - 0.4)))
     assert bound.median_reward == pytest.approx(0.7)
     assert bound.rounds_by_proof == pytest.approx(6 * bound.l / 0.2 * math.log((0.7 - 0.2) / (0.7 - 0.4)))
-
-
-def test_condition_1_holds_for_every_alpha_at_the_highest_e_0():
-    """e_0 >= (alpha + epsilon/6) / (1 + alpha): 1 >= (alpha + 0.08) / (1 + alpha) always, 0.05 >= ... + 0.5/6 never."""
-    s, s_prompt = uniform_rewards()
-    for e_0, limit, words in ((10.0, 1.0, "every alpha"), (0.5, None, "no alpha")):
-        bound = theorem_bound(s, s_prompt, pure(e_0), pure(5.0), vocabulary=2)
-        assert bound.alpha_limit == limit
-        assert f"condition (1) holds for {words} of Eq. 8" in bound_text(bound)
+    assert bound.says == ""
 
 
 def test_the_bounds_text_says_what_the_numbers_are():
     """Eq. 17 has the factor alpha, so the number is the one for alpha = 1; l is an estimate that errs both ways."""
-    bound = theorem_bound(*uniform_rewards(), pure(4.0), pure(2.0), vocabulary=2)
+    bound = theorem_bound(*uniform_rewards(), pure(4.0), pure(2.0))
     text = bound_text(bound)
     assert (
         f"at most {bound.rounds_by_proof:.4g} rounds from e_0 to e_end for alpha = 1; that number times alpha" in text
@@ -172,17 +160,31 @@ def bound_text(bound: PurityBound) -> str:
 
 def test_bound_says_why_it_says_nothing():
     s, s_prompt = uniform_rewards()
-    printed = theorem_bound(s, s_prompt, pure(4.0), pure(2.0), vocabulary=50_000)
-    assert printed.rounds is None
-    assert "1/|V| = 2e-05 is not above e_0 = 0.4" in printed.says
-    assert "no level set is pure for the first policy" in theorem_bound(s, s_prompt, pure(None), pure(2.0), 9).says
-    assert "no level set is pure for the last policy" in theorem_bound(s, s_prompt, pure(2.0), pure(None), 9).says
-    risen = theorem_bound(s, s_prompt, pure(2.0), pure(4.0), vocabulary=2)
+    assert "no level set is pure for the first policy" in theorem_bound(s, s_prompt, pure(None), pure(2.0)).says
+    assert "no level set is pure for the last policy" in theorem_bound(s, s_prompt, pure(2.0), pure(None)).says
+    assert "no level set is pure for the first policy" in theorem_bound(s, s, pure(None), pure(None)).says
+    risen = theorem_bound(s, s_prompt, pure(2.0), pure(4.0))
     assert risen.rounds_by_proof is None
     assert "e did not fall" in risen.says
-    assert "all rewards are equal" in theorem_bound(s, s, pure(2.0), pure(1.0), 9).says
+    assert "is e_0 itself" in theorem_bound(s, s_prompt, pure(10.0), pure(5.0)).says
     gap = np.concatenate([np.linspace(0, 1, 500), np.linspace(9, 10, 500)])
-    assert "density is 0 somewhere" in theorem_bound(np.zeros(1000), gap, pure(2.0), pure(1.0), 9).says
+    assert "density is 0 somewhere" in theorem_bound(np.zeros(1000), gap, pure(2.0), pure(1.0)).says
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_bound_of_an_older_version_is_read_without_the_printed_conditions(version, tmp_path):
+    """Version 1 knew no precision; both held conditions (1) and (3) as printed, and what they were made from."""
+    record = json.loads(purity_report("p").to_json()) | {"version": version}
+    old = dict.fromkeys(("reward_low", "reward_high", "density_low", "density_high"), 0.5)
+    record["bound"] |= old | {"vocabulary": 9, "epsilon": 0.2, "alpha_limit": 1.0, "rounds": None, "e_0": 0.4}
+    if version == 1:
+        del record["precision"]
+    (tmp_path / "purity.json").write_text(json.dumps(record))
+    found = read_record(PurityReport, tmp_path / "purity.json")
+    assert found.bound == purity_report("p").bound.model_copy(update={"e_0": 0.4})
+    (tmp_path / "purity.json").write_text(json.dumps(record | {"bound": 7}))
+    with pytest.raises(DamagedError, match="not a readable PurityReport record"):
+        read_record(PurityReport, tmp_path / "purity.json")
 
 
 def test_bound_takes_the_strictest_purity_that_both_policies_reach():
@@ -197,7 +199,7 @@ def test_bound_takes_the_strictest_purity_that_both_policies_reach():
         PureSet(percent=95, e=3.0, pairs=9),
         PureSet(percent=90, e=1.0, pairs=9),
     ]
-    bound = theorem_bound(s, s_prompt, first, last, vocabulary=2)
+    bound = theorem_bound(s, s_prompt, first, last)
     assert (bound.percent, bound.e_0, bound.e_end) == (95, pytest.approx(0.6), pytest.approx(0.3))
 
 
@@ -279,7 +281,6 @@ def test_log_probabilities_are_those_of_a_plain_float64_loop(policy, adapters, d
             assert found.e == brute_force(margins, ratios, found.percent)
     assert "2 pairs left out" in text
     assert text == format_purity(report)
-    assert report.bound.vocabulary == 372
     assert max(len(line) for line in text.splitlines()) <= 110
 
 
