@@ -19,7 +19,7 @@ from ple_data.storage.store import collect, scan_shards
 from ple_train.model.batches import Sequence
 from ple_train.snapshot import ID_COLUMNS, SnapshotShard, base_of, base_of_round, fits, read_rows
 from schemas.errors import UsageError
-from schemas.options import Train, Without
+from schemas.options import Train
 from schemas.tables import ARMS
 
 WINDOW_ROWS = 16_384
@@ -36,43 +36,24 @@ class Response:
     coefficient: float
 
 
-@dataclass(frozen=True)
-class Partition:
-    """How rows become coefficients: tau_t of this round and the options of `ple_data.partition.partition`."""
-
-    tau: float
-    normalize_wsft: bool = False
-    sft_anchor: float = 0.0
-    without: Without | None = None
-
-    @classmethod
-    def of(cls, options: Train) -> Partition:
-        """That of a training. Raises UsageError for a threshold that is none."""
-        threshold = tau(options.tau0, options.alpha, options.round)
-        return cls(threshold, options.normalize_wsft, options.sft_anchor, options.without)
-
-    def expressions(self) -> list[pl.Expr]:
-        """Columns set, c and c_prompt (and the rest of the partition)."""
-        return partition(self.tau, normalize_wsft=self.normalize_wsft, anchor=self.sft_anchor, without=self.without)
-
-
 class PairStream:
     """Global batches of `batch_size` pairs (two sequences each); the last of an epoch is short, never dropped.
 
-    In an ablation (`Partition.without`) responses with the coefficient 0 stay out: they would cost and teach nothing.
+    In an ablation (`without`) responses with the coefficient 0 stay out: they would cost and teach nothing.
     """
 
     def __init__(
-        self,
-        snapshot: list[SnapshotShard],
-        partition: Partition,
-        options: Train,
-        limits: Limits,
-        window_rows: int = WINDOW_ROWS,
+        self, snapshot: list[SnapshotShard], options: Train, limits: Limits, window_rows: int = WINDOW_ROWS
     ) -> None:
-        self.snapshot, self.round, self.partition = snapshot, options.round, partition
-        self.batch_size, self.seed, self.max_length = options.batch_size, options.seed, options.max_length
-        self.limits, self.window_rows = limits, window_rows
+        self.snapshot, self.limits, self.window_rows = snapshot, limits, window_rows
+        self.round, self.without, self.max_length = options.round, options.without, options.max_length
+        self.batch_size, self.seed = options.batch_size, options.seed
+        self.partition = partition(
+            tau(options.tau0, options.alpha, options.round),
+            normalize_wsft=options.normalize_wsft,
+            anchor=options.sft_anchor,
+            without=options.without,
+        )
         self.pairs = sum(s.rows for s in snapshot)
         self.steps_per_epoch = -(-self.pairs // self.batch_size)
 
@@ -106,7 +87,7 @@ class PairStream:
             if skip < rows:
                 shuffle = np.random.default_rng([self.seed, epoch, number]).permutation(rows)[skip:]
                 frames = [read_rows(part, STREAMED, self.max_length) for part in window]
-                yield pl.concat(frames)[shuffle].with_columns(self.partition.expressions())
+                yield pl.concat(frames)[shuffle].with_columns(self.partition)
             skip = max(0, skip - rows)
             window, number = [], number + 1
 
@@ -114,7 +95,7 @@ class PairStream:
         sequences = []
         for number, row in enumerate(rows.iter_rows(named=True)):
             for arm, coefficient in zip(ARMS, (row["c"], row["c_prompt"]), strict=True):
-                if self.partition.without and coefficient == 0:
+                if self.without and coefficient == 0:
                     continue
                 ids = np.array(row["x_ids"] + row[f"{arm}_ids"], dtype=np.int32)
                 refuse_foreign_ids(ids, f"query {row['query_id']!r} of round {row['round']}: x and {arm}", self.limits)

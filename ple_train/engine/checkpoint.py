@@ -117,7 +117,10 @@ class Checkpoints:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        _restore_optimizer(parameters, optimizer, moments)
+        for full_name, moment in moments.items():
+            name, key = full_name.rsplit("|", 1)
+            device = "cpu" if key == "step" else parameters[name].device
+            optimizer.state[parameters[name]][key] = moment.to(device)
         return state.step, metrics
 
     def clear(self) -> None:
@@ -146,13 +149,3 @@ def _optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.opt
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def _restore_optimizer(
-    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    for full_name, tensor in tensors.items():
-        name, key = full_name.rsplit("|", 1)
-        parameter = parameters[name]
-        device = "cpu" if key == "step" else parameter.device
-        optimizer.state[parameter][key] = tensor.to(device)

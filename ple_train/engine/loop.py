@@ -13,37 +13,23 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ple_data.common.device import default_device
-from ple_data.common.extras import missing
+from ple_data.common.extras import need
 from ple_data.common.progress import Progress
 from ple_train.engine.checkpoint import Checkpoints
-from ple_train.model.batches import Layout, MicroBatch, Stream, micro_batches
+from ple_train.model.batches import Stream, micro_batches
+from ple_train.objectives import Objective
 from schemas.errors import PleError
 from schemas.options import Loop
 
 STEPS_AHEAD = {"cuda": 1}
 """Steps at work while an earlier one is read, so that a GPU never waits for the host; a CPU has no queue."""
-
-
-class Objective(Protocol):
-    """A loss on micro-batches, and what to add up over micro-batches and processes; `summarise` makes metrics of it.
-
-    A call gives the loss and [sums] float64, both on the model's device, and never waits for it.
-    """
-
-    sums: tuple[str, ...]
-    layout: Layout  # how the sequences of a micro-batch lie
-    remedy: str  # what may help when the loss stops being finite
-
-    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]: ...
-
-    def summarise(self, sums: dict[str, float]) -> dict[str, float]: ...
 
 
 def learning_rate_at(step: int, total: int, settings: Loop) -> float:
@@ -56,17 +42,6 @@ def learning_rate_at(step: int, total: int, settings: Loop) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def available_trackers() -> set[str]:
-    """Names of the metric trackers whose packages are installed."""
-    from accelerate.utils import is_tensorboard_available, is_wandb_available
-
-    return {
-        name
-        for name, there in {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}.items()
-        if there
-    }
-
-
 def make_accelerator(report_to: str | None = None, directory: Path | None = None) -> Any:
     """The `Accelerator` of this process, one of one or of many (torchrun, accelerate launch).
 
@@ -75,13 +50,12 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
-    if report_to and report_to not in available_trackers():
-        raise missing(report_to, f"--report-to {report_to} writes with")
-    broadcast = DistributedDataParallelKwargs(broadcast_buffers=False)
+    if report_to:
+        need(report_to, f"--report-to {report_to} writes with")
     return Accelerator(
         mixed_precision="no",  # autocast is the loop's own: one process may train in several precisions
         cpu=default_device().type == "cpu",
-        kwargs_handlers=[broadcast],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         log_with=report_to,
         project_dir=directory,
     )

@@ -40,7 +40,7 @@ class Policy(nn.Module):
         config = base.config.get_text_config()
         self._base = [base]  # in a list: a view of self.model, not a second submodule
         self.vocabulary: int = base.get_output_embeddings().weight.shape[0]
-        self.positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.positions = positions_of(base)
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         self.layout: Layout = "packed"
@@ -158,6 +158,11 @@ class Policy(nn.Module):
             f"hidden states and output layer: this architecture (or an adapter on its output layer) is not supported "
             f"({why})"
         )
+
+
+def positions_of(causal: Any) -> int | None:
+    """The positions of a causal language model; None where its configuration does not say."""
+    return getattr(causal.config.get_text_config(), "max_position_embeddings", None)
 
 
 def resolve_precision(precision: str) -> str:
