@@ -103,7 +103,7 @@ def write_store(root: Path, rows: int, rounds: int, unit: int | None = None) -> 
 def open_stream(root: Path) -> dict[str, float]:
     """Seconds from the freezing of the snapshot to the first batch, imports done, and this process's peak memory."""
     from ple_data.storage.store import Store
-    from ple_train.snapshot import freeze, record_of, warn_of_another_sampler, warn_of_unfinished_rounds
+    from ple_train.snapshot import freeze, record_of, warn_of_another_sampler
     from ple_train.stream import PairStream, refuse_unfit_pairs
     from ple_train.train import print_partition
     from schemas.options import Train
@@ -112,7 +112,6 @@ def open_stream(root: Path) -> dict[str, float]:
     began = time.perf_counter()
     snapshot = freeze([root], last, None)
     record_of(snapshot, {}).to_json()
-    warn_of_unfinished_rounds(snapshot)
     warn_of_another_sampler(snapshot, last, POLICY)
     options = Train(model="m", data=[root], round=last, output="none")
     print_partition(snapshot, options)

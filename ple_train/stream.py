@@ -1,15 +1,14 @@
 """Pairs of a frozen snapshot → global batches of weighted sequences. Reads committed shards; never writes.
 
 The order is a function of (seed, epoch) alone: shards are permuted, read a window at a time, and the rows of a
-window are permuted. Memory holds one window, however many rows there are. The partition (set, coefficients) comes
-from `ple_data.partition`, the one home of Eqs. 3 to 5 and 7.
+window are permuted. Memory holds one window. The partition (set, coefficients) is that of `ple_data.partition`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -97,8 +96,7 @@ class PairStream:
             for arm, coefficient in zip(ARMS, (row["c"], row["c_prompt"]), strict=True):
                 if self.without and coefficient == 0:
                     continue
-                ids = np.array(row["x_ids"] + row[f"{arm}_ids"], dtype=np.int32)
-                refuse_foreign_ids(ids, f"query {row['query_id']!r} of round {row['round']}: x and {arm}", self.limits)
+                ids = checked_ids(row, f"{arm}_ids", arm, self.limits)
                 tag = Response(arm, row["set"], self.round - row["round"], coefficient)
                 sequence = Sequence(ids, len(row["x_ids"]), tag, query=number)
                 if sequence.response > 0:
@@ -113,8 +111,13 @@ class Limits(Protocol):
     positions: int | None
 
 
-def refuse_foreign_ids(ids: np.ndarray, what: str, limits: Limits) -> None:
-    """Raise UsageError where stored ids [n] are not the model's, or more than it has positions; `what` names them."""
+def checked_ids(row: dict[str, Any], column: str, name: str, limits: Limits) -> np.ndarray:
+    """Ids of x and of the response in a column of a row, [n] int32; `name` is the response in messages.
+
+    Raises UsageError where they are not the model's, or more than it has positions.
+    """
+    ids = np.array([*row["x_ids"], *row[column]], dtype=np.int32)
+    what = f"query {row['query_id']!r} of round {row['round']}: x and {name}"
     if ids.size and ids.max() >= limits.vocabulary:
         raise UsageError(
             f"{what} hold token {ids.max()}, but the model's vocabulary has {limits.vocabulary}; these pairs were made "
@@ -125,10 +128,11 @@ def refuse_foreign_ids(ids: np.ndarray, what: str, limits: Limits) -> None:
             f"{what} have {ids.size} tokens, over the {limits.positions} positions of the model; use --max-length "
             f"{limits.positions}"
         )
+    return ids
 
 
 def refuse_unfit_pairs(parts: list[SnapshotShard], limits: Limits, max_length: int | None, policy: str) -> None:
-    """Raise UsageError where a pair that will be trained on is not for the model: see `refuse_foreign_ids`.
+    """Raise UsageError where a pair that will be trained on is not for the model: see `checked_ids`.
 
     So that no training stops at such a pair after hours, the token ids of all rounds are read once; but not of rounds
     that were begun with this very base model (`policy` is a name with digests), of which ple-gen has seen to it. What
@@ -144,5 +148,4 @@ def refuse_unfit_pairs(parts: list[SnapshotShard], limits: Limits, max_length: i
     columns = ["query_id", "round", *ID_COLUMNS]
     for row in collect(rows.filter(unfit).head(1).select(columns)).iter_rows(named=True):
         for arm in ARMS:
-            ids = np.array(row["x_ids"] + row[f"{arm}_ids"])
-            refuse_foreign_ids(ids, f"query {row['query_id']!r} of round {row['round']}: x and {arm}", limits)
+            checked_ids(row, f"{arm}_ids", arm, limits)

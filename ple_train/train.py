@@ -11,6 +11,7 @@ from ple_data.partition import rank_shares, round_statistics, tau
 from ple_data.partition import warnings as partition_warnings
 from ple_data.storage.store import Store, collect, scan_shards
 from ple_train import snapshot as snapshots
+from ple_train.engine.checkpoint import newest_checkpoint
 from ple_train.engine.session import Session
 from ple_train.log import print_to_log
 from ple_train.objectives import make_objective
@@ -41,7 +42,7 @@ def train(options: Train) -> None:
             print_partition(snapshot, options)
         session.load_tokenizer()
         policy = session.load_policy()
-        if not session.checkpoints.newest():
+        if not newest_checkpoint(session.checkpoints.directory):
             refuse_unfit_pairs(snapshot, policy, options.max_length, session.weights)
         stream = PairStream(snapshot, options, policy)
         history = session.fit(policy, stream, make_objective("ple", policy, options.trust_region))
@@ -55,10 +56,8 @@ def dry_run(options: Train) -> str:
     from ple_data.inspection import format_statistics
 
     snapshots.refuse_doubled_stores(options.data)
-    snapshots.warn_of_unfinished_rounds(snapshots.freeze(options.data, options.round, options.max_length))
-    snapshots.refuse_doubled_pairs(options.data, options.round)
-    found = statistics(options)
-    return format_statistics(found, tau0=options.tau0, alpha=options.alpha, at_round=options.round)
+    snapshots.freeze(options.data, options.round, options.max_length)
+    return format_statistics(statistics(options), tau0=options.tau0, alpha=options.alpha, at_round=options.round)
 
 
 def statistics(options: Train) -> pl.DataFrame:

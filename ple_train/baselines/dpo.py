@@ -11,7 +11,6 @@ import shutil
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from ple_data import selection
@@ -22,7 +21,7 @@ from ple_train.baselines.responses import CHOSEN_FROM
 from ple_train.engine.session import Session
 from ple_train.log import print_to_log
 from ple_train.model.policy import positions_of
-from ple_train.stream import refuse_foreign_ids
+from ple_train.stream import checked_ids
 from schemas.errors import UsageError
 from schemas.options import Dpo
 
@@ -51,7 +50,11 @@ def dpo(options: Dpo) -> None:
             raise UsageError(f"all {ties} pairs of --data have equal rewards: there is nothing to prefer")
         print_to_log(f"dpo: {pairs.height} pairs; {ties} left out, their rewards are equal")
         tokenizer, policy = session.load_tokenizer(), session.load_causal_lm()
-        _refuse_foreign_pairs(pairs, policy)
+        vocabulary = policy.get_output_embeddings().weight.shape[0]
+        limits = SimpleNamespace(vocabulary=vocabulary, positions=positions_of(policy))
+        for row in pairs.select("query_id", "round", *IDS).iter_rows(named=True):
+            for column in ("chosen_ids", "rejected_ids"):
+                checked_ids(row, column, "response", limits)
         scratch = session.private / "trl"
         with trl_tools.quiet_trl():
             history = _train(policy, pairs, tokenizer, options, trl_tools.training_arguments(scratch, options))
@@ -60,15 +63,6 @@ def dpo(options: Dpo) -> None:
         sampled = snapshots.sampled_by_round(snapshot, ("y_ids", "y_prompt_ids"))
         what = f"dpo, round {options.round}"
         session.finish(policy, history, what, sampled=sampled, trained=options.epochs * trained)
-
-
-def _refuse_foreign_pairs(pairs: pl.DataFrame, policy: Any) -> None:
-    """Raise UsageError where a pair's ids are not the model's, or too many for it."""
-    vocabulary = policy.get_output_embeddings().weight.shape[0]
-    limits = SimpleNamespace(vocabulary=vocabulary, positions=positions_of(policy))
-    for query, round, x_ids, *responses in pairs.select("query_id", "round", *IDS).iter_rows():
-        for ids in responses:
-            refuse_foreign_ids(np.array([*x_ids, *ids]), f"query {query!r} of round {round}: x and response", limits)
 
 
 def _train(

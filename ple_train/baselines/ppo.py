@@ -173,7 +173,7 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Run TRL's trainer until the budget is spent, in place → metrics of every step."""
     from datasets import Dataset
-    from transformers import GenerationConfig, TrainerCallback, set_seed
+    from transformers import GenerationConfig, set_seed
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     queries = list(scorer.texts)
@@ -201,16 +201,12 @@ def _train(
         data_collator=collate,
     )
 
-    class Budget(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if scorer.tokens >= budget:
-                raise trl_tools.Enough
-
     optimizer = trainer.optimizer.optimizer
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(weights, trainer.args.max_grad_norm) and None)
     # else the last batch of a pass over the queries would take a step after every micro-batch
     trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
     trainer.accelerator.print = lambda *_: None  # a banner
-    trainer.add_callback(Budget())
-    return trl_tools.run_trainer(trainer, Progress("sampling and training", budget, "tokens"), lambda: scorer.tokens)
+    return trl_tools.run_trainer(
+        trainer, Progress("sampling and training", budget, "tokens"), lambda: scorer.tokens, budget
+    )

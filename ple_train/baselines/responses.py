@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from ple_data import selection
@@ -21,7 +20,7 @@ from ple_train.log import print_to_log
 from ple_train.model.batches import Sequence
 from ple_train.objectives import make_objective
 from ple_train.sft import read_sequences, sequence_stream
-from ple_train.stream import Limits, refuse_foreign_ids
+from ple_train.stream import Limits, checked_ids
 from ple_train.train import note_principle
 from schemas.errors import UsageError
 from schemas.options import Baseline, BaselineSft
@@ -103,9 +102,8 @@ def choose(
         frames = [CHOOSERS[method](snapshots.read_rows(part, CHOSEN_FROM, max_length)) for part in snapshot]
         rows = selection.best(pl.concat(frames)) if method == "raft" else pl.concat(frames)
     sequences = []
-    for query, round, x_ids, ids in rows.select("query_id", "round", "x_ids", "ids").iter_rows():
-        sequence = Sequence(np.array([*x_ids, *ids], dtype=np.int32), len(x_ids))
-        refuse_foreign_ids(sequence.ids, f"query {query!r} of round {round}: x and response", limits)
+    for row in rows.select("query_id", "round", "x_ids", "ids").iter_rows(named=True):
+        sequence = Sequence(checked_ids(row, "ids", "response", limits), len(row["x_ids"]))
         if sequence.response > 0 and (max_length is None or len(sequence.ids) <= max_length):
             sequences.append(sequence)
     if not sequences:

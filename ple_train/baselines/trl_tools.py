@@ -107,14 +107,16 @@ def micro_batching(batch_size: int, at_once: int) -> dict[str, int]:
     return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": batch_size // rows}
 
 
-class Enough(Exception):
-    """A callback raises it to end the training: TRL's loop for PPO knows no other way out."""
+class _Enough(Exception):
+    """Ends a training: TRL's loop for PPO knows no other way out."""
 
 
-def run_trainer(trainer: Any, progress: Progress, done: Callable[[], int] | None = None) -> list[dict[str, Any]]:
-    """Run TRL's trainer to its end, in place → metrics of every step.
+def run_trainer(
+    trainer: Any, progress: Progress, done: Callable[[], int] | None = None, enough: float = math.inf
+) -> list[dict[str, Any]]:
+    """Run TRL's trainer, in place → metrics of every step. It ends with the step that brings `done()` to `enough`.
 
-    The progress line moves to `done()`, else a step at a time. Raises PleError when a loss is not finite.
+    The progress line moves to `done()`, which counts steps if not given. Raises PleError when a loss is not finite.
     """
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback
@@ -124,6 +126,10 @@ def run_trainer(trainer: Any, progress: Progress, done: Callable[[], int] | None
     class Steps(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.began, self.done = time.perf_counter(), 0
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if self.done >= enough:
+                raise _Enough
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             logs = logs or {}
@@ -142,6 +148,6 @@ def run_trainer(trainer: Any, progress: Progress, done: Callable[[], int] | None
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Steps())
-    with progress, contextlib.suppress(Enough):
+    with progress, contextlib.suppress(_Enough):
         trainer.train()
     return history

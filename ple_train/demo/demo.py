@@ -23,6 +23,7 @@ from ple_train.log import print_to_log
 from ple_train.run.child import run_child
 from ple_train.run.rounds import find_program, refuse_failure
 from schemas.errors import UsageError
+from schemas.files import write_atomic
 from schemas.options import Rewards
 from schemas.reports import Estimate
 
@@ -51,7 +52,6 @@ def demo(output: Path, *, rounds: int) -> str:
 def _write_world(output: Path, rounds: int) -> Path:
     """Data, untrained model and recipe; the same bytes each time."""
     from ple_data.inputs.principles import load_principle
-    from schemas.files import write_atomic
 
     data = output / "data"
     every = toyworld.openings()
@@ -111,7 +111,6 @@ def _measured(output: Path, t: int) -> Measure:
     from ple_data.rewards import load_reward_model
     from ple_train.measure.perplexity import perplexity
     from ple_train.measure.sample import sample_responses
-    from schemas.files import write_atomic
 
     name = "start" if t < 0 else f"round={t:03d}"
     cache = output / "measures" / f"{name}.json"

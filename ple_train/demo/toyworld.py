@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from schemas.files import write_atomic
+
 _WORDS = json.loads(Path(__file__).with_name("grammar.json").read_text(encoding="utf-8"))
 
 
@@ -90,7 +92,4 @@ _POLARITY = {sentence: polarity for polarity in (-1, 0, 1) for sentence in sente
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes rows as JSONL, in place at once."""
-    from schemas.files import write_atomic
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))

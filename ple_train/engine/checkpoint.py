@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ple_data.common.settings import Settings
 from schemas.errors import DamagedError, PleError, UsageError
@@ -50,16 +50,6 @@ class Checkpoints:
         self.directory, self.settings = directory, settings
         self.machine = {} if machine is None else machine
 
-    def newest(self) -> Path | None:
-        """The last complete checkpoint."""
-        return _newest(self.directory)
-
-    @staticmethod
-    def newest_state(directory: Path) -> CheckpointState | None:
-        """What the last complete checkpoint of a directory says. Raises DamagedError."""
-        newest = _newest(directory)
-        return read_record(CheckpointState, newest / "state.json", _advice(newest)) if newest else None
-
     def save(
         self,
         step: int,
@@ -77,10 +67,14 @@ class Checkpoints:
         writing = self.directory / f"writing-{uuid.uuid4().hex}"
         writing.mkdir()
         with saving(writing):
-            save_file(
-                {n: p.detach().contiguous().cpu() for n, p in parameters.items()}, writing / "weights.safetensors"
-            )
-            save_file(_optimizer_tensors(parameters, optimizer), writing / "optimizer.safetensors")
+            weights = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
+            save_file(weights, writing / "weights.safetensors")
+            moments = {
+                f"{name}|{key}": value.detach().contiguous().cpu()
+                for name, parameter in parameters.items()
+                for key, value in optimizer.state.get(parameter, {}).items()
+            }
+            save_file(moments, writing / "optimizer.safetensors")
             pq.write_table(pa.Table.from_pylist(metrics), writing / "metrics.parquet")
             command = self.settings.kind.__name__
             state = CheckpointState(command=command, step=step, settings=self.settings.values, machine=self.machine)
@@ -101,10 +95,10 @@ class Checkpoints:
 
         Raises UsageError when it was written with other settings, DamagedError when it cannot be read.
         """
-        newest = self.newest()
+        newest = newest_checkpoint(self.directory)
         if newest is None:
             return 0, []
-        state = read_record(CheckpointState, newest / "state.json", _advice(newest))
+        state = read_state(newest)
         try:
             weights = load_file(newest / "weights.safetensors")
             moments = load_file(newest / "optimizer.safetensors")
@@ -128,24 +122,22 @@ class Checkpoints:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The last complete checkpoint in a directory."""
+    found = [p for p in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{8}", p.name)]
+    return max(found, default=None, key=lambda p: p.name)
+
+
+def read_state(checkpoint: Path) -> CheckpointState:
+    """What a checkpoint says of itself. Raises DamagedError."""
+    return read_record(CheckpointState, checkpoint / "state.json", _advice(checkpoint))
+
+
 def resolved(record: CheckpointState | Trained) -> dict[str, Any]:
     """The settings of a record, with the number type that was chosen."""
     chosen = {"precision": record.machine["precision"]} if "precision" in record.machine else {}
     return {**record.settings, **chosen}
 
 
-def _newest(directory: Path) -> Path | None:
-    found = [p for p in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{8}", p.name)]
-    return max(found, default=None, key=lambda p: p.name)
-
-
 def _advice(checkpoint: Path) -> str:
     return f"delete {checkpoint.name}, or rerun with --no-resume"
-
-
-def _optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}|{key}": value.detach().contiguous().cpu()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }

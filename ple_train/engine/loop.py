@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ple_data.common.device import default_device
 from ple_data.common.extras import need
 from ple_data.common.progress import Progress
-from ple_train.engine.checkpoint import Checkpoints
+from ple_train.engine.checkpoint import Checkpoints, newest_checkpoint
 from ple_train.model.batches import Stream, micro_batches
 from ple_train.objectives import Objective
 from schemas.errors import PleError
@@ -86,7 +86,7 @@ def train_loop(
     total = stream.steps_per_epoch * settings.epochs
     model.train()
 
-    main = accelerator.is_main_process
+    main, processes, process = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
     device: torch.device = accelerator.device
     with Progress("training", total, "steps", done=done) if main else nullcontext() as progress:
         ledger = _Ledger(objective, history, checkpoints, report, progress)
@@ -94,14 +94,9 @@ def train_loop(
             epoch, start = divmod(done, stream.steps_per_epoch)
             for sequences, divisor in stream.batches(epoch, start):
                 began = time.perf_counter()
-                torch.manual_seed(_step_seed(settings.seed, done, accelerator.process_index))  # dropout, if any
+                torch.manual_seed(_step_seed(settings.seed, done, process))  # dropout, if any
                 mine = micro_batches(
-                    sequences,
-                    divisor,
-                    settings.microbatch_tokens,
-                    accelerator.num_processes,
-                    accelerator.process_index,
-                    layout=objective.layout,
+                    sequences, divisor, settings.microbatch_tokens, processes, process, layout=objective.layout
                 )
                 rate = learning_rate_at(done, total, settings)
                 for group in optimizer.param_groups:
@@ -111,10 +106,10 @@ def train_loop(
                     with accelerator.no_sync(model) if number < len(mine) else nullcontext():
                         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                             loss, parts = objective(model, batch, done)
-                        (loss * accelerator.num_processes).backward()  # processes average: make it a sum
+                        (loss * processes).backward()  # processes average: make it a sum
                     sums[0] += loss.detach()
                     sums[1:] += parts
-                if accelerator.num_processes > 1:
+                if processes > 1:
                     sums = accelerator.reduce(sums, "sum")
                 norm = accelerator.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)
                 optimizer.step()
@@ -124,7 +119,8 @@ def train_loop(
                 norm = norm.to(device, torch.float64)  # of no gradients at all, a 0 of the host
                 numbers = Reading(torch.cat([sums, norm[None]]))
                 tokens = sum(len(s.ids) for s in sequences)
-                ledger.enter(_Step(done, epoch, rate, tokens, began, numbers))
+                known = {"step": done, "epoch": epoch, "learning_rate": rate}
+                ledger.at_work.append(_Step(known, tokens, began, numbers))
                 if done % settings.checkpoint_every == 0 or done == total:
                     ledger.read()
                     if main:
@@ -158,9 +154,7 @@ class Reading:
 class _Step:
     """A step that may still be at work; `numbers` are its loss, the objective's sums and the gradient's norm."""
 
-    number: int
-    epoch: int
-    learning_rate: float
+    known: dict[str, Any]
     tokens: int
     began: float
     numbers: Reading
@@ -179,17 +173,13 @@ class _Ledger:
     ) -> None:
         self._objective, self._history, self._checkpoints = objective, history, checkpoints
         self._report, self._progress = report, progress
-        self._at_work: deque[_Step] = deque()
+        self.at_work: deque[_Step] = deque()
         self._last_read = time.perf_counter()
-
-    def enter(self, step: _Step) -> None:
-        """A step whose work was handed to the device."""
-        self._at_work.append(step)
 
     def read(self, *, but: int = 0) -> None:
         """Take in what the steps measured, but for the last `but`. Raises PleError where a number is not finite."""
-        while len(self._at_work) > but:
-            metrics = self._metrics(self._at_work.popleft())
+        while len(self.at_work) > but:
+            metrics = self._metrics(self.at_work.popleft())
             self._history.append(metrics)
             self._report(metrics)
             if self._progress:
@@ -198,14 +188,12 @@ class _Ledger:
     def _metrics(self, step: _Step) -> dict[str, Any]:
         loss, *sums, norm = step.numbers.read()
         if not math.isfinite(loss) or not math.isfinite(norm):
-            newest = self._checkpoints.newest()
-            raise PleError(_not_finite(step.number, loss, norm, newest, self._objective.remedy))
+            newest = newest_checkpoint(self._checkpoints.directory)
+            raise PleError(_not_finite(step.known["step"], loss, norm, newest, self._objective.remedy))
         now = time.perf_counter()
         seconds, self._last_read = now - max(step.began, self._last_read), now
         return {
-            "step": step.number,
-            "epoch": step.epoch,
-            "learning_rate": step.learning_rate,
+            **step.known,
             "loss": loss,
             "grad_norm": norm,
             "seconds": seconds,

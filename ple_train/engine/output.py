@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ple_data.common.device import describe
 from ple_data.common.settings import Settings
-from ple_train.engine.checkpoint import Checkpoints, resolved, saving
+from ple_train.engine.checkpoint import Checkpoints, newest_checkpoint, read_state, resolved, saving
 from ple_train.log import print_to_log
 from schemas import records
 from schemas.errors import DamagedError, LockedError, NewerError, PleError, UsageError
@@ -124,7 +124,9 @@ class Output:
                 fsync_file(writing / name)
                 os.replace(writing / name, self.directory / name)
             fsync_dir(self.directory)
-            self._write_metrics(history)
+            sink = pa.BufferOutputStream()
+            pq.write_table(metrics_table(history), sink)
+            write_atomic(self.metrics, sink.getvalue().to_pybytes())
             record = Trained(
                 kind=self.kind,
                 settings=self.settings.values,
@@ -149,12 +151,6 @@ class Output:
             (self.directory / name).unlink(missing_ok=True)
         self.checkpoints.clear()
 
-    def _write_metrics(self, history: list[dict[str, Any]]) -> None:
-        sink = pa.BufferOutputStream()
-        pq.write_table(metrics_table(history), sink)
-        self.metrics.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.metrics, sink.getvalue().to_pybytes())
-
     def _take_lock(self, lock: ExitStack) -> None:
         try:
             lock.enter_context(locked(self.private / "lock", f"--output {self.directory}"))
@@ -174,9 +170,11 @@ def kept_precision(directory: Path, resume: bool) -> str | None:
     """The number type with which an output was begun: `auto` goes on in it. None where nothing was begun."""
     if not resume:
         return None
-    begun = read_record(directory) or Checkpoints.newest_state(directory / ".ple" / "checkpoints")
-    settings, snapshot = resolved(begun) if begun else {}, directory / ".ple" / SNAPSHOT
-    if begun is None and snapshot.exists():
+    snapshot, newest = directory / ".ple" / SNAPSHOT, newest_checkpoint(directory / ".ple" / "checkpoints")
+    settings: dict[str, Any] = {}
+    if begun := read_record(directory) or (read_state(newest) if newest else None):
+        settings = resolved(begun)
+    elif snapshot.exists():
         settings = records.read_record(Snapshot, snapshot, START_AGAIN).settings
     kept = settings.get("precision")
     return None if kept in (None, "auto") else str(kept)
@@ -185,11 +183,9 @@ def kept_precision(directory: Path, resume: bool) -> str | None:
 def metrics_table(history: list[dict[str, Any]]) -> pa.Table:
     """Metrics of every step as a table: one row a step, numbers only, its version in the metadata."""
     table = pa.Table.from_pylist(history)
-    for at, field in enumerate(table.schema):
-        # where nothing of this kind was in this round: still a number to whoever reads rounds together
-        if pa.types.is_null(field.type):
-            table = table.set_column(at, field.name, table[field.name].cast(pa.float64()))
-    return table.replace_schema_metadata({b"ple": json.dumps(METRICS).encode()})
+    # where nothing of this kind was in this round: still a number to whoever reads rounds together
+    columns = [known.with_type(pa.float64()) if pa.types.is_null(known.type) else known for known in table.schema]
+    return table.cast(pa.schema(columns, {b"ple": json.dumps(METRICS).encode()}))
 
 
 def model_card(title: str, settings: dict[str, Any], history: list[dict[str, Any]]) -> str:

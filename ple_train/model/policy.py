@@ -125,9 +125,9 @@ class Policy(nn.Module):
         """The probe's answers in a layout, which stays set."""
         self._base[0].set_attn_implementation(implementation)
         self.attention, self.layout = implementation, layout
-        with packed.windows() as seen:
-            found = probe.answers(lambda sequences: self(self.collate(sequences)), self.vocabulary)
-        if implementation in packed.OURS and self._window and not any(seen):
+        packed.seen_windows.clear()
+        found = probe.answers(lambda sequences: self(self.collate(sequences)), self.vocabulary)
+        if implementation in packed.OURS and self._window and not any(packed.seen_windows):
             raise ValueError("this model keeps its window of attention in a mask")
         return found
 

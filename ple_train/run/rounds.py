@@ -4,6 +4,7 @@ Every stage is a child process that reads and writes files; this room passes the
 goes on where it stopped. It never imports torch and never looks into the data.
 """
 
+import itertools
 import json
 import os
 import shlex
@@ -56,11 +57,8 @@ class Stage:
     @property
     def recorded(self) -> list[str]:
         """The words as files and messages show them: of a reward model's address the query only as its digest."""
-        before = ("", *self.command)
-        return [
-            recorded_spec(word) if option == "--reward-model" else word
-            for option, word in zip(before, self.command, strict=False)
-        ]
+        words = itertools.pairwise(("", *self.command))
+        return [recorded_spec(word) if before == "--reward-model" else word for before, word in words]
 
     @property
     def shell_line(self) -> str:
@@ -240,7 +238,8 @@ def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:
     Of a reward model's address the copy holds the query only as its digest, unless the file there has it already.
     """
     path = directory / "recipe.yaml"
-    kept = _recorded(recipe)
+    secret = {} if recipe.reward_model is None else {"reward_model": recorded_spec(recipe.reward_model)}
+    kept = recipe.model_copy(update=secret)
     if path.exists():
         frozen = _frozen(path)
         if frozen.reward_model == recipe.reward_model:  # the user's own recipe: it must work again
@@ -255,12 +254,6 @@ def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:
             "\n  ".join([f"{path}: no stage that is done depends on what has changed; going on with", *changed])
         )
     write_atomic(path, dump_recipe(kept))
-
-
-def _recorded(recipe: Recipe) -> Recipe:
-    if recipe.reward_model is None:
-        return recipe
-    return recipe.model_copy(update={"reward_model": recorded_spec(recipe.reward_model)})
 
 
 def _frozen(path: Path) -> Recipe:
