@@ -18,6 +18,7 @@ from ple_data.common.progress import Progress
 from ple_train import snapshot as snapshots
 from ple_train.baselines import trl_tools
 from ple_train.baselines.responses import CHOSEN_FROM
+from ple_train.engine.checkpoint import History
 from ple_train.engine.session import Session
 from ple_train.log import print_to_log
 from ple_train.model.policy import positions_of
@@ -65,9 +66,7 @@ def dpo(options: Dpo) -> None:
         session.finish(policy, history, what, sampled=sampled, trained=options.epochs * trained)
 
 
-def _train(
-    policy: Any, pairs: pl.DataFrame, tokenizer: Any, options: Dpo, arguments: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _train(policy: Any, pairs: pl.DataFrame, tokenizer: Any, options: Dpo, arguments: dict[str, Any]) -> History:
     """Run TRL's trainer over the stored ids, in place → metrics of every step."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer

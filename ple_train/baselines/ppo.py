@@ -25,6 +25,7 @@ from ple_data.inputs.queries import load_queries
 from ple_data.rewards import RewardModel, load_reward_model, recorded_spec
 from ple_data.sampling.plan import make_prompts
 from ple_train.baselines import trl_tools
+from ple_train.engine.checkpoint import History
 from ple_train.engine.session import Session
 from ple_train.log import print_to_log
 from ple_train.model.policy import positions_of, switch_off_dropout
@@ -170,7 +171,7 @@ def with_own_pad(tokenizer: Any, policy: Any, queries: Sequence[tuple[int, ...]]
 
 def _train(
     policy: Any, value: Any, scorer: RewardScorer, tokenizer: Any, budget: int, arguments: dict[str, Any]
-) -> list[dict[str, Any]]:
+) -> History:
     """Run TRL's trainer until the budget is spent, in place → metrics of every step."""
     from datasets import Dataset
     from transformers import GenerationConfig, set_seed

@@ -7,6 +7,7 @@ both. Imported only when it is used.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import math
 import os
 import sys
@@ -16,8 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ple_data.common.device import default_device
 from ple_data.common.extras import install_command, missing
 from ple_data.common.progress import Progress
+from ple_train.engine.checkpoint import History
 from schemas.errors import PleError, UsageError
 
 VERSIONS = {"dpo": ((1, 12), (1, 16)), "ppo": ((1, 12), (1, 12))}
@@ -27,8 +30,6 @@ _EXTRAS = {"dpo": "trl", "ppo": "ppo"}
 
 def require_trl(method: str) -> str:
     """The version of TRL. Raises UsageError where it is missing, or one that the method does not run with."""
-    import importlib.metadata
-
     what = f"`ple baseline {method}` runs in"
     try:
         found = importlib.metadata.version("trl")
@@ -65,8 +66,6 @@ def refuse_many_processes(accelerator: Any) -> None:
 
 def training_arguments(directory: Path, options: Any) -> dict[str, Any]:
     """Arguments of every TRL configuration: ple-train's optimizer, a metric each step, no checkpoints, no reports."""
-    from ple_data.common.device import default_device
-
     on_gpu = default_device().type == "cuda"
     return {
         "output_dir": str(directory),
@@ -113,7 +112,7 @@ class _Enough(Exception):
 
 def run_trainer(
     trainer: Any, progress: Progress, done: Callable[[], int] | None = None, enough: float = math.inf
-) -> list[dict[str, Any]]:
+) -> History:
     """Run TRL's trainer, in place → metrics of every step. It ends with the step that brings `done()` to `enough`.
 
     The progress line moves to `done()`, which counts steps if not given. Raises PleError when a loss is not finite.
@@ -121,7 +120,7 @@ def run_trainer(
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback
 
-    history: list[dict[str, Any]] = []
+    history: History = []
 
     class Steps(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,9 @@ from schemas.errors import DamagedError, PleError, UsageError
 from schemas.files import explained, fsync_dir, fsync_file
 from schemas.records import read_record
 from schemas.training import CheckpointState, Trained
+
+History = list[dict[str, Any]]
+"""The metrics of every step."""
 
 
 @contextmanager
@@ -51,20 +53,15 @@ class Checkpoints:
         self.machine = {} if machine is None else machine
 
     def save(
-        self,
-        step: int,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        metrics: list[dict[str, Any]],
+        self, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, metrics: History
     ) -> None:
         """Write the state after `step` steps, then drop the older ones."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob("writing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
         target = self.directory / f"checkpoint-{step:08d}"
         if target.exists():
             return
-        writing = self.directory / f"writing-{uuid.uuid4().hex}"
+        writing = self.directory / "writing"
+        shutil.rmtree(writing, ignore_errors=True)  # a leftover: the lock says that nobody is at it
         writing.mkdir()
         with saving(writing):
             weights = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
@@ -88,9 +85,7 @@ class Checkpoints:
             if older.name < target.name:
                 shutil.rmtree(older, ignore_errors=True)
 
-    def restore(
-        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> tuple[int, list[dict[str, Any]]]:
+    def restore(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, History]:
         """Load the newest checkpoint in place → (steps done, metrics so far); (0, []) where there is none.
 
         Raises UsageError when it was written with other settings, DamagedError when it cannot be read.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ple_data.common.device import default_device
 from ple_data.common.extras import need
 from ple_data.common.progress import Progress
-from ple_train.engine.checkpoint import Checkpoints, newest_checkpoint
+from ple_train.engine.checkpoint import Checkpoints, History, newest_checkpoint
 from ple_train.model.batches import Stream, micro_batches
 from ple_train.objectives import Objective
 from schemas.errors import PleError
@@ -30,6 +30,8 @@ from schemas.options import Loop
 
 STEPS_AHEAD = {"cuda": 1}
 """Steps at work while an earlier one is read, so that a GPU never waits for the host; a CPU has no queue."""
+Report = Callable[[dict[str, Any]], None]
+"""What is done with the metrics of a step."""
 
 
 def learning_rate_at(step: int, total: int, settings: Loop) -> float:
@@ -69,8 +71,8 @@ def train_loop(
     objective: Objective,
     settings: Loop,
     checkpoints: Checkpoints,
-    report: Callable[[dict[str, Any]], None] = lambda metrics: None,
-) -> list[dict[str, Any]]:
+    report: Report = lambda metrics: None,
+) -> History:
     """Train to the end, going on from the newest checkpoint → metrics of every step.
 
     settings: its precision is resolved. `schedule` is `constant` or `cosine` (to 0 at the last step), after a linear
@@ -89,7 +91,7 @@ def train_loop(
     main, processes, process = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
     device: torch.device = accelerator.device
     with Progress("training", total, "steps", done=done) if main else nullcontext() as progress:
-        ledger = _Ledger(objective, history, checkpoints, report, progress)
+        ledger = _Ledger(objective, history, checkpoints.directory, report, progress)
         while done < total:
             epoch, start = divmod(done, stream.steps_per_epoch)
             for sequences, divisor in stream.batches(epoch, start):
@@ -164,12 +166,7 @@ class _Ledger:
     """The steps in order: those that are still at work, and the metrics of those that were read."""
 
     def __init__(
-        self,
-        objective: Objective,
-        history: list[dict[str, Any]],
-        checkpoints: Checkpoints,
-        report: Callable[[dict[str, Any]], None],
-        progress: Progress | None,
+        self, objective: Objective, history: History, checkpoints: Path, report: Report, progress: Progress | None
     ) -> None:
         self._objective, self._history, self._checkpoints = objective, history, checkpoints
         self._report, self._progress = report, progress
@@ -188,7 +185,7 @@ class _Ledger:
     def _metrics(self, step: _Step) -> dict[str, Any]:
         loss, *sums, norm = step.numbers.read()
         if not math.isfinite(loss) or not math.isfinite(norm):
-            newest = newest_checkpoint(self._checkpoints.directory)
+            newest = newest_checkpoint(self._checkpoints)
             raise PleError(_not_finite(step.known["step"], loss, norm, newest, self._objective.remedy))
         now = time.perf_counter()
         seconds, self._last_read = now - max(step.began, self._last_read), now

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ple_data.common.device import describe
 from ple_data.common.settings import Settings
-from ple_train.engine.checkpoint import Checkpoints, newest_checkpoint, read_state, resolved, saving
+from ple_train.engine.checkpoint import Checkpoints, History, newest_checkpoint, read_state, resolved, saving
 from ple_train.log import print_to_log
 from schemas import records
 from schemas.errors import DamagedError, LockedError, NewerError, PleError, UsageError
@@ -103,9 +103,7 @@ class Output:
         if self.accelerator.log_with:
             self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=metrics["step"])
 
-    def publish(
-        self, model: Any, tokenizer: Any, history: list[dict[str, Any]], title: str, cost: dict[str, float]
-    ) -> None:
+    def publish(self, model: Any, tokenizer: Any, history: History, title: str, cost: dict[str, float]) -> None:
         """Put model, tokenizer, model card, metrics and, last, the record in place; then drop the checkpoints.
 
         `cost` (`training_cost`, or none) goes into the record and onto stderr.
@@ -180,7 +178,7 @@ def kept_precision(directory: Path, resume: bool) -> str | None:
     return None if kept in (None, "auto") else str(kept)
 
 
-def metrics_table(history: list[dict[str, Any]]) -> pa.Table:
+def metrics_table(history: History) -> pa.Table:
     """Metrics of every step as a table: one row a step, numbers only, its version in the metadata."""
     table = pa.Table.from_pylist(history)
     # where nothing of this kind was in this round: still a number to whoever reads rounds together
@@ -188,7 +186,7 @@ def metrics_table(history: list[dict[str, Any]]) -> pa.Table:
     return table.cast(pa.schema(columns, {b"ple": json.dumps(METRICS).encode()}))
 
 
-def model_card(title: str, settings: dict[str, Any], history: list[dict[str, Any]]) -> str:
+def model_card(title: str, settings: dict[str, Any], history: History) -> str:
     """A model card in the hub's format: what it is, what it was made from, with which settings."""
     base = str(settings["model"])
     rows = "\n".join(f"| {name} | `{value}` |" for name, value in settings.items() if value is not None)
@@ -209,7 +207,7 @@ def _order_target_modules(model: Any) -> None:
 
 
 def training_cost(
-    history: list[dict[str, Any]], sampled: Mapping[Any, int], this_round: int | None, trained: int | None = None
+    history: History, sampled: Mapping[Any, int], this_round: int | None, trained: int | None = None
 ) -> dict[str, float]:
     """What a training cost, so that methods are compared at equal cost: `cost` in ple.json.
 

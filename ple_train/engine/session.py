@@ -14,6 +14,7 @@ from typing import Any
 from ple_data.common.digests import policy_name
 from ple_data.common.models import AdapterInfo, check_adapter, check_model, load_tokenizer
 from ple_data.common.settings import Settings
+from ple_train.engine.checkpoint import History
 from ple_train.engine.loop import make_accelerator, train_loop
 from ple_train.engine.output import Kind, Output, kept_precision, training_cost
 from ple_train.log import print_to_log
@@ -68,7 +69,7 @@ class Session(Output):
     def _start(self) -> dict[str, Any]:
         return {name: getattr(self.options, name, None) for name in ("adapter", "revision", "precision", "seed")}
 
-    def fit(self, model: Any, stream: Stream, objective: Objective, parameters: Any = None) -> list[dict[str, Any]]:
+    def fit(self, model: Any, stream: Stream, objective: Objective, parameters: Any = None) -> History:
         """Train to the end, going on from the newest checkpoint → metrics of every step."""
         trained = model.trainable() if parameters is None else parameters
         return train_loop(
@@ -78,7 +79,7 @@ class Session(Output):
     def finish(
         self,
         model: Any,
-        history: list[dict[str, Any]],
+        history: History,
         what: str,
         *,
         sampled: Mapping[Any, int] | None = None,

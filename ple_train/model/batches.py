@@ -119,11 +119,10 @@ def _fit(order: list[int], lengths: ListLike[int], budget: int) -> list[list[int
     bins: list[list[int]] = []
     room: list[int] = []
     for index in order:
-        place = next((b for b, left in enumerate(room) if left >= lengths[index]), None)
-        if place is None:
+        place = next((b for b, left in enumerate(room) if left >= lengths[index]), len(bins))
+        if place == len(bins):
             bins.append([])
             room.append(budget)
-            place = len(bins) - 1
         bins[place].append(index)
         room[place] -= lengths[index]
     return bins

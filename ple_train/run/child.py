@@ -38,11 +38,10 @@ def run_child(command: Sequence[str], keep_open: Sequence[int] = ()) -> Ended:
         start_new_session=True,
         pass_fds=tuple(keep_open),
     )
-    assert launcher.stdout is not None
     try:
-        answer = launcher.stdout.readline()
+        launcher.wait()
     finally:
-        launcher.communicate()
+        answer, _ = launcher.communicate()
     return Ended(*map(int, answer.split())) if answer else Ended(128 + signal.SIGKILL, 0)  # it was killed itself
 
 

@@ -31,10 +31,9 @@ from schemas.records import TRAINED, read_record
 from schemas.training import StageRecord, Stages
 
 _DOCUMENTED_CODES = {1, 2, 3, 4, 130}
-RUN_BY = (Gen, Score, Train, Sft, Reward, Baseline, Dpo)
 MACHINE_ONLY = {
     word
-    for command in RUN_BY
+    for command in (Gen, Score, Train, Sft, Reward, Baseline, Dpo)
     for known in command.in_order()
     if about(known).machine and known.name not in GIVEN
     for word in (flag(known), f"--no-{flag(known)[2:]}")
