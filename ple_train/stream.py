@@ -47,11 +47,9 @@ class PairStream:
         self.snapshot, self.limits, self.window_rows = snapshot, limits, window_rows
         self.round, self.without, self.max_length = options.round, options.without, options.max_length
         self.batch_size, self.seed = options.batch_size, options.seed
+        threshold = tau(options.tau0, options.alpha, options.round)
         self.partition = partition(
-            tau(options.tau0, options.alpha, options.round),
-            normalize_wsft=options.normalize_wsft,
-            anchor=options.sft_anchor,
-            without=options.without,
+            threshold, normalize_wsft=options.normalize_wsft, anchor=options.sft_anchor, without=options.without
         )
         self.pairs = sum(s.rows for s in snapshot)
         self.steps_per_epoch = -(-self.pairs // self.batch_size)

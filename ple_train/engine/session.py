@@ -77,13 +77,7 @@ class Session(Output):
         )
 
     def finish(
-        self,
-        model: Any,
-        history: History,
-        what: str,
-        *,
-        sampled: Mapping[Any, int] | None = None,
-        trained: int | None = None,
+        self, model: Any, history: History, what: str, sampled: dict[Any, int] | None = None, trained: int | None = None
     ) -> None:
         """Publish the result; `what` of the model's card says what it is. sampled: see `training_cost`."""
         cost = {} if sampled is None else training_cost(history, sampled, getattr(self.options, "round", None), trained)

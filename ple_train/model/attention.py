@@ -233,14 +233,8 @@ def _attend(
     if repeats > 1 and (mask is not None or (query.device.type == "cuda" and query.dtype == torch.float32)):
         # else a GPU would take its slowest kernel, which keeps all scores: the others know no grouped heads there
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+    grouped = query.shape[1] != key.shape[1]
     with torch.autocast("cpu", enabled=False):
         return nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            query, key, value, mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )

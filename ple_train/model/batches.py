@@ -214,7 +214,7 @@ def _collate_units(units: list[list[Sequence]], device: torch.device) -> Tokens:
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
-    return _tokens([s for unit in units for s in unit], inputs, rows, start, device)
+    return _tokens([s for unit in units for s in unit], inputs, rows, start)
 
 
 def collate_padded(sequences: list[Sequence], device: torch.device) -> Tokens:
@@ -223,7 +223,7 @@ def collate_padded(sequences: list[Sequence], device: torch.device) -> Tokens:
     width = inputs["input_ids"].shape[1]
     rows = [np.arange(max(s.prompt, 1) - 1, len(s.ids) - 1) + row * width for row, s in enumerate(sequences)]
     positions = len(sequences) * width
-    return _tokens(sequences, inputs, rows, positions, device, padding=positions - sum(len(s.ids) for s in sequences))
+    return _tokens(sequences, inputs, rows, positions, positions - sum(len(s.ids) for s in sequences))
 
 
 def padded_rows(sequences: list[Sequence], device: torch.device, pad: int = 0) -> dict[str, Tensor]:
@@ -237,13 +237,9 @@ def padded_rows(sequences: list[Sequence], device: torch.device, pad: int = 0) -
 
 
 def _tokens(
-    sequences: list[Sequence],
-    inputs: dict[str, Any],
-    rows: list[np.ndarray],
-    positions: int,
-    device: torch.device,
-    padding: int = 0,
+    sequences: list[Sequence], inputs: dict[str, Any], rows: list[np.ndarray], positions: int, padding: int = 0
 ) -> Tokens:
+    device = inputs["input_ids"].device
     lengths = [s.response for s in sequences]
     return Tokens(
         inputs=inputs,

@@ -58,15 +58,10 @@ class Policy(nn.Module):
         """Log-probability of each response token, [n] in nats, in the order of `tokens.targets`."""
         base = self._base[0]
         hidden = base.get_decoder()(**tokens.inputs, use_cache=False).last_hidden_state
+        predicting = hidden.flatten(0, 1).index_select(0, tokens.rows)
         head = base.get_output_embeddings()
-        return token_logps(
-            hidden.flatten(0, 1).index_select(0, tokens.rows),
-            head.weight,
-            tokens.targets,
-            getattr(head, "bias", None),
-            scale=self.scale,
-            softcap=self.softcap,
-        )
+        bias = getattr(head, "bias", None)
+        return token_logps(predicting, head.weight, tokens.targets, bias, scale=self.scale, softcap=self.softcap)
 
     @property
     def has_start_policy(self) -> bool:

@@ -8,9 +8,9 @@ import contextlib
 import os
 import select
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
+from subprocess import DEVNULL, PIPE, Popen
 from typing import NamedTuple
 
 GRACE_SECONDS = 45.0  # torchrun gives its workers 30 s
@@ -30,14 +30,8 @@ def run_child(command: Sequence[str], keep_open: Sequence[int] = ()) -> Ended:
     `keep_open` are file descriptors, such as a held lock, that stay open until the last of the command's processes is
     gone, whatever happens to the caller.
     """
-    launcher = subprocess.Popen(
-        [sys.executable, "-P", __file__, *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        pass_fds=tuple(keep_open),
-    )
+    words = [sys.executable, "-P", __file__, *command]
+    launcher = Popen(words, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True, pass_fds=tuple(keep_open))
     try:
         launcher.wait()
     finally:
@@ -52,7 +46,7 @@ def _launch(command: Sequence[str]) -> Ended:
     """How the command ended; ends it when the caller lets go."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # signals are for the command; a handler is not inherited
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, process_group=0)
+    process = Popen(command, stdin=DEVNULL, stdout=2, process_group=0)
     ended = os.pidfd_open(process.pid)
     waiting = select.poll()
     waiting.register(ended, select.POLLIN)
