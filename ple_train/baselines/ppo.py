@@ -7,6 +7,7 @@ own and a linear head. A killed run starts over: TRL's checkpoints are pickles, 
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -153,8 +154,6 @@ def with_own_pad(tokenizer: Any, policy: Any, queries: Sequence[tuple[int, ...]]
     """
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         return tokenizer
-    import copy
-
     used = {token for ids in queries for token in ids} | set(tokenizer.all_special_ids)
     size = min(len(tokenizer), policy.get_output_embeddings().weight.shape[0])
     likelihood = torch.zeros(size)
@@ -201,13 +200,11 @@ def _train(
         value_model=value,
         data_collator=collate,
     )
-
     optimizer = trainer.optimizer.optimizer
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(weights, trainer.args.max_grad_norm) and None)
     # else the last batch of a pass over the queries would take a step after every micro-batch
     trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
     trainer.accelerator.print = lambda *_: None  # a banner
-    return trl_tools.run_trainer(
-        trainer, Progress("sampling and training", budget, "tokens"), lambda: scorer.tokens, budget
-    )
+    progress = Progress("sampling and training", budget, "tokens")
+    return trl_tools.run_trainer(trainer, progress, lambda: scorer.tokens, budget)
