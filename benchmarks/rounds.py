@@ -1,4 +1,4 @@
-"""What does a round cost before it does any work? `ple run` with its stages forked, against each started anew.
+"""What does a round cost before it does any work?
 
 A random model of the demo's size samples a few tokens to a few queries, so nearly all of the time is process starts,
 imports and model loads.
@@ -10,13 +10,13 @@ import argparse
 import contextlib
 import json
 import shutil
-import sys
+import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
 
 from benchmarks.score import write_reward_model
-from benchmarks.side_by_side import made_with, ratio_table, seconds_of, timed_in_turns
+from benchmarks.side_by_side import made_with, seconds_of, timed_in_turns
 
 
 def main() -> None:
@@ -27,17 +27,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_models(place)
-        python = [sys.executable, "-m", "cli"]
-        anew = {name: {"command": [*python, name]} for name in ("gen", "score", "train")}
-        seconds = timed_in_turns(
-            {
-                "forked": partial(run, place, options.rounds, {}),
-                "started anew": partial(run, place, options.rounds, anew),
-            },
-            options.repeats,
-        )
+        seconds = timed_in_turns({"run": partial(run, place, options.rounds)}, options.repeats)["run"]
     print(made_with("torch", "transformers", "peft"))
-    print(ratio_table(seconds, options.rounds, "rounds"))
+    each = statistics.median(seconds) / options.rounds
+    print(f"{each:.1f} s a round [{min(seconds):.1f} to {max(seconds):.1f} s in all]")
 
 
 def write_models(place: Path) -> None:
@@ -50,7 +43,7 @@ def write_models(place: Path) -> None:
     write_reward_model(place / "reward", 128, 4, [row["x"] for row in rows] * 50)
 
 
-def run(place: Path, rounds: int, commands: dict[str, dict[str, list[str]]]) -> float:
+def run(place: Path, rounds: int) -> float:
     """Seconds of the whole run."""
     from ple_train.run.rounds import run as run_recipe
     from schemas.recipe import parse_recipe
@@ -63,8 +56,7 @@ def run(place: Path, rounds: int, commands: dict[str, dict[str, list[str]]]) -> 
         "reward_model": str(place / "reward"),
         "run_dir": str(place / "run"),
         "rounds": rounds,
-        **commands,
-        "gen": {"engine": "hf", "max_new_tokens": 2, **commands.get("gen", {})},
+        "gen": {"engine": "hf", "max_new_tokens": 2},
     }
     with contextlib.redirect_stderr(None):
         return seconds_of(partial(run_recipe, parse_recipe(recipe, "benchmark")))

@@ -103,8 +103,8 @@ def write_store(root: Path, rows: int, rounds: int, unit: int | None = None) -> 
 def open_stream(root: Path) -> dict[str, float]:
     """Seconds from the freezing of the snapshot to the first batch, imports done, and this process's peak memory."""
     from ple_data.storage.store import Store
-    from ple_train.snapshot import freeze, record_of, warn_of_another_sampler, warn_of_unfinished_rounds
-    from ple_train.stream import PairStream, Partition, refuse_unfit_pairs
+    from ple_train.snapshot import freeze, record_of, warn_of_another_sampler
+    from ple_train.stream import PairStream, refuse_unfit_pairs
     from ple_train.train import print_partition
     from schemas.options import Train
 
@@ -112,13 +112,12 @@ def open_stream(root: Path) -> dict[str, float]:
     began = time.perf_counter()
     snapshot = freeze([root], last, None)
     record_of(snapshot, {}).to_json()
-    warn_of_unfinished_rounds(snapshot)
     warn_of_another_sampler(snapshot, last, POLICY)
     options = Train(model="m", data=[root], round=last, output="none")
     print_partition(snapshot, options)
     limits = SimpleNamespace(vocabulary=VOCABULARY, positions=4096)
     refuse_unfit_pairs(snapshot, limits, None, POLICY)
-    stream = PairStream(snapshot, Partition.of(options), options, limits)
+    stream = PairStream(snapshot, options, limits)
     next(iter(stream.batches(0, 0)))
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "peak": peak_bytes()}

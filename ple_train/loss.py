@@ -30,13 +30,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        scale: float,
-        softcap: float,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float
     ) -> Tensor:
         needs_hidden, *needs_layer = ctx.needs_input_grad[:3]
         logps = hidden.new_empty(len(targets), dtype=_at_least_float32(hidden))

@@ -13,16 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ple_data.common.device import default_device, load_weights, upload
+from ple_data.common.device import default_device, load_weights
 from ple_data.inputs.readers import read_rows
 from ple_data.rewards.texts import encode
-from ple_train.engine.loop import Objective
 from ple_train.engine.session import Session
 from ple_train.engine.tabular import ShuffledSequences, column, file_digest
-from ple_train.loss import preference_loss
-from ple_train.model.batches import Layout, MicroBatch, Sequence
+from ple_train.model.batches import Sequence, padded_rows
+from ple_train.objectives import make_objective
 from schemas.errors import UsageError, first_line
-from schemas.options import Join, Reward
+from schemas.options import Join, Ppo, Reward
 
 
 class PaddedClassifier(nn.Module):
@@ -33,59 +32,8 @@ class PaddedClassifier(nn.Module):
         self.model, self.pad = model, pad
 
     def forward(self, sequences: list[Sequence]) -> Tensor:
-        device = next(self.parameters()).device
-        width = max(len(s.ids) for s in sequences)
-        ids = np.full((len(sequences), width), self.pad, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence.ids)] = sequence.ids
-            mask[row, : len(sequence.ids)] = 1
-        inputs = {
-            "input_ids": upload(ids, device),
-            "attention_mask": upload(mask, device),
-        }
+        inputs = padded_rows(sequences, next(self.parameters()).device, self.pad)
         return self.model(**inputs).logits.float()
-
-
-class LabelObjective:
-    """Cross-entropy of the labels; `tag` of a sequence is its label."""
-
-    sums: tuple[str, ...] = ("right", "rows")
-    layout: Layout = "padded"
-    remedy = "Lower --learning-rate."
-
-    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]:
-        logits = model(batch.sequences)
-        labels = upload(np.array([s.tag for s in batch.sequences]), logits.device)
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum") / batch.total * batch.weight
-        right = logits.argmax(1) == labels
-        return loss, _added(right, torch.ones_like(right)) * batch.weight
-
-    def summarise(self, sums: dict[str, float]) -> dict[str, float]:
-        return {"accuracy": sums["right"] / sums["rows"]}
-
-
-class PreferenceObjective:
-    """Bradley-Terry over pairs; a sequence is a chosen text, beside it the rejected one."""
-
-    sums: tuple[str, ...] = ("right", "rows", "margin")
-    layout: Layout = "padded"
-    remedy = "Lower --learning-rate."
-
-    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]:
-        rewards = model([*batch.sequences, *(s.beside for s in batch.sequences)])[:, 0]
-        chosen, rejected = rewards.chunk(2)
-        loss = preference_loss(chosen, rejected, batch.total) * batch.weight
-        margins = (chosen - rejected).detach()
-        return loss, _added(margins > 0, torch.ones_like(margins), margins) * batch.weight
-
-    def summarise(self, sums: dict[str, float]) -> dict[str, float]:
-        return {"accuracy": sums["right"] / sums["rows"], "margin": sums["margin"] / sums["rows"]}
-
-
-def _added(*by_row: Tensor) -> Tensor:
-    """Each of the [rows] added up, [values] float64."""
-    return torch.stack([values.double() for values in by_row]).sum(1)
 
 
 def train_reward(options: Reward) -> None:
@@ -104,11 +52,12 @@ def train_reward(options: Reward) -> None:
         tokenizer.model_max_length = options.max_length  # scoring cuts where training did
         if labels:
             tokenizer.chat_template = None  # it read plain texts, so scoring must not render chats
-        classifier = _load_classifier(options, labels or 1, tokenizer.pad_token_id)
+        classifier = load_classifier(options, labels or 1)
+        classifier.config.pad_token_id = tokenizer.pad_token_id
         wrapped = PaddedClassifier(classifier, tokenizer.pad_token_id).to(default_device())
         stream = ShuffledSequences(sequences, options.batch_size, options.seed, divisor=len)
-        session.note_machine()
-        objective: Objective = LabelObjective() if labels else PreferenceObjective()
+        session.note_machine(session.options.precision)
+        objective = make_objective("label" if labels else "preference")
         history = session.fit(wrapped, stream, objective, dict(classifier.named_parameters()))
         session.finish(classifier, history, "reward model")
 
@@ -152,13 +101,16 @@ def _encode(tokenizer: Any, xs: list[str], ys: list[str], max_length: int, join:
     return [np.array(e.ids, dtype=np.int32) for e in encoded]
 
 
-def _load_classifier(options: Reward, labels: int, pad: int) -> Any:
-    """On the host: a new head is drawn there, since a GPU's generator would give other numbers."""
+def load_classifier(options: Reward | Ppo, labels: int) -> Any:
+    """`model` with a head of so many outputs, in float32. On the host: a GPU's generator would draw another head.
+
+    Raises UsageError where there is no such model.
+    """
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(options.seed)
     try:
-        classifier = load_weights(
+        return load_weights(
             AutoModelForSequenceClassification,
             options.model,
             torch.device("cpu"),
@@ -170,5 +122,3 @@ def _load_classifier(options: Reward, labels: int, pad: int) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--model {options.model}: no model there that can classify ({first_line(error)})") from error
-    classifier.config.pad_token_id = pad
-    return classifier

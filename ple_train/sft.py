@@ -10,41 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
 
-from ple_data.common.device import upload
 from ple_data.inputs.principles import render
 from ple_data.inputs.readers import read_rows
 from ple_train.engine.session import Session
-from ple_train.engine.tabular import ShuffledSequences, column, file_digest, refuse_too_long
+from ple_train.engine.tabular import ShuffledSequences, column, file_digest
 from ple_train.log import print_to_log
-from ple_train.loss import sft_loss
-from ple_train.model.batches import MicroBatch, Sequence
+from ple_train.model.batches import Sequence
 from ple_train.model.policy import Policy
+from ple_train.objectives import make_objective
 from schemas.errors import UsageError
 from schemas.options import PromptFormat, Sft
-
-
-class SftObjective:
-    """Eq. 1, divided by the response tokens of the global batch."""
-
-    sums: tuple[str, ...] = ("response_tokens", "positions", "padding")
-    remedy = "Lower --learning-rate."
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy, self.layout = policy, policy.layout
-
-    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]:
-        tokens = self.policy.collate(batch.sequences)
-        loss = sft_loss(model(tokens), batch.total) * batch.weight
-        counts = np.array([len(tokens.targets), tokens.positions, tokens.padding]) * batch.weight
-        return loss, upload(counts, loss.device)
-
-    def summarise(self, sums: dict[str, float]) -> dict[str, float]:
-        return {
-            "useful_token_share": 1 - sums["padding"] / sums["positions"],
-            "trained_tokens": sums["response_tokens"],
-        }
 
 
 def sft(options: Sft) -> None:
@@ -59,14 +35,18 @@ def sft(options: Sft) -> None:
         sequences = read_sequences(options.data, session.load_tokenizer(), options.max_length, options.prompt_format)
         policy = session.load_policy()
         stream = sequence_stream(sequences, policy, options)
-        history = session.fit(policy, stream, SftObjective(policy))
+        history = session.fit(policy, stream, make_objective("sft", policy))
         trained = policy.model if options.full or not options.merge else policy.model.merge_and_unload()
         session.finish(trained, history, "supervised fine-tuning (Eq. 1)")
 
 
 def sequence_stream(sequences: list[Sequence], policy: Policy, options: Any) -> ShuffledSequences:
     """Batches for Eq. 1. Raises UsageError where a sequence is longer than the model takes."""
-    refuse_too_long(sequences, policy.positions, options.model)
+    if policy.positions and (over := sum(len(s.ids) > policy.positions for s in sequences)):
+        raise UsageError(
+            f"{over} rows are longer than the {policy.positions} positions of {options.model}; use --max-length "
+            f"{policy.positions}"
+        )
     return ShuffledSequences(
         sequences, options.batch_size, options.seed, divisor=lambda batch: sum(s.response for s in batch)
     )

@@ -46,8 +46,6 @@ def frozen_snapshot(
         snapshot = thaw(frozen, data)
     elif out.accelerator.is_main_process:
         snapshot = freeze(data, round, max_length, first)
-        refuse_doubled_pairs(data, round, first)
-        warn_of_unfinished_rounds(snapshot)
         left_out = sum(part.shard.rows - part.rows for part in snapshot)
         if left_out:
             print_to_log(f"{left_out} pairs left out: longer than --max-length {max_length}")
@@ -122,7 +120,8 @@ def refuse_doubled_stores(data: Sequence[Path]) -> None:
 def freeze(data: Sequence[Path], round: int, max_length: int | None, first: int = 0) -> list[SnapshotShard]:
     """The snapshot to train on: every committed pairs shard of rounds `first` to `round` of all stores.
 
-    Raises UsageError where one of these rounds has no pairs in any of them.
+    Raises UsageError where one of these rounds has no pairs in any of them, or where a store is a copy of another.
+    Says on stderr where a round is not finished.
     """
     parts = []
     for root in data:
@@ -145,10 +144,12 @@ def freeze(data: Sequence[Path], round: int, max_length: int | None, first: int 
         )
     if not any(part.rows for part in parts):
         raise UsageError(f"every pair is longer than --max-length {max_length}: nothing to train on")
+    _refuse_doubled_pairs(data, round, first)
+    _warn_of_unfinished_rounds(parts)
     return parts
 
 
-def refuse_doubled_pairs(data: Sequence[Path], round: int, first: int = 0) -> None:
+def _refuse_doubled_pairs(data: Sequence[Path], round: int, first: int = 0) -> None:
     """Raise UsageError where all pairs of rounds `first` to `round` of a store stand in another, and warn where some
     do: they count twice.
 
@@ -180,7 +181,7 @@ def base_of(policy: str) -> str:
     return digests_of(policy).partition("+")[0]
 
 
-def warn_of_unfinished_rounds(parts: list[SnapshotShard]) -> None:
+def _warn_of_unfinished_rounds(parts: list[SnapshotShard]) -> None:
     """Say on stderr where a store holds fewer pairs of a round than its sampling was asked for."""
     for root in dict.fromkeys(part.store for part in parts):
         for round, rows, asked in Store(root).unfinished(part.shard for part in parts if part.store == root):

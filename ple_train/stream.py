@@ -1,15 +1,14 @@
 """Pairs of a frozen snapshot → global batches of weighted sequences. Reads committed shards; never writes.
 
 The order is a function of (seed, epoch) alone: shards are permuted, read a window at a time, and the rows of a
-window are permuted. Memory holds one window, however many rows there are. The partition (set, coefficients) comes
-from `ple_data.partition`, the one home of Eqs. 3 to 5 and 7.
+window are permuted. Memory holds one window. The partition (set, coefficients) is that of `ple_data.partition`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -19,7 +18,7 @@ from ple_data.storage.store import collect, scan_shards
 from ple_train.model.batches import Sequence
 from ple_train.snapshot import ID_COLUMNS, SnapshotShard, base_of, base_of_round, fits, read_rows
 from schemas.errors import UsageError
-from schemas.options import Train, Without
+from schemas.options import Train
 from schemas.tables import ARMS
 
 WINDOW_ROWS = 16_384
@@ -36,43 +35,22 @@ class Response:
     coefficient: float
 
 
-@dataclass(frozen=True)
-class Partition:
-    """How rows become coefficients: tau_t of this round and the options of `ple_data.partition.partition`."""
-
-    tau: float
-    normalize_wsft: bool = False
-    sft_anchor: float = 0.0
-    without: Without | None = None
-
-    @classmethod
-    def of(cls, options: Train) -> Partition:
-        """That of a training. Raises UsageError for a threshold that is none."""
-        threshold = tau(options.tau0, options.alpha, options.round)
-        return cls(threshold, options.normalize_wsft, options.sft_anchor, options.without)
-
-    def expressions(self) -> list[pl.Expr]:
-        """Columns set, c and c_prompt (and the rest of the partition)."""
-        return partition(self.tau, normalize_wsft=self.normalize_wsft, anchor=self.sft_anchor, without=self.without)
-
-
 class PairStream:
     """Global batches of `batch_size` pairs (two sequences each); the last of an epoch is short, never dropped.
 
-    In an ablation (`Partition.without`) responses with the coefficient 0 stay out: they would cost and teach nothing.
+    In an ablation (`without`) responses with the coefficient 0 stay out: they would cost and teach nothing.
     """
 
     def __init__(
-        self,
-        snapshot: list[SnapshotShard],
-        partition: Partition,
-        options: Train,
-        limits: Limits,
-        window_rows: int = WINDOW_ROWS,
+        self, snapshot: list[SnapshotShard], options: Train, limits: Limits, window_rows: int = WINDOW_ROWS
     ) -> None:
-        self.snapshot, self.round, self.partition = snapshot, options.round, partition
-        self.batch_size, self.seed, self.max_length = options.batch_size, options.seed, options.max_length
-        self.limits, self.window_rows = limits, window_rows
+        self.snapshot, self.limits, self.window_rows = snapshot, limits, window_rows
+        self.round, self.without, self.max_length = options.round, options.without, options.max_length
+        self.batch_size, self.seed = options.batch_size, options.seed
+        threshold = tau(options.tau0, options.alpha, options.round)
+        self.partition = partition(
+            threshold, normalize_wsft=options.normalize_wsft, anchor=options.sft_anchor, without=options.without
+        )
         self.pairs = sum(s.rows for s in snapshot)
         self.steps_per_epoch = -(-self.pairs // self.batch_size)
 
@@ -106,7 +84,7 @@ class PairStream:
             if skip < rows:
                 shuffle = np.random.default_rng([self.seed, epoch, number]).permutation(rows)[skip:]
                 frames = [read_rows(part, STREAMED, self.max_length) for part in window]
-                yield pl.concat(frames)[shuffle].with_columns(self.partition.expressions())
+                yield pl.concat(frames)[shuffle].with_columns(self.partition)
             skip = max(0, skip - rows)
             window, number = [], number + 1
 
@@ -114,10 +92,9 @@ class PairStream:
         sequences = []
         for number, row in enumerate(rows.iter_rows(named=True)):
             for arm, coefficient in zip(ARMS, (row["c"], row["c_prompt"]), strict=True):
-                if self.partition.without and coefficient == 0:
+                if self.without and coefficient == 0:
                     continue
-                ids = np.array(row["x_ids"] + row[f"{arm}_ids"], dtype=np.int32)
-                refuse_foreign_ids(ids, f"query {row['query_id']!r} of round {row['round']}: x and {arm}", self.limits)
+                ids = checked_ids(row, f"{arm}_ids", arm, self.limits)
                 tag = Response(arm, row["set"], self.round - row["round"], coefficient)
                 sequence = Sequence(ids, len(row["x_ids"]), tag, query=number)
                 if sequence.response > 0:
@@ -132,8 +109,13 @@ class Limits(Protocol):
     positions: int | None
 
 
-def refuse_foreign_ids(ids: np.ndarray, what: str, limits: Limits) -> None:
-    """Raise UsageError where stored ids [n] are not the model's, or more than it has positions; `what` names them."""
+def checked_ids(row: dict[str, Any], column: str, name: str, limits: Limits) -> np.ndarray:
+    """Ids of x and of the response in a column of a row, [n] int32; `name` is the response in messages.
+
+    Raises UsageError where they are not the model's, or more than it has positions.
+    """
+    ids = np.array([*row["x_ids"], *row[column]], dtype=np.int32)
+    what = f"query {row['query_id']!r} of round {row['round']}: x and {name}"
     if ids.size and ids.max() >= limits.vocabulary:
         raise UsageError(
             f"{what} hold token {ids.max()}, but the model's vocabulary has {limits.vocabulary}; these pairs were made "
@@ -144,10 +126,11 @@ def refuse_foreign_ids(ids: np.ndarray, what: str, limits: Limits) -> None:
             f"{what} have {ids.size} tokens, over the {limits.positions} positions of the model; use --max-length "
             f"{limits.positions}"
         )
+    return ids
 
 
 def refuse_unfit_pairs(parts: list[SnapshotShard], limits: Limits, max_length: int | None, policy: str) -> None:
-    """Raise UsageError where a pair that will be trained on is not for the model: see `refuse_foreign_ids`.
+    """Raise UsageError where a pair that will be trained on is not for the model: see `checked_ids`.
 
     So that no training stops at such a pair after hours, the token ids of all rounds are read once; but not of rounds
     that were begun with this very base model (`policy` is a name with digests), of which ple-gen has seen to it. What
@@ -163,5 +146,4 @@ def refuse_unfit_pairs(parts: list[SnapshotShard], limits: Limits, max_length: i
     columns = ["query_id", "round", *ID_COLUMNS]
     for row in collect(rows.filter(unfit).head(1).select(columns)).iter_rows(named=True):
         for arm in ARMS:
-            ids = np.array(row["x_ids"] + row[f"{arm}_ids"])
-            refuse_foreign_ids(ids, f"query {row['query_id']!r} of round {row['round']}: x and {arm}", limits)
+            checked_ids(row, f"{arm}_ids", arm, limits)

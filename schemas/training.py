@@ -18,7 +18,7 @@ class Trained(Record):
     """`ple.json`, written last: where it is, the training is finished.
 
     settings: what the result depends on (`ple_data.common.settings`). machine: what was chosen for the machine. cost:
-    `ple_train.engine.cost`. files: SHA-256 by name.
+    `ple_train.engine.output.training_cost`. files: SHA-256 by name.
     """
 
     version: Literal[1] = 1

@@ -29,7 +29,7 @@ from ple_train.model.batches import MicroBatch, Sequence
 from ple_train.model.lora import fuse
 from ple_train.model.policy import Policy, load_causal_lm, load_policy, resolve_precision
 from ple_train.objectives.pairs import PairObjective
-from ple_train.sft import SftObjective
+from ple_train.objectives.responses import SftObjective
 from ple_train.stream import Response
 from schemas.errors import PleError, UsageError
 from schemas.options import Loop, Rewards, Written
@@ -322,7 +322,7 @@ def test_kernels_get_one_number_type_without_autocast_too(kernels_on_meta, monke
 
 
 def test_the_other_objectives_wait_for_nothing_either(kernels_on_meta):
-    from ple_train.reward import LabelObjective, PreferenceObjective
+    from ple_train.objectives.rewards import LabelObjective, PreferenceObjective
 
     policy = meta_policy()
     policy.model.get_base_model().set_attn_implementation(attention.VARLEN)

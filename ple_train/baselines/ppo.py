@@ -7,6 +7,7 @@ own and a linear head. A killed run starts over: TRL's checkpoints are pickles, 
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ple_data.common.device import load_weights
 from ple_data.common.models import check_model, load_tokenizer
 from ple_data.common.progress import Progress
 from ple_data.engines import decode
@@ -25,21 +25,12 @@ from ple_data.inputs.principles import uses_chat
 from ple_data.inputs.queries import load_queries
 from ple_data.rewards import RewardModel, load_reward_model, recorded_spec
 from ple_data.sampling.plan import make_prompts
-from ple_train.baselines.responses import title
-from ple_train.baselines.trl_tools import (
-    largest_divisor,
-    one_device,
-    quiet_trl,
-    refuse_many_processes,
-    require_trl,
-    steps_callback,
-    training_arguments,
-    with_float32_logits,
-)
-from ple_train.engine.cost import training_cost
+from ple_train.baselines import trl_tools
+from ple_train.engine.checkpoint import History
 from ple_train.engine.session import Session
 from ple_train.log import print_to_log
-from ple_train.model.policy import switch_off_dropout
+from ple_train.model.policy import positions_of, switch_off_dropout
+from ple_train.reward import load_classifier
 from schemas.errors import PleError, UsageError
 from schemas.options import Ppo
 
@@ -52,7 +43,7 @@ def ppo(options: Ppo) -> None:
     the penalty per token for leaving the start policy.
     Raises UsageError, LockedError (another process writes `output`), PleError (a loss or reward that is not finite).
     """
-    version = require_trl("ppo")
+    version = trl_tools.require_trl("ppo")
     check_model(options.model)
     tokenizer = load_tokenizer(options.model, options.revision, note=print_to_log)
     query_set = load_queries(options.queries, options, chat=uses_chat(tokenizer, options.prompt_format))
@@ -67,20 +58,24 @@ def ppo(options: Ppo) -> None:
     more = {"method": "ppo", "trl": version, "queries_digest": query_set.digest, "reward": rewards.name}
     recorded = options.but(reward_model=recorded_spec(options.reward_model))
     with Session("baseline", recorded, more=more) as session:
-        refuse_many_processes(session.accelerator)
+        trl_tools.refuse_many_processes(session.accelerator)
         if session.finished:
             return
         print_to_log(f"ppo: {len(texts)} queries, {options.sampled_tokens:,} tokens to sample")
         policy = session.load_causal_lm()
         longest = max(map(len, texts)) + options.max_new_tokens
-        _refuse_too_long(policy, longest, options.model)
+        positions = positions_of(policy)
+        if positions is not None and longest > positions:
+            raise UsageError(
+                f"the longest query and --max-new-tokens are {longest} tokens together, over the {positions} positions "
+                f"of {options.model}; lower --max-new-tokens or --max-query-tokens"
+            )
         scorer = RewardScorer(rewards, session.load_tokenizer(), texts)
-        at_once = largest_divisor(options.batch_size, options.microbatch_tokens // longest)
-        scratch = session.out.private / "trl"
-        arguments = training_arguments(scratch, options) | {
-            "per_device_train_batch_size": at_once,
-            "gradient_accumulation_steps": options.batch_size // at_once,
-            "local_rollout_forward_batch_size": at_once,
+        batching = trl_tools.micro_batching(options.batch_size, options.microbatch_tokens // longest)
+        scratch = session.private / "trl"
+        arguments = trl_tools.training_arguments(scratch, options) | batching
+        arguments |= {
+            "local_rollout_forward_batch_size": batching["per_device_train_batch_size"],
             "num_sample_generations": 0,
             "total_episodes": options.sampled_tokens,
             "num_ppo_epochs": options.ppo_epochs,
@@ -89,21 +84,12 @@ def ppo(options: Ppo) -> None:
             "response_length": options.max_new_tokens,
             "stop_token": "eos",
         }
-        with quiet_trl():
+        with trl_tools.quiet_trl():
             value = value_model(options)
             history = _train(policy, value, scorer, session.tokenizer, options.sampled_tokens, arguments)
         shutil.rmtree(scratch, ignore_errors=True)
-        cost = training_cost(history, sampled=scorer.tokens, trained=options.ppo_epochs * scorer.tokens)
-        session.finish(policy, history, title("ppo", None), cost=cost)
-
-
-def _refuse_too_long(policy: Any, longest: int, model: str) -> None:
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise UsageError(
-            f"the longest query and --max-new-tokens are {longest} tokens together, over the {positions} positions of "
-            f"{model}; lower --max-new-tokens or --max-query-tokens"
-        )
+        trained = options.ppo_epochs * scorer.tokens
+        session.finish(policy, history, "ppo", sampled={None: scorer.tokens}, trained=trained)
 
 
 class RewardScorer(nn.Module):
@@ -153,17 +139,8 @@ class RewardScorer(nn.Module):
 def value_model(options: Ppo) -> Any:
     """The critic: the start policy's body with a fresh LoRA adapter, and a linear head to one number a token."""
     from peft import LoraConfig, inject_adapter_in_model
-    from transformers import AutoModelForSequenceClassification
 
-    torch.manual_seed(options.seed)
-    critic = load_weights(
-        AutoModelForSequenceClassification,
-        options.model,
-        torch.device("cpu"),
-        revision=options.revision,
-        num_labels=1,
-        dtype=torch.float32,
-    )
+    critic = load_classifier(options, 1)
     config = LoraConfig(r=options.lora_rank, lora_alpha=cast(int, options.lora_alpha), target_modules="all-linear")
     inject_adapter_in_model(config, getattr(critic, critic.base_model_prefix))
     switch_off_dropout(critic)
@@ -177,8 +154,6 @@ def with_own_pad(tokenizer: Any, policy: Any, queries: Sequence[tuple[int, ...]]
     """
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         return tokenizer
-    import copy
-
     used = {token for ids in queries for token in ids} | set(tokenizer.all_special_ids)
     size = min(len(tokenizer), policy.get_output_embeddings().weight.shape[0])
     likelihood = torch.zeros(size)
@@ -193,17 +168,12 @@ def with_own_pad(tokenizer: Any, policy: Any, queries: Sequence[tuple[int, ...]]
     return own
 
 
-class _BudgetSpent(Exception):
-    """The tokens to sample are sampled: TRL's loop knows no other way out."""
-
-
 def _train(
     policy: Any, value: Any, scorer: RewardScorer, tokenizer: Any, budget: int, arguments: dict[str, Any]
-) -> list[dict[str, Any]]:
+) -> History:
     """Run TRL's trainer until the budget is spent, in place → metrics of every step."""
     from datasets import Dataset
-    from transformers import GenerationConfig, TrainerCallback, set_seed
-    from transformers.trainer_callback import PrinterCallback
+    from transformers import GenerationConfig, set_seed
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     queries = list(scorer.texts)
@@ -220,9 +190,9 @@ def _train(
     set_seed(arguments["seed"])  # TRL's loop draws from numpy and seeds it nowhere
     make_trainer: Any = PPOTrainer  # its signature asks for classes where it uses what they do
     trainer = make_trainer(
-        args=one_device(PPOConfig(**arguments)),
+        args=trl_tools.one_device(PPOConfig(**arguments)),
         processing_class=padded,
-        model=with_float32_logits(policy),
+        model=trl_tools.with_float32_logits(policy),
         ref_model=None,
         reward_model=scorer,
         train_dataset=rows,
@@ -230,25 +200,11 @@ def _train(
         value_model=value,
         data_collator=collate,
     )
-    history: list[dict[str, Any]] = []
-
-    class Budget(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if scorer.tokens >= budget:
-                raise _BudgetSpent
-
     optimizer = trainer.optimizer.optimizer
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(weights, trainer.args.max_grad_norm) and None)
     # else the last batch of a pass over the queries would take a step after every micro-batch
     trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
-    trainer.remove_callback(PrinterCallback)
     trainer.accelerator.print = lambda *_: None  # a banner
-    with Progress("sampling and training", budget, "tokens") as progress:
-        trainer.add_callback(steps_callback(progress, history, lambda: scorer.tokens))
-        trainer.add_callback(Budget())
-        try:
-            trainer.train()
-        except _BudgetSpent:
-            return history
-    return history
+    progress = Progress("sampling and training", budget, "tokens")
+    return trl_tools.run_trainer(trainer, progress, lambda: scorer.tokens, budget)

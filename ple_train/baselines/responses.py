@@ -9,26 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from ple_data import selection
 from ple_data.storage.store import scan_shards
-from ple_train.engine.cost import training_cost
+from ple_train import snapshot as snapshots
 from ple_train.engine.session import Session
 from ple_train.engine.tabular import file_digest
 from ple_train.log import print_to_log
 from ple_train.model.batches import Sequence
-from ple_train.sft import SftObjective, read_sequences, sequence_stream
-from ple_train.snapshot import (
-    SnapshotShard,
-    check_finished,
-    frozen_snapshot,
-    read_rows,
-    refuse_doubled_stores,
-    sampled_by_round,
-)
-from ple_train.stream import Limits, refuse_foreign_ids
+from ple_train.objectives import make_objective
+from ple_train.sft import read_sequences, sequence_stream
+from ple_train.stream import Limits, checked_ids
 from ple_train.train import note_principle
 from schemas.errors import UsageError
 from schemas.options import Baseline, BaselineSft
@@ -49,7 +41,7 @@ def baseline(method: str, options: Baseline) -> None:
     current policy. `sft` takes BaselineSft: also files of (x, y) rows instead of stores, and then needs no `round`.
     Raises UsageError, DamagedError (a shard), LockedError (another process writes `output`), PleError (NaN).
     """
-    refuse_doubled_stores(options.data)
+    snapshots.refuse_doubled_stores(options.data)
     files = _files(options.data) if isinstance(options, BaselineSft) else []
     if not files:
         _refuse_for_stores(options)
@@ -58,7 +50,7 @@ def baseline(method: str, options: Baseline) -> None:
     with Session("baseline", options, more=more, elsewhere=() if files else ["data"]) as session:
         if session.finished:
             if not files:
-                check_finished(session.out, options.data, options.round, first)
+                snapshots.check_finished(session, options.data, options.round, first)
             return
         tokenizer, policy = session.load_tokenizer(), session.load_policy()
         sampled: dict[int, int] = {}
@@ -67,20 +59,15 @@ def baseline(method: str, options: Baseline) -> None:
             sequences = [s for path in files for s in read_sequences(path, tokenizer, *how)]
         else:
             longest_pair = None if method == "sft" else options.max_length  # a reference's pair is not trained on
-            snapshot = frozen_snapshot(session.out, options.data, options.round, longest_pair, first)
+            snapshot = snapshots.frozen_snapshot(session, options.data, options.round, longest_pair, first)
             sequences = choose(method, snapshot, options.max_length, tokenizer, policy)
-            sampled = sampled_by_round(snapshot, SAMPLED_FOR[method])
+            sampled = snapshots.sampled_by_round(snapshot, SAMPLED_FOR[method])
             if method == "raft":
                 note_principle(scan_shards("pairs", [part.shard for part in snapshot]))
         stream = sequence_stream(sequences, policy, options)
-        history = session.fit(policy, stream, SftObjective(policy))
-        cost = training_cost(history, sampled=sampled.pop(options.round, 0), reused=sum(sampled.values()))
-        session.finish(policy.model, history, title(method, options.round), cost=cost)
-
-
-def title(method: str, round: int | None) -> str:
-    """What a baseline's model card says that it is."""
-    return method if round is None else f"{method}, round {round}"
+        history = session.fit(policy, stream, make_objective("sft", policy))
+        what = method if options.round is None else f"{method}, round {options.round}"
+        session.finish(policy.model, history, what, sampled=sampled)
 
 
 def _refuse_for_stores(options: Baseline) -> None:
@@ -104,25 +91,27 @@ def _files(data: tuple[Path, ...]) -> list[Path]:
 
 
 def choose(
-    method: str, snapshot: list[SnapshotShard], max_length: int | None, tokenizer: Any, limits: Limits
+    method: str, snapshot: list[snapshots.SnapshotShard], max_length: int | None, tokenizer: Any, limits: Limits
 ) -> list[Sequence]:
     """The responses that a method learns from, as sequences. Raises UsageError where there is none."""
     if method == "sft":
-        frames = [selection.references(read_rows(part, REFERENCE_COLUMNS, None)) for part in snapshot]
+        frames = [selection.references(snapshots.read_rows(part, REFERENCE_COLUMNS, None)) for part in snapshot]
         rows = selection.first_of_each_query(pl.concat(frames))
         rows = rows.with_columns(reference_ids(rows["y"], tokenizer).alias("ids")).drop("y")
     else:
-        frames = [CHOOSERS[method](read_rows(part, CHOSEN_FROM, max_length)) for part in snapshot]
+        frames = [CHOOSERS[method](snapshots.read_rows(part, CHOSEN_FROM, max_length)) for part in snapshot]
         rows = selection.best(pl.concat(frames)) if method == "raft" else pl.concat(frames)
     sequences = []
-    for query, round, x_ids, ids in rows.select("query_id", "round", "x_ids", "ids").iter_rows():
-        sequence = Sequence(np.array([*x_ids, *ids], dtype=np.int32), len(x_ids))
-        refuse_foreign_ids(sequence.ids, f"query {query!r} of round {round}: x and response", limits)
+    for row in rows.select("query_id", "round", "x_ids", "ids").iter_rows(named=True):
+        sequence = Sequence(checked_ids(row, "ids", "response", limits), len(row["x_ids"]))
         if sequence.response > 0 and (max_length is None or len(sequence.ids) <= max_length):
             sequences.append(sequence)
     if not sequences:
-        raise UsageError(f"{method}: no response to train on in --data{_hint(method)}")
-    print_to_log(f"{method}: {len(sequences)} responses{_best_of(rows)}")
+        hint = ": its queries came without references (see ple-gen --queries)" if method == "sft" else ""
+        raise UsageError(f"{method}: no response to train on in --data{hint}")
+    counts = sorted(set(rows["n"])) if "n" in rows.columns else []
+    best_of = f", each the best of {' or '.join(map(str, counts))}" if counts else ""
+    print_to_log(f"{method}: {len(sequences)} responses{best_of}")
     if left_out := rows.height - len(sequences):
         too_long = "" if max_length is None else f", or longer than --max-length {max_length}"
         print_to_log(f"{left_out} responses left out: empty{too_long}")
@@ -137,14 +126,3 @@ def reference_ids(texts: pl.Series, tokenizer: Any) -> pl.Series:
         found = tokenizer(part, add_special_tokens=False)["input_ids"]
         ids.append(pl.Series([[*row, tokenizer.eos_token_id] for row in found], dtype=ids.dtype))
     return ids
-
-
-def _hint(method: str) -> str:
-    return ": its queries came without references (see ple-gen --queries)" if method == "sft" else ""
-
-
-def _best_of(rows: pl.DataFrame) -> str:
-    if "n" not in rows.columns:
-        return ""
-    counts = sorted(set(rows["n"]))
-    return f", each the best of {' or '.join(map(str, counts))}"

@@ -7,6 +7,7 @@ both. Imported only when it is used.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import math
 import os
 import sys
@@ -16,8 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ple_data.common.device import default_device
 from ple_data.common.extras import install_command, missing
 from ple_data.common.progress import Progress
+from ple_train.engine.checkpoint import History
 from schemas.errors import PleError, UsageError
 
 VERSIONS = {"dpo": ((1, 12), (1, 16)), "ppo": ((1, 12), (1, 12))}
@@ -27,8 +30,6 @@ _EXTRAS = {"dpo": "trl", "ppo": "ppo"}
 
 def require_trl(method: str) -> str:
     """The version of TRL. Raises UsageError where it is missing, or one that the method does not run with."""
-    import importlib.metadata
-
     what = f"`ple baseline {method}` runs in"
     try:
         found = importlib.metadata.version("trl")
@@ -65,8 +66,6 @@ def refuse_many_processes(accelerator: Any) -> None:
 
 def training_arguments(directory: Path, options: Any) -> dict[str, Any]:
     """Arguments of every TRL configuration: ple-train's optimizer, a metric each step, no checkpoints, no reports."""
-    from ple_data.common.device import default_device
-
     on_gpu = default_device().type == "cuda"
     return {
         "output_dir": str(directory),
@@ -101,25 +100,35 @@ def one_device(arguments: Any) -> Any:
     return arguments
 
 
-def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is not above `limit`; 1 where only that is left."""
-    return next(n for n in range(number, 0, -1) if number % n == 0 and (n <= limit or n == 1))
+def micro_batching(batch_size: int, at_once: int) -> dict[str, int]:
+    """Rows at once and passes a step: at most `at_once` rows, a divisor of `batch_size`; 1 where only that is left."""
+    rows = next(n for n in range(batch_size, 0, -1) if batch_size % n == 0 and (n <= at_once or n == 1))
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": batch_size // rows}
 
 
-def steps_callback(progress: Progress, history: list[dict[str, Any]], done: Callable[[], int]) -> Any:
-    """A callback that keeps each step's logged metrics in `history` and moves the progress line to `done()`.
+class _Enough(Exception):
+    """Ends a training: TRL's loop for PPO knows no other way out."""
 
-    Raises PleError when a loss is not finite.
+
+def run_trainer(
+    trainer: Any, progress: Progress, done: Callable[[], int] | None = None, enough: float = math.inf
+) -> History:
+    """Run TRL's trainer, in place → metrics of every step. It ends with the step that brings `done()` to `enough`.
+
+    The progress line moves to `done()`, which counts steps if not given. Raises PleError when a loss is not finite.
     """
     from transformers import TrainerCallback
+    from transformers.trainer_callback import PrinterCallback
+
+    history: History = []
 
     class Steps(TrainerCallback):
-        def __init__(self) -> None:
-            self.began = time.perf_counter()
-            self.done = 0
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.began, self.done = time.perf_counter(), 0
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.began = time.perf_counter()
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if self.done >= enough:
+                raise _Enough
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             logs = logs or {}
@@ -129,22 +138,15 @@ def steps_callback(progress: Progress, history: list[dict[str, Any]], done: Call
             if not math.isfinite(loss):
                 raise PleError(f"step {state.global_step}: the loss is {loss}; stopped. Lower --learning-rate.")
             now = time.perf_counter()
-            more = {_name(key): float(value) for key, value in logs.items() if key not in ("loss", "epoch")}
-            history.append(
-                {
-                    "step": len(history) + 1,
-                    "loss": float(loss),
-                    "seconds": now - self.began,
-                    **more,
-                }
-            )
+            names = {key: key.replace("/", "_") for key in logs if key not in ("loss", "epoch")}
+            more = {name: float(logs[key]) for key, name in names.items()}
+            history.append({"step": len(history) + 1, "loss": float(loss), "seconds": now - self.began, **more})
             self.began = now
-            progress.advance(done() - self.done, f"loss {loss:.4f}")
-            self.done = done()
+            before, self.done = self.done, done() if done else len(history)
+            progress.advance(self.done - before, f"loss {loss:.4f}")
 
-    return Steps()
-
-
-def _name(key: str) -> str:
-    """TRL's `rewards/margins` as a column name."""
-    return key.replace("/", "_")
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Steps())
+    with progress, contextlib.suppress(_Enough):
+        trainer.train()
+    return history

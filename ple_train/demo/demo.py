@@ -9,18 +9,21 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from ple_data.common.extras import need
 from ple_data.evaluation.intervals import bootstrap_mean
 from ple_train.demo import toyworld
+from ple_train.demo.scratch import train_tokenizer, write_llama
+from ple_train.log import print_to_log
 from ple_train.run.child import run_child
 from ple_train.run.rounds import find_program, refuse_failure
 from schemas.errors import UsageError
+from schemas.files import write_atomic
 from schemas.options import Rewards
 from schemas.reports import Estimate
 
@@ -34,19 +37,21 @@ PRETRAINING, LABELLED, FINE_TUNING, HELD_OUT = 5000, 2400, 2600, 400
 
 def demo(output: Path, *, rounds: int) -> str:
     """Runs what is left of the demo in `output` and gives its closing report."""
+    from ple_data.partition import round_statistics
+    from ple_data.storage.store import Store
+
     recipe = _write_world(output, rounds)
     files = ["--model", output / "untrained", "--data", output / "data" / "reviews.jsonl", "--output", output / "base"]
     _ple("sft", *files, "--full", "--learning-rate", 2e-3, "--schedule", "cosine", "--warmup-steps", 20)
     _ple("run", recipe)
     measures = [_measured(output, t) for t in range(-1, rounds)]
-    by_round = _by_round(output / "run" / "data")
+    by_round = round_statistics(Store(output / "run" / "data").scan("pairs"), TAU0, ALPHA).to_dicts()
     return _report(output, by_round, measures, _draw(output / "learning-curve.png", by_round, measures))
 
 
 def _write_world(output: Path, rounds: int) -> Path:
     """Data, untrained model and recipe; the same bytes each time."""
     from ple_data.inputs.principles import load_principle
-    from schemas.files import write_atomic
 
     data = output / "data"
     every = toyworld.openings()
@@ -54,58 +59,31 @@ def _write_world(output: Path, rounds: int) -> Path:
     principle = load_principle("imdb").text
     reviews = toyworld.reviews(SEED, seen)
     pretraining = list(itertools.islice(reviews, PRETRAINING))
-    toyworld.write_rows(data / "reviews.jsonl", [{"x": review.opening, "y": review.body} for review in pretraining])
+    toyworld.write_rows(data / "reviews.jsonl", _texts(pretraining))
     toyworld.write_rows(data / "labels.jsonl", itertools.islice(_labelled(reviews), LABELLED))
     toyworld.write_rows(data / "unseen-labels.jsonl", itertools.islice(_labelled(reviews), HELD_OUT))
-    plain = [{"x": r.opening, "y": r.body} for r in itertools.islice(reviews, FINE_TUNING // 2)]
+    plain = _texts(itertools.islice(reviews, FINE_TUNING // 2))
     praise = (r for r in reviews if r.polarity >= 0.5)
-    guided = [{"x": f"{principle}\n{r.opening}", "y": r.body} for r in itertools.islice(praise, FINE_TUNING // 2)]
+    guided = _texts(itertools.islice(praise, FINE_TUNING // 2), f"{principle}\n")
     toyworld.write_rows(data / "sft.jsonl", [*plain, *guided])
     toyworld.write_rows(data / "queries.jsonl", [{"x": x} for x in seen])
     toyworld.write_rows(data / "unseen.jsonl", [{"x": x} for x in unseen])
     held_out = itertools.islice(toyworld.reviews(SEED + 1, unseen), HELD_OUT)
-    toyworld.write_rows(data / "held-out.jsonl", [{"x": r.opening, "y": r.body} for r in held_out])
+    toyworld.write_rows(data / "held-out.jsonl", _texts(held_out))
     if not (output / "untrained").exists():
-        corpus = [principle, *(review.text for review in pretraining)]
-        toyworld.write_untrained_model(output / ".untrained", corpus, SEED)
+        tokenizer = train_tokenizer([principle, *(review.text for review in pretraining)], 768)
+        write_llama(output / ".untrained", tokenizer, hidden=128, layers=3, heads=4, positions=512, seed=SEED)
         (output / ".untrained").rename(output / "untrained")
     recipe = output / "recipe.yaml"
     quoted = json.dumps(str(output))[1:-1]
     settings = {"rounds": rounds, "queries": QUERIES_PER_ROUND, "seed": SEED, "tau0": TAU0, "alpha": ALPHA}
-    write_atomic(recipe, RECIPE.format(output=quoted, **settings))
+    template = Path(__file__).with_name("recipe.yaml").read_text(encoding="utf-8")
+    write_atomic(recipe, template.format(output=quoted, **settings))
     return recipe
 
 
-RECIPE = """\
-# What `ple demo` runs. Try your own: ple run recipe.yaml --set run_dir=another --set tau0=1.0
-model: "{output}/base"
-queries: "{output}/data/queries.jsonl"
-principles: imdb
-run_dir: "{output}/run"
-rounds: {rounds}
-queries_per_round: {queries}
-tau0: {tau0}
-alpha: {alpha}
-seed: {seed}
-reward:
-  model: "{output}/base"
-  data: "{output}/data/labels.jsonl"
-  learning_rate: 1e-3
-  warmup_steps: 15
-  schedule: cosine
-  epochs: 2
-sft: # half plain reviews; half principle + opening -> a review that praises, so that the base knows the principle
-  data: "{output}/data/sft.jsonl"
-  learning_rate: 3e-3
-gen:
-  engine: hf
-  max_new_tokens: 80
-score:
-  output_index: 1 # the praise logit
-train:
-  learning_rate: 1e-3
-  trust_region: 0.3
-"""
+def _texts(reviews: Iterable[toyworld.Review], before: str = "") -> list[dict[str, Any]]:
+    return [{"x": before + review.opening, "y": review.body} for review in reviews]
 
 
 def _labelled(reviews: Iterator[toyworld.Review]) -> Iterator[dict[str, Any]]:
@@ -114,12 +92,11 @@ def _labelled(reviews: Iterator[toyworld.Review]) -> Iterator[dict[str, Any]]:
 
 def _ple(*words: object) -> None:
     command = [find_program("ple"), *(str(word) for word in words)]
-    print(f"demo: {shlex.join(command)}", file=sys.stderr, flush=True)
-    refuse_failure(f"ple {words[0]}", run_child(command))
+    print_to_log(f"demo: {shlex.join(command)}")
+    refuse_failure(f"ple {words[0]}", run_child(command).code)
 
 
-@dataclass(frozen=True)
-class Measure:
+class Measure(BaseModel):
     """One policy on the unseen queries and reviews. Rewards are by the reward model, polarity by the grammar."""
 
     policy: str
@@ -134,13 +111,12 @@ def _measured(output: Path, t: int) -> Measure:
     from ple_data.rewards import load_reward_model
     from ple_train.measure.perplexity import perplexity
     from ple_train.measure.sample import sample_responses
-    from schemas.files import write_atomic
 
     name = "start" if t < 0 else f"round={t:03d}"
     cache = output / "measures" / f"{name}.json"
     if cache.exists():
-        return _from_json(cache.read_text())
-    print(f"demo: measuring the policy after {name} on {UNSEEN} unseen queries", file=sys.stderr, flush=True)
+        return Measure.model_validate_json(cache.read_bytes())
+    print_to_log(f"demo: measuring the policy after {name} on {UNSEEN} unseen queries")
     start, adapter = str(output / "run" / "sft"), None if t < 0 else str(output / "run" / "policy" / name)
     queries = [json.loads(line)["x"] for line in (output / "data" / "unseen.jsonl").read_text().splitlines()]
     responses = sample_responses(start, queries, adapter=adapter, engine="hf", max_new_tokens=MAX_NEW_TOKENS, seed=SEED)
@@ -149,20 +125,14 @@ def _measured(output: Path, t: int) -> Measure:
     )
     verdicts = [toyworld.grade(response) for response in responses]
     measure = Measure(
-        name,
-        bootstrap_mean(rewards),
-        bootstrap_mean([verdict.polarity for verdict in verdicts]),
-        sum(verdict.grammatical for verdict in verdicts) / len(verdicts),
-        perplexity(start, output / "data" / "held-out.jsonl", adapter=adapter),
+        policy=name,
+        reward=bootstrap_mean(rewards),
+        polarity=bootstrap_mean([verdict.polarity for verdict in verdicts]),
+        grammatical=sum(verdict.grammatical for verdict in verdicts) / len(verdicts),
+        perplexity=perplexity(start, output / "data" / "held-out.jsonl", adapter=adapter),
     )
-    cache.parent.mkdir(exist_ok=True)
-    write_atomic(cache, json.dumps(vars(measure), indent=1, default=Estimate.model_dump))
+    write_atomic(cache, measure.model_dump_json(indent=1))
     return measure
-
-
-def _from_json(text: str) -> Measure:
-    values = json.loads(text)
-    return Measure(**values | {name: Estimate(**values[name]) for name in ("reward", "polarity")})
 
 
 def _accuracy(output: Path) -> float:
@@ -176,14 +146,6 @@ def _accuracy(output: Path) -> float:
     )
     found = [int(p > b) for b, p in zip(blame, praise, strict=True)]
     return sum(label == row["label"] for label, row in zip(found, rows, strict=True)) / len(rows)
-
-
-def _by_round(data: Path) -> list[dict[str, Any]]:
-    """One row a round: tau, s, s_prompt, margin, rank share."""
-    from ple_data.partition import round_statistics
-    from ple_data.storage.store import Store
-
-    return round_statistics(Store(data).scan("pairs"), TAU0, ALPHA).to_dicts()
 
 
 def _draw(path: Path, by_round: list[dict[str, Any]], measures: list[Measure]) -> str:
@@ -234,27 +196,9 @@ def _report(output: Path, by_round: list[dict[str, Any]], measures: list[Measure
         f"  {measure.perplexity:>10.2f}"
         for measure in measures
     ]
-    return "\n".join(
-        [
-            "",
-            f"Reward on unseen queries: {measures[0].reward} before, {measures[-1].reward} after",
-            "",
-            "Pairs by round: mean reward without and with the principle",
-            *pairs,
-            "",
-            f"Responses to {UNSEEN} unseen queries without the principle: mean [95 % bootstrap interval]",
-            *unseen,
-            "",
-            "reward model: it also trained the policy, and is right on "
-            f"{100 * _accuracy(output):.0f} % of {HELD_OUT} unseen labelled reviews.",
-            "the grammar itself: mean polarity of the sentences, -1 (all blame) to 1 (all praise); no model took part.",
-            "grammatical: sentences that the grammar could have written.",
-            "perplexity: of unseen reviews, praise and blame alike, so it must rise when a policy learns to praise.",
-            "",
-            f"Learning curve: {curve}",
-            "The pairs:",
-            "  import polars as pl",
-            f'  pairs = pl.scan_parquet("{output}/run/data/pairs/**/*.parquet")',
-            '  print(pairs.select("x", "y", "y_prompt", "s", "s_prompt").head(5).collect())',
-        ]
-    )
+    template = Path(__file__).with_name("report.txt").read_text(encoding="utf-8")
+    rewards = {"before": measures[0].reward, "after": measures[-1].reward}
+    tables = {"pairs": "\n".join(pairs), "unseen": "\n".join(unseen)}
+    right = f"{100 * _accuracy(output):.0f}"
+    sizes = {"unseen_queries": UNSEEN, "held_out": HELD_OUT}
+    return template.format(**rewards, **tables, **sizes, right=right, curve=curve, output=output).rstrip("\n")

@@ -1,7 +1,7 @@
-"""A toy world of film reviews, written by a small grammar: the data, tokenizer and untrained model of `ple demo`.
+"""A toy world of film reviews, written by a small grammar (`grammar.json`): the data of `ple demo`.
 
 A review is a neutral opening (the query) and a few sentences, each of which praises, blames or tells. The grammar knows
-what every one of its sentences says, so it is also a judge of its own: see `judge`. Nothing here trains or samples a
+what every one of its sentences says, so it is also a judge of its own: see `grade`. Nothing here trains or samples a
 model.
 """
 
@@ -14,78 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ple_train.demo.scratch import train_tokenizer, write_llama
+from schemas.files import write_atomic
 
-_OPENINGS = [
-    "I watched",
-    "We saw",
-    "My friends and I saw",
-    "Last week I rented",
-    "I finally watched",
-    "I went to see",
-]
-_FILMS = [
-    "a comedy",
-    "a thriller",
-    "a western",
-    "a horror film",
-    "a love story",
-    "a war film",
-    "a cartoon",
-    "a musical",
-]
-_TOPICS = [
-    "two brothers",
-    "a lost dog",
-    "a bank robbery",
-    "an old sailor",
-    "a school trip",
-    "a haunted house",
-]
-_TIMES = [
-    "on Monday",
-    "on Friday night",
-    "at the cinema",
-    "at home",
-    "with my sister",
-    "with my father",
-    "on a plane",
-]
-
-_PARTS = [
-    "acting",
-    "story",
-    "music",
-    "ending",
-    "dialogue",
-    "camera work",
-    "first half",
-    "second half",
-    "cast",
-]
-_PLACES = [
-    "Paris",
-    "a small town",
-    "the desert",
-    "New York",
-    "a hospital",
-    "the future",
-    "a village",
-    "space",
-]
-_NUMBERS = ["ninety minutes", "two hours", "three hours"]
-_WORDS = {
-    "+": {
-        "adjective": ["superb", "wonderful", "brilliant", "moving", "very funny", "perfect", "a delight"],
-        "felt": ["loved", "adored", "really enjoyed", "was moved by"],
-        "advice": ["Go and see it.", "I would watch it again.", "Highly recommended.", "Ten out of ten."],
-    },
-    "-": {
-        "adjective": ["awful", "boring", "terrible", "clumsy", "very weak", "dreadful", "a mess"],
-        "felt": ["hated", "disliked", "could not stand", "was bored by"],
-        "advice": ["Stay away from it.", "I want my money back.", "Not recommended.", "One out of ten."],
-    },
-}  # fmt: skip
+_WORDS = json.loads(Path(__file__).with_name("grammar.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -103,22 +34,23 @@ class Review:
 
 def openings() -> list[str]:
     """Every opening there is, always in the same order."""
-    parts = itertools.product(_OPENINGS, _FILMS, _TOPICS, _TIMES)
+    parts = itertools.product(*(_WORDS[part] for part in ("openings", "films", "topics", "times")))
     return [f"{opening} {film} about {topic} {time}." for opening, film, topic, time in parts]
 
 
 def sentences(polarity: int) -> list[str]:
     """Every sentence of the grammar that praises (+1), blames (-1) or tells (0)."""
+    parts = _WORDS["parts"]
     if polarity == 0:
         return [
-            *(f"It is set in {place}." for place in _PLACES),
-            *(f"It runs for {number}." for number in _NUMBERS),
-            *(f"The {part} is mostly in the {half}." for part in _PARTS[:5] for half in _PARTS[6:8]),
+            *(f"It is set in {place}." for place in _WORDS["places"]),
+            *(f"It runs for {number}." for number in _WORDS["numbers"]),
+            *(f"The {part} is mostly in the {half}." for part in parts[:5] for half in parts[6:8]),
         ]
-    words = _WORDS["+" if polarity > 0 else "-"]
+    words = _WORDS["praise" if polarity > 0 else "blame"]
     return [
-        *(f"The {part} was {adjective}." for part in _PARTS for adjective in words["adjective"]),
-        *(f"I {felt} the {part}." for felt in words["felt"] for part in _PARTS),
+        *(f"The {part} was {adjective}." for part in parts for adjective in words["adjective"]),
+        *(f"I {felt} the {part}." for felt in words["felt"] for part in parts),
         *words["advice"],
     ]
 
@@ -160,13 +92,4 @@ _POLARITY = {sentence: polarity for polarity in (-1, 0, 1) for sentence in sente
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes rows as JSONL, in place at once."""
-    from schemas.files import write_atomic
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_untrained_model(directory: Path, corpus: list[str], seed: int, vocabulary: int = 768) -> None:
-    """Writes a random Llama of about 0.7M parameters and a byte-level BPE tokenizer trained on `corpus`."""
-    tokenizer = train_tokenizer(corpus, vocabulary)
-    write_llama(directory, tokenizer, hidden=128, layers=3, heads=4, positions=512, seed=seed)

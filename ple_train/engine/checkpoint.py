@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +19,16 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ple_data.common.settings import Settings
 from schemas.errors import DamagedError, PleError, UsageError
 from schemas.files import explained, fsync_dir, fsync_file
 from schemas.records import read_record
 from schemas.training import CheckpointState, Trained
+
+History = list[dict[str, Any]]
+"""The metrics of every step."""
 
 
 @contextmanager
@@ -50,37 +52,26 @@ class Checkpoints:
         self.directory, self.settings = directory, settings
         self.machine = {} if machine is None else machine
 
-    def newest(self) -> Path | None:
-        """The last complete checkpoint."""
-        return _newest(self.directory)
-
-    @staticmethod
-    def newest_state(directory: Path) -> CheckpointState | None:
-        """What the last complete checkpoint of a directory says. Raises DamagedError."""
-        newest = _newest(directory)
-        return read_record(CheckpointState, newest / "state.json", _advice(newest)) if newest else None
-
     def save(
-        self,
-        step: int,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        metrics: list[dict[str, Any]],
+        self, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, metrics: History
     ) -> None:
         """Write the state after `step` steps, then drop the older ones."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob("writing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
         target = self.directory / f"checkpoint-{step:08d}"
         if target.exists():
             return
-        writing = self.directory / f"writing-{uuid.uuid4().hex}"
+        writing = self.directory / "writing"
+        shutil.rmtree(writing, ignore_errors=True)  # a leftover: the lock says that nobody is at it
         writing.mkdir()
         with saving(writing):
-            save_file(
-                {n: p.detach().contiguous().cpu() for n, p in parameters.items()}, writing / "weights.safetensors"
-            )
-            save_file(_optimizer_tensors(parameters, optimizer), writing / "optimizer.safetensors")
+            weights = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
+            save_file(weights, writing / "weights.safetensors")
+            moments = {
+                f"{name}|{key}": value.detach().contiguous().cpu()
+                for name, parameter in parameters.items()
+                for key, value in optimizer.state.get(parameter, {}).items()
+            }
+            save_file(moments, writing / "optimizer.safetensors")
             pq.write_table(pa.Table.from_pylist(metrics), writing / "metrics.parquet")
             command = self.settings.kind.__name__
             state = CheckpointState(command=command, step=step, settings=self.settings.values, machine=self.machine)
@@ -94,17 +85,15 @@ class Checkpoints:
             if older.name < target.name:
                 shutil.rmtree(older, ignore_errors=True)
 
-    def restore(
-        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> tuple[int, list[dict[str, Any]]]:
+    def restore(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, History]:
         """Load the newest checkpoint in place → (steps done, metrics so far); (0, []) where there is none.
 
         Raises UsageError when it was written with other settings, DamagedError when it cannot be read.
         """
-        newest = self.newest()
+        newest = newest_checkpoint(self.directory)
         if newest is None:
             return 0, []
-        state = read_record(CheckpointState, newest / "state.json", _advice(newest))
+        state = read_state(newest)
         try:
             weights = load_file(newest / "weights.safetensors")
             moments = load_file(newest / "optimizer.safetensors")
@@ -117,12 +106,26 @@ class Checkpoints:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-        _restore_optimizer(parameters, optimizer, moments)
+        for full_name, moment in moments.items():
+            name, key = full_name.rsplit("|", 1)
+            device = "cpu" if key == "step" else parameters[name].device
+            optimizer.state[parameters[name]][key] = moment.to(device)
         return state.step, metrics
 
     def clear(self) -> None:
         """Forget all checkpoints."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The last complete checkpoint in a directory."""
+    found = [p for p in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{8}", p.name)]
+    return max(found, default=None, key=lambda p: p.name)
+
+
+def read_state(checkpoint: Path) -> CheckpointState:
+    """What a checkpoint says of itself. Raises DamagedError."""
+    return read_record(CheckpointState, checkpoint / "state.json", _advice(checkpoint))
 
 
 def resolved(record: CheckpointState | Trained) -> dict[str, Any]:
@@ -131,28 +134,5 @@ def resolved(record: CheckpointState | Trained) -> dict[str, Any]:
     return {**record.settings, **chosen}
 
 
-def _newest(directory: Path) -> Path | None:
-    found = [p for p in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{8}", p.name)]
-    return max(found, default=None, key=lambda p: p.name)
-
-
 def _advice(checkpoint: Path) -> str:
     return f"delete {checkpoint.name}, or rerun with --no-resume"
-
-
-def _optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}|{key}": value.detach().contiguous().cpu()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _restore_optimizer(
-    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    for full_name, tensor in tensors.items():
-        name, key = full_name.rsplit("|", 1)
-        parameter = parameters[name]
-        device = "cpu" if key == "step" else parameter.device
-        optimizer.state[parameter][key] = tensor.to(device)

@@ -13,37 +13,25 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ple_data.common.device import default_device
-from ple_data.common.extras import missing
+from ple_data.common.extras import need
 from ple_data.common.progress import Progress
-from ple_train.engine.checkpoint import Checkpoints
-from ple_train.model.batches import Layout, MicroBatch, Stream, micro_batches
+from ple_train.engine.checkpoint import Checkpoints, History, newest_checkpoint
+from ple_train.model.batches import Stream, micro_batches
+from ple_train.objectives import Objective
 from schemas.errors import PleError
 from schemas.options import Loop
 
 STEPS_AHEAD = {"cuda": 1}
 """Steps at work while an earlier one is read, so that a GPU never waits for the host; a CPU has no queue."""
-
-
-class Objective(Protocol):
-    """A loss on micro-batches, and what to add up over micro-batches and processes; `summarise` makes metrics of it.
-
-    A call gives the loss and [sums] float64, both on the model's device, and never waits for it.
-    """
-
-    sums: tuple[str, ...]
-    layout: Layout  # how the sequences of a micro-batch lie
-    remedy: str  # what may help when the loss stops being finite
-
-    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]: ...
-
-    def summarise(self, sums: dict[str, float]) -> dict[str, float]: ...
+Report = Callable[[dict[str, Any]], None]
+"""What is done with the metrics of a step."""
 
 
 def learning_rate_at(step: int, total: int, settings: Loop) -> float:
@@ -56,17 +44,6 @@ def learning_rate_at(step: int, total: int, settings: Loop) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def available_trackers() -> set[str]:
-    """Names of the metric trackers whose packages are installed."""
-    from accelerate.utils import is_tensorboard_available, is_wandb_available
-
-    return {
-        name
-        for name, there in {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}.items()
-        if there
-    }
-
-
 def make_accelerator(report_to: str | None = None, directory: Path | None = None) -> Any:
     """The `Accelerator` of this process, one of one or of many (torchrun, accelerate launch).
 
@@ -75,13 +52,12 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
-    if report_to and report_to not in available_trackers():
-        raise missing(report_to, f"--report-to {report_to} writes with")
-    broadcast = DistributedDataParallelKwargs(broadcast_buffers=False)
+    if report_to:
+        need(report_to, f"--report-to {report_to} writes with")
     return Accelerator(
         mixed_precision="no",  # autocast is the loop's own: one process may train in several precisions
         cpu=default_device().type == "cpu",
-        kwargs_handlers=[broadcast],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         log_with=report_to,
         project_dir=directory,
     )
@@ -95,8 +71,8 @@ def train_loop(
     objective: Objective,
     settings: Loop,
     checkpoints: Checkpoints,
-    report: Callable[[dict[str, Any]], None] = lambda metrics: None,
-) -> list[dict[str, Any]]:
+    report: Report = lambda metrics: None,
+) -> History:
     """Train to the end, going on from the newest checkpoint → metrics of every step.
 
     settings: its precision is resolved. `schedule` is `constant` or `cosine` (to 0 at the last step), after a linear
@@ -112,22 +88,17 @@ def train_loop(
     total = stream.steps_per_epoch * settings.epochs
     model.train()
 
-    main = accelerator.is_main_process
+    main, processes, process = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
     device: torch.device = accelerator.device
     with Progress("training", total, "steps", done=done) if main else nullcontext() as progress:
-        ledger = _Ledger(objective, history, checkpoints, report, progress)
+        ledger = _Ledger(objective, history, checkpoints.directory, report, progress)
         while done < total:
             epoch, start = divmod(done, stream.steps_per_epoch)
             for sequences, divisor in stream.batches(epoch, start):
                 began = time.perf_counter()
-                torch.manual_seed(_step_seed(settings.seed, done, accelerator.process_index))  # dropout, if any
+                torch.manual_seed(_step_seed(settings.seed, done, process))  # dropout, if any
                 mine = micro_batches(
-                    sequences,
-                    divisor,
-                    settings.microbatch_tokens,
-                    accelerator.num_processes,
-                    accelerator.process_index,
-                    layout=objective.layout,
+                    sequences, divisor, settings.microbatch_tokens, processes, process, layout=objective.layout
                 )
                 rate = learning_rate_at(done, total, settings)
                 for group in optimizer.param_groups:
@@ -137,10 +108,10 @@ def train_loop(
                     with accelerator.no_sync(model) if number < len(mine) else nullcontext():
                         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                             loss, parts = objective(model, batch, done)
-                        (loss * accelerator.num_processes).backward()  # processes average: make it a sum
+                        (loss * processes).backward()  # processes average: make it a sum
                     sums[0] += loss.detach()
                     sums[1:] += parts
-                if accelerator.num_processes > 1:
+                if processes > 1:
                     sums = accelerator.reduce(sums, "sum")
                 norm = accelerator.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)
                 optimizer.step()
@@ -150,7 +121,8 @@ def train_loop(
                 norm = norm.to(device, torch.float64)  # of no gradients at all, a 0 of the host
                 numbers = Reading(torch.cat([sums, norm[None]]))
                 tokens = sum(len(s.ids) for s in sequences)
-                ledger.enter(_Step(done, epoch, rate, tokens, began, numbers))
+                known = {"step": done, "epoch": epoch, "learning_rate": rate}
+                ledger.at_work.append(_Step(known, tokens, began, numbers))
                 if done % settings.checkpoint_every == 0 or done == total:
                     ledger.read()
                     if main:
@@ -184,9 +156,7 @@ class Reading:
 class _Step:
     """A step that may still be at work; `numbers` are its loss, the objective's sums and the gradient's norm."""
 
-    number: int
-    epoch: int
-    learning_rate: float
+    known: dict[str, Any]
     tokens: int
     began: float
     numbers: Reading
@@ -196,26 +166,17 @@ class _Ledger:
     """The steps in order: those that are still at work, and the metrics of those that were read."""
 
     def __init__(
-        self,
-        objective: Objective,
-        history: list[dict[str, Any]],
-        checkpoints: Checkpoints,
-        report: Callable[[dict[str, Any]], None],
-        progress: Progress | None,
+        self, objective: Objective, history: History, checkpoints: Path, report: Report, progress: Progress | None
     ) -> None:
         self._objective, self._history, self._checkpoints = objective, history, checkpoints
         self._report, self._progress = report, progress
-        self._at_work: deque[_Step] = deque()
+        self.at_work: deque[_Step] = deque()
         self._last_read = time.perf_counter()
-
-    def enter(self, step: _Step) -> None:
-        """A step whose work was handed to the device."""
-        self._at_work.append(step)
 
     def read(self, *, but: int = 0) -> None:
         """Take in what the steps measured, but for the last `but`. Raises PleError where a number is not finite."""
-        while len(self._at_work) > but:
-            metrics = self._metrics(self._at_work.popleft())
+        while len(self.at_work) > but:
+            metrics = self._metrics(self.at_work.popleft())
             self._history.append(metrics)
             self._report(metrics)
             if self._progress:
@@ -224,14 +185,12 @@ class _Ledger:
     def _metrics(self, step: _Step) -> dict[str, Any]:
         loss, *sums, norm = step.numbers.read()
         if not math.isfinite(loss) or not math.isfinite(norm):
-            newest = self._checkpoints.newest()
-            raise PleError(_not_finite(step.number, loss, norm, newest, self._objective.remedy))
+            newest = newest_checkpoint(self._checkpoints)
+            raise PleError(_not_finite(step.known["step"], loss, norm, newest, self._objective.remedy))
         now = time.perf_counter()
         seconds, self._last_read = now - max(step.began, self._last_read), now
         return {
-            "step": step.number,
-            "epoch": step.epoch,
-            "learning_rate": step.learning_rate,
+            **step.known,
             "loss": loss,
             "grad_norm": norm,
             "seconds": seconds,

@@ -9,17 +9,17 @@ import importlib.metadata
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ple_data.common.device import describe
 from ple_data.common.settings import Settings
-from ple_train.engine.checkpoint import Checkpoints, resolved, saving
-from ple_train.engine.cost import describe_cost
+from ple_train.engine.checkpoint import Checkpoints, History, newest_checkpoint, read_state, resolved, saving
 from ple_train.log import print_to_log
 from schemas import records
 from schemas.errors import DamagedError, LockedError, NewerError, PleError, UsageError
@@ -48,33 +48,30 @@ class Output:
         self.checkpoints = Checkpoints(self.private / "checkpoints", settings, self.machine)
         self.finished = False
         self.found: dict[str, Any] = {}
-        self._lock = ExitStack()
 
-    def __enter__(self) -> Output:
-        try:
-            self._begin()
-        except BaseException:
-            self._lock.close()
-            raise
-        return self
-
-    def _begin(self) -> None:
+    def __enter__(self) -> Self:
         main = self.accelerator.is_main_process
         self._refuse_own_input()
-        if main:
-            self._take_lock()
-            self._refuse_other_kind()
-            if not self.resume:
-                self._forget()
-        self.accelerator.wait_for_everyone()
-        record = read_record(self.directory)
-        if record is not None:
-            self.settings.refuse_other(resolved(record), self.directory)
-            self.finished, self.found = True, record.settings
+        with ExitStack() as lock:
             if main:
-                print_to_log(f"{self.directory} is complete already ({record.steps} steps); nothing to do")
-        elif self.accelerator.log_with:
-            self.accelerator.init_trackers("ple", config={k: str(v) for k, v in self.settings.values.items()})
+                self._take_lock(lock)
+                record = self._record()
+                if record is not None and record.kind != self.kind:
+                    what = f"the result of another command ({record.kind})"
+                    raise UsageError(f"{self.directory} is {what}: use another --output")
+                if not self.resume:
+                    self._forget(record)
+            self.accelerator.wait_for_everyone()
+            record = read_record(self.directory)
+            if record is not None:
+                self.settings.refuse_other(resolved(record), self.directory)
+                self.finished, self.found = True, record.settings
+                if main:
+                    print_to_log(f"{self.directory} is complete already ({record.steps} steps); nothing to do")
+            elif self.accelerator.log_with:
+                self.accelerator.init_trackers("ple", config={k: str(v) for k, v in self.settings.values.items()})
+            self._lock = lock.pop_all()
+        return self
 
     def note_machine(self, precision: str, **more: str) -> None:
         """Say on stderr, and keep for the record, what was chosen for this machine: device, precision and `more`."""
@@ -92,17 +89,10 @@ class Output:
         """The record that is there; with --no-resume a damaged one is none."""
         try:
             return read_record(self.directory)
-        except NewerError:
-            raise
-        except DamagedError:
-            if self.resume:
+        except DamagedError as error:
+            if self.resume or isinstance(error, NewerError):
                 raise
             return None
-
-    def _refuse_other_kind(self) -> None:
-        record = self._record()
-        if record is not None and record.kind != self.kind:
-            raise UsageError(f"{self.directory} is the result of another command ({record.kind}): use another --output")
 
     def __exit__(self, *exception: object) -> None:
         self.accelerator.end_training()
@@ -113,18 +103,10 @@ class Output:
         if self.accelerator.log_with:
             self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=metrics["step"])
 
-    def finish(
-        self,
-        model: Any,
-        tokenizer: Any,
-        history: list[dict[str, Any]],
-        *,
-        title: str,
-        cost: dict[str, float] | None = None,
-    ) -> None:
-        """Publish model, tokenizer, model card, metrics and, last, the record; then drop the checkpoints.
+    def publish(self, model: Any, tokenizer: Any, history: History, title: str, cost: dict[str, float]) -> None:
+        """Put model, tokenizer, model card, metrics and, last, the record in place; then drop the checkpoints.
 
-        `cost` (`ple_train.engine.cost`) goes into the record and onto stderr.
+        `cost` (`training_cost`, or none) goes into the record and onto stderr.
         """
         if self.accelerator.is_main_process:
             writing = self.private / "writing"
@@ -140,13 +122,15 @@ class Output:
                 fsync_file(writing / name)
                 os.replace(writing / name, self.directory / name)
             fsync_dir(self.directory)
-            self._write_metrics(history)
+            sink = pa.BufferOutputStream()
+            pq.write_table(metrics_table(history), sink)
+            write_atomic(self.metrics, sink.getvalue().to_pybytes())
             record = Trained(
                 kind=self.kind,
                 settings=self.settings.values,
                 steps=len(history),
                 machine=self.machine,
-                cost=cost or {},
+                cost=cost,
                 files=hashes,
                 packages={name: importlib.metadata.version(name) for name in PACKAGES},
             )
@@ -154,25 +138,20 @@ class Output:
             self.checkpoints.clear()
             shutil.rmtree(writing, ignore_errors=True)
             if cost:
-                print_to_log(f"{self.directory}: {describe_cost(cost)}")
+                reused = f" ({cost['tokens_reused']:,} more from earlier rounds)" if cost["tokens_reused"] else ""
+                tokens = f"{cost['tokens_sampled']:,} tokens sampled{reused}, {cost['tokens_trained']:,} trained on"
+                print_to_log(f"{self.directory}: {tokens}, {cost['seconds']:.1f} s")
         self.accelerator.wait_for_everyone()
 
-    def _forget(self) -> None:
+    def _forget(self, record: Trained | None) -> None:
         """Remove what an earlier training left here: an old adapter beside a new model would be loaded with it."""
-        record = self._record()
         for name in (TRAINED, *LAST, *(record.files if record else ())):
             (self.directory / name).unlink(missing_ok=True)
         self.checkpoints.clear()
 
-    def _write_metrics(self, history: list[dict[str, Any]]) -> None:
-        sink = pa.BufferOutputStream()
-        pq.write_table(metrics_table(history), sink)
-        self.metrics.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.metrics, sink.getvalue().to_pybytes())
-
-    def _take_lock(self) -> None:
+    def _take_lock(self, lock: ExitStack) -> None:
         try:
-            self._lock.enter_context(locked(self.private / "lock", f"--output {self.directory}"))
+            lock.enter_context(locked(self.private / "lock", f"--output {self.directory}"))
         except LockedError:
             raise
         except PleError as error:
@@ -189,26 +168,25 @@ def kept_precision(directory: Path, resume: bool) -> str | None:
     """The number type with which an output was begun: `auto` goes on in it. None where nothing was begun."""
     if not resume:
         return None
-    begun = read_record(directory) or Checkpoints.newest_state(directory / ".ple" / "checkpoints")
-    settings, snapshot = resolved(begun) if begun else {}, directory / ".ple" / SNAPSHOT
-    if begun is None and snapshot.exists():
+    snapshot, newest = directory / ".ple" / SNAPSHOT, newest_checkpoint(directory / ".ple" / "checkpoints")
+    settings: dict[str, Any] = {}
+    if begun := read_record(directory) or (read_state(newest) if newest else None):
+        settings = resolved(begun)
+    elif snapshot.exists():
         settings = records.read_record(Snapshot, snapshot, START_AGAIN).settings
     kept = settings.get("precision")
     return None if kept in (None, "auto") else str(kept)
 
 
-def metrics_table(history: list[dict[str, Any]]) -> pa.Table:
+def metrics_table(history: History) -> pa.Table:
     """Metrics of every step as a table: one row a step, numbers only, its version in the metadata."""
     table = pa.Table.from_pylist(history)
-    for at, field in enumerate(table.schema):
-        if pa.types.is_null(
-            field.type
-        ):  # nothing of this kind in this round: still a number to whoever reads rounds together
-            table = table.set_column(at, field.name, table[field.name].cast(pa.float64()))
-    return table.replace_schema_metadata({b"ple": json.dumps(METRICS).encode()})
+    # where nothing of this kind was in this round: still a number to whoever reads rounds together
+    columns = [known.with_type(pa.float64()) if pa.types.is_null(known.type) else known for known in table.schema]
+    return table.cast(pa.schema(columns, {b"ple": json.dumps(METRICS).encode()}))
 
 
-def model_card(title: str, settings: dict[str, Any], history: list[dict[str, Any]]) -> str:
+def model_card(title: str, settings: dict[str, Any], history: History) -> str:
     """A model card in the hub's format: what it is, what it was made from, with which settings."""
     base = str(settings["model"])
     rows = "\n".join(f"| {name} | `{value}` |" for name, value in settings.items() if value is not None)
@@ -226,3 +204,21 @@ def _order_target_modules(model: Any) -> None:
     for config in getattr(model, "peft_config", {}).values():
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
+
+
+def training_cost(
+    history: History, sampled: Mapping[Any, int], this_round: int | None, trained: int | None = None
+) -> dict[str, float]:
+    """What a training cost, so that methods are compared at equal cost: `cost` in ple.json.
+
+    sampled: response tokens by the round (None where there is none) that they were sampled for, whether trained on or
+    not; those of earlier rounds count as reused. trained: response tokens with a weight in the loss, counted once a
+    pass (else the sum over the steps). seconds: of all steps, across restarts, without loading and saving.
+    """
+    new = sampled.get(this_round, 0)
+    return {
+        "tokens_sampled": new,
+        "tokens_reused": sum(sampled.values()) - new,
+        "tokens_trained": int(sum(step["trained_tokens"] for step in history) if trained is None else trained),
+        "seconds": round(sum(step["seconds"] for step in history), 3),
+    }

@@ -14,16 +14,18 @@ from typing import Any
 from ple_data.common.digests import policy_name
 from ple_data.common.models import AdapterInfo, check_adapter, check_model, load_tokenizer
 from ple_data.common.settings import Settings
-from ple_train.engine.loop import Objective, make_accelerator, train_loop
-from ple_train.engine.output import Kind, Output, kept_precision
+from ple_train.engine.checkpoint import History
+from ple_train.engine.loop import make_accelerator, train_loop
+from ple_train.engine.output import Kind, Output, kept_precision, training_cost
 from ple_train.log import print_to_log
 from ple_train.model.batches import Stream
 from ple_train.model.policy import Policy, load_policy, load_trainable, resolve_precision
+from ple_train.objectives import Objective
 from schemas.errors import UsageError
 from schemas.options import Lora
 
 
-class Session:
+class Session(Output):
     """Use as a context manager. `finished`: an earlier start has done it all; then there is nothing to do.
 
     kind: of the record. more: what counts beside the options (`ple_data.common.settings.NO_OPTIONS`). elsewhere:
@@ -32,12 +34,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        kind: Kind,
-        options: Any,
-        *,
-        more: Mapping[str, Any] | None = None,
-        elsewhere: Collection[str] = (),
+        self, kind: Kind, options: Any, *, more: Mapping[str, Any] | None = None, elsewhere: Collection[str] = ()
     ) -> None:
         adapter = getattr(options, "adapter", None)
         check_model(options.model)
@@ -47,27 +44,11 @@ class Session:
         if precision == "auto":
             precision = kept_precision(options.output, options.resume) or resolve_precision("auto")
         self.options = options.but(precision=precision)
-        weights = policy_name(options.model, adapter, options.revision)
-        settings = Settings.of(self.options, elsewhere=elsewhere, **{"weights": weights, **(more or {})})
+        self.weights = policy_name(options.model, adapter, options.revision)  # of the policy that training starts from
+        settings = Settings.of(self.options, elsewhere=elsewhere, **{"weights": self.weights, **(more or {})})
         settings = replace(settings, chosen=options.precision == "auto")
-        self.accelerator = make_accelerator(getattr(options, "report_to", None), options.output)
-        self.out = Output(settings, kind, self.options, self.accelerator)
-
-    def __enter__(self) -> Session:
-        self.out.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.out.__exit__(*exception)
-
-    @property
-    def finished(self) -> bool:
-        return self.out.finished
-
-    @property
-    def weights(self) -> str:
-        """The name of the policy that training starts from."""
-        return str(self.out.settings.values["weights"])
+        accelerator = make_accelerator(getattr(options, "report_to", None), options.output)
+        super().__init__(settings, kind, self.options, accelerator)
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer; it is written beside the result."""
@@ -76,40 +57,31 @@ class Session:
 
     def load_policy(self) -> Policy:
         """The policy to train, checked; what was chosen for the machine is said and kept."""
-        policy = load_policy(
-            self.options.model,
-            self.options,
-            adapter=getattr(self.options, "adapter", None),
-            revision=self.options.revision,
-            precision=self.options.precision,
-            seed=self.options.seed,
-        )
-        self.note_machine(attention=policy.attention, layout=policy.layout)
+        policy = load_policy(self.options.model, self.options, **self._start())
+        self.note_machine(self.options.precision, attention=policy.attention, layout=policy.layout)
         return policy
 
     def load_causal_lm(self) -> Any:
         """The model to train, not wrapped, for a trainer of another package."""
-        given = {name: getattr(self.options, name) for name in ("adapter", "revision", "precision", "seed")}
-        self.note_machine()
-        return load_trainable(self.options.model, self.options.part(Lora), **given)
+        self.note_machine(self.options.precision)
+        return load_trainable(self.options.model, self.options.part(Lora), **self._start())
 
-    def note_machine(self, **more: str) -> None:
-        """Say on stderr, and keep for the record, what was chosen for this machine."""
-        self.out.note_machine(self.options.precision, **more)
+    def _start(self) -> dict[str, Any]:
+        return {name: getattr(self.options, name, None) for name in ("adapter", "revision", "precision", "seed")}
 
-    def fit(self, model: Any, stream: Stream, objective: Objective, parameters: Any = None) -> list[dict[str, Any]]:
+    def fit(self, model: Any, stream: Stream, objective: Objective, parameters: Any = None) -> History:
         """Train to the end, going on from the newest checkpoint → metrics of every step."""
         trained = model.trainable() if parameters is None else parameters
         return train_loop(
-            self.accelerator, model, trained, stream, objective, self.options, self.out.checkpoints, self.out.report
+            self.accelerator, model, trained, stream, objective, self.options, self.checkpoints, self.report
         )
 
     def finish(
-        self, model: Any, history: list[dict[str, Any]], what: str, *, cost: dict[str, float] | None = None
+        self, model: Any, history: History, what: str, sampled: dict[Any, int] | None = None, trained: int | None = None
     ) -> None:
-        """Publish the result; `what` of the model's card says what it is."""
-        title = f"{Path(self.options.model).name}, {what}"
-        self.out.finish(model, self.tokenizer, history, title=title, cost=cost)
+        """Publish the result; `what` of the model's card says what it is. sampled: see `training_cost`."""
+        cost = {} if sampled is None else training_cost(history, sampled, getattr(self.options, "round", None), trained)
+        self.publish(model, self.tokenizer, history, f"{Path(self.options.model).name}, {what}", cost)
 
 
 def refuse_other_lora(adapter: AdapterInfo, options: Lora) -> None:

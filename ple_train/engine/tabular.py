@@ -19,15 +19,6 @@ def file_digest(data: Path) -> str | None:
     return sha256_file(data) if Path(data).is_file() else None
 
 
-def refuse_too_long(sequences: list[Sequence], positions: int | None, model: str) -> None:
-    """Raise UsageError where a sequence has more ids than the model has positions."""
-    over = sum(len(s.ids) > positions for s in sequences) if positions else 0
-    if over:
-        raise UsageError(
-            f"{over} rows are longer than the {positions} positions of {model}; use --max-length {positions}"
-        )
-
-
 def column(rows: Rows, *names: str, of: type | tuple[type, ...] = str) -> list[Any]:
     """The first of the columns `names` that there is, every value of type `of`.
 

@@ -7,8 +7,7 @@ which sees the prompt and itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
@@ -45,15 +44,12 @@ class Packing:
         queries, keys, seen = [], [], []
         start = 0
         for prompt, first, *others in parts:
-            queries.append(prompt + first)
-            keys.append(prompt + first)
-            seen.append(np.arange(start, start + prompt + first))
-            place = start + prompt + first
-            for length in others:
+            place, shared = start, 0  # a later response sees the prompt too
+            for length in (prompt + first, *others):
                 queries.append(length)
-                keys.append(prompt + length)
-                seen += [np.arange(start, start + prompt), np.arange(place, place + length)]
-                place += length
+                keys.append(shared + length)
+                seen += [np.arange(start, start + shared), np.arange(place, place + length)]
+                place, shared = place + length, prompt
             start = place
         borders_q = upload(borders_of(queries), device)
         repeated = len(queries) > len(parts)
@@ -90,7 +86,7 @@ def varlen_attention(
 
     Raises ValueError also where there is no such kernel for these tensors (a CPU, float32), or with dropout.
     """
-    _refuse_unknown(VARLEN, attention_mask, how)
+    _note_and_refuse_unknown(VARLEN, attention_mask, how)
     if packing is None:
         return packed_attention(module, query, key, value, None, **how)
     kernel, device = varlen_kernel(), query.device.type
@@ -178,7 +174,7 @@ def packed_attention(
     counted, where a model has one). Without a packing each row is one sequence. how: dropout, scaling and
     sliding_window, as transformers gives them. Raises ValueError for what this attention does not know.
     """
-    _refuse_unknown(PACKED, attention_mask, how)
+    _note_and_refuse_unknown(PACKED, attention_mask, how)
     dropout, scaling, window = how.get("dropout", 0.0), how.get("scaling"), how.get("sliding_window")
     kind = value.dtype
     if kind == torch.bfloat16 and value.device.type == "cpu":  # torch's backward there is 2 to 5 times slower in it
@@ -211,29 +207,12 @@ def register() -> None:
         AttentionInterface.register(name, attend)
 
 
-@contextmanager
-def windows() -> Iterator[set[int | None]]:
-    """What models give our attention as their sliding window, as long as this is open."""
-    from transformers import AttentionInterface
-
-    seen = set()
-
-    def watched(attend: Any) -> Any:
-        def watch(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-            seen.add(kwargs.get("sliding_window"))
-            return attend(*args, **kwargs)
-
-        return watch
-
-    for name, attend in OURS.items():
-        AttentionInterface.register(name, watched(attend))
-    try:
-        yield seen
-    finally:
-        register()
+seen_windows: set[int | None] = set()
+"""What models gave our attention as their sliding window since this was last cleared."""
 
 
-def _refuse_unknown(name: str, mask: Tensor | None, more: dict[str, Any]) -> None:
+def _note_and_refuse_unknown(name: str, mask: Tensor | None, more: dict[str, Any]) -> None:
+    seen_windows.add(more.get("sliding_window"))
     unknown = [word for word in ("softcap", "s_aux", "position_bias") if more.get(word) is not None]
     if mask is not None or unknown:
         raise ValueError(f"{name} does not know {', '.join(unknown) or 'masks'}")
@@ -254,14 +233,8 @@ def _attend(
     if repeats > 1 and (mask is not None or (query.device.type == "cuda" and query.dtype == torch.float32)):
         # else a GPU would take its slowest kernel, which keeps all scores: the others know no grouped heads there
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+    grouped = query.shape[1] != key.shape[1]
     with torch.autocast("cpu", enabled=False):
         return nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            query, key, value, mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )

@@ -119,11 +119,10 @@ def _fit(order: list[int], lengths: ListLike[int], budget: int) -> list[list[int
     bins: list[list[int]] = []
     room: list[int] = []
     for index in order:
-        place = next((b for b, left in enumerate(room) if left >= lengths[index]), None)
-        if place is None:
+        place = next((b for b, left in enumerate(room) if left >= lengths[index]), len(bins))
+        if place == len(bins):
             bins.append([])
             room.append(budget)
-            place = len(bins) - 1
         bins[place].append(index)
         room[place] -= lengths[index]
     return bins
@@ -177,82 +176,70 @@ def units_of(sequences: list[Sequence]) -> list[list[Sequence]]:
 
 def collate_shared(sequences: list[Sequence], device: torch.device) -> Tokens:
     """As `collate_packed`, with a prompt that neighbours share once, before all their responses."""
-    units = units_of(sequences)
-    ids, positions, rows = [], [], []
-    start = 0
-    for unit in units:
-        prompt, place = unit[0].prompt, start + unit[0].prompt
-        ids.append(unit[0].ids[:prompt])
-        positions.append(np.arange(prompt))
-        for s in unit:
-            response = len(s.ids) - prompt
-            ids.append(s.ids[prompt:])
-            positions.append(np.arange(prompt, len(s.ids)))
-            predicting = [start + prompt - 1, *range(place, place + response - 1)]
-            rows.append(np.array(predicting[-s.response :] if s.response else [], dtype=np.int64))
-            place += response
-        start = place
-    parts = [(unit[0].prompt, *(len(s.ids) - s.prompt for s in unit)) for unit in units]
-    inputs = _packed_inputs(ids, positions, parts, device)
-    return _tokens(sequences, inputs, rows, start, 0, device)
+    return _collate_units(units_of(sequences), device)
 
 
 def collate_packed(sequences: list[Sequence], device: torch.device) -> Tokens:
     """All sequences behind one another in one row, with their borders: not one position is padding."""
-    lengths = [len(s.ids) for s in sequences]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    parts = [(0, n) for n in lengths]
-    inputs = _packed_inputs([s.ids for s in sequences], [np.arange(n) for n in lengths], parts, device)
-    return _tokens(sequences, inputs, _predicting(sequences, starts[:-1]), int(starts[-1]), 0, device)
+    return _collate_units([[s] for s in sequences], device)
 
 
-def _packed_inputs(
-    ids: list[np.ndarray], positions: list[np.ndarray], parts: ListLike[tuple[int, ...]], device: torch.device
-) -> dict[str, Any]:
+def _collate_units(units: list[list[Sequence]], device: torch.device) -> Tokens:
     """`packing` is for our own attention, the borders for that of transformers, where no prompt is shared."""
+    ids, positions, rows, parts = [], [], [], []
+    start = 0
+    for unit in units:
+        prompt = unit[0].prompt
+        place = start + prompt
+        ids.append(unit[0].ids[:prompt])
+        positions.append(np.arange(prompt))
+        for s in unit:
+            ids.append(s.ids[prompt:])
+            positions.append(np.arange(prompt, len(s.ids)))
+            predicting = np.arange(place - 1, place + len(s.ids) - prompt - 1)
+            predicting[:1] = start + prompt - 1
+            rows.append(predicting if prompt else predicting[1:])
+            place += len(s.ids) - prompt
+        parts.append((prompt, *(len(s.ids) - prompt for s in unit)))
+        start = place
     packing = Packing.of(parts, device)
     lengths = [sum(part) for part in parts]
     borders = packing.borders_q if packing.keys is None else upload(borders_of(lengths), device)
-    return {
-        "input_ids": _row(np.concatenate(ids), device),
-        "position_ids": _row(np.concatenate(positions), device),
+    inputs = {
+        "input_ids": _long(np.concatenate(ids), device)[None],
+        "position_ids": _long(np.concatenate(positions), device)[None],
         "packing": packing,
         "cu_seq_lens_q": borders,
         "cu_seq_lens_k": borders,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
+    return _tokens([s for unit in units for s in unit], inputs, rows, start)
 
 
 def collate_padded(sequences: list[Sequence], device: torch.device) -> Tokens:
     """One sequence a row, padded on the right (causal attention never looks there)."""
-    width = max(len(s.ids) for s in sequences)
-    ids = np.zeros((len(sequences), width), dtype=np.int64)
+    inputs = padded_rows(sequences, device)
+    width = inputs["input_ids"].shape[1]
+    rows = [np.arange(max(s.prompt, 1) - 1, len(s.ids) - 1) + row * width for row, s in enumerate(sequences)]
+    positions = len(sequences) * width
+    return _tokens(sequences, inputs, rows, positions, positions - sum(len(s.ids) for s in sequences))
+
+
+def padded_rows(sequences: list[Sequence], device: torch.device, pad: int = 0) -> dict[str, Tensor]:
+    """Ids and attention mask, [sequences, longest] int64 each, padded on the right."""
+    ids = np.full((len(sequences), max(len(s.ids) for s in sequences)), pad, dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence.ids)] = sequence.ids
         mask[row, : len(sequence.ids)] = 1
-    inputs = {
-        "input_ids": upload(ids, device),
-        "attention_mask": upload(mask, device),
-    }
-    rows = _predicting(sequences, np.arange(len(sequences)) * width)
-    return _tokens(sequences, inputs, rows, ids.size, ids.size - int(mask.sum()), device)
-
-
-def _predicting(sequences: list[Sequence], starts: np.ndarray) -> list[np.ndarray]:
-    """For each sequence the positions whose hidden states predict its response, when it begins at its start."""
-    return [np.arange(max(s.prompt, 1) - 1, len(s.ids) - 1) + start for s, start in zip(sequences, starts, strict=True)]
+    return {"input_ids": upload(ids, device), "attention_mask": upload(mask, device)}
 
 
 def _tokens(
-    sequences: list[Sequence],
-    inputs: dict[str, Any],
-    rows: list[np.ndarray],
-    positions: int,
-    padding: int,
-    device: torch.device,
+    sequences: list[Sequence], inputs: dict[str, Any], rows: list[np.ndarray], positions: int, padding: int = 0
 ) -> Tokens:
+    device = inputs["input_ids"].device
     lengths = [s.response for s in sequences]
     return Tokens(
         inputs=inputs,
@@ -267,7 +254,3 @@ def _tokens(
 
 def _long(values: np.ndarray, device: torch.device) -> Tensor:
     return upload(values.astype(np.int64), device)
-
-
-def _row(values: np.ndarray, device: torch.device) -> Tensor:
-    return _long(values, device)[None]

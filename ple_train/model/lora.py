@@ -1,9 +1,8 @@
 """LoRA's product with fewer temporaries: peft's own layers, weights and files, with a cheaper forward and backward.
 
-peft computes W x + scaling * B (A x) as several tensors of the output's size, autograd adds two of the input's size,
-and the gradient of B is a product of which one side is transposed and r wide, which CPU kernels do slowly. Here the
-low-rank parts are added by their own products, and nothing but x and A x is kept. Same function, same gradients
-(tests/test_lora.py).
+peft makes several tensors of the output's size, and autograd two more of the input's size. Its gradient of B has a
+transposed side of width r, which is slow on a CPU. Here the low-rank parts are added by their own products, and only x
+and A x are kept. Same function, same gradients (tests/ple_train/model/test_lora.py).
 """
 
 from __future__ import annotations

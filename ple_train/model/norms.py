@@ -1,6 +1,6 @@
 """RMS norms in one kernel each way on a GPU, where transformers' own take some twenty passes over the hidden states.
 
-Same function up to the rounding of bfloat16 (tests/test_norms.py). Leaves a processor's arithmetic as it is.
+Same function up to the rounding of bfloat16 (`test_norms.py`). Leaves a processor's arithmetic as it is.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ from torch import Tensor, nn
 TRIALS = 8
 
 
-def fuse_norms(model: nn.Module) -> int:
-    """Give every RMS norm that is one by its own answers torch's kernel → how many there were."""
+def fuse_norms(model: nn.Module) -> None:
+    """Give every RMS norm that is one by its own answers torch's kernel."""
     kinds: dict[type, type | None] = {}
-    fused = 0
     for module in model.modules():
         kind = type(module)
         if kind not in kinds:
             kinds[kind] = _fused(kind) if _is_rms_norm(module) else None
         if found := kinds[kind]:
             module.__class__ = found
-            fused += 1
-    return fused
 
 
 def _is_rms_norm(module: Any) -> bool:

@@ -40,7 +40,7 @@ class Policy(nn.Module):
         config = base.config.get_text_config()
         self._base = [base]  # in a list: a view of self.model, not a second submodule
         self.vocabulary: int = base.get_output_embeddings().weight.shape[0]
-        self.positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.positions = positions_of(base)
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         self.layout: Layout = "packed"
@@ -58,15 +58,10 @@ class Policy(nn.Module):
         """Log-probability of each response token, [n] in nats, in the order of `tokens.targets`."""
         base = self._base[0]
         hidden = base.get_decoder()(**tokens.inputs, use_cache=False).last_hidden_state
+        predicting = hidden.flatten(0, 1).index_select(0, tokens.rows)
         head = base.get_output_embeddings()
-        return token_logps(
-            hidden.flatten(0, 1).index_select(0, tokens.rows),
-            head.weight,
-            tokens.targets,
-            getattr(head, "bias", None),
-            scale=self.scale,
-            softcap=self.softcap,
-        )
+        bias = getattr(head, "bias", None)
+        return token_logps(predicting, head.weight, tokens.targets, bias, scale=self.scale, softcap=self.softcap)
 
     @property
     def has_start_policy(self) -> bool:
@@ -125,9 +120,9 @@ class Policy(nn.Module):
         """The probe's answers in a layout, which stays set."""
         self._base[0].set_attn_implementation(implementation)
         self.attention, self.layout = implementation, layout
-        with packed.windows() as seen:
-            found = probe.answers(lambda sequences: self(self.collate(sequences)), self.vocabulary)
-        if implementation in packed.OURS and self._window and not any(seen):
+        packed.seen_windows.clear()
+        found = probe.answers(lambda sequences: self(self.collate(sequences)), self.vocabulary)
+        if implementation in packed.OURS and self._window and not any(packed.seen_windows):
             raise ValueError("this model keeps its window of attention in a mask")
         return found
 
@@ -158,6 +153,11 @@ class Policy(nn.Module):
             f"hidden states and output layer: this architecture (or an adapter on its output layer) is not supported "
             f"({why})"
         )
+
+
+def positions_of(causal: Any) -> int | None:
+    """The positions of a causal language model; None where its configuration does not say."""
+    return getattr(causal.config.get_text_config(), "max_position_embeddings", None)
 
 
 def resolve_precision(precision: str) -> str:

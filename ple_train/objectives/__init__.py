@@ -1,1 +1,38 @@
-"""The math on responses: what a micro-batch costs."""
+"""The math on responses: what a micro-batch costs, and what is logged about it. An objective is known by its name."""
+
+import importlib
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ple_train.model.batches import Layout, MicroBatch
+
+OBJECTIVES = {
+    "ple": "pairs:PairObjective",
+    "sft": "responses:SftObjective",
+    "label": "rewards:LabelObjective",
+    "preference": "rewards:PreferenceObjective",
+}
+"""By name: the module here and its class."""
+
+
+class Objective(Protocol):
+    """A loss on micro-batches, and what to add up over micro-batches and processes; `summarise` makes metrics of it.
+
+    A call gives the loss and [sums] float64, both on the model's device, and never waits for it.
+    """
+
+    sums: tuple[str, ...]
+    layout: Layout  # how the sequences of a micro-batch lie
+    remedy: str  # what may help when the loss stops being finite
+
+    def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]: ...
+
+    def summarise(self, sums: dict[str, float]) -> dict[str, float]: ...
+
+
+def make_objective(name: str, *given: Any) -> Objective:
+    """The objective of that name, made from what its class asks for."""
+    module, kind = OBJECTIVES[name].split(":")
+    objective: Objective = getattr(importlib.import_module(f"{__name__}.{module}"), kind)(*given)
+    return objective

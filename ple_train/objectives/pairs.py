@@ -57,7 +57,9 @@ class PairObjective:
         coefficients = upload(np.array([s.tag.coefficient for s in batch.sequences]), logps.device).to(logps.dtype)
         drift = None
         if self.policy.has_start_policy and (self.delta is not None or step % DRIFT_EVERY == 0):
-            drift = means - self._start_means(tokens, len(batch.sequences))
+            with self.policy.as_start_policy():
+                start = sum_by_response(self.policy(tokens), tokens.responses, len(batch.sequences))
+            drift = means - start / tokens.lengths
         kept = coefficients
         if self.delta is not None and drift is not None:
             kept = trust_region(coefficients, drift, self.delta)
@@ -67,10 +69,6 @@ class PairObjective:
         losses = sum_logps.detach() * -kept / batch.total
         gated = ((coefficients != 0) & (kept == 0)).sum()
         return loss, self._sums(batch, tokens, losses, means, gated, drift)
-
-    def _start_means(self, tokens: Tokens, responses: int) -> Tensor:
-        with self.policy.as_start_policy():
-            return sum_by_response(self.policy(tokens), tokens.responses, responses) / tokens.lengths
 
     def _sums(
         self, batch: MicroBatch, tokens: Tokens, losses: Tensor, means: Tensor, gated: Tensor, drift: Tensor | None

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import subprocess
 import threading
 import time
 from collections import Counter
+from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 from typing import Self
 
 QUERY = ("--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits", "--loop-ms=250")
@@ -28,7 +28,7 @@ class GpuWatch:
     """Bytes in use of each GPU that CUDA_VISIBLE_DEVICES leaves visible, by its index. A context manager."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Popen[str] | None = None
         self._listening = False
         self._news = threading.Condition()
         self._words: Counter[int] = Counter()
@@ -38,13 +38,7 @@ class GpuWatch:
 
     def __enter__(self) -> Self:
         if program := shutil.which("nvidia-smi"):
-            self._process = subprocess.Popen(
-                [program, *QUERY],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
+            self._process = Popen([program, *QUERY], stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, text=True)
             self._listening = True
             threading.Thread(target=self._listen, args=[self._process], daemon=True).start()
         return self
@@ -52,7 +46,7 @@ class GpuWatch:
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs holds it
+            with contextlib.suppress(TimeoutExpired):  # a driver that hangs holds it
                 self._process.wait(NEWS_SECONDS)
 
     def begin(self) -> None:
@@ -87,7 +81,7 @@ class GpuWatch:
     def _has_news_since(self, old: dict[int, int]) -> bool:
         return bool(self._words) and all(words >= old.get(gpu, 0) + 2 for gpu, words in self._words.items())
 
-    def _listen(self, process: subprocess.Popen[str]) -> None:
+    def _listen(self, process: Popen[str]) -> None:
         visible = _visible()
         assert process.stdout is not None
         with process.stdout as lines:

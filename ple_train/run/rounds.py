@@ -4,6 +4,7 @@ Every stage is a child process that reads and writes files; this room passes the
 goes on where it stopped. It never imports torch and never looks into the data.
 """
 
+import itertools
 import json
 import os
 import shlex
@@ -19,7 +20,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from ple_data.rewards import recorded_spec
-from ple_train.run.child import GRACE_SECONDS, Ended, Launcher
+from ple_train.log import print_to_log
+from ple_train.run.child import GRACE_SECONDS, run_child
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
 from schemas.errors import DamagedError, PleError, UsageError
 from schemas.files import locked, write_atomic
@@ -29,10 +31,9 @@ from schemas.records import TRAINED, read_record
 from schemas.training import StageRecord, Stages
 
 _DOCUMENTED_CODES = {1, 2, 3, 4, 130}
-RUN_BY = (Gen, Score, Train, Sft, Reward, Baseline, Dpo)
 MACHINE_ONLY = {
     word
-    for command in RUN_BY
+    for command in (Gen, Score, Train, Sft, Reward, Baseline, Dpo)
     for known in command.in_order()
     if about(known).machine and known.name not in GIVEN
     for word in (flag(known), f"--no-{flag(known)[2:]}")
@@ -55,11 +56,8 @@ class Stage:
     @property
     def recorded(self) -> list[str]:
         """The words as files and messages show them: of a reward model's address the query only as its digest."""
-        before = ("", *self.command)
-        return [
-            recorded_spec(word) if option == "--reward-model" else word
-            for option, word in zip(before, self.command, strict=False)
-        ]
+        words = itertools.pairwise(("", *self.command))
+        return [recorded_spec(word) if before == "--reward-model" else word for before, word in words]
 
     @property
     def shell_line(self) -> str:
@@ -73,22 +71,38 @@ class Stage:
 
 def plan(recipe: Recipe) -> list[Stage]:
     """All stages of a recipe in order, with full command lines."""
-    run = Path(recipe.run_dir)
+    run, seed = Path(recipe.run_dir), {"seed": recipe.seed}
     stages = []
-    model, reward_model = recipe.model, recipe.reward_model
+    base: dict[str, Any] = {"model": recipe.model, "revision": recipe.revision}
+    reward_model = recipe.reward_model
     if recipe.reward is not None:
         reward_model = str(run / "reward")
-        stages.append(_reward_stage(recipe, run))
+        stages.append(_stage("reward", None, recipe.reward, {**_written(run, "reward", "reward"), **seed}))
     if recipe.sft is not None:
-        model = str(run / "sft")
-        stages.append(_sft_stage(recipe, run))
-    assert reward_model is not None  # Recipe's own check
+        how = {} if recipe.gen.prompt_format == "auto" else {"prompt_format": recipe.gen.prompt_format}
+        stages.append(_stage("sft", None, recipe.sft, {**base, **_written(run, "sft", "sft"), **seed, **how}))
+        base = {"model": run / "sft"}
+    name, trainer, schedule = "train", recipe.train, {"tau0": recipe.tau0, "alpha": recipe.alpha}
+    if recipe.baseline is not None:
+        name, trainer, schedule = "baseline", recipe.baseline, {}
+    policy = base  # samples and starts a round: the start policy, then with the last round's adapter
     for t in range(recipe.rounds):
-        policy = _policy_words(recipe, model, t)
-        stages.append(_gen_stage(recipe, policy, t))
-        stages.append(_score_stage(recipe, reward_model, t))
-        stages.append(_train_stage(recipe, policy, t))
+        data = {"data": run / "data", "round": t}
+        queries: dict[str, Any] = {"queries": recipe.queries, "principles": recipe.principles}
+        if (count := recipe.queries_per_round) is not None:
+            queries |= {"shuffle": True, "skip": t * count, "limit": count}
+        written = _written(run, f"policy/round={t:03d}", f"round={t:03d}")
+        stages += [
+            _stage("gen", t, recipe.gen, {**policy, **queries, **data, **seed, "reuse": recipe.reuse}),
+            _stage("score", t, recipe.score, {**data, "reward_model": reward_model}),
+            _stage(name, t, trainer, {**policy, **data, **written, **schedule, **seed}),
+        ]
+        policy = {"model": written["output"]} if trainer.full else {**base, "adapter": written["output"]}
     return stages
+
+
+def _written(run: Path, output: str, metrics: str) -> dict[str, Any]:
+    return {"output": run / output, "metrics": run / "metrics" / f"{metrics}.parquet"}
 
 
 def run(recipe: Recipe) -> None:
@@ -102,44 +116,47 @@ def run(recipe: Recipe) -> None:
     _refuse_missing_programs(stages)
     directory.mkdir(parents=True, exist_ok=True)
     lock = locked(directory / ".ple" / "run.lock", str(directory), patience=GRACE_SECONDS + 5)
-    with lock as held, Launcher(keep_open=[held]) as launcher, GpuWatch() as gpus:
+    with lock as held, GpuWatch() as gpus:
         _freeze(recipe, stages, directory)
         for number, stage in enumerate(stages, start=1):
             records = _load_records(directory)
             place = f"[{number}/{len(stages)}] {stage.title}"
             if any(_is_done(record, stage) for record in records):
-                _log(f"{place}: done before")
+                print_to_log(f"{place}: done before")
             else:
-                _log(f"{place}: {stage.shell_line}")
-                _log(f"{place}: {_run_stage(stage, directory, records, launcher, gpus)}")
+                print_to_log(f"{place}: {stage.shell_line}")
+                print_to_log(f"{place}: {_run_stage(stage, directory, records, held, gpus)}")
 
 
-def _run_stage(stage: Stage, directory: Path, records: list[StageRecord], launcher: Launcher, gpus: GpuWatch) -> str:
+def _run_stage(stage: Stage, directory: Path, records: list[StageRecord], lock: int, gpus: GpuWatch) -> str:
     """Run a stage and keep its record → what became of it, in words. What it held of the GPUs is free again then."""
     record = StageRecord(stage=stage.name, round=stage.round, command=stage.recorded, start=_now())
-    before = list(records)
-    _save_records(directory, [*before, record])
+
+    def note(**found: Any) -> None:
+        nonlocal record
+        record = record.model_copy(update=found)
+        write_atomic(directory / "stages.json", Stages(stages=[*records, record]).to_json())
+
+    note()
     gpus.begin()
     start = time.monotonic()
-    ended: Ended | None = None
+    found: dict[str, Any] = {}
     try:
-        ended = launcher.run(stage.command)
+        ended = run_child(stage.command, keep_open=[lock])
+        found = {"exit_code": ended.code, "memory_bytes": ended.memory}
     except KeyboardInterrupt:
-        ended = Ended(130, 0)
+        found = {"exit_code": 130, "memory_bytes": 0}
         raise
     finally:
         seconds = time.monotonic() - start
-        found = {"exit_code": ended.code, "memory_bytes": ended.memory} if ended else {}
-        record = record.model_copy(update={"end": _now(), "seconds": round(seconds, 3), **found})
-        _save_records(directory, [*before, record])
+        note(end=_now(), seconds=round(seconds, 3), **found)
     most, left = gpus.end()
     if most:
-        record = record.model_copy(update={"gpu_memory_bytes": {str(gpu): size for gpu, size in most.items()}})
-        _save_records(directory, [*before, record])
+        note(gpu_memory_bytes={str(gpu): size for gpu, size in most.items()})
     refuse_failure(stage.title, ended.code)
     for gpu, size in left.items():
         more = f"{gibibytes(size)} more of GPU {gpu} are in use than before {stage.title}"
-        _log(f"warning: {more}; nvidia-smi tells by which process")
+        print_to_log(f"warning: {more}; nvidia-smi tells by which process")
     held = [f"{gibibytes(ended.memory)} of memory"] if ended.memory else []
     held += [f"{gibibytes(size)} of GPU {gpu}" for gpu, size in most.items()]
     return f"done in {seconds:.1f} s" + (f", held at most {', '.join(held)}" if held else "")
@@ -166,84 +183,23 @@ def _is_of(record: StageRecord, stage: Stage) -> bool:
     return (record.stage, record.round) == (stage.name, stage.round)
 
 
-def _reward_stage(recipe: Recipe, run: Path) -> Stage:
-    assert recipe.reward is not None
-    output = ["--output", str(run / "reward"), "--metrics", str(run / "metrics" / "reward.parquet")]
-    return _stage("reward", None, recipe.reward, [*output, *_seed(recipe)])
-
-
-def _sft_stage(recipe: Recipe, run: Path) -> Stage:
-    assert recipe.sft is not None
-    model = ["--model", recipe.model, *_revision(recipe)]
-    output = ["--output", str(run / "sft"), "--metrics", str(run / "metrics" / "sft.parquet")]
-    how = [] if recipe.gen.prompt_format == "auto" else ["--prompt-format", recipe.gen.prompt_format]
-    return _stage("sft", None, recipe.sft, [*model, *output, *_seed(recipe), *how])
-
-
-def _gen_stage(recipe: Recipe, policy: list[str], t: int) -> Stage:
-    queries = ["--queries", recipe.queries, "--principles", recipe.principles]
-    if recipe.queries_per_round is not None:
-        first = t * recipe.queries_per_round
-        queries += ["--shuffle", "--skip", str(first), "--limit", str(recipe.queries_per_round)]
-    reuse = [word for store in recipe.reuse for word in ("--reuse", store)]
-    return _stage("gen", t, recipe.gen, [*policy, *queries, *_data(recipe, t), *_seed(recipe), *reuse])
-
-
-def _score_stage(recipe: Recipe, reward_model: str, t: int) -> Stage:
-    return _stage("score", t, recipe.score, [*_data(recipe, t), "--reward-model", reward_model])
-
-
-def _train_stage(recipe: Recipe, policy: list[str], t: int) -> Stage:
-    run = Path(recipe.run_dir)
-    output = ["--output", _policy_dir(run, t), "--metrics", str(run / "metrics" / f"round={t:03d}.parquet")]
-    words = [*policy, *_data(recipe, t), *output]
-    if recipe.baseline is not None:
-        return _stage("baseline", t, recipe.baseline, [*words, *_seed(recipe)])
-    schedule = ["--tau0", str(recipe.tau0), "--alpha", str(recipe.alpha)]
-    return _stage("train", t, recipe.train, [*words, *schedule, *_seed(recipe)])
-
-
-def _policy_words(recipe: Recipe, model: str, t: int) -> list[str]:
-    """The policy that samples and starts round t: the start model, after round 0 with the last round's adapter."""
-    if t == 0:
-        return ["--model", model, *(_revision(recipe) if recipe.sft is None else [])]
-    last = _policy_dir(Path(recipe.run_dir), t - 1)
-    if (recipe.baseline or recipe.train).full:
-        return ["--model", last]
-    return ["--model", model, *(_revision(recipe) if recipe.sft is None else []), "--adapter", last]
-
-
-def _policy_dir(run: Path, t: int) -> str:
-    return str(run / "policy" / f"round={t:03d}")
-
-
-def _data(recipe: Recipe, t: int) -> list[str]:
-    return ["--data", str(Path(recipe.run_dir) / "data"), "--round", str(t)]
-
-
-def _seed(recipe: Recipe) -> list[str]:
-    return ["--seed", str(recipe.seed)]
-
-
-def _revision(recipe: Recipe) -> list[str]:
-    return [] if recipe.revision is None else ["--revision", recipe.revision]
-
-
-def _stage(name: str, t: int | None, options: BaseModel, words: list[str]) -> Stage:
+def _stage(name: str, t: int | None, options: BaseModel, given: dict[str, Any]) -> Stage:
+    """A stage with those of the recipe's options that are not the command's defaults, and those that the run gives."""
     program, *first_words = options.command  # type: ignore[attr-defined]
     if isinstance(options, BaselineStage):
         first_words.append(options.method)
-    command = [find_program(program), *first_words, *_option_words(options), *words]
-    return Stage(name, t, tuple(command))
+    own = {
+        key: getattr(options, key)
+        for key, field in type(options).model_fields.items()
+        if key not in ("command", "method") and getattr(options, key) != field.get_default(call_default_factory=True)
+    }
+    return Stage(name, t, (find_program(program), *first_words, *_words(own), *_words(given)))
 
 
-def _option_words(options: BaseModel) -> list[str]:
-    """The options that differ from the command's defaults, as command-line words."""
+def _words(options: dict[str, Any]) -> list[str]:
+    """Options as command-line words; None is none."""
     words = []
-    for name, field in type(options).model_fields.items():
-        value = getattr(options, name)
-        if name in ("command", "method") or value == field.get_default(call_default_factory=True):
-            continue
+    for name, value in options.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
@@ -251,7 +207,7 @@ def _option_words(options: BaseModel) -> list[str]:
             words += [word for item in value for word in (flag, str(item))]
         elif isinstance(value, dict):
             words += [word for key, item in value.items() for word in (flag, f"{key}={_plain(item)}")]
-        else:
+        elif value is not None:
             words += [flag, str(value)]
     return words
 
@@ -281,7 +237,8 @@ def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:
     Of a reward model's address the copy holds the query only as its digest, unless the file there has it already.
     """
     path = directory / "recipe.yaml"
-    kept = _recorded(recipe)
+    secret = {} if recipe.reward_model is None else {"reward_model": recorded_spec(recipe.reward_model)}
+    kept = recipe.model_copy(update=secret)
     if path.exists():
         frozen = _frozen(path)
         if frozen.reward_model == recipe.reward_model:  # the user's own recipe: it must work again
@@ -290,22 +247,12 @@ def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:
         if not changed:
             return
         if other := _done_otherwise(stages, _load_records(directory)):
-            raise UsageError(
-                "\n  ".join(
-                    [
-                        f"{path}: {other} was done with another recipe; take the old one again or another run_dir",
-                        *changed,
-                    ]
-                )
-            )
-        _log("\n  ".join([f"{path}: no stage that is done depends on what has changed; going on with", *changed]))
+            what = f"{path}: {other} was done with another recipe; take the old one again or another run_dir"
+            raise UsageError("\n  ".join([what, *changed]))
+        print_to_log(
+            "\n  ".join([f"{path}: no stage that is done depends on what has changed; going on with", *changed])
+        )
     write_atomic(path, dump_recipe(kept))
-
-
-def _recorded(recipe: Recipe) -> Recipe:
-    if recipe.reward_model is None:
-        return recipe
-    return recipe.model_copy(update={"reward_model": recorded_spec(recipe.reward_model)})
 
 
 def _frozen(path: Path) -> Recipe:
@@ -345,13 +292,5 @@ def _load_records(directory: Path) -> list[StageRecord]:
     return read_record(Stages, path, advice).stages if path.exists() else []
 
 
-def _save_records(directory: Path, records: list[StageRecord]) -> None:
-    write_atomic(directory / "stages.json", Stages(stages=records).to_json())
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ from ple_train.model.batches import micro_batches
 from ple_train.model.policy import load_policy
 from ple_train.objectives.pairs import PairObjective
 from ple_train.snapshot import freeze
-from ple_train.stream import PairStream, Partition, refuse_unfit_pairs
+from ple_train.stream import WINDOW_ROWS, PairStream, refuse_unfit_pairs
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
 from schemas.options import Sft, Train
 from schemas.records import RoundManifest
@@ -66,11 +66,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("pairs") / "data")
 
 
-def stream(data: Path, **more) -> PairStream:
-    options = SimpleNamespace(**{"round": 1, "batch_size": 8, "seed": 0, "max_length": None} | more)
-    limits = SimpleNamespace(vocabulary=more.get("vocabulary", 300), positions=None)
-    windows = {"window_rows": more["window_rows"]} if "window_rows" in more else {}
-    return PairStream(freeze([data], 1, options.max_length), Partition(0.2), options, limits, **windows)
+def stream(data: Path, window_rows: int = WINDOW_ROWS, **more) -> PairStream:
+    options = asked(data, 1, **{"batch_size": 8} | more)
+    limits = SimpleNamespace(vocabulary=300, positions=None)
+    return PairStream(freeze([data], 1, options.max_length), options, limits, window_rows)
 
 
 def asked(data: Path, round: int, **more) -> Train:
@@ -202,7 +201,7 @@ def test_sets_ages_and_coefficients_come_from_the_partition(pairs):
     rows = pl.concat([pl.from_arrow(Store(pairs).read(s)) for s in Store(pairs).shards("pairs")])
     expected = {}
     for r in rows.iter_rows(named=True):
-        of = oracle.row(r["s"], r["s_prompt"], len(r["y_ids"]), len(r["y_prompt_ids"]), tau=0.2)
+        of = oracle.row(r["s"], r["s_prompt"], len(r["y_ids"]), len(r["y_prompt_ids"]), tau=0.2 * 0.9)
         expected["y", *r["x_ids"], *r["y_ids"]] = (of.set, 1 - r["round"], of.c)
         expected["y_prompt", *r["x_ids"], *r["y_prompt_ids"]] = (of.set, 1 - r["round"], of.c_prompt)
     for sequences, _ in stream(pairs).batches(0, 0):
@@ -567,7 +566,7 @@ def test_the_launchers_own_accumulation_setting_changes_nothing(run, monkeypatch
 
 
 def test_a_tracker_that_is_not_installed_is_named(run, monkeypatch):
-    monkeypatch.setattr(loop, "available_trackers", lambda: {"tensorboard"})
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UsageError, match=r"--report-to wandb writes with wandb, .* pip install 'ple-align\[wandb\]'"):
         run("untracked", report_to="wandb")
 
@@ -646,8 +645,8 @@ def test_rounds_that_the_same_base_model_sampled_are_not_read_for_that(policy, a
     refuse_unfit_pairs(freeze([data], 0, None), limits, None, policy_name(policy))
     with pytest.raises(UsageError, match="query 'long' of round 0"):
         refuse_unfit_pairs(freeze([data], 0, None), limits, None, "other@0123456789ab")
-    options = SimpleNamespace(round=0, batch_size=8, seed=0, max_length=None)
-    late = PairStream(freeze([data], 0, None), Partition(0.2), options, limits)
+    options = asked(data, 0, batch_size=8)
+    late = PairStream(freeze([data], 0, None), options, limits)
     with pytest.raises(UsageError, match="query 'long' of round 0"):
         list(late.batches(0, 0))
 

@@ -28,10 +28,10 @@ from ple_train.baselines import dpo as dpo_room
 from ple_train.baselines import ppo as ppo_room
 from ple_train.baselines import responses as baselines
 from ple_train.baselines.trl_tools import VERSIONS, require_trl
+from ple_train.objectives.responses import SftObjective
 from ple_train.run import rounds
-from ple_train.sft import SftObjective
 from ple_train.snapshot import freeze
-from ple_train.stream import PairStream, Partition
+from ple_train.stream import PairStream
 from schemas.errors import PleError, UsageError
 from schemas.options import Baseline, BaselineSft, Dpo, Ppo, Train, Trainable
 from schemas.recipe import parse_recipe
@@ -470,15 +470,14 @@ def test_all_ties_and_foreign_ids_are_refused(run, tmp_path):
 def test_ablations_train_with_the_oracles_coefficients(policy, pairs, tmp_path, without):
     stream = PairStream(
         freeze([pairs], 1, None),
-        Partition(0.2, without=without),
-        SimpleNamespace(round=1, batch_size=9, seed=0, max_length=None),
+        Train(model="m", data=[pairs], round=1, output="none", without=without, tau0=0.2, batch_size=9),
         SimpleNamespace(vocabulary=384, positions=None),
     )
     ((sequences, count),) = stream.batches(0, 0)
     found = {(s.tag.arm, *s.ids.tolist()): (s.tag.set, s.tag.coefficient) for s in sequences}
     expected = {}
     for r in (r for rows in ROUNDS for r in rows):
-        of = oracle.row(r["s"], r["s_prompt"], len(r["y_ids"]), len(r["y_prompt_ids"]), 0.2, without=without)
+        of = oracle.row(r["s"], r["s_prompt"], len(r["y_ids"]), len(r["y_prompt_ids"]), 0.2 * 0.9, without=without)
         for arm, coefficient in (("y", of.c), ("y_prompt", of.c_prompt)):
             if coefficient != 0:
                 expected[arm, *r["x_ids"], *r[f"{arm}_ids"]] = (of.set, pytest.approx(coefficient, rel=1e-6))

@@ -14,6 +14,7 @@ from ple_train.demo import demo as demo_room
 from ple_train.demo import toyworld
 from ple_train.measure.perplexity import perplexity
 from ple_train.measure.sample import sample_responses
+from ple_train.run.child import Ended
 
 
 def test_grammar_judges_its_own_reviews() -> None:
@@ -83,7 +84,9 @@ def test_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     sizes = {"PRETRAINING": 64, "LABELLED": 64, "FINE_TUNING": 32, "HELD_OUT": 16, "UNSEEN": 8, "QUERIES_PER_ROUND": 8}
     for name, size in sizes.items():
         monkeypatch.setattr(demo_room, name, size)
-    monkeypatch.setattr(demo_room, "run_child", lambda command: CliRunner().invoke(cli.ple, command[1:]).exit_code)
+    monkeypatch.setattr(
+        demo_room, "run_child", lambda command: Ended(CliRunner().invoke(cli.ple, command[1:]).exit_code, 0)
+    )
     output = tmp_path / "demo"
     report = demo_room.demo(output, rounds=1)
     assert (output / "learning-curve.png").read_bytes().startswith(b"\x89PNG")

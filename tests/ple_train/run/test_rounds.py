@@ -18,7 +18,7 @@ import yaml
 
 from ple_data.common.digests import text_digest
 from ple_train.run import rounds
-from ple_train.run.child import GRACE_SECONDS, Launcher, run_child
+from ple_train.run.child import GRACE_SECONDS, run_child
 from schemas.errors import LockedError, PleError, UsageError
 from schemas.recipe import differences, load_recipe, parse_recipe
 from tests.conftest import ROOT
@@ -349,31 +349,26 @@ def test_two_runs_of_one_directory_exclude_each_other(bench: Bench) -> None:
 
 def test_worker_left_by_a_finished_command_is_ended(tmp_path: Path) -> None:
     leave = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, file=open(sys.argv[1], 'w'))"
-    assert run_child([sys.executable, "-c", leave, str(tmp_path / "pid")]) == 0
+    assert run_child([sys.executable, "-c", leave, str(tmp_path / "pid")]).code == 0
     pid = int((tmp_path / "pid").read_text())
     eventually(lambda: not is_running(pid), "the worker is still there")
 
 
 def test_run_child_reports_a_signal_as_the_shell_does() -> None:
-    assert run_child([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == 137
+    assert run_child([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]).code == 137
 
 
-def test_a_launcher_forks_our_commands_and_starts_others() -> None:
-    ours, other = rounds.find_program("ple"), [sys.executable, "-c", "raise SystemExit(5)"]
-    with Launcher() as launcher:
-        assert launcher.run(other).code == 5
-        assert launcher.run([ours, "--version"]).code == 0
-        codes = [launcher.run([ours, *words]).code for words in (["--help"], ["inspect", "/none"], ["no-such-command"])]
-        assert codes == [0, 2, 2]
-        assert launcher.run(other).code == 5
+def test_run_child_gives_the_codes_of_our_commands() -> None:
+    ours = rounds.find_program("ple")
+    codes = [run_child([ours, *words]).code for words in (["--help"], ["inspect", "/none"], ["no-such-command"])]
+    assert codes == [0, 2, 2]
 
 
-def test_a_launcher_knows_the_most_memory_of_the_largest_process() -> None:
+def test_run_child_knows_the_most_memory_of_the_largest_process() -> None:
     """50 MiB in the command itself, 200 MiB in a child of it that has gone."""
     child = "b'x' * (200 << 20)"
     command = f"import subprocess, sys; b'x' * (50 << 20); subprocess.run([sys.executable, '-c', {child!r}])"
-    with Launcher() as launcher:
-        assert 200 <= launcher.run([sys.executable, "-c", command]).memory / 2**20 <= 300
+    assert 200 <= run_child([sys.executable, "-c", command]).memory / 2**20 <= 300
 
 
 def test_a_run_says_and_records_what_each_stage_held(bench: Bench, tmp_path: Path, monkeypatch, capfd) -> None:
@@ -486,7 +481,7 @@ def test_shipped_recipes_parse(path: Path) -> None:
 
 
 def test_shell_loop_does_the_same_as_run(policy: Path, reward: Path, tmp_path: Path) -> None:
-    """examples/loop.sh and `ple run`, which forks its stages and is killed on the way: the same pairs and adapters."""
+    """examples/loop.sh and `ple run`, which is killed on the way: the same pairs and adapters."""
     queries = tmp_path / "queries.jsonl"
     queries.write_text("".join(json.dumps({"x": f"the story of scene {n} was"}) + "\n" for n in range(6)))
     values = {
