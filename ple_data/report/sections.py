@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -21,14 +21,7 @@ from schemas.reports import PurityReport
 def sections(sources: Sources) -> list[Section]:
     """All sections but the pairs and the cases, in the order of the page."""
     with svg.style():
-        return [
-            *_of_pairs(sources),
-            training(sources.metrics),
-            _purity(sources.purity),
-            evaluations(sources.evals, sources.reward_models),
-            judged(sources.judges),
-            _stages(sources.stages),
-        ]
+        return [section for made in SECTIONS for section in made(sources)]
 
 
 def _of_pairs(sources: Sources) -> Iterator[Section]:
@@ -205,3 +198,14 @@ def _stages(stages: list[dict[str, Any]]) -> Section:
     section.words.append(f"{total / 60:.1f} minutes in all.")
     section.tables.append(Table("Every stage", head, attempts, folded=True))
     return section
+
+
+SECTIONS: tuple[Callable[[Sources], Iterable[Section]], ...] = (
+    _of_pairs,
+    lambda sources: [training(sources.metrics)],
+    lambda sources: [_purity(sources.purity)],
+    lambda sources: [evaluations(sources.evals, sources.reward_models)],
+    lambda sources: [judged(sources.judges)],
+    lambda sources: [_stages(sources.stages)],
+)
+"""In the order of the page."""

@@ -4,7 +4,7 @@ A reward model sees x and y and never the principle. Nothing here samples, train
 """
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,15 +32,21 @@ class RewardModel(Protocol):
         return [rewards[row] for row in range(len(rows))]
 
 
-def kind_of(spec: str) -> str:
-    """The kind of reward model that a spec is for, which is a module here.
+KINDS: dict[str, Callable[[str], bool]] = {
+    "endpoint": lambda spec: spec.startswith(("http://", "https://")),
+    "function": lambda spec: ":" in spec and not Path(spec).exists(),
+    "classifier": lambda spec: True,
+}
+"""The kinds of reward models, each a module here, and which specs are theirs; the first that takes a spec has it.
 
-    The module has `check(spec, output_index)`, which loads nothing, and `load(spec, options)`. That of addresses, which
-    may hold something secret, has `shown(spec)` for messages and `recorded(spec)` for files.
-    """
-    if spec.startswith(("http://", "https://")):
-        return "endpoint"
-    return "function" if ":" in spec and not Path(spec).exists() else "classifier"
+The module has `check(spec, output_index)`, which loads nothing, and `load(spec, options)`. That of addresses, which may
+hold something secret, has `shown(spec)` for messages and `recorded(spec)` for files.
+"""
+
+
+def kind_of(spec: str) -> str:
+    """The kind of reward model that a spec is for."""
+    return next(kind for kind, takes in KINDS.items() if takes(spec))
 
 
 def check_reward_model(spec: str, output_index: int | None = None) -> None:
