@@ -35,6 +35,11 @@ def _since(version: int, name: str, type_: pa.DataType) -> pa.Field:
     return pa.field(name, type_, nullable=True, metadata={b"since": str(version).encode()})
 
 
+def since(field: pa.Field) -> int:
+    """The version of the table in which a column first appeared."""
+    return int((field.metadata or {}).get(b"since", b"1"))
+
+
 ARMS = ("y", "y_prompt")
 """The two responses of a pair: to x, and to x under the principle."""
 RESPONSES = pa.schema(
@@ -71,7 +76,13 @@ PAIRS = pa.schema(
 )
 
 _GUIDED = {"y_prompt", "y_prompt_ids", "y_prompt_finish", "y_prompt_empty", "y_prompt_logps", "principle"}
-ANSWERS = pa.schema([field.remove_metadata() for field in RESPONSES if field.name not in _GUIDED])
+ANSWERS = pa.schema(
+    [
+        field.remove_metadata() if field.name == "reference" else field  # which answers had from the first version on
+        for field in RESPONSES
+        if field.name not in _GUIDED
+    ]
+)
 
 _ANSWER = [
     _required("label", pa.string()),  # the policy's name on the command line
@@ -146,7 +157,8 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 STORED = ("responses", "pairs", "answers")
 """The kinds that a data directory holds."""
-VERSIONS = dict.fromkeys(SCHEMAS, 1) | {"responses": 2, "pairs": 2}
+VERSIONS = {kind: max(map(since, schema)) for kind, schema in SCHEMAS.items()}
+"""The version of a table is that of its newest column."""
 KEY = ["query_id", "round", "sample"]
 _NAMED = 5  # rows that a message names
 
@@ -197,11 +209,6 @@ def _column_faults(kind: str, schema: pa.Schema, version: int) -> list[str]:
     faults += [f"column `{name}` stands there twice" for name in doubled]
     unknown = [name for name in dict.fromkeys(schema.names) if name not in expected]
     return faults + [f"column `{name}` is unknown" for name in unknown]
-
-
-def since(field: pa.Field) -> int:
-    """The version of the table in which a column first appeared."""
-    return int((field.metadata or {}).get(b"since", b"1"))
 
 
 def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:

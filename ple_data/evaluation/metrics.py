@@ -6,6 +6,7 @@ adds up rows of numbers and reads no text again. Words of distinct-n are those b
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +21,14 @@ BLEU_ORDER = 4
 
 
 @dataclass(frozen=True)
-class SumMetric:
+class SumMetric(ABC):
     """A function of sums over queries. sums: [queries, k]. Made by its subclasses."""
 
     sums: np.ndarray
 
+    @abstractmethod
     def of(self, totals: np.ndarray) -> np.ndarray:
         """[draws, k] totals -> [draws] values."""
-        raise NotImplementedError
 
     def at(self, places: np.ndarray) -> np.ndarray:
         """Values on drawn queries: [draws, queries] places -> [draws]."""

@@ -16,6 +16,7 @@ from ple_data.report.sections import sections
 from ple_data.report.sources import Sources
 from ple_data.rewards import shown_spec
 from schemas.files import write_atomic
+from schemas.options import Safeguards, flag
 from schemas.recipe import Recipe
 
 ASSETS = Path(__file__).parent / "assets"
@@ -105,8 +106,9 @@ def _safeguards(recipe: Recipe) -> str:
     """In what PLE departs from the loss as the paper prints it: " with ...", or nothing."""
     if recipe.baseline:
         return ""
-    train = recipe.train
-    words = [f"trust region {train.trust_region:g}"] if train.trust_region is not None else []
-    words += ["weighted SFT by length"] if train.normalize_wsft else []
-    words += [f"SFT anchor {train.sft_anchor:g}"] if train.sft_anchor else []
+    words = []
+    for safeguard in Safeguards.in_order():
+        value = getattr(recipe.train, safeguard.name)
+        if value != safeguard.default:
+            words.append(flag(safeguard) + ("" if value is True else f" {value:g}"))
     return f" with {', '.join(words)}" if words else ""

@@ -4,6 +4,7 @@ A reward model sees x and y and never the principle. Nothing here samples, train
 """
 
 import importlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ class RewardModel(Protocol):
     truncated: int = 0
     """How many texts were cut to fit the model, so far."""
 
+    @abstractmethod
     def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
         """(row, reward) of each (x, y), some at a time as they come, so that what was paid for can be kept.
 

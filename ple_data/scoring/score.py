@@ -81,8 +81,9 @@ def _score_unit(store: Store, shard: Shard, reward_model: RewardModel, target: S
         if ours:
             table = store.read(shard)
             s, s_prompt = _rewards(table, shard, reward_model)
-            added = [pa.array(s), pa.array(s_prompt), pa.array([reward_model.name] * len(table))]
-            pairs = pa.table([*table.columns, *added], schema=PAIRS)
+            added = {"s": s, "s_prompt": s_prompt, "reward_model": [reward_model.name] * len(table)}
+            columns = {name: table[name] for name in table.column_names} | added
+            pairs = pa.table({name: columns[name] for name in PAIRS.names}, schema=PAIRS)
             provenance = {**read_metadata(shard.path, "responses"), "reward_model": reward_model.name}
             _own_pairs(target, reward_model)
             target.commit("pairs", shard.round, shard.unit, pairs, provenance)

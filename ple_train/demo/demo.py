@@ -15,11 +15,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ple_data.common.command import say
 from ple_data.common.extras import need
 from ple_data.evaluation.intervals import bootstrap_mean
 from ple_train.demo import toyworld
 from ple_train.demo.scratch import train_tokenizer, write_llama
-from ple_train.log import print_to_log
 from ple_train.run.child import run_child
 from ple_train.run.rounds import find_program, refuse_failure
 from schemas.errors import UsageError
@@ -92,7 +92,7 @@ def _labelled(reviews: Iterator[toyworld.Review]) -> Iterator[dict[str, Any]]:
 
 def _ple(*words: object) -> None:
     command = [find_program("ple"), *(str(word) for word in words)]
-    print_to_log(f"demo: {shlex.join(command)}")
+    say(f"demo: {shlex.join(command)}")
     refuse_failure(f"ple {words[0]}", run_child(command).code)
 
 
@@ -116,7 +116,7 @@ def _measured(output: Path, t: int) -> Measure:
     cache = output / "measures" / f"{name}.json"
     if cache.exists():
         return Measure.model_validate_json(cache.read_bytes())
-    print_to_log(f"demo: measuring the policy after {name} on {UNSEEN} unseen queries")
+    say(f"demo: measuring the policy after {name} on {UNSEEN} unseen queries")
     start, adapter = str(output / "run" / "sft"), None if t < 0 else str(output / "run" / "policy" / name)
     queries = [json.loads(line)["x"] for line in (output / "data" / "unseen.jsonl").read_text().splitlines()]
     responses = sample_responses(start, queries, adapter=adapter, engine="hf", max_new_tokens=MAX_NEW_TOKENS, seed=SEED)

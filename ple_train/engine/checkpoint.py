@@ -60,8 +60,9 @@ class Checkpoints:
         target = self.directory / f"checkpoint-{step:08d}"
         if target.exists():
             return
+        for leftover in self.directory.glob("writing*"):  # the lock says that nobody is at it
+            shutil.rmtree(leftover, ignore_errors=True)
         writing = self.directory / "writing"
-        shutil.rmtree(writing, ignore_errors=True)  # a leftover: the lock says that nobody is at it
         writing.mkdir()
         with saving(writing):
             weights = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}

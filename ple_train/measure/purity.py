@@ -31,7 +31,7 @@ from schemas.errors import DamagedError, UsageError
 from schemas.files import write_atomic
 from schemas.options import Purity
 from schemas.recipe import load_recipe
-from schemas.reports import PurityPolicy, PurityReport
+from schemas.reports import PurityBound, PurityPolicy, PurityReport
 from schemas.tables import ARMS
 
 PAIRS_AT_ONCE = 256
@@ -59,12 +59,15 @@ def purity(options: Purity) -> str:
 
     resolved = resolve_precision(options.precision)
     measured = [_measure(source, shards, output, resolved, options.microbatch_tokens) for source in sources]
+    compared = "mean_logps" if options.normalized else "sum_logps"
+    policies, bound = _policies_and_bound(sources, measured, compared)
     report = PurityReport(
         data=[str(store.root) for store in stores],
         rounds=sorted(set(measured[0]["round"].to_pylist())),
         normalized=options.normalized,
         precision=resolved,
-        **_policies_and_bound(sources, measured, "mean_logps" if options.normalized else "sum_logps"),
+        policies=policies,
+        bound=bound,
     )
     whole = pa.concat_tables(measured)
     write_atomic(output / "purity.parquet", parquet_bytes(KIND, whole, {}))
@@ -188,8 +191,10 @@ def _sum_logps(
         yield sums.get((index, "y")), sums.get((index, "y" if same else "y_prompt"))
 
 
-def _policies_and_bound(sources: list[NamedPolicy], measured: list[pa.Table], logps: str) -> dict[str, Any]:
-    """The fields of a PurityReport that are counted from the rows of each policy; `logps`: the columns to compare."""
+def _policies_and_bound(
+    sources: list[NamedPolicy], measured: list[pa.Table], logps: str
+) -> tuple[list[PurityPolicy], PurityBound]:
+    """What a PurityReport counts from the rows of each policy; `logps`: the columns to compare."""
     first = measured[0]
     margin, rounds = first["margin"].to_numpy(), first["round"].to_numpy()
     edges = bin_edges(margin)
@@ -209,4 +214,4 @@ def _policies_and_bound(sources: list[NamedPolicy], measured: list[pa.Table], lo
         )
     start, end = policies[0].all_pairs.pure_sets, policies[-1].all_pairs.pure_sets
     bound = theorem_bound(first["s"].to_numpy(), first["s_prompt"].to_numpy(), start, end)
-    return {"policies": policies, "bound": bound}
+    return policies, bound

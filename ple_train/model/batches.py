@@ -196,6 +196,7 @@ def _collate_units(units: list[list[Sequence]], device: torch.device) -> Tokens:
         for s in unit:
             ids.append(s.ids[prompt:])
             positions.append(np.arange(prompt, len(s.ids)))
+            # a token is predicted where the one before it stands; a response's first, where the prompt ends
             predicting = np.arange(place - 1, place + len(s.ids) - prompt - 1)
             predicting[:1] = start + prompt - 1
             rows.append(predicting if prompt else predicting[1:])

@@ -46,7 +46,7 @@ def _launch(command: Sequence[str]) -> Ended:
     """How the command ended; ends it when the caller lets go."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # signals are for the command; a handler is not inherited
-    process = Popen(command, stdin=DEVNULL, stdout=2, process_group=0)
+    process = Popen(command, stdin=DEVNULL, stdout=2, process_group=0, close_fds=False)  # it holds the lock too
     ended = os.pidfd_open(process.pid)
     waiting = select.poll()
     waiting.register(ended, select.POLLIN)

@@ -19,8 +19,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ple_data.common.command import say
 from ple_data.rewards import recorded_spec
-from ple_train.log import print_to_log
 from ple_train.run.child import GRACE_SECONDS, run_child
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
 from schemas.errors import DamagedError, PleError, UsageError
@@ -122,10 +122,10 @@ def run(recipe: Recipe) -> None:
             records = _load_records(directory)
             place = f"[{number}/{len(stages)}] {stage.title}"
             if any(_is_done(record, stage) for record in records):
-                print_to_log(f"{place}: done before")
+                say(f"{place}: done before")
             else:
-                print_to_log(f"{place}: {stage.shell_line}")
-                print_to_log(f"{place}: {_run_stage(stage, directory, records, held, gpus)}")
+                say(f"{place}: {stage.shell_line}")
+                say(f"{place}: {_run_stage(stage, directory, records, held, gpus)}")
 
 
 def _run_stage(stage: Stage, directory: Path, records: list[StageRecord], lock: int, gpus: GpuWatch) -> str:
@@ -156,7 +156,7 @@ def _run_stage(stage: Stage, directory: Path, records: list[StageRecord], lock: 
     refuse_failure(stage.title, ended.code)
     for gpu, size in left.items():
         more = f"{gibibytes(size)} more of GPU {gpu} are in use than before {stage.title}"
-        print_to_log(f"warning: {more}; nvidia-smi tells by which process")
+        say(f"warning: {more}; nvidia-smi tells by which process")
     held = [f"{gibibytes(ended.memory)} of memory"] if ended.memory else []
     held += [f"{gibibytes(size)} of GPU {gpu}" for gpu, size in most.items()]
     return f"done in {seconds:.1f} s" + (f", held at most {', '.join(held)}" if held else "")
@@ -249,9 +249,7 @@ def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:
         if other := _done_otherwise(stages, _load_records(directory)):
             what = f"{path}: {other} was done with another recipe; take the old one again or another run_dir"
             raise UsageError("\n  ".join([what, *changed]))
-        print_to_log(
-            "\n  ".join([f"{path}: no stage that is done depends on what has changed; going on with", *changed])
-        )
+        say("\n  ".join([f"{path}: no stage that is done depends on what has changed; going on with", *changed]))
     write_atomic(path, dump_recipe(kept))
 
 

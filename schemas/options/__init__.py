@@ -2,7 +2,7 @@
 
 A group is a small frozen dataclass; a command is a dataclass of the groups that it takes. The command line
 (`ple_data.common.click_options`), the recipe (`schemas.recipe`), the tables of the docs and what an output remembers
-(`schemas.settings`) are made from here. Nothing is read or computed here, and nothing heavy is imported.
+(`ple_data.common.settings`) are made from here. Nothing is read or computed here, and nothing heavy is imported.
 """
 
 from schemas.options.commands import *

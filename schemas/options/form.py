@@ -1,5 +1,6 @@
 """What an option is: a field of a frozen dataclass that says its default, bounds, help and heading. States none."""
 
+import inspect
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -97,7 +98,7 @@ class Options:
         """Its options as help shows them: those of its groups from left to right, then its own."""
         all_of_it = {known.name: known for known in fields(cls)}
         names = [known.name for group in cls.__bases__ if issubclass(group, Options) for known in group.in_order()]
-        names += vars(cls).get("__annotations__", {})
+        names += inspect.get_annotations(cls)
         return [all_of_it[name] for name in dict.fromkeys(names)]
 
     def part(self, kind: type[O]) -> O:

@@ -12,7 +12,8 @@ PromptFormat = Literal["auto", "plain", "chat"]
 Reader = Literal["auto", "hh", "imdb", "tldr"]
 Join = Literal["auto", "text", "pair", "chat"]
 Without = Literal["rank", "wsft"]
-ENGINES = {"vllm": "vllm", "hf": "transformers"}
+EngineName = Literal["vllm", "hf"]
+ENGINES: dict[EngineName, str] = {"vllm": "vllm", "hf": "transformers"}
 """Modules of `ple_data.engines` and the package that each needs; the first whose package is there is the default."""
 RESPONSES, QUERIES, MODEL = "Sampling", "Queries", "Model"
 REWARD, METHOD, TRAINING, MACHINE = "Reward model", "Method", "Training", "Machine"
@@ -90,7 +91,7 @@ class Sampling(Options):
 
 
 class Engine(Options):
-    engine: Literal["vllm", "hf"] | None = option(None, "Default: vllm where it is installed, else hf.", ENGINE)
+    engine: EngineName | None = option(None, "Default: vllm where it is installed, else hf.", ENGINE)
     engine_arg: tuple[str, ...] = option(
         (), "Pass an option to the engine, e.g. tensor_parallel_size=2; may be repeated.", ENGINE, metavar="NAME=VALUE"
     )

@@ -349,8 +349,8 @@ def test_an_ablations_page_says_what_is_left_out(tmp_path, without, sets):
     [
         ({}, "PLE", "0.0001"),
         ({"train": {"learning_rate": 0.001, "trust_region": 0.3, "normalize_wsft": True}},
-         "PLE with trust region 0.3, weighted SFT by length", "0.001"),
-        ({"train": {"without": "wsft", "sft_anchor": 0.5}}, "PLE without wsft with SFT anchor 0.5", "0.0001"),
+         "PLE with --trust-region 0.3, --normalize-wsft", "0.001"),
+        ({"train": {"without": "wsft", "sft_anchor": 0.5}}, "PLE without wsft with --sft-anchor 0.5", "0.0001"),
         ({"baseline": {"method": "raft", "learning_rate": 3e-5}, "train": {"trust_region": 0.3}}, "raft", "3e-05"),
     ],
 )  # fmt: skip
@@ -486,3 +486,8 @@ def test_differences_are_a_row_a_policy_and_huge_values_are_short(tmp_path):
     assert [row[0] for row in values.rows] == ["base", *policies]
     assert differences.head == ["policy", "perplexity", "length"]
     assert differences.rows == [[name, *["2.50e+12 [1.00e+12, 4.00e+12]"] * 2] for name in policies]
+
+
+def test_every_colour_of_the_style_is_one_of_the_palette():
+    look = (Path(svg.__file__).parent / "assets" / "report.mplstyle").read_text()
+    assert {f"#{colour}" for colour in re.findall(r"color: ([0-9a-f]{6})\n", look)} <= set(svg.PALETTE.values())

@@ -347,6 +347,24 @@ def test_two_runs_of_one_directory_exclude_each_other(bench: Bench) -> None:
     assert len(bench.calls()) == 1
 
 
+def test_the_lock_is_held_until_the_last_process_of_a_stage_is_gone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, (stage, _) = bench.start_and_hang("gen")
+    launcher = int(Path(f"/proc/{stage}/stat").read_text().rpartition(")")[2].split()[1])  # its parent
+    os.kill(launcher, signal.SIGKILL)
+    process.kill()
+    process.wait()
+    monkeypatch.setattr(rounds, "GRACE_SECONDS", -4)  # one second of patience
+    with pytest.raises(LockedError):
+        rounds.run(bench.recipe)
+    os.killpg(stage, signal.SIGKILL)
+    process.communicate(timeout=60)
+    bench.release("gen")
+    rounds.run(bench.recipe)
+    assert [call[0] for call in bench.calls()] == ["gen", *["gen", "score", "train"] * 2]
+
+
 def test_worker_left_by_a_finished_command_is_ended(tmp_path: Path) -> None:
     leave = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, file=open(sys.argv[1], 'w'))"
     assert run_child([sys.executable, "-c", leave, str(tmp_path / "pid")]).code == 0
