@@ -33,7 +33,7 @@ def test_the_wheel_holds_the_product_and_what_it_reads_and_nothing_else():
     assert {name.split("/")[0] for name in files if ".dist-info/" not in name} <= {*PACKAGES, "cli.py", "cli"}
     assert {f"{package}/py.typed" for package in PACKAGES} | {"schemas/options/help.toml"} <= files
     for kind in (
-        *("principles/hh.txt", "judge/page.js", "judge/page.css", "judge/label_studio.xml"),
+        *("inputs/principles/hh.txt", "judge/page.js", "judge/page.css", "judge/label_studio.xml"),
         *("report/assets/report.html", "report/assets/report.mplstyle"),
     ):
         assert f"ple_data/{kind}" in files
