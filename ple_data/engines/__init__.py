@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from ple_data.common.extras import missing
 from ple_data.common.models import AdapterInfo
+from ple_data.common.tokens import text_after
 from schemas.errors import UsageError
 from schemas.options import ENGINES, Sampling
 
@@ -32,7 +33,7 @@ class Completion:
     """A sampled response.
 
     ids: the sampled token ids. One that stopped ends with its end token (or with the token that completed a stop
-    string); one cut by length has no end token. text: ids without special tokens, cut before a stop string.
+    string); one cut by length has no end token. text: what the ids say after the prompt, cut before a stop string.
     logps: the model's log-probability of each id, before temperature and top-p; None where not asked for.
     """
 
@@ -126,6 +127,6 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Text of sampled ids, without special tokens and without any tidying of spaces."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def response_text(spec: EngineSpec, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """What sampled ids say after their prompt, without special tokens and without the token that ended them."""
+    return text_after(spec.tokenizer, prompt_ids, ids[:-1] if ids and ids[-1] in spec.end_ids else ids)

@@ -207,6 +207,32 @@ def test_stop_strings(engine: HfEngine, trap: Path) -> None:
     assert stopped >= 3
 
 
+def test_text_and_stop_strings_are_what_prompt_and_response_say_together(tmp_path: Path) -> None:
+    """A SentencePiece tokenizer says the first space of a response after its prompt alone."""
+    tokenizer = tiny.spm_tokenizer()
+    spaced = [token for piece, token in tokenizer.get_vocab().items() if piece.startswith("▁") and len(piece) > 1]
+    requests = requests_for(tiny.policy_of(tmp_path / "spm", tokenizer, seed=3), PROMPTS)
+    engine = HfEngine(spec_of(tmp_path / "spm"), {})
+    plain = sample(engine, [requests])
+    for request in requests:
+        said = tokenizer.decode([*request.prompt_ids, *plain[request.key].ids], skip_special_tokens=True)
+        assert PROMPTS[request.key] + plain[request.key].text == said
+    first = next(key for key, completion in plain.items() if completion.ids[0] in spaced)
+    stop = plain[first].text[: len(tokenizer.convert_ids_to_tokens(plain[first].ids[0]))]
+    assert stop.startswith(" ")
+    stopped = sample(engine, [requests], stop=(stop,))[first]
+    assert (stopped.text, stopped.ids, stopped.finish) == ("", plain[first].ids[:1], "stop")
+
+
+def test_the_token_that_ends_a_response_is_not_in_its_text(trap: Path, tmp_path: Path) -> None:
+    """Whether the tokenizer calls it special or not."""
+    engine = HfEngine(spec_of(trap), {})
+    tokenizer = load_tokenizer(trap)
+    ended = [c for c in sample(engine, [requests_for(trap)]).values() if c.ids[-1] in MORE_ENDS]
+    assert ended
+    assert [c.text for c in ended] == [tokenizer.decode(c.ids[:-1], skip_special_tokens=True) for c in ended]
+
+
 def test_adapter_is_loaded_and_logps_are_its_own(policy: Path, adapter: Path) -> None:
     from peft import PeftModel
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ple_data.inputs.chat import as_chat, as_text
-from ple_data.rewards import load_reward_model
+from ple_data.rewards import as_read, load_reward_model
 from ple_data.rewards.classifier import ClassifierReward, _batches
 from ple_data.rewards.endpoint import API_KEY_VARIABLE, HttpReward
 from ple_data.rewards.texts import encode
@@ -54,6 +54,30 @@ def test_text_join_of_a_stored_chat_is_a_dialogue():
     assert as_text(CHAT) == HH + " "
     assert as_text("[1, 2]") == "[1, 2]"
     assert as_text("[not json") == "[not json"
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "text"),
+    [
+        ("\n\nHuman: Why?\n\nAssistant:", "So.", "\n\nHuman: Why?\n\nAssistant: So."),
+        ("\n\nHuman: Why?\n\nAssistant:", " So.", "\n\nHuman: Why?\n\nAssistant: So."),
+        ("\n\nHuman: Why?\n\nAssistant:", "\nSo.", "\n\nHuman: Why?\n\nAssistant:\nSo."),
+        ('[{"role": "user", "content": "Why?"}]', "So.", "\n\nHuman: Why?\n\nAssistant: So."),
+        ('[{"role": "user", "content": "Why?"}]', " So.", "\n\nHuman: Why?\n\nAssistant: So."),
+        ("The fil", "m was", "The film was"),
+    ],
+)
+def test_text_join_of_a_dialogue_has_one_space_before_the_answer(x: str, y: str, text: str):
+    tokenizer = tiny.tiny_tokenizer()
+    assert encode(tokenizer, x, y, join="text").ids == tokenizer(text).input_ids
+
+
+def test_a_text_that_was_asked_as_a_chat_is_a_dialogue_to_a_model_that_reads_one_text(reward: Path):
+    model = load_reward_model(str(reward))
+    [x] = as_read(model, ["Why?"], chat=True)
+    assert encode(model._tokenizer, x, "So.").ids == model._tokenizer("\n\nHuman: Why?\n\nAssistant: So.").input_ids
+    assert as_read(model, ["Why?"], chat=False) == ["Why?"]
+    assert as_read(load_reward_model(str(reward), Rewards(join="pair")), ["Why?"], chat=True) == ["Why?"]
 
 
 @pytest.mark.parametrize("x", [HH, CHAT])
