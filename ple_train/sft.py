@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from ple_data.common.tokens import ids_after
 from ple_data.inputs.principles import render
 from ple_data.inputs.readers import read_rows
-from ple_data.inputs.templates import responses
+from ple_data.inputs.templates import response_form
 from ple_train.engine.session import Session
 from ple_train.engine.tabular import ShuffledSequences, column, file_digest
 from ple_train.log import print_to_log
@@ -66,10 +67,11 @@ def read_sequences(
             raise UsageError(f"{data} {place}: finish is {end!r}; it must be stop or length")
     empty = render(tokenizer, "", prompt_format="plain")
     prompts = [render(tokenizer, x, prompt_format=prompt_format) if x else empty for x in xs]
-    form, free = responses(tokenizer, prompt_format), responses(tokenizer, "plain")
+    form = response_form(tokenizer, prompt_format)
+    responses = ids_after(tokenizer, prompts, ys, form.lead)
     sequences = []
-    for x, prompt, y_ids, end in zip(xs, prompts, form.ids(prompts, ys), finish, strict=True):
-        ids = [*prompt, *y_ids, *([(form if x else free).end] if end == "stop" else [])]
+    for x, prompt, y_ids, end in zip(xs, prompts, responses, finish, strict=True):
+        ids = [*prompt, *y_ids, *([form.end if x else tokenizer.eos_token_id] if end == "stop" else [])]
         sequence = Sequence(np.array(ids, dtype=np.int32), len(prompt))
         if sequence.response > 0 and (max_length is None or len(ids) <= max_length):
             sequences.append(sequence)

@@ -236,9 +236,8 @@ def fsync_dir(path: Path | str) -> None:
 
 
 def read_given(path: Path, what: str = "") -> bytes:
-    """The bytes of a file that a user named, without a byte order mark. Opens nothing that may never end.
-
-    Raises UsageError, which calls the file `what`: it is not there, is no regular file, or cannot be read.
+    """The bytes of a file that a user named, without a byte order mark. Raises UsageError, and never opens what may not
+    end: a pipe, a device.
     """
     name = f"{what} {path}".strip()
     if path.exists() and not path.is_file():

@@ -1,7 +1,6 @@
-"""What token ids say after other ids, and which ids a text has there: the same rule in both directions. No model.
+"""What token ids say after other ids, and which ids a text has there: one rule in both directions. No model.
 
 SentencePiece tokenizers drop the space in front of a text when they decode it, and put one there when they encode it.
-So a response is never decoded or encoded without the end of its prompt.
 """
 
 from collections.abc import Sequence
@@ -13,8 +12,7 @@ CONTEXT = 4
 
 def text_after(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
     """What before + ids decode to, less what before does; without special tokens, spaces as they are."""
-    width = CONTEXT
-    known = _decode(tokenizer, before[-width:])
+    width, known = CONTEXT, _decode(tokenizer, before[-CONTEXT:])
     while width < len(before) and (not known or known.startswith("\ufffd")):
         width *= 4
         known = _decode(tokenizer, before[-width:])
@@ -22,9 +20,7 @@ def text_after(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str
     return whole[len(known) :] if whole.startswith(known) else _decode(tokenizer, ids)  # as bytes that are no character
 
 
-def ids_after(
-    tokenizer: Any, befores: Sequence[Sequence[int]], texts: Sequence[str], lead: str = ""
-) -> list[list[int]]:
+def ids_after(tokenizer: Any, befores: Sequence[Sequence[int]], texts: Sequence[str], lead: str) -> list[list[int]]:
     """Token ids of each text where it stands after its ids `before`, so that `text_after` gives the text.
 
     lead: white space that stands before a text which begins without any.
@@ -38,12 +34,11 @@ def ids_after(
 
 
 def _ids_after(tokenizer: Any, before: Sequence[int], text: str, alone: list[int]) -> list[int]:
-    if not before:
-        return alone
-    anchor = tokenizer.convert_ids_to_tokens(before[-1]) if before[-1] in added_ids(tokenizer) else "\n"
+    added = before and before[-1] in added_ids(tokenizer)
+    anchor = tokenizer.convert_ids_to_tokens(before[-1]) if added else "\n"
     head, ids = tokenizer([anchor, anchor + text], add_special_tokens=False)["input_ids"]
-    lost = ids[: len(head)] != head or tokenizer.unk_token_id in head
-    return alone if lost else ids[len(head) :]
+    found = before and ids[: len(head)] == head and tokenizer.unk_token_id not in head
+    return ids[len(head) :] if found else alone
 
 
 def added_ids(tokenizer: Any) -> set[int]:

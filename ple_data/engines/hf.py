@@ -40,7 +40,7 @@ class HfEngine:
 
     def __init__(self, spec: EngineSpec, engine_args: Mapping[str, Any]) -> None:
         """Load the model straight to its device, and its adapter."""
-        self._spec, self._tokenizer = spec, spec.tokenizer
+        self._spec = spec
         self._batch_size = int(engine_args.get("batch_size", DEFAULT_BATCH))
         if self._batch_size < 1:
             raise UsageError(f"--engine-arg batch_size must be at least 1, not {self._batch_size}")
@@ -95,7 +95,7 @@ class HfEngine:
 
     def _left_padded(self, batch: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(len(request.prompt_ids) for request in batch)
-        ids = np.full((len(batch), width), self._tokenizer.pad_token_id, dtype=np.int64)
+        ids = np.full((len(batch), width), self._spec.tokenizer.pad_token_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, request in enumerate(batch):
             ids[row, width - len(request.prompt_ids) :] = request.prompt_ids
@@ -108,13 +108,12 @@ class HfEngine:
         """Cut a row of the batch where its response ended: after its first end token or completed stop string."""
         end = next((at + 1 for at, token in enumerate(ids) if token in self._spec.end_ids), None)
         length = min(end or len(ids), sampling.max_new_tokens)
-        stopped = end is not None
         text = response_text(self._spec, prompt, ids[:length])
         if sampling.stop and cut_at_stop(text, sampling.stop) != text:
             said = ((n, response_text(self._spec, prompt, ids[:n])) for n in range(1, length + 1))
-            length, text = next((n, cut) for n, whole in said if (cut := cut_at_stop(whole, sampling.stop)) != whole)
-            stopped = True
-        return Completion(ids[:length], text, "stop" if stopped else "length", logps and logps[:length])
+            end, text = next((n, cut) for n, whole in said if (cut := cut_at_stop(whole, sampling.stop)) != whole)
+            length = end
+        return Completion(ids[:length], text, "stop" if end else "length", logps and logps[:length])
 
 
 start = HfEngine
@@ -154,10 +153,8 @@ class _SeededSampler(LogitsProcessor):
 class _StopStrings(StoppingCriteria):
     """Ends a row once a stop string stands in its response (never in its prompt)."""
 
-    def __init__(
-        self, spec: EngineSpec, stop: Sequence[str], prompts: Sequence[Sequence[int]], prompt_width: int
-    ) -> None:
-        self._spec, self._stop, self._prompts, self._start = spec, stop, prompts, prompt_width
+    def __init__(self, spec: EngineSpec, stop: Sequence[str], prompts: Sequence[Sequence[int]], width: int) -> None:
+        self._spec, self._stop, self._prompts, self._start = spec, stop, prompts, width
         self._window = STOP_WINDOW + max(len(word.encode()) for word in stop)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ple_data.inputs.chat import as_chat, as_text
+from ple_data.inputs.templates import rendered
 from schemas.errors import PleError, UsageError
 from schemas.options import Join
 
@@ -65,7 +66,7 @@ def _run_on(x: str, y: str) -> str:
 def _render(tokenizer: Any, x: str, y: str) -> str:
     messages = [*as_chat(x), {"role": "assistant", "content": y.strip()}]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return rendered(tokenizer, messages, prompt=False)
     except Exception as error:  # a template may raise anything
         raise PleError(
             f"the reward model's chat template refuses a query ({error}): x begins {x[:80]!r}; use --join text instead"

@@ -189,8 +189,8 @@ def _show(plan: Plan, tokenizer: Any) -> str:
         name, ids = names[arm], list(prompt.ids(arm))
         lines += ["", f"{name}, {len(ids)} tokens:", *map(printable, tokenizer.decode(ids).splitlines()), f"ids: {ids}"]
     ends = [f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in plan.terms.ends]
-    lines += ["", printable(f"a response ends with the token {' or '.join(ends)}")]
-    lines += [f"or before the text {word!r}" for word in plan.sampling.stop]
+    texts = [f"or before the text {word!r}" for word in plan.sampling.stop]
+    lines += ["", printable(f"a response ends with the token {' or '.join(ends)}"), *texts]
     if form := plan.terms.identity.get("principle_form"):
         what = "is added to" if form == "add" else "replaces"
         lines += [f"the principle {what} the system message that the chat template writes (--principle-form {form})"]

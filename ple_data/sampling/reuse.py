@@ -86,8 +86,8 @@ class Reuse:
         if any((prompt.query.id, sample, ids_digest(prompt.x_ids)) in self._places for prompt, sample in rows):
             return None
         reasons = [reason for reason, _ in self._missed.most_common(3)]
-        if self._places:
-            same = {prompt.query.id for prompt, _ in rows} & {id for id, *_ in self._places}
-            others = "the same queries became other tokens (chat template, --prompt-format), or are other samples"
-            reasons.append(others if same else "the query ids are others")
+        if {prompt.query.id for prompt, _ in rows} & {id for id, *_ in self._places}:
+            reasons.append("the same queries became other tokens (chat template, --prompt-format) or are other samples")
+        elif self._places:
+            reasons.append("the query ids are others")
         return f"--reuse: no row there fits this round: {'; '.join(reasons)}"

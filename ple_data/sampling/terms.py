@@ -12,7 +12,7 @@ from typing import Any
 
 from ple_data.common.models import end_ids
 from ple_data.inputs.principles import Form, Principle
-from ple_data.inputs.templates import own_system, responses, uses_chat, writes_date
+from ple_data.inputs.templates import own_system, response_form, uses_chat, writes_date
 from ple_data.storage.store import Store
 from schemas.options import Gen
 from schemas.records import RoundManifest, read_record
@@ -46,13 +46,13 @@ def terms_of(
         return holds
 
     ends, chat = end_ids(options.model, tokenizer, options.revision), uses_chat(tokenizer, prompt_format)
-    asked = [responses(tokenizer, prompt_format).end, *_stop_ids(tokenizer, options.stop, say)]
+    asked = [response_form(tokenizer, prompt_format).end, *_stop_ids(tokenizer, options.stop, say)]
     more = [token for token in dict.fromkeys(asked) if token not in ends]
     tokens = tokenizer.convert_ids_to_tokens(more)
     if more and fixed("end_tokens", tokens, f"{', '.join(tokens)} does not end a response"):
         ends = (*ends, *more)
     today = None
-    if writes_date(tokenizer, prompt_format):
+    if chat and writes_date(tokenizer):
         last = [path for directory in options.reuse for path in Store(directory).manifest_paths()[-1:]]
         today = next(map(_day, [store.manifest_path(number)] if begun else last), None) or date.today()
         say(f"the chat template writes the date; in the whole of round {number} it is {today}")

@@ -22,7 +22,7 @@ from ple_data.common.progress import Progress
 from ple_data.common.tokens import text_after
 from ple_data.inputs.chat import to_text
 from ple_data.inputs.queries import load_queries
-from ple_data.inputs.templates import uses_chat
+from ple_data.inputs.templates import response_form, uses_chat
 from ple_data.rewards import RewardModel, as_read, load_reward_model, recorded_spec
 from ple_data.sampling.plan import make_prompts
 from ple_train.baselines import trl_tools
@@ -88,7 +88,9 @@ def ppo(options: Ppo) -> None:
         }
         with trl_tools.quiet_trl():
             value = value_model(options)
-            history = _train(policy, value, scorer, session.tokenizer, options.sampled_tokens, arguments)
+            ended = copy.deepcopy(tokenizer)  # TRL knows one end of a response: the EOS
+            ended.eos_token = ended.convert_ids_to_tokens(response_form(tokenizer, options.prompt_format).end)
+            history = _train(policy, value, scorer, ended, options.sampled_tokens, arguments)
         shutil.rmtree(scratch, ignore_errors=True)
         trained = options.ppo_epochs * scorer.tokens
         session.finish(policy, history, "ppo", sampled={None: scorer.tokens}, trained=trained)

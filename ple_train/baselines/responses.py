@@ -12,7 +12,8 @@ from typing import Any
 import polars as pl
 
 from ple_data import selection
-from ple_data.inputs.templates import responses
+from ple_data.common.tokens import ids_after
+from ple_data.inputs.templates import response_form
 from ple_data.storage.store import scan_shards
 from ple_train import snapshot as snapshots
 from ple_train.engine.session import Session
@@ -121,9 +122,9 @@ def choose(
 
 def reference_ids(rows: pl.DataFrame, tokenizer: Any) -> pl.Series:
     """Token ids of reference texts y after x_ids, each with the id that ends it."""
-    form = responses(tokenizer)
+    form = response_form(tokenizer)
     ids = pl.Series([], dtype=pl.List(pl.Int32))
     for part in rows.iter_slices(_TOKENIZED_AT_ONCE):
-        found = form.ids(part["x_ids"].to_list(), part["y"].to_list())
+        found = ids_after(tokenizer, part["x_ids"].to_list(), part["y"].to_list(), form.lead)
         ids.append(pl.Series([[*row, form.end] for row in found], dtype=ids.dtype))
     return ids

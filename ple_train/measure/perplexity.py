@@ -13,8 +13,9 @@ import torch
 
 from ple_data.common.digests import digests_of
 from ple_data.common.models import load_tokenizer, max_positions
+from ple_data.common.tokens import ids_after
 from ple_data.evaluation.answers import Answers
-from ple_data.inputs.templates import responses
+from ple_data.inputs.templates import response_form
 from ple_data.scoring.cache import Score, cached_scores, key_of
 from ple_train.log import print_to_log
 from ple_train.model.batches import Sequence, micro_batches
@@ -59,8 +60,8 @@ def score_references(
     tokenizer: Any = load_tokenizer(policy.model, policy.revision, note=print_to_log)
     asked = {id: rows[0]["x_ids"] for id, rows in answers.by_query().items() if id in references}
     texts = [references[id] for id in asked]
-    form = responses(tokenizer, "chat" if answers.chat else "plain")
-    ys = form.ids(list(asked.values()), texts)
+    form = response_form(tokenizer, "chat" if answers.chat else "plain")
+    ys = ids_after(tokenizer, list(asked.values()), texts, form.lead)
     positions = max_positions(policy.model, policy.revision) or math.inf
     sequences = {
         id: Sequence(np.array([*x, *y, form.end], dtype=np.int32), len(x))

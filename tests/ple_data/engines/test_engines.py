@@ -28,6 +28,7 @@ from ple_data.engines import (
     hf,
     make_engine,
     parse_engine_args,
+    response_text,
 )
 from ple_data.engines.hf import HfEngine
 from ple_train.model.policy import load_causal_lm
@@ -224,13 +225,14 @@ def test_text_and_stop_strings_are_what_prompt_and_response_say_together(tmp_pat
     assert (stopped.text, stopped.ids, stopped.finish) == ("", plain[first].ids[:1], "stop")
 
 
-def test_the_token_that_ends_a_response_is_not_in_its_text(trap: Path, tmp_path: Path) -> None:
-    """Whether the tokenizer calls it special or not."""
-    engine = HfEngine(spec_of(trap), {})
-    tokenizer = load_tokenizer(trap)
-    ended = [c for c in sample(engine, [requests_for(trap)]).values() if c.ids[-1] in MORE_ENDS]
-    assert ended
-    assert [c.text for c in ended] == [tokenizer.decode(c.ids[:-1], skip_special_tokens=True) for c in ended]
+def test_a_mark_that_ends_a_response_is_not_in_its_text() -> None:
+    """Whether the tokenizer calls it special or not; a word that ends one stays."""
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.add_tokens(["<|over|>"])
+    over, word = tokenizer.convert_tokens_to_ids("<|over|>"), tokenizer("a").input_ids[0]
+    spec = EngineSpec("", None, None, tokenizer, (1, over, word), 9)
+    ids = tokenizer("the film").input_ids
+    assert [response_text(spec, [], [*ids, end]) for end in (1, over, word)] == ["the film", "the film", "the filma"]
 
 
 def test_adapter_is_loaded_and_logps_are_its_own(policy: Path, adapter: Path) -> None:

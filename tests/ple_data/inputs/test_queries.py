@@ -318,6 +318,11 @@ def test_parquet_text_that_is_no_utf8_is_named(tmp_path: Path) -> None:
         load_queries(tmp_path / "q.parquet")
 
 
+def test_a_text_that_begins_like_a_deep_chat_is_a_text() -> None:
+    x = '[{"role": ' + "[" * 10**6
+    assert to_messages(x) == [{"role": "user", "content": x}]
+
+
 @pytest.mark.parametrize("name", ["q.jsonl", "q.json", "q.csv", "q.parquet"])
 def test_a_pipe_or_a_device_is_refused_before_it_is_opened(tmp_path: Path, name: str) -> None:
     (tmp_path / "link").mkdir()

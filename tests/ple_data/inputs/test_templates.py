@@ -4,8 +4,9 @@ from datetime import date
 
 import pytest
 
+from ple_data.common.tokens import ids_after
 from ple_data.inputs.principles import Form, Principle, render_all
-from ple_data.inputs.templates import own_system, rendered, responses
+from ple_data.inputs.templates import own_system, rendered, response_form
 from tests import tiny
 
 SPECIAL = ("<|turn|>", "<|over|>")
@@ -36,20 +37,20 @@ def tokenizer(template: str):
 )
 def test_what_ends_a_response(template: str, end: str) -> None:
     found = tokenizer(template)
-    assert found.convert_ids_to_tokens(responses(found).end) == end
-    assert responses(found, "plain").end == found.eos_token_id
+    assert found.convert_ids_to_tokens(response_form(found).end) == end
+    assert response_form(found, "plain").end == found.eos_token_id
 
 
 def test_without_a_template_eos_ends_a_response() -> None:
     found = tiny.tiny_tokenizer()
-    assert responses(found).end == found.eos_token_id
+    assert response_form(found).end == found.eos_token_id
 
 
 def test_white_space_before_an_answer_is_the_templates() -> None:
     template = "{% for m in messages %}{{ 'Q: ' if m['role'] == 'user' else ' ' }}{{ m['content'] }}{% endfor %}"
     found = tiny.spm_tokenizer(template=template)
-    form, prompt = responses(found), found("Q: x").input_ids
-    [ids] = form.ids([prompt], ["was"])
+    form, prompt = response_form(found), found("Q: x").input_ids
+    [ids] = ids_after(found, [prompt], ["was"], form.lead)
     assert [*prompt, *ids] == found("Q: x was").input_ids
 
 

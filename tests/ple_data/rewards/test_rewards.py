@@ -95,6 +95,11 @@ def test_chat_join_of_a_plain_text_is_one_user_turn():
     assert as_chat("Is it long? Human: or not") == [{"role": "user", "content": "Is it long? Human: or not"}]
 
 
+def test_a_reward_does_not_depend_on_the_day():
+    tokenizer = tiny.tiny_tokenizer(chat="{{ strftime_now('%Y-%m-%d') }} " + tiny.CHAT_TEMPLATE)
+    assert tokenizer.decode(encode(tokenizer, "Why?", "So.").ids).startswith("2024-07-26 ")
+
+
 def test_chat_template_that_refuses_a_query_is_a_clear_error():
     tokenizer = tiny.tiny_tokenizer(chat="no-system")
     chat = json.dumps([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}])

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from ple_data.common.models import end_ids, load_tokenizer
-from ple_data.inputs.templates import Responses
+from ple_data.inputs.templates import Response
 from ple_data.sampling import terms
 from ple_data.sampling.generate import generate
 from ple_data.storage.store import Store
@@ -87,7 +87,7 @@ def test_a_model_that_ends_its_turns_with_known_tokens_has_the_rounds_that_it_ha
 
 def test_a_round_that_an_older_version_began_goes_on_as_it_was_made(run, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as older:  # no such rules
-        older.setattr(terms, "responses", lambda tokenizer, _: Responses(tokenizer, tokenizer.eos_token_id))
+        older.setattr(terms, "response_form", lambda tokenizer, _: Response(tokenizer.eos_token_id))
         older.setattr(terms, "own_system", lambda *_: "")
         run("own", principle_form="replace")
     before = rows(tmp_path / "data")
