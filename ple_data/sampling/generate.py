@@ -58,8 +58,11 @@ def generate(options: Gen) -> GenerateSummary:
     tokenizer = load_tokenizer(model, revision, note=_say)
     store = Store(options.data)
     plan, source = make_plan(options, tokenizer, store)
-    _check_length(plan, max_positions(model, revision), model)
+    fault = _too_long(plan, max_positions(model, revision), model)
+    if fault and not options.dry_run:
+        raise UsageError(fault)
     if options.dry_run:
+        _say(f"this will be refused: {fault}" if fault else "nothing is sampled")
         return GenerateSummary(rows=plan.rows, counts=plan.counts, dry_run=_show(plan, tokenizer))
     dtype, device = engine.resolve_machine(options.dtype, arguments)
     spec = EngineSpec(model, revision, adapter, tokenizer, plan.terms.ends, max_length=plan.longest, dtype=dtype)
@@ -172,13 +175,14 @@ def _described(manifest: RoundManifest) -> str:
     return f"{manifest.counts.get('queries_taken', '?')} of {manifest.notes.get('queries', '?')}"
 
 
-def _check_length(plan: Plan, positions: int | None, model: str) -> None:
-    if positions is not None and plan.longest > positions:
-        prompt = plan.longest - plan.sampling.max_new_tokens
-        raise UsageError(
-            f"the longest prompt has {prompt} tokens and --max-new-tokens is {plan.sampling.max_new_tokens}, together "
-            f"over the {positions} positions of {model}; lower --max-new-tokens or --max-query-tokens"
-        )
+def _too_long(plan: Plan, positions: int | None, model: str) -> str | None:
+    if positions is None or plan.longest <= positions:
+        return None
+    new = plan.sampling.max_new_tokens
+    return (
+        f"the longest prompt has {plan.longest - new} tokens and --max-new-tokens is {new}, together over the "
+        f"{positions} positions of {model}; lower --max-new-tokens or --max-query-tokens"
+    )
 
 
 def _show(plan: Plan, tokenizer: Any) -> str:
