@@ -5,6 +5,7 @@ call, and its directory is fsynced. While it is written its writer holds an floc
 the writer dies, so a leftover of a dead writer can be told from the work of a live one.
 """
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -18,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from schemas.errors import LockedError, PleError
+from schemas.errors import LockedError, PleError, UsageError
 
 TMP_SUFFIX = ".tmp"
 
@@ -232,6 +233,27 @@ def fsync_dir(path: Path | str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def read_given(path: Path, what: str = "") -> bytes:
+    """The bytes of a file that a user named, without a byte order mark. Raises UsageError, and never opens what may not
+    end: a pipe, a device.
+    """
+    name = f"{what} {path}".strip()
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{name} is no regular file but a directory, pipe or device, which may never end; give a file")
+    try:
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def read_given_text(path: Path, what: str = "") -> str:
+    """The same as text. Raises UsageError where it is not UTF-8."""
+    try:
+        return read_given(path, what).decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what} {path} is not UTF-8 text: {error}".strip()) from error
 
 
 def sha256_file(path: Path | str) -> str:

@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from schemas import options
-from schemas.errors import UsageError
+from schemas.errors import UsageError, first_line
+from schemas.files import read_given_text
 from schemas.records import Strict
 
 GIVEN = {
@@ -190,21 +191,24 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: the recipe is not UTF-8 text (byte {error.start})") from error
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UsageError(f"{path}{line}: not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:  # a control character
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    values = _parsed(read_given_text(path, "recipe"), str(path))
     if not isinstance(values, dict):
         found = "empty" if values is None else f"a {type(values).__name__}"
         raise UsageError(f"{path}: a recipe is a mapping of keys to values; this is {found}")
     return values
+
+
+def _parsed(text: str, source: str) -> Any:
+    """YAML as Python values. Raises UsageError."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UsageError(f"{source}{line}: not valid YAML: {error.problem}") from error
+    except RecursionError as error:
+        raise UsageError(f"{source}: not valid YAML: nested too deep") from error
+    except (yaml.YAMLError, ValueError) as error:  # a control character; a date or a number that is none
+        raise UsageError(f"{source}: not valid YAML: {first_line(error)}") from error
 
 
 def _set(values: dict[str, Any], override: str) -> None:
@@ -218,10 +222,7 @@ def _set(values: dict[str, Any], override: str) -> None:
         values = values[parent]
         if not isinstance(values, dict):
             raise UsageError(f"--set {override}: {parent} is a value, not a group of keys")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {override}: the value is not valid YAML") from error
+    values[last] = _parsed(text, f"--set {override[:80]}")
 
 
 def _describe(fault: Any) -> str:

@@ -3,6 +3,7 @@
 Only their form and how they are read: `ple_data.storage.store` writes them.
 """
 
+import codecs
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -80,7 +81,7 @@ def read_record(model: type[R], path: Path, advice: str = "run `ple verify` on i
     cannot be read.
     """
     try:
-        return model.model_validate_json(path.read_bytes())
+        return model.model_validate_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except OSError as error:
         raise PleError(f"{path}: cannot read ({error.strerror}): check its permissions and the disk") from error
     except ValidationError as error:

@@ -5,6 +5,7 @@ in a second. Nothing is downloaded, and the same arguments always write the same
 """
 
 import itertools
+import json
 from pathlib import Path
 
 EOS, PAD, BOS = "<|end|>", "<|pad|>", "<|begin|>"
@@ -14,6 +15,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+TURNS = (
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] | trim }}<|over|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+"""Ends a turn with a token of its own, as ChatML does; needs the special tokens <|turn|> and <|over|>."""
 CHAT_TEMPLATE_WITHOUT_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     + CHAT_TEMPLATE
@@ -39,11 +45,17 @@ def corpus() -> list[str]:
 
 
 def tiny_tokenizer(
-    *, vocab: int = 384, add_bos: bool = False, chat: bool | str = False, eos: bool = True, pad: bool = True
+    *,
+    vocab: int = 384,
+    add_bos: bool = False,
+    chat: bool | str = False,
+    eos: bool = True,
+    pad: bool = True,
+    special: tuple[str, ...] = (),
 ):
     """A byte-level BPE tokenizer; `add_bos` makes its post-processor put BOS before every text.
 
-    chat: False, True, or "no-system" for a template that raises on a system message.
+    chat: False, True, "no-system" for a template that raises on a system message, or a template.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +65,7 @@ def tiny_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=[PAD, EOS, BOS],
+        special_tokens=[PAD, EOS, BOS, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -71,8 +83,45 @@ def tiny_tokenizer(
         special["pad_token"] = PAD
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     if chat:
-        fast.chat_template = CHAT_TEMPLATE_WITHOUT_SYSTEM if chat == "no-system" else CHAT_TEMPLATE
+        known = {True: CHAT_TEMPLATE, "no-system": CHAT_TEMPLATE_WITHOUT_SYSTEM}
+        fast.chat_template = known.get(chat, chat)
     return fast
+
+
+def spm_tokenizer(*, special: tuple[str, ...] = (), template: str | None = None):
+    """A SentencePiece-like tokenizer: decoding drops the first space, encoding adds one, rare characters are bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    pieces = ["<unk>", BOS, EOS, PAD, *special]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # pieces are words; for training alone
+    tokenizer.train_from_iterator(
+        corpus(), trainers.BpeTrainer(vocab_size=300, special_tokens=pieces, show_progress=False)
+    )
+    learned = json.loads(tokenizer.to_str())["model"]
+    vocab = learned["vocab"] | {f"<0x{byte:02X}>": len(learned["vocab"]) + byte for byte in range(256)}
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer.model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.pre_tokenizer = None
+    begin = [(BOS, tokenizer.token_to_id(BOS))]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=begin)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token="<unk>"
+    )
+    fast.chat_template = template
+    return fast
+
+
+def policy_of(directory: Path | str, tokenizer, *, seed: int = 0) -> Path:
+    """A random Llama policy with this tokenizer, written to `directory`."""
+    from transformers import LlamaForCausalLM
+
+    return _save(directory, LlamaForCausalLM(_llama_config(tokenizer, 64, 2, seed)), tokenizer)
 
 
 def _llama_config(tokenizer, hidden: int, layers: int, seed: int, **more):

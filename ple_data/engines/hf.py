@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ple_data.common.device import chosen_device, describe, load_weights, natural_dtype, upload
 from ple_data.common.models import AdapterInfo
-from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode, refuse_unknown
+from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, refuse_unknown, response_text
 from schemas.errors import PleError, UsageError
 
 ENGINE_ARGS = ("batch_size", "device", "attn_implementation")
@@ -40,12 +40,11 @@ class HfEngine:
 
     def __init__(self, spec: EngineSpec, engine_args: Mapping[str, Any]) -> None:
         """Load the model straight to its device, and its adapter."""
-        self._tokenizer = spec.tokenizer
+        self._spec = spec
         self._batch_size = int(engine_args.get("batch_size", DEFAULT_BATCH))
         if self._batch_size < 1:
             raise UsageError(f"--engine-arg batch_size must be at least 1, not {self._batch_size}")
         self._device = chosen_device(engine_args.get("device"), "--engine-arg device")
-        self._end_ids = spec.end_ids
         disable_progress_bar()
         options = {name: value for name, value in engine_args.items() if name == "attn_implementation"}
         options |= {"revision": spec.revision, "dtype": _dtype(spec.dtype, self._device)}
@@ -81,7 +80,8 @@ class HfEngine:
         input_ids, attention_mask = self._left_padded(batch)  # (batch, longest prompt) each
         noise = _SeededSampler([request.seed for request in batch], sampling, self._device)
         width = input_ids.shape[1]
-        criteria = [_StopStrings(self._tokenizer, sampling.stop, width)] if sampling.stop else []
+        prompts = [request.prompt_ids for request in batch]
+        criteria = [_StopStrings(self._spec, sampling.stop, prompts, width)] if sampling.stop else []
         output = self._model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -91,28 +91,29 @@ class HfEngine:
         )
         new_ids = output[:, width:].tolist()
         logps = noise.logps(len(new_ids[0])) if sampling.logprobs else [None] * len(batch)
-        return [self._completion(ids, values, sampling) for ids, values in zip(new_ids, logps, strict=True)]
+        return [self._completion(*row, sampling) for row in zip(prompts, new_ids, logps, strict=True)]
 
     def _left_padded(self, batch: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(len(request.prompt_ids) for request in batch)
-        ids = np.full((len(batch), width), self._tokenizer.pad_token_id, dtype=np.int64)
+        ids = np.full((len(batch), width), self._spec.tokenizer.pad_token_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, request in enumerate(batch):
             ids[row, width - len(request.prompt_ids) :] = request.prompt_ids
             mask[row, width - len(request.prompt_ids) :] = 1
         return upload(ids, self._device), upload(mask, self._device)
 
-    def _completion(self, ids: list[int], logps: list[float] | None, sampling: Sampling) -> Completion:
+    def _completion(
+        self, prompt: Sequence[int], ids: list[int], logps: list[float] | None, sampling: Sampling
+    ) -> Completion:
         """Cut a row of the batch where its response ended: after its first end token or completed stop string."""
-        end = next((at + 1 for at, token in enumerate(ids) if token in self._end_ids), None)
+        end = next((at + 1 for at, token in enumerate(ids) if token in self._spec.end_ids), None)
         length = min(end or len(ids), sampling.max_new_tokens)
-        stopped = end is not None
-        text = decode(self._tokenizer, ids[:length])
+        text = response_text(self._spec, prompt, ids[:length])
         if sampling.stop and cut_at_stop(text, sampling.stop) != text:
-            lengths = range(1, length + 1)
-            length = next(n for n in lengths if any(word in decode(self._tokenizer, ids[:n]) for word in sampling.stop))
-            text, stopped = cut_at_stop(decode(self._tokenizer, ids[:length]), sampling.stop), True
-        return Completion(ids[:length], text, "stop" if stopped else "length", logps and logps[:length])
+            said = ((n, response_text(self._spec, prompt, ids[:n])) for n in range(1, length + 1))
+            end, text = next((n, cut) for n, whole in said if (cut := cut_at_stop(whole, sampling.stop)) != whole)
+            length = end
+        return Completion(ids[:length], text, "stop" if end else "length", logps and logps[:length])
 
 
 start = HfEngine
@@ -152,14 +153,18 @@ class _SeededSampler(LogitsProcessor):
 class _StopStrings(StoppingCriteria):
     """Ends a row once a stop string stands in its response (never in its prompt)."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_width: int) -> None:
-        self._tokenizer, self._stop, self._start = tokenizer, stop, prompt_width
+    def __init__(self, spec: EngineSpec, stop: Sequence[str], prompts: Sequence[Sequence[int]], width: int) -> None:
+        self._spec, self._stop, self._prompts, self._start = spec, stop, prompts, width
         self._window = STOP_WINDOW + max(len(word.encode()) for word in stop)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        recent = input_ids[:, max(self._start, input_ids.shape[1] - self._window) :].tolist()
-        found = [any(word in decode(self._tokenizer, ids) for word in self._stop) for ids in recent]
+        rows = zip(self._prompts, input_ids[:, self._start :].tolist(), strict=True)
+        found = [any(word in self._recent(prompt, ids) for word in self._stop) for prompt, ids in rows]
         return torch.tensor(found, dtype=torch.bool, device=input_ids.device)
+
+    def _recent(self, prompt: Sequence[int], ids: list[int]) -> str:
+        before = max(0, len(ids) - self._window)
+        return response_text(self._spec, [*prompt, *ids[:before]], ids[before:])
 
 
 def _top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ple_data.common.models import AdapterInfo
-from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode, refuse_unknown
+from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, refuse_unknown, response_text
 from ple_data.engines.watchdog import Watchdog
 from schemas.errors import PleError, UsageError
 
@@ -70,7 +70,7 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec, engine_args: Mapping[str, Any]) -> None:
         """Start vLLM (tens of seconds). `engine_args` are fields of vLLM's EngineArgs. Raises PleError."""
         _set_environment()
-        self._tokenizer, self._end_ids = spec.tokenizer, spec.end_ids
+        self._spec = spec
         arguments = _engine_arguments(spec, engine_args)
         self._watchdog = Watchdog()
         self.llm: Any = None
@@ -108,7 +108,8 @@ class VllmEngine:
                 return
             for output in self._step():
                 if output.finished:
-                    yield in_flight.pop(output.request_id), self._completion(output.outputs[0], sampling)
+                    request = in_flight.pop(output.request_id)
+                    yield request, self._completion(request, output.outputs[0], sampling)
 
     def close(self) -> None:
         """Shut vLLM down and end every process of it."""
@@ -130,7 +131,7 @@ class VllmEngine:
             top_p=sampling.top_p,
             seed=seed,
             stop=list(sampling.stop) or None,
-            stop_token_ids=list(self._end_ids),
+            stop_token_ids=list(self._spec.end_ids),
             logprobs=0 if sampling.logprobs else None,
             flat_logprobs=True,
             detokenize=bool(sampling.stop),  # text is decoded once, at the end, from the ids
@@ -158,12 +159,12 @@ class VllmEngine:
             what = "the vLLM engine died (its own messages are above); what was committed is safe"
             raise PleError(f"{what}: run the same command again") from error
 
-    def _completion(self, output: Any, sampling: Sampling) -> Completion:
+    def _completion(self, request: Request, output: Any, sampling: Sampling) -> Completion:
         if output.finish_reason not in ("stop", "length"):
             raise PleError(f"vLLM ended a response with {output.finish_reason!r}; run the same command again")
         ids = list(output.token_ids)
         logps = list(output.logprobs.logprobs) if sampling.logprobs else None
-        text = cut_at_stop(decode(self._tokenizer, ids), sampling.stop)
+        text = cut_at_stop(response_text(self._spec, request.prompt_ids, ids), sampling.stop)
         return Completion(ids, text, output.finish_reason, logps)
 
 

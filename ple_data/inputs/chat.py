@@ -33,7 +33,7 @@ def stored_chat(x: str) -> list[Message] | None:
         return None
     try:
         messages = json.loads(x)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return messages if is_turns(messages) else None
 

@@ -210,6 +210,6 @@ def parse_request_args(arguments: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"--request-arg {argument}: expected NAME=VALUE; model, messages, stream and n are set")
         try:
             fields[name] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             fields[name] = text
     return fields

@@ -58,6 +58,7 @@ class ClassifierReward(RewardModel):
         config = self._model.config
         self._index = choose_output(config, output, model)
         self._join = resolve_join(options.join, self._tokenizer)
+        self.runs_on = self._join == "text"
         self._batch_tokens = options.batch_tokens or DEFAULT_BATCH_TOKENS
         text_config = config.get_text_config()
         limits = self._tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ple_data.common.finite import refuse_non_finite
 from ple_data.common.progress import Progress
-from ple_data.rewards import RewardModel
+from ple_data.rewards import RewardModel, as_read
 from ple_data.storage.store import Shard, Store, Waits
 from schemas.errors import UsageError
 from schemas.files import write_new
@@ -80,11 +80,11 @@ def _score_unit(store: Store, shard: Shard, reward_model: RewardModel, target: S
     with target.claim("pairs", shard.round, shard.unit) as ours:
         if ours:
             table = store.read(shard)
-            s, s_prompt = _rewards(table, shard, reward_model)
+            provenance = {**read_metadata(shard.path, "responses"), "reward_model": reward_model.name}
+            s, s_prompt = _rewards(table, shard, reward_model, chat=provenance.get("prompts") == "chat")
             added = {"s": s, "s_prompt": s_prompt, "reward_model": [reward_model.name] * len(table)}
             columns = {name: table[name] for name in table.column_names} | added
             pairs = pa.table({name: columns[name] for name in PAIRS.names}, schema=PAIRS)
-            provenance = {**read_metadata(shard.path, "responses"), "reward_model": reward_model.name}
             _own_pairs(target, reward_model)
             target.commit("pairs", shard.round, shard.unit, pairs, provenance)
             counts.units += 1
@@ -95,9 +95,10 @@ def _score_unit(store: Store, shard: Shard, reward_model: RewardModel, target: S
     return by_others
 
 
-def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel) -> tuple[np.ndarray, np.ndarray]:
+def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel, *, chat: bool) -> tuple[np.ndarray, np.ndarray]:
     """s and s_prompt as float32, one a row; the same (x, y) is scored once."""
     x, y, y_prompt = (table[column].to_pylist() for column in ("x", "y", "y_prompt"))
+    x = as_read(reward_model, x, chat=chat)
     plain, guided = list(zip(x, y, strict=True)), list(zip(x, y_prompt, strict=True))
     distinct = list(dict.fromkeys(plain + guided))
     reward_of = dict(zip(distinct, reward_model.score(distinct), strict=True))

@@ -1,5 +1,6 @@
 """Principles and rendering: the paper's texts, [p, x] in plain text and through chat templates, special tokens once."""
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,17 @@ def test_rendering_keeps_every_text(x: str) -> None:
     tokenizer = _plain_tokenizer()
     x = x.encode("utf-8", "replace").decode()
     assert tokenizer.decode(render(tokenizer, x, P)) == f"Be kind.\n{x}"
+
+
+def test_a_principle_file_may_begin_with_a_byte_order_mark_and_is_no_pipe(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfBe kind.\n")
+    assert load_principle(str(tmp_path / "p.txt")) == load_principle(str(write(tmp_path / "q" / "p.txt", "Be kind.")))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="no regular file"):
+        load_principle(str(tmp_path / "pipe"))
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir()
+    path.write_text(text)
+    return path

@@ -217,6 +217,8 @@ def test_a_template_may_hold_braces_and_have_no_ties(tmp_path):
     assert load_template(path).render("Q", "F", "S") == '{"q": "Q"} F|S [[1]] or [[2]], {} { query }'
     with pytest.raises(UsageError, match="cannot be read"):
         load_template(tmp_path / "none.txt")
+    path.write_bytes(b"\xef\xbb\xbf{query} {response_1} {response_2} [[1]] [[2]]")
+    assert load_template(path).text.startswith("{query}")
 
 
 @pytest.mark.parametrize(

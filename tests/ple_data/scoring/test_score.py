@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Words:
         return [self._reward(x, y) for x, y in rows]
 
 
-def commit_unit(store: Store, unit: int, *, round: int = 0, rows: int = 4) -> str:
+def commit_unit(store: Store, unit: int, *, round: int = 0, rows: int = 4, provenance: Mapping[str, str] = {}) -> str:
     """One unit of responses: y has 1 + its query's number words, y_prompt one word more."""
     queries = [unit * rows + row for row in range(rows)]
     columns = {
@@ -67,7 +67,7 @@ def commit_unit(store: Store, unit: int, *, round: int = 0, rows: int = 4) -> st
     table = pa.table(columns)
     with store.claim("responses", round, name) as ours:
         assert ours
-        store.commit("responses", round, name, table, {"policy": "tiny@1", "sampling": {"top_p": 1.0}})
+        store.commit("responses", round, name, table, {"policy": "tiny@1", "sampling": {"top_p": 1.0}, **provenance})
     return name
 
 
@@ -342,3 +342,14 @@ def test_pairs_that_were_cut_short_do_not_count_as_done(store: Store):
     (problem,) = (p for p in verify(store) if p.severity == "error")
     assert "100 bytes, but" in str(problem)
     assert str(problem).count("restore it from a copy") == 1
+
+
+def test_what_was_asked_as_a_chat_is_one_to_a_model_that_reads_one_text(tmp_path: Path):
+    for prompts, x in (({"prompts": "chat"}, '[{"role": "user", "content": "query 0"}]'), ({}, "query 0")):
+        store, model = Store(tmp_path / str(len(prompts))), Words()
+        commit_unit(store, 0, provenance=prompts)
+        model.runs_on = True
+        score(store, model)
+        assert model.asked[0] == (x, "word ")
+        score(store, other := Words("other@1"), output=Store(tmp_path / f"other{len(prompts)}"))
+        assert other.asked[0] == ("query 0", "word ")
