@@ -150,7 +150,7 @@ def test_two_processes_equal_one(run, policy, pairs, tmp_path, launcher):
     alone = run("alone")
     launch = {
         "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "--master-port=29513"],
-        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"],
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"],
     }[launcher]
     if launcher == "accelerate":
         launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=29514"]
@@ -163,6 +163,24 @@ def test_two_processes_equal_one(run, policy, pairs, tmp_path, launcher):
     one, two = (pl.read_parquet(path / "metrics.parquet") for path in (alone, tmp_path / "two"))
     for column in ("loss", "loss_rank", "rank_share", "mean_logps_wsft_y", "drift_rank_y_age0"):
         assert two[column].drop_nulls().to_list() == pytest.approx(one[column].drop_nulls().to_list(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, "FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "tensor, context"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "several processes, and has started one"),
+    ],
+)
+def test_a_launcher_that_shards_or_starts_too_few_is_refused(run, monkeypatch, tmp_path, given, named):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"{named}.*torchrun --nproc-per-node {given.get('WORLD_SIZE', 'N')} "):
+        run("launched")
+    assert not (tmp_path / "launched").exists()
 
 
 # --- the stream ----------------------------------------------------------------------------------------------------
