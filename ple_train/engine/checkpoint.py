@@ -119,7 +119,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
     newest = max(found, default=None, key=lambda p: p.name)
     if newest is not None:
         for path in (newest, *newest.iterdir()):
-            refuse_outside(directory, path)
+            refuse_outside(directory.parent, path)
     return newest
 
 
