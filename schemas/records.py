@@ -79,15 +79,6 @@ class Commit(Sealed):
     sha256: Sha256
 
 
-class Finished(Sealed):
-    """The units of a round, written when all of them are committed: one that is not there any more was lost."""
-
-    version: Literal[1] = 1
-    kind: Kind
-    round: Round
-    units: list[UnitName]
-
-
 class RoundManifest(Sealed):
     """What one round of generation was asked to do, frozen when it first starts.
 

@@ -2,7 +2,7 @@
 
     DATA/pairs/round=000/part-<unit>.parquet          the table (likewise under responses/)
     DATA/.ple/commits/pairs/round=000/<unit>.json     its commit record; without one the shard does not exist
-    DATA/.ple/finished/pairs-round=000.json           its units, once all of them were there
+    DATA/.ple/finished/pairs-round=000                says that all of a round's units were committed
     DATA/.ple/locks, DATA/.ple/tmp, DATA/.ple/rounds  who works on what, unfinished files, settings of rounds
 
 A unit of work is claimed (an flock, dropped by the kernel when its holder dies), written to a temporary file, linked to
@@ -26,7 +26,7 @@ import pyarrow as pa
 from ple_data.storage.parquet import parquet_bytes
 from schemas import files, tables
 from schemas.errors import DamagedError, NewerError, PleError, first_line
-from schemas.records import Commit, Finished, R, RoundManifest, read_record
+from schemas.records import Commit, R, RoundManifest, read_record
 
 if TYPE_CHECKING:
     import polars as pl
@@ -240,21 +240,15 @@ class Store:
         """The settings in a file of `manifest_paths`. Raises DamagedError."""
         return self._placed(RoundManifest, path, lambda found: self.manifest_path(found.round))
 
-    def finish(self, kind: str, round: int, units: Iterable[str]) -> None:
-        """Keep that these are all units of a round, and committed: one that is missing later was lost."""
-        if not (path := self._finished_path(kind, round)).exists():
+    def finish(self, kind: str, round: int) -> None:
+        """Keep that all units of a round are committed: one that is missing later was lost."""
+        if not self.is_finished(kind, round):
             self._prepare()
-            values: dict[str, Any] = {"kind": kind, "round": round, "units": list(units)}
-            files.write_new(path, Finished(**values).to_json(), self._tmp)
+            files.write_new(self._finished_path(kind, round), "", self._tmp)
 
-    def finished(self, kind: str, round: int) -> Finished | None:
-        """All units of a round; None until they were there (and in stores of 0.1.0). Raises DamagedError."""
-        path = self._finished_path(kind, round)
-        return self.read_finished(path) if path.exists() else None
-
-    def read_finished(self, path: Path) -> Finished:
-        """The units in a file of `finished_paths`. Raises DamagedError."""
-        return self._placed(Finished, path, lambda found: self._finished_path(found.kind, found.round))
+    def is_finished(self, kind: str, round: int) -> bool:
+        """Whether all units of a round were committed once; 0.1.0 did not say so."""
+        return self._finished_path(kind, round).exists()
 
     def unfinished(self, shards: Iterable[Shard]) -> list[tuple[int, int, int]]:
         """(round, rows, rows asked for) of the rounds of which `shards` hold fewer rows than were asked for."""
@@ -286,10 +280,6 @@ class Store:
         """The settings of all rounds, readable or not."""
         return sorted((self._state / "rounds").glob("round=*.json"))
 
-    def finished_paths(self, kind: str) -> list[Path]:
-        """The lists of units of a kind's finished rounds, readable or not."""
-        return sorted((self._state / "finished").glob(f"{kind}-round=*.json"))
-
     def manifest_path(self, round: int) -> Path:
         """Where the settings of a round stand."""
         return self.inside(".ple", "rounds", f"round={round:03d}.json")
@@ -305,7 +295,7 @@ class Store:
         return path
 
     def _finished_path(self, kind: str, round: int) -> Path:
-        return self.inside(".ple", "finished", f"{kind}-round={round:03d}.json")
+        return self.inside(".ple", "finished", f"{kind}-round={round:03d}")
 
     def _lock_path(self, kind: str, round: int, unit: str) -> Path:
         return self.inside(".ple", "locks", f"{kind}-round={round:03d}-{unit}.lock")

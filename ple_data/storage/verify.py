@@ -3,7 +3,7 @@
 Every shard is hashed and read whole, one at a time; keys are compared one round at a time.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -55,9 +55,8 @@ def verify(store: Store) -> Iterator[Problem]:
     if links := list(_links(store)):
         yield from links  # what lies behind them is not looked at
         return
-    known: set[int] = set()
-    yield from _manifests(store, known)
-    sampled: list[Shard] = []
+    asked: dict[int, int] = {}
+    yield from _manifests(store, asked)
     for kind in tables.STORED:
         shards: list[Shard] = []
         yield from _records(store, kind, shards)
@@ -73,12 +72,8 @@ def verify(store: Store) -> Iterator[Problem]:
             else:
                 whole.append(shard)
         yield from _doubled_keys(kind, whole)
-        yield from _lost(store, kind)
-        sampled += [shard for shard in shards if kind != "pairs" and shard.round in known]
+        yield from _counts(store, kind, shards, asked)
     yield from _leftovers(store)
-    for round, rows, asked in store.unfinished(sampled):
-        what = f"round {round} holds {rows} rows of the {asked} that it was asked for"
-        yield Problem(store.root, what, "if sampling has not come to its end, run the same command again", "info")
     yield from _unscored(store)
 
 
@@ -147,24 +142,18 @@ def _faults(shard: Shard, owner: str | None) -> Iterator[str]:
         yield f"its pairs were scored by {', '.join(others)}, but those of this store by {owner}"
 
 
-def _lost(store: Store, kind: str) -> Iterator[Problem]:
-    """Units of finished rounds that are gone with their records, and units that came after: by hand, that is."""
-    recorded = _recorded(store, kind)
-    for path in store.finished_paths(kind):
-        try:
-            finished = store.read_finished(path)
-        except DamagedError as error:
-            yield Problem(path, _without_path(error, path), f"remove it; then {_REMAKE[kind]}")
-            continue
-        round, units = finished.round, set(finished.units)
-        held = {unit for at, unit in recorded if at == round}
-        for unit in sorted(units - held):
-            what = f"lost together with its record: round {round} was finished with {len(units)} units of {kind}"
-            yield Problem(store.path(kind, round, unit), what, f"restore both from a copy, or {_REMAKE[kind]}")
-        for unit in sorted(held - units):
-            what = f"none of the {len(units)} units of {kind} with which round {round} was finished"
-            todo = f"it was put there by hand: remove it and {store.record_path(kind, round, unit)}"
-            yield Problem(store.path(kind, round, unit), what, todo)
+def _counts(store: Store, kind: str, shards: Sequence[Shard], asked: Mapping[int, int]) -> Iterator[Problem]:
+    """Rounds with more rows than they were asked for, or with fewer: once they were finished, a unit was lost."""
+    for round, rows in asked.items():
+        held = [shard.rows for shard in shards if shard.round == round]
+        what = f"round {round} holds {sum(held)} rows of {kind} in {len(held)} units, but was asked for {rows} rows"
+        if sum(held) > rows:
+            yield Problem(store.root / kind, what, "units were put there by hand: remove their files and records")
+        elif sum(held) < rows and store.is_finished(kind, round):
+            todo = f"a unit was lost with its record: restore both from a copy, or {_REMAKE[kind]}"
+            yield Problem(store.root / kind, what, todo)
+        elif held and sum(held) < rows and kind != "pairs":
+            yield Problem(store.root / kind, what, "if it has not come to its end, run the command again", "info")
 
 
 def _doubled_keys(kind: str, shards: Iterable[Shard]) -> Iterator[Problem]:
@@ -195,12 +184,14 @@ def _doubled_keys(kind: str, shards: Iterable[Shard]) -> Iterator[Problem]:
             yield Problem(Path(first), what, f"{todo} under .ple/commits/{kind} with the files themselves")
 
 
-def _manifests(store: Store, known: set[int]) -> Iterator[Problem]:
-    """Settings of rounds that do not read, or are gone; the rounds of the good ones are added to `known`."""
+def _manifests(store: Store, asked: dict[int, int]) -> Iterator[Problem]:
+    """Settings of rounds that do not read, or are gone. `asked` is given the rows that the others were asked for."""
     again = "restore it from a copy, or remove it and run the same ple-gen (or ple eval) command again"
     for path in store.manifest_paths():
         try:
-            known.add(store.read_manifest(path).round)
+            manifest = store.read_manifest(path)
+            if manifest.rows is not None:
+                asked[manifest.round] = manifest.rows
         except DamagedError as error:
             yield Problem(path, _without_path(error, path), again)
     for round in sorted({round for kind in ("responses", "answers") for round, _ in _recorded(store, kind)}):

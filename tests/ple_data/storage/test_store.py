@@ -609,7 +609,7 @@ def finished(store: Store) -> list[str]:
     for kind in ("responses", "pairs"):
         for unit in units:
             fill(store, unit=unit, kind=kind)
-        store.finish(kind, 0, units)
+        store.finish(kind, 0)
     (store.root / OWNER).write_text(f"{store.read(store.shards('pairs')[0])['reward_model'][0]}\n")
     assert list(verify(store)) == []
     return units
@@ -621,8 +621,7 @@ def test_verify_misses_a_unit_that_is_lost_with_its_record(store, kind):
     store.path(kind, 0, unit).unlink()
     store.record_path(kind, 0, unit).unlink()
     (found,) = errors(store)
-    assert found.path == store.path(kind, 0, unit)
-    assert "lost together with its record: round 0 was finished with 3 units" in found.what
+    assert f"round 0 holds 6 rows of {kind} in 2 units, but was asked for 9 rows: a unit was lost" in str(found)
 
 
 def test_verify_finds_a_unit_of_another_reward_model(store):
@@ -646,7 +645,7 @@ def test_verify_finds_settings_of_a_round_that_are_gone_or_changed(store, change
 def test_verify_says_what_an_unfinished_round_lacks(store):
     store.save_manifest(RoundManifest(round=0, settings={"samples": 2}, counts={"queries_taken": 5}))
     fill(store, kind="responses")
-    assert any("round 0 holds 3 rows of the 10" in p.what and p.severity == "info" for p in verify(store))
+    assert any("but was asked for 10 rows" in p.what and p.severity == "info" for p in verify(store))
 
 
 def test_verify_shows_each_finding_as_it_is_found(store, monkeypatch):
