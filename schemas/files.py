@@ -61,15 +61,16 @@ def explained(path: Path | str, doing: str = "write") -> Iterator[None]:
 
 
 def refuse_no_file(path: Path | str) -> None:
-    """Raises DamagedError for a pipe, a device or a folder (the first two may never end), OSError where nothing is."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise DamagedError(f"{path}: it is no file: move it away, and restore the file from a copy")
+    """Raises DamagedError for a pipe, a device (neither may ever end) or a folder, PleError where nothing is."""
+    with explained(path, "read"):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DamagedError(f"{path}: it is no file: move it away, and restore the file from a copy")
 
 
 def read_file(path: Path) -> bytes:
     """The bytes of a file. Raises DamagedError where it is none, PleError where it is not there or cannot be read."""
+    refuse_no_file(path)
     with explained(path, "read"):
-        refuse_no_file(path)
         return path.read_bytes()
 
 

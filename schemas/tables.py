@@ -285,13 +285,9 @@ def _opened(path: Path | str) -> Iterator[pq.ParquetFile]:
     """The Parquet file, open; whatever Arrow says of it becomes a DamagedError."""
     if not os.path.exists(path):
         raise DamagedError(f"{path}: the file is missing: {RESTORE}")
+    refuse_no_file(path)
     try:
-        with explained(path, "read"):
-            refuse_no_file(path)
-            with (
-                pa.OSFile(os.fsencode(path)) as source,
-                pq.ParquetFile(source, page_checksum_verification=True) as file,
-            ):
-                yield file
+        with explained(path, "read"), pa.OSFile(os.fsencode(path)) as source:
+            yield pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are no UTF-8, nulls
         raise DamagedError(f"{path}: not a whole Parquet file ({first_line(error)}): {RESTORE}") from error

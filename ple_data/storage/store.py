@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from ple_data.storage.parquet import parquet_bytes
 from schemas import files, tables
-from schemas.errors import DamagedError, NewerError, PleError, first_line
+from schemas.errors import DamagedError, NewerError, PleError, UsageError, first_line
 from schemas.records import Commit, R, RoundManifest, read_record
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ class Store:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
+        if os.fsencode(self.root.absolute()).decode(errors="replace") != str(self.root.absolute()):
+            raise UsageError(
+                f"{str(self.root.absolute())!r}: the name is no UTF-8, which polars needs: rename the folder"
+            )
         self._state = self.root / ".ple"
         self._tmp = self._state / "tmp"
         self._prepared = False

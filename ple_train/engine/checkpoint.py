@@ -133,9 +133,9 @@ def read_state(checkpoint: Path) -> CheckpointState:
 
 def _read(path: Path, read: Callable[[Path], Any]) -> Any:
     """What `read` makes of a file of a checkpoint."""
+    refuse_no_file(path)
     try:
         with explained(path, "read"):
-            refuse_no_file(path)
             return read(path)
     except PleError:
         raise

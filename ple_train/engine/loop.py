@@ -38,8 +38,6 @@ SHARDED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
 }
 """What `accelerate launch` sets for what no training here is made for."""
-WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where launchers say how many processes there are."""
 Report = Callable[[dict[str, Any]], None]
 """What is done with the metrics of a step."""
 
@@ -79,7 +77,8 @@ def _refuse_launcher() -> None:
     training would compute something else, or one process the work of several, and not say so.
     """
     given = os.environ
-    count = next((given[name] for name in WORLD if name in given), None)
+    worlds = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    count = next((given[name] for name in worlds if name in given), None)
     sharding = [how for name, how in SHARDED.items() if given.get(name, "").lower() in ("true", "1")]
     if sharding:
         fault = f"the launcher's configuration asks for {sharding[0]}, which no training here does"

@@ -602,6 +602,11 @@ def test_a_path_is_no_pattern(tmp_path, monkeypatch, name):
     assert errors(store) == []
 
 
+def test_a_name_that_is_no_text_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UsageError, match="no UTF-8"):
+        Store(tmp_path / os.fsdecode(b"d\xff"))
+
+
 def finished(store: Store) -> list[str]:
     units = [f"0000{n}-{'a' * 12}" for n in range(3)]
     manifest = RoundManifest(round=0, settings={"samples": 3}, counts={"queries_taken": 3})
