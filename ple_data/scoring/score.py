@@ -65,8 +65,10 @@ def score(
                 f"{counts.texts_cut} texts are longer than the reward model takes: the beginning of x was cut"
             )
     for number in {shard.round for shard in shards}:
-        if store.is_finished("responses", number):
-            target.finish("pairs", number)
+        if store.is_finished("responses", number):  # some may have come meanwhile
+            units = [shard.unit for shard in store.shards("responses", round=number)]
+            if all(target.is_committed("pairs", number, unit) for unit in units):
+                target.finish("pairs", number)
     for number, rows, asked in store.unfinished(shards):
         progress.note(
             f"warning: round {number} has {rows} of its {asked} pairs so far: run ple-gen to its end, then this again"

@@ -328,6 +328,23 @@ def test_a_unit_of_a_killed_process_is_taken_over(store: Store, tmp_path: Path):
     assert np.isfinite(store.scan("pairs").collect()["s"].to_numpy()).all()
 
 
+def test_a_round_is_finished_when_every_unit_of_its_responses_is_scored(store: Store):
+    """Also one whose last unit came while the others were scored."""
+    store.finish("responses", 1)
+
+    class Slow(Words):
+        def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
+            if not store.is_finished("responses", 0):
+                commit_unit(store, 9)
+                store.finish("responses", 0)
+            return super().score(rows)
+
+    score(store, Slow())
+    assert [store.is_finished("pairs", t) for t in (0, 1)] == [False, True]
+    score(store, Words())
+    assert store.is_finished("pairs", 0)
+
+
 def test_a_round_that_is_still_sampled_is_said(store: Store, capfd: pytest.CaptureFixture[str]):
     store.manifest_path(0).unlink()
     store.save_manifest(RoundManifest(round=0, settings={"samples": 1}, counts={"queries_taken": 400}))

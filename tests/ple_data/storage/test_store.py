@@ -633,8 +633,15 @@ def test_verify_finds_a_unit_of_another_reward_model(store):
     finished(store)
     rows = [{"query_id": "alien", "reward_model": "other@1"}]
     store.commit("pairs", 0, "00009-ff", table("pairs", rows), {})
-    assert {"put there by hand" in str(p) or "scored by other@1" in str(p) for p in errors(store)} == {True}
-    assert len(errors(store)) == 2
+    (found,) = errors(store)
+    assert "its pairs were scored by other@1, but those of this store by judge@0123456789ab" in found.what
+
+
+def test_verify_finds_a_unit_that_nobody_asked_for(store):
+    finished(store)
+    fill(store, unit="00009-ff", kind="responses")
+    (found,) = errors(store)
+    assert "put there by hand" in found.todo
 
 
 @pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_text(
