@@ -15,7 +15,7 @@ from typing import Any
 
 from ple_data.common.extras import need
 from schemas.errors import UsageError, first_line
-from schemas.files import sha256_file
+from schemas.files import explained, sha256_file
 
 _Found = tuple[list[dict[str, Any]], list[str]]
 """The rows of a file, and their places."""
@@ -66,7 +66,8 @@ def _parquet(path: Path) -> _Found:
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.ParquetFile(path).read().to_pylist()
+        with explained(path, "read"):
+            rows = pq.ParquetFile(path).read().to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise UsageError(f"{path} is no whole Parquet file: {error}") from error
     return rows, _numbered(rows)

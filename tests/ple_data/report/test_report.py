@@ -360,6 +360,11 @@ def test_facts_say_how_the_run_departs_from_the_paper(tmp_path, keys, method, ra
     assert (found["method"], found["learning rate"], found["seed"]) == (method, rate, "7")
 
 
+def test_a_run_whose_name_looks_like_a_pattern_is_read_itself(tmp_path):
+    own = Sources(make_run(tmp_path / "run[1]", [plain_rows(30)]))
+    assert list(own.metrics) == [0]
+
+
 def test_a_link_in_place_of_the_figures_is_not_emptied(run, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.png").write_bytes(b"")
