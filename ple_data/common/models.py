@@ -12,6 +12,7 @@ from typing import Any
 
 from ple_data.common.digests import model_digest
 from schemas.errors import UsageError, first_line
+from schemas.files import explained
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
@@ -181,7 +182,7 @@ def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), framework="numpy") as file:
+        with explained(path, "read"), safe_open(str(path), framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:

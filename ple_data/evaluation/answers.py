@@ -22,6 +22,7 @@ from ple_data.inputs.templates import uses_chat
 from ple_data.sampling.generate import generate
 from ple_data.storage.store import Store, collect
 from schemas.errors import UsageError
+from schemas.files import refuse_outside
 from schemas.options import Asked, Gen, PromptFormat
 
 _COLUMNS = ["query_id", "round", "sample", "x", "y", "x_ids", "reference", "policy"]
@@ -67,6 +68,7 @@ def sample_answers(policies: Sequence[NamedPolicy], output: Path, source: str, a
         queries = load_queries(source, asked, chat=chat)
         key = json_digest([digests_of(policy.name), _told_apart(asked) | {"queries": queries.asked_digest}])
         data = output / "answers" / key
+        refuse_outside(output, data)
         print(f"{policy.label}: answers of {policy.name} in {data}", file=sys.stderr, flush=True)
         start: dict[str, Any] = {"model": policy.model, "revision": policy.revision, "adapter": policy.adapter}
         generate(Gen(**start, **asked.part(Asked).values(), queries=source, data=data, principles=None, round=0))

@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 from pydantic import ValidationError
 
 from schemas.errors import DamagedError
-from schemas.files import explained, fsync_dir, make_dirs
+from schemas.files import explained, fsync_dir, make_dirs, read_file, unfollowed
 from schemas.judging import Paid
 
 Kept = TypeVar("Kept", bound=Paid)
@@ -30,7 +30,7 @@ class Journal(dict[str, Kept]):
         self._lock = threading.Lock()
         with explained(path):
             make_dirs(path.parent)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._fd = unfollowed(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             self._load()
             fsync_dir(path.parent)
@@ -59,10 +59,11 @@ class Journal(dict[str, Kept]):
             self.update({record.request: record for record in records})
 
     def _load(self) -> None:
-        content = self._path.read_bytes()
+        content = read_file(self._path)
         whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.ftruncate(self._fd, len(whole))
+        rest = content[len(whole) :]
+        if rest[:2] != b'{"'[: len(rest)]:
+            raise DamagedError(f"{self._path}: its last line is none of ours: move it away, or give another --output")
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 record = self._record.model_validate_json(line)
@@ -74,3 +75,6 @@ class Journal(dict[str, Kept]):
                     "remove the line, and it is asked for again"
                 ) from error
             self[record.request] = record
+        if rest:
+            with explained(self._path):
+                os.ftruncate(self._fd, len(whole))

@@ -144,6 +144,7 @@ def sample_round(
             if len(collector.locked) == len(pending):
                 waits.a_moment((plan.round, unit.id) for unit in collector.locked)
             pending = collector.locked
+        store.finish(plan.kind, plan.round)
         what = "pairs" if plan.kind == "responses" else "responses"
         progress.note(_result(summary, what, time.monotonic() - began))
     return summary

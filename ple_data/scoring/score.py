@@ -4,7 +4,6 @@ A unit that is committed is never scored again; several processes share the unit
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +11,10 @@ import pyarrow as pa
 from ple_data.common.finite import refuse_non_finite
 from ple_data.common.progress import Progress
 from ple_data.rewards import RewardModel, as_read
-from ple_data.storage.store import Shard, Store, Waits
+from ple_data.storage.store import OWNER, Shard, Store, Waits
 from schemas.errors import UsageError
 from schemas.files import write_new
 from schemas.tables import PAIRS, read_metadata
-
-OWNER = Path(".ple") / "reward_model"
-"""Where a store holds the name of the model that its pairs are scored by."""
 
 
 @dataclass
@@ -68,6 +64,11 @@ def score(
             progress.note(
                 f"{counts.texts_cut} texts are longer than the reward model takes: the beginning of x was cut"
             )
+    for number in {shard.round for shard in shards}:
+        if store.is_finished("responses", number):  # some may have come meanwhile
+            units = [shard.unit for shard in store.shards("responses", round=number)]
+            if all(target.is_committed("pairs", number, unit) for unit in units):
+                target.finish("pairs", number)
     for number, rows, asked in store.unfinished(shards):
         progress.note(
             f"warning: round {number} has {rows} of its {asked} pairs so far: run ple-gen to its end, then this again"
@@ -120,11 +121,7 @@ def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel, *, chat: 
 
 def _refuse_other_model(target: Store, reward_model: RewardModel) -> None:
     """Raise UsageError where the pairs of `target` were scored by another reward model."""
-    owner: str | None = None
-    if (record := target.root / OWNER).exists():
-        owner = record.read_text(encoding="utf-8").strip()
-    elif shards := target.shards("pairs"):
-        owner = read_metadata(shards[0].path, "pairs").get("reward_model")
+    owner = target.reward_model()
     if owner not in (None, reward_model.name):
         raise UsageError(
             f"the pairs in {target.root} were scored by {owner}, not by {reward_model.name}: two reward "
@@ -134,7 +131,7 @@ def _refuse_other_model(target: Store, reward_model: RewardModel) -> None:
 
 def _own_pairs(target: Store, reward_model: RewardModel) -> None:
     """Make `target` this model's before the first commit: of two that start at once, one is refused."""
-    record = target.root / OWNER
+    record = target.inside(*OWNER.parts)
     if not record.exists():
         write_new(record, reward_model.name + "\n", target.root / ".ple" / "tmp")
     _refuse_other_model(target, reward_model)

@@ -24,7 +24,7 @@ from ple_data.rewards import recorded_spec
 from ple_train.run.child import GRACE_SECONDS, run_child
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
 from schemas.errors import DamagedError, PleError, UsageError
-from schemas.files import locked, write_atomic
+from schemas.files import locked, refuse_outside, write_atomic
 from schemas.options import Baseline, Dpo, Gen, Reward, Score, Sft, Train, about, flag
 from schemas.recipe import GIVEN, BaselineStage, Recipe, differences, dump_recipe, parse_recipe
 from schemas.records import TRAINED, read_record
@@ -115,6 +115,7 @@ def run(recipe: Recipe) -> None:
     stages = plan(recipe)
     _refuse_missing_programs(stages)
     directory.mkdir(parents=True, exist_ok=True)
+    refuse_outside(directory, directory / ".ple")
     lock = locked(directory / ".ple" / "run.lock", str(directory), patience=GRACE_SECONDS + 5)
     with lock as held, GpuWatch() as gpus:
         _freeze(recipe, stages, directory)

@@ -209,8 +209,8 @@ def test_manifests_name_what_differs():
 
 def test_a_record_of_a_newer_version_is_whole_but_not_ours(tmp_path):
     path = tmp_path / "c.json"
-    path.write_text(COMMIT.to_json().replace('"version": 1', '"version": 2'))
-    with pytest.raises(NewerError, match=r"c.json has version 2; this ple reads 1: update it"):
+    path.write_text(COMMIT.to_json().replace('"version": 2', '"version": 3'))
+    with pytest.raises(NewerError, match=r"c.json has version 3; this ple reads 2: update it"):
         read_record(Commit, path)
 
 

@@ -589,6 +589,18 @@ def test_answers_come_back_and_half_a_line_is_cut_off(tmp_path):
         assert [file.get(n).text for n in "123"] == ["one\u2028\nline", "two", "three"]
 
 
+@pytest.mark.parametrize("text", [b"my notes", b"1", answer("q", "a_first", "one").model_dump_json().encode()[1:]])
+def test_a_file_that_is_not_the_judges_is_neither_cut_nor_followed(tmp_path, text):
+    kept, path = tmp_path / "kept.txt", tmp_path / "answers.jsonl"
+    kept.write_bytes(text)
+    for make in (path.hardlink_to, path.symlink_to):
+        make(kept)
+        with pytest.raises(PleError, match=r"answers\.jsonl: .*move it away"):
+            Journal(path, Answer)
+        path.unlink()
+    assert kept.read_bytes() == text
+
+
 @pytest.mark.parametrize("line", [b"{}", b"nothing", b'{"version": 2}'])
 def test_a_damaged_answer_is_named_by_its_line(tmp_path, line):
     path = tmp_path / "answers.jsonl"

@@ -65,6 +65,7 @@ def commit_unit(store: Store, unit: int, *, round: int = 0, rows: int = 4, prove
     }
     name = f"{unit:05d}-abcdef012345"
     table = pa.table(columns)
+    store.save_manifest(RoundManifest(round=round, settings={}))
     with store.claim("responses", round, name) as ours:
         assert ours
         store.commit("responses", round, name, table, {"policy": "tiny@1", "sampling": {"top_p": 1.0}, **provenance})
@@ -99,7 +100,7 @@ def test_pairs_are_the_responses_with_their_rewards(store: Store):
         assert table["s"].to_pylist() == words
         assert table["s_prompt"].to_pylist() == [count + 1 for count in words]
         assert set(table["reward_model"].to_pylist()) == {"words@1"}
-    assert verify(store) == []
+    assert list(verify(store)) == []
 
 
 def test_the_file_says_which_reward_model_and_keeps_where_the_responses_came_from(store: Store):
@@ -305,7 +306,7 @@ def test_three_processes_share_the_work(store: Store, tmp_path: Path):
         assert process.returncode == 0, err
         rows.append(int(out))
     assert sorted(rows) == [4, 4, 8]
-    assert verify(store) == []
+    assert list(verify(store)) == []
 
 
 def test_a_unit_of_a_killed_process_is_taken_over(store: Store, tmp_path: Path):
@@ -322,12 +323,30 @@ def test_a_unit_of_a_killed_process_is_taken_over(store: Store, tmp_path: Path):
     assert score(store, load_reward_model(f"{function}:words")).rows == 16
     process.communicate(timeout=20)
     assert process.returncode < 0
-    assert verify(store) == []
+    assert list(verify(store)) == []
     assert pq.read_table(store.shards("pairs")[0].path)["s"].type == pa.float32()
     assert np.isfinite(store.scan("pairs").collect()["s"].to_numpy()).all()
 
 
+def test_a_round_is_finished_when_every_unit_of_its_responses_is_scored(store: Store):
+    """Also one whose last unit came while the others were scored."""
+    store.finish("responses", 1)
+
+    class Slow(Words):
+        def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
+            if not store.is_finished("responses", 0):
+                commit_unit(store, 9)
+                store.finish("responses", 0)
+            return super().score(rows)
+
+    score(store, Slow())
+    assert [store.is_finished("pairs", t) for t in (0, 1)] == [False, True]
+    score(store, Words())
+    assert store.is_finished("pairs", 0)
+
+
 def test_a_round_that_is_still_sampled_is_said(store: Store, capfd: pytest.CaptureFixture[str]):
+    store.manifest_path(0).unlink()
     store.save_manifest(RoundManifest(round=0, settings={"samples": 1}, counts={"queries_taken": 400}))
     score(store, Words())
     assert "warning: round 0 has 12 of its 400 pairs so far: run ple-gen to its end" in capfd.readouterr().err
