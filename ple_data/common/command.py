@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from ple_data.common.click_options import parameters_of
+from ple_data.common.terminal import guarded
 from schemas import options
 from schemas.errors import PleError
 
@@ -28,7 +29,15 @@ _LESS_MEMORY = {
 """Parameters that lower the memory of a command which has them, and how to say so."""
 
 
-class Command(click.Command):
+class _Guarded(click.Command):
+    """Nothing that a command writes steers the terminal or shows a secret."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with guarded():
+            return super().main(*args, **kwargs)
+
+
+class Command(_Guarded):
     """A command whose help groups its options, and whose errors become one line and a documented exit code."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -113,10 +122,8 @@ def _reader_is_gone() -> bool:
 
 
 def say(message: str) -> None:
-    """A message may quote a file: nothing in it steers the terminal."""
-    from ple_data.common.terminal import printable
-
-    click.echo("\n".join(map(printable, message.split("\n"))), err=True)
+    """A message for people."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -149,14 +156,14 @@ def command(
         function = pkgutil.resolve_name(run) if isinstance(run, str) else run
         text = function(**chosen.values()) if by_name else function(chosen)
         if text is not None:
-            click.echo(text)
+            print(text)
 
     parameters = [*parameters_of(kind), *hidden]
     made = Command(name.split()[-1], callback=callback, params=parameters, context_settings=_CONTEXT, **_HELP[name])
     return version(debug(made))
 
 
-class _Group(click.Group):
+class _Group(_Guarded, click.Group):
     """Lists the commands in the order in which a user meets them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

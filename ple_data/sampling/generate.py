@@ -178,11 +178,11 @@ def _check_length(plan: Plan, positions: int | None, model: str) -> None:
 
 def _show(plan: Plan, tokenizer: Any) -> str:
     prompt, _ = plan.units[0].rows[0]
-    lines = [f"query {prompt.query.id}, 1 of {plan.counts['queries_taken']}; policy {plan.policy}"]
+    lines = [f"query {printable(prompt.query.id)}, 1 of {plan.counts['queries_taken']}; policy {plan.policy}"]
     names = {"y": "plain prompt x", "y_prompt": "guided prompt [p, x]"}
     for arm in plan.arms:
         name, ids = names[arm], list(prompt.ids(arm))
-        lines += ["", f"{name}, {len(ids)} tokens:", *map(printable, tokenizer.decode(ids).splitlines()), f"ids: {ids}"]
+        lines += ["", f"{name}, {len(ids)} tokens:", *map(printable, tokenizer.decode(ids).split("\n")), f"ids: {ids}"]
     return "\n".join(lines)
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from ple_data.common.digests import text_digest
 from ple_data.common.finite import refuse_non_finite
 from ple_data.common.progress import Progress
+from ple_data.common.secrets import public
 from ple_data.rewards import RewardModel
 from ple_data.storage.store import Shard, Store, Waits
 from schemas.errors import UsageError
@@ -123,6 +125,8 @@ def _refuse_other_model(target: Store, reward_model: RewardModel) -> None:
         owner = record.read_text(encoding="utf-8").strip()
     elif shards := target.shards("pairs"):
         owner = read_metadata(shards[0].path, "pairs").get("reward_model")
+    if owner is not None and public(owner, text_digest) == reward_model.name:
+        reward_model.name = owner  # older versions recorded an address with what in its path may be a key
     if owner not in (None, reward_model.name):
         raise UsageError(
             f"the pairs in {target.root} were scored by {owner}, not by {reward_model.name}: two reward "

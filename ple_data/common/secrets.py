@@ -1,0 +1,57 @@
+"""What in a text may be a secret, for messages and files: keys in the environment and inside addresses.
+
+Reads nothing but its text and the environment.
+"""
+
+import os
+import re
+from collections.abc import Callable
+
+_KEY_VARIABLE = re.compile(r"(API_KEY|_TOKEN|_SECRET|PASSWORD)$")
+_SHORTEST = 8
+"""Characters of a variable's value from which on it is struck out wherever it stands."""
+_ADDRESS = re.compile(r"\b(https?://)([^\s/?#'\"<>]*)([^\s?#'\"<>]*)(\?[^\s#'\"<>]*)?", re.IGNORECASE)
+_DIGEST = re.compile(r"\?[0-9a-f]{12}\W*")
+_SAYS_KEY = re.compile(r"^(sk|pk|rk|hf|key|token|bearer|api[-_]?key|bot\d+)[-_:=.]|secret|passw|(key|token)=", re.I)
+
+
+def public(text: str, instead: Callable[[str], str] = lambda _: "key") -> str:
+    """The text with what may be a key or a password in its addresses put as `[instead(it)]`.
+
+    >>> public("asked https://me:pass@host/v1/sk-0a1b2c3d4e/score")
+    'asked https://[key]@host/v1/[key]/score'
+    """
+
+    def struck(found: re.Match[str]) -> str:
+        scheme, host, path, query = found.groups("")
+        if "@" in host:
+            host = f"[key]@{host.rpartition('@')[2]}"
+        path = "/".join(f"[{instead(part)}]" if may_be_key(part) else part for part in path.split("/"))
+        return scheme + host + path + (query if not query or _DIGEST.fullmatch(query) else "?[key]")
+
+    return _ADDRESS.sub(struck, text) if "://" in text else text
+
+
+def may_be_key(part: str) -> bool:
+    """Whether a part of an address's path may be a key, and not a word such as `score` or `llama-3-8b`.
+
+    It says so (`sk-…`), or one of its pieces is long, or long with digits, or turns from letters to digits again and
+    again.
+    """
+    if _SAYS_KEY.search(part):
+        return True
+    pieces = re.split(r"[-_.:~,+@%=]", part)
+    return any(
+        len(piece) >= 20
+        or (len(piece) >= 10 and re.search(r"\d", piece))
+        or len(re.findall(r"(?<=\d)(?=[^\d])|(?<=[^\d])(?=\d)", piece)) >= 4
+        for piece in pieces
+    )
+
+
+def strike(text: str) -> str:
+    """The text as people may see it: without the values of the environment's keys, and with public addresses."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and value in text and _KEY_VARIABLE.search(name.upper()):
+            text = text.replace(value, "[key]")
+    return public(text)
