@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from ple_data.common.click_options import parameters_of
+from ple_data.common.loading import is_out_of_memory
 from ple_data.common.terminal import guarded
 from schemas import options
 from schemas.errors import PleError
@@ -92,13 +93,6 @@ def _less_memory(command: click.Command) -> str:
     """What of its own options makes the command need less; nothing where it has none."""
     own = [_LESS_MEMORY[parameter.name] for parameter in command.params if parameter.name in _LESS_MEMORY]
     return f"; less is needed with {', or with '.join(own)}" if own else ""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Torch has an exception of its own for a GPU, and a plain RuntimeError for a CPU."""
-    if type(error) is RuntimeError:
-        return "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ its completion as soon as that is finished, in any order. It pulls the next unit
 import difflib
 import importlib
 import importlib.util
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -15,6 +14,7 @@ from typing import Any, Literal, Protocol
 from ple_data.common.extras import missing
 from ple_data.common.models import AdapterInfo
 from schemas.errors import UsageError
+from schemas.json_text import parse_json
 from schemas.options import ENGINES, Sampling
 
 
@@ -104,7 +104,7 @@ def parse_engine_args(texts: Iterable[str]) -> dict[str, Any]:
         if not name or not equals:
             raise UsageError(f"--engine-arg {text!r} must be name=value")
         try:
-            arguments[name.replace("-", "_")] = words[value] if value in words else json.loads(value)
+            arguments[name.replace("-", "_")] = words[value] if value in words else parse_json(value)
         except ValueError:
             arguments[name.replace("-", "_")] = value
     return arguments

@@ -16,6 +16,7 @@ from typing import Any
 from ple_data.common.extras import need
 from schemas.errors import UsageError, first_line
 from schemas.files import sha256_file
+from schemas.json_text import parse_json
 
 _Found = tuple[list[dict[str, Any]], list[str]]
 """The rows of a file, and their places."""
@@ -78,7 +79,7 @@ def _jsonl(path: Path) -> _Found:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except ValueError as error:
             raise UsageError(f"{path} line {number} is no valid JSON: {error}; correct or remove the line") from error
         rows.append(_checked(row, f"{path} line {number}"))
@@ -92,7 +93,7 @@ def _json(path: Path) -> _Found:
     if not content.lstrip().startswith(b"["):
         return _jsonl(path)
     try:
-        rows = json.loads(content)
+        rows = parse_json(content)
     except ValueError as error:
         raise UsageError(f"{path} is no valid JSON: {error}") from error
     places = _numbered(rows)
