@@ -22,11 +22,8 @@ GIVEN = {
     *("seed", "shuffle", "skip", "limit", "reuse", "dry_run", "tau0", "alpha", "resume", "report_to", "merge"),
 }
 """Options of a stage's command that the run itself gives."""
-MOST_ROUNDS = 10_000
-MOST_BYTES, MOST_VALUES = 2**20, 100_000
-"""A recipe's size at most: of its file, and of the keys and values in it when every alias is written out."""
-MOST_FAULTS = 20
-"""Faults that are named; the others are counted."""
+MOST_ROUNDS, MOST_BYTES, MOST_VALUES, MOST_FAULTS = 10_000, 2**20, 100_000, 20
+"""A recipe's bounds: rounds, its file's size, keys and values with every alias written out, faults that are named."""
 OF_REWARDS = {known.name for known in options.Rewards.in_order()}
 
 
@@ -218,7 +215,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _parsed(text: str, source: str) -> Any:
     """The value of a YAML text. Raises UsageError, whatever is wrong with it."""
-    loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -228,16 +224,13 @@ def _parsed(text: str, source: str) -> Any:
         return loader.construct_document(node)
     except UsageError:
         raise
-    except RecursionError:
-        raise UsageError(f"{source}: the YAML is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UsageError(f"{source}{line}: not valid YAML: {error.problem}") from error
-    except Exception as error:  # a control character, or a value that its tag does not allow: 2026-99-99, !!int x
-        raise UsageError(f"{source}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
-    finally:
-        if loader is not None:
-            loader.dispose()
+    except Exception as error:  # a control character, nesting, a value that its tag does not allow: !!int x, 2026-99-99
+        deep = isinstance(error, RecursionError)
+        why = "nested too deeply" if deep else " ".join(str(error).split())[:200]
+        raise UsageError(f"{source}: not valid YAML: {why}") from error
 
 
 def _check_nodes(root: yaml.Node, source: str) -> None:
@@ -247,12 +240,11 @@ def _check_nodes(root: yaml.Node, source: str) -> None:
     def size(node: yaml.Node) -> float:
         if id(node) not in sizes:
             sizes[id(node)] = float("inf")  # what holds itself never ends
-            if isinstance(node, yaml.ScalarNode) and re.search("[\x00\ud800-\udfff]", node.value):
-                line = node.start_mark.line + 1
-                raise UsageError(f"{source}, line {line}: a text holds a NUL or half a character: correct it")
+            if isinstance(node, yaml.ScalarNode) and re.search("[\x00\ud800-\udfff]|(?s:.{4097})", node.value):
+                wrong = f"{source}, line {node.start_mark.line + 1}: a text holds a NUL or half a character, or is"
+                raise UsageError(f"{wrong} longer than 4,096 characters: correct it")
             inside = node.value if isinstance(node, yaml.CollectionNode) else []
-            parts = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
-            sizes[id(node)] = 1 + sum(map(size, parts))
+            sizes[id(node)] = 1 + sum(sum(map(size, i)) if isinstance(i, tuple) else size(i) for i in inside)
         return sizes[id(node)]
 
     if size(root) > MOST_VALUES:

@@ -11,8 +11,8 @@ from typing import Any
 
 from schemas.errors import PleError, UsageError, first_line
 
-MOST_LAYERS, MOST_EXPERTS, LARGEST_SIZE = 1_000, 10_000, 10_000_000
-"""What a model's configuration may ask for: building more would take minutes or all memory."""
+_MOST = {"size|dim|embd|d_model|d_ff|heads|vocab": 10_000_000, "expert": 10_000, "layers?$|depth$|blocks?$": 1_000}
+"""What a model's configuration may ask for, by its name: building more would take minutes or all memory."""
 _DAMAGED = "check that its files are whole and of a kind that transformers reads, or save it again"
 
 
@@ -22,7 +22,12 @@ def loading(what: str, advice: str = _DAMAGED) -> Iterator[None]:
 
     Our own errors, and too little memory, pass as they are. Raises UsageError.
     """
-    with _quiet_transformers():
+    with ExitStack() as stack:
+        if "transformers" in sys.modules:
+            from transformers.utils import logging
+
+            stack.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity_error()
         try:
             yield
         except (PleError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -34,17 +39,6 @@ def loading(what: str, advice: str = _DAMAGED) -> Iterator[None]:
             raise UsageError(f"cannot load {what}: {kind}{first_line(error)}; {advice}") from error
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    with ExitStack() as stack:
-        if "transformers" in sys.modules:
-            from transformers.utils import logging
-
-            stack.callback(logging.set_verbosity, logging.get_verbosity())
-            logging.set_verbosity_error()
-        yield
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Torch has an exception of its own for a GPU, and a plain RuntimeError for a CPU."""
     if type(error) is RuntimeError:
@@ -54,19 +48,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def check_sizes(config: dict[str, Any], where: str) -> None:
     """Refuse a configuration of more layers, experts or of larger sizes than any model has. Raises UsageError."""
-    found = [config]
-    while found:
-        part = found.pop()
-        found += [value for value in part.values() if isinstance(value, dict)]
+    parts = [config]
+    for part in parts:  # which grows meanwhile
+        parts += [value for value in part.values() if isinstance(value, dict)]
         for name, value in part.items():
-            most = _most(name)
+            most = next((most for pattern, most in _MOST.items() if re.search(pattern, name)), None)
             if most is not None and type(value) in (int, float) and value > most:
                 raise UsageError(f"{where}: {name} is {value:.3g}, and no model has more than {most}: correct it")
-
-
-def _most(name: str) -> int | None:
-    if re.search(r"size|dim|embd|d_model|d_ff|heads|vocab", name):
-        return LARGEST_SIZE
-    if "expert" in name:
-        return MOST_EXPERTS
-    return MOST_LAYERS if re.search(r"layers?$|depth$|blocks?$", name) else None

@@ -7,9 +7,8 @@ import os
 import re
 from collections.abc import Callable
 
-_KEY_VARIABLE = re.compile(r"(API_KEY|_TOKEN|_SECRET|PASSWORD)$")
-_SHORTEST = 8
-"""Characters of a variable's value from which on it is struck out wherever it stands."""
+_KEY_VARIABLE, _SHORTEST = re.compile(r"(API_KEY|_TOKEN|_SECRET|PASSWORD)$"), 8
+"""Variables whose values, from so many characters on, are struck out wherever they stand."""
 _ADDRESS = re.compile(r"\b(https?://)([^\s/?#'\"<>]*)([^\s?#'\"<>]*)(\?[^\s#'\"<>]*)?", re.IGNORECASE)
 _DIGEST = re.compile(r"\?[0-9a-f]{12}\W*")
 _SAYS_KEY = re.compile(r"^(sk|pk|rk|hf|key|token|bearer|api[-_]?key|bot\d+)[-_:=.]|secret|passw|(key|token)=", re.I)
@@ -33,19 +32,12 @@ def public(text: str, instead: Callable[[str], str] = lambda _: "key") -> str:
 
 
 def may_be_key(part: str) -> bool:
-    """Whether a part of an address's path may be a key, and not a word such as `score` or `llama-3-8b`.
-
-    It says so (`sk-…`), or one of its pieces is long, or long with digits, or turns from letters to digits again and
-    again.
+    """Whether a part of an address's path may be a key, and not a word such as `score` or `llama-3-8b`: it says so, or
+    a piece of it is long, or long with digits, or turns from letters to digits again and again.
     """
-    if _SAYS_KEY.search(part):
-        return True
-    pieces = re.split(r"[-_.:~,+@%=]", part)
-    return any(
-        len(piece) >= 20
-        or (len(piece) >= 10 and re.search(r"\d", piece))
-        or len(re.findall(r"(?<=\d)(?=[^\d])|(?<=[^\d])(?=\d)", piece)) >= 4
-        for piece in pieces
+    return bool(_SAYS_KEY.search(part)) or any(
+        len(piece) >= (10 if re.search(r"\d", piece) else 20) or len(re.findall(r"\d+|\D+", piece)) >= 5
+        for piece in re.split(r"[-_.:~,+@%=]", part)
     )
 
 

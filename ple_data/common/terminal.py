@@ -13,12 +13,9 @@ from typing import Any
 
 from ple_data.common.secrets import strike
 
-WIDTH = 100
-"""Columns of what commands print."""
-LONGEST_LINE = 2000
-"""Characters of a line on stderr at most."""
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-_CURSOR_UP = "\x1b[A"
+WIDTH, LONGEST_LINE = 100, 2000
+"""Columns of what commands print, and characters of a line on stderr at most."""
+_COLOURS, _CURSOR_UP = re.compile(r"\x1b\[[0-9;]*m"), "\x1b[A"
 
 
 @contextmanager
@@ -33,7 +30,7 @@ def guarded() -> Iterator[None]:
 
 
 class _Guard:
-    """A text stream that makes harmless what is written to it."""
+    """A text stream that makes harmless what is written to it. data: nothing is struck out or cut."""
 
     def __init__(self, stream: Any, *, data: bool) -> None:
         self._stream, self._data = stream, data
@@ -44,10 +41,6 @@ class _Guard:
     def write(self, text: str) -> int:
         self._stream.write(text if text and not text.replace(_CURSOR_UP, "") else self._harmless(text))
         return len(text)
-
-    def writelines(self, lines: Sequence[str]) -> None:
-        for line in lines:
-            self.write(line)
 
     def _harmless(self, text: str) -> str:
         start = text[:1] if text[:1] == "\r" else ""  # a progress bar begins anew

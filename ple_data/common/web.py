@@ -19,26 +19,21 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ple_data.common.extras import need
 from ple_data.common.secrets import public
 from schemas.errors import PleError, UsageError, first_line
-from schemas.json_text import parse_json
 
 if TYPE_CHECKING:
     import httpx
 
 RETRIED_STATUS = {408, 425, 429}
 """Answers below 500 that say 'later'; every answer from 500 on is retried too."""
-LONGEST_WAIT = 60.0
-"""Seconds between two tries at most, whatever the server asks for."""
-LONGEST_ASKED = 600.0
-"""A server that asks for a longer wait, in seconds, is not tried again."""
-MOST_BYTES = 16 * 2**20
-"""The size of an answer at most, as it comes and unpacked."""
-WHOLE = 1.5
-"""An answer must be whole after the client's timeout times this, however steadily it drips."""
+LONGEST_WAIT, LONGEST_ASKED = 60.0, 600.0
+"""Seconds between two tries at most, and the wait at which a server that asks for more is not tried again."""
+MOST_BYTES, WHOLE = 16 * 2**20, 1.5
+"""An answer's size at most, as it comes and unpacked; and its time, as a multiple of the client's timeout."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -96,18 +91,16 @@ def shown_url(url: httpx.URL) -> str:
 
 
 def open_client(**options: Any) -> httpx.Client:
-    """A client; its connections are not used twice, so that each can be cut. Raises UsageError for a proxy or
-    certificates of the environment that cannot be used.
-    """
+    """A client whose connections are not used twice, so that each can be cut. Raises UsageError."""
     import httpx
 
     headers = {"Connection": "close", "Accept-Encoding": "identity", **options.pop("headers", {})}
     try:
         return httpx.Client(headers=headers, **options)
     except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
+        variables = "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or SSL_CERT_FILE"
         raise UsageError(
-            f"no HTTP client can be made with this environment ({first_line(error)}): correct HTTP_PROXY, HTTPS_PROXY, "
-            "ALL_PROXY or SSL_CERT_FILE"
+            f"this environment allows no HTTP client ({first_line(error)}): correct {variables}"
         ) from error
 
 
@@ -136,7 +129,7 @@ def post_json(
         pause = patience.first_wait * 2**attempt * random.uniform(0.5, 1.0)
         try:
             response = _exchange(client, url, body)
-        except _NoAnswerError as error:
+        except UnansweredError as error:
             raise UnansweredError(f"{what} {error}: {failed}") from error
         except httpx.TransportError as error:
             fault = f"{type(error).__name__}: {first_line(error)}"
@@ -146,8 +139,7 @@ def post_json(
             if response.status_code == 200:
                 return response
             fault = f"status {response.status_code} {excerpt(response, key)}"
-            if response.is_redirect:
-                fault += ", a redirect: give the address to which it leads"
+            fault += ", a redirect: give the address to which it leads" if response.is_redirect else ""
             if response.status_code < 500 and response.status_code not in RETRIED_STATUS:
                 raise RefusedError(f"{what} refused the request: {fault}", response.status_code)
             raised = PleError if response.status_code < 500 else UnansweredError
@@ -160,65 +152,59 @@ def post_json(
     raise raised(f"{what} failed {attempt + 1} times, the last with {fault}: {failed}")
 
 
-class _NoAnswerError(Exception):
-    """What is wrong with an answer that is not worth another try, as a message goes on after the server's name."""
-
-
 def _exchange(client: httpx.Client, url: str, body: Any) -> httpx.Response:
-    """One try: the whole answer, unpacked. Raises httpx.TransportError, _NoAnswerError."""
+    """One try: the whole answer, unpacked. Raises httpx.TransportError, and UnansweredError without the server's name
+    where another try would end no better.
+    """
     import httpx
 
-    seconds = WHOLE * (client.timeout.read or 0.0)
-    with _Deadline(seconds) as deadline:
-        raw = bytearray()
+    seconds, raw = WHOLE * (client.timeout.read or 0.0), bytearray()
+    late = UnansweredError(f"gave no whole answer in {seconds:.0f} seconds")
+    with _deadline(seconds) as (over, trace):
         try:
-            with client.stream("POST", url, json=body, extensions={"trace": deadline.trace}) as found:
+            with client.stream("POST", url, json=body, extensions={"trace": trace}) as found:
                 for part in found.iter_raw():
                     raw += part
                     if len(raw) > MOST_BYTES:
-                        raise _NoAnswerError(f"gave an answer of more than {MOST_BYTES} bytes")
+                        raise UnansweredError(f"gave an answer of more than {MOST_BYTES} bytes")
         except httpx.TransportError as error:
-            if not deadline.over:
-                raise
-            raise _NoAnswerError(f"gave no whole answer in {seconds:.0f} seconds") from error
-        if deadline.over:  # where the end of the connection is the end of the answer
-            raise _NoAnswerError(f"gave no whole answer in {seconds:.0f} seconds")
+            raise late if over.is_set() else error from error
+        if over.is_set():  # where the end of the connection is the end of the answer
+            raise late
     kept = [(name, value) for name, value in found.headers.raw if name.lower() in (b"location", b"retry-after")]
     content = _unpacked(bytes(raw), found.headers.get("Content-Encoding", ""))
     return httpx.Response(found.status_code, headers=kept, content=content)
 
 
-class _Deadline:
-    """Cuts the connection of a request when its time is over, wherever it is: in a handshake, headers or the body."""
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[tuple[threading.Event, Callable[[str, dict[str, Any]], None]]]:
+    """Cut a request's connection when its time is over, in a handshake, headers or the body: whether that was done,
+    and the trace of httpx that finds the connection. Its socket is duplicated, as TLS takes the first one over.
+    """
+    over, sockets = threading.Event(), list[socket.socket]()
 
-    def __init__(self, seconds: float) -> None:
-        self.over = False
-        self._socket: socket.socket | None = None
-        self._timer = threading.Timer(seconds, self._cut)
-        self._timer.daemon = True
-
-    def __enter__(self) -> Self:
-        self._timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        self._timer.join()
-        if self._socket is not None:
-            self._socket.close()
-
-    def trace(self, event: str, info: dict[str, Any]) -> None:
-        """Keep the connection's socket: a duplicate, as TLS takes the first one over."""
-        if event.endswith("connect_tcp.complete"):
-            self._socket = info["return_value"].get_extra_info("socket").dup()
-            if self.over:
-                self._cut()
-
-    def _cut(self) -> None:
-        self.over = True
-        if self._socket is not None:
+    def cut() -> None:
+        over.set()
+        for connection in sockets:
             with contextlib.suppress(OSError):  # it has ended by itself
-                self._socket.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def trace(event: str, info: dict[str, Any]) -> None:
+        if event.endswith("connect_tcp.complete"):
+            sockets.append(info["return_value"].get_extra_info("socket").dup())
+            if over.is_set():
+                cut()
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield over, trace
+    finally:
+        timer.cancel()
+        timer.join()
+        for connection in sockets:
+            connection.close()
 
 
 def _unpacked(raw: bytes, encoding: str) -> bytes:
@@ -229,17 +215,11 @@ def _unpacked(raw: bytes, encoding: str) -> bytes:
     try:
         content = unpacker.decompress(raw, MOST_BYTES + 1)
     except zlib.error as error:
-        raise _NoAnswerError(f"packed its answer as {encoding[:40]!r}, which does not unpack ({error})") from error
-    if len(content) > MOST_BYTES:
-        raise _NoAnswerError(f"gave an answer of more than {MOST_BYTES} bytes, packed in {len(raw)}")
-    if not unpacker.eof:
-        raise _NoAnswerError(f"packed its answer as {encoding[:40]!r} and cut it short")
+        raise UnansweredError(f"packed its answer as {encoding[:40]!r}, which does not unpack ({error})") from error
+    if len(content) > MOST_BYTES or not unpacker.eof:
+        wrong = f"is more than {MOST_BYTES} bytes" if len(content) > MOST_BYTES else "was cut short"
+        raise UnansweredError(f"gave an answer that {wrong}, packed in {len(raw)} bytes")
     return content
-
-
-def json_of(response: httpx.Response) -> Any:
-    """The JSON value of an answer. Raises ValueError, whatever is wrong with it."""
-    return parse_json(response.content)
 
 
 def excerpt(response: httpx.Response, key: str | None = None) -> str:

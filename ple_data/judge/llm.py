@@ -157,7 +157,7 @@ class LanguageModelJudge:
         patience = web.Patience(TRIES, FIRST_WAIT, stop)
         response = web.post_json(client, self._url, body, patience, what=what, failed=failed, key=self._key)
         try:
-            text, finish, prompt_tokens, completion_tokens = self._api.read(web.json_of(response))
+            text, finish, prompt_tokens, completion_tokens = self._api.read(parse_json(response.content))
             return Answer(
                 request=digest,
                 query_id=asked[0],

@@ -40,6 +40,7 @@ def bomb(levels: int = 9, merged: bool = False) -> str:
         (f"{GOOD}seed: !!python/object/apply:os.system [true]\n", "not valid YAML"),
         (f'{GOOD}revision: "a\\0b"\n', "line 6: a text holds a NUL"),
         (f'{GOOD}revision: "\\ud800"\n', "line 6: a text holds a NUL or half a character"),
+        (f"{GOOD}revision: {'x' * 5000}\n", "line 6: a text holds a NUL or half a character, or is longer than 4,096"),
         (f"{GOOD}seed: [{'x, ' * 5_000}]\n", "seed: Input should be a valid integer"),
         (f"{GOOD}{'k' * 900}: 1\n", "unknown key"),
         (GOOD + "".join(f"k{n}: 1\n" for n in range(500)), "and 480 more"),
