@@ -17,7 +17,7 @@ from ple_data.common.click_options import parameters_of
 from ple_data.common.loading import is_out_of_memory
 from ple_data.common.terminal import guarded
 from schemas import options
-from schemas.errors import PleError
+from schemas.errors import PleError, first_line
 
 _HELP = tomllib.loads(Path(options.__file__).with_name("help.toml").read_text(encoding="utf-8"))
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
@@ -79,14 +79,13 @@ def _explain(error: BaseException, command: click.Command) -> tuple[str, int]:
     """The line that a user reads, and the exit code."""
     if isinstance(error, PleError):
         return str(error), error.exit_code
-    if isinstance(error, OSError) and error.strerror:
+    safe = "what was committed before is safe, run the same command again"
+    if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}; what was committed before is safe, run the same command again", 1
+        return f"{place}{error.strerror or first_line(error)}; {safe}", 1
     if is_out_of_memory(error):
-        advice = _less_memory(command)
-        return f"out of memory{advice}; what was committed before is safe, run the same command again", 1
-    first_line = (str(error).splitlines() or [""])[0]
-    return f"unexpected {type(error).__name__}: {first_line} (--debug shows where; please report it)", 1
+        return f"out of memory{_less_memory(command)}; {safe}", 1
+    return f"unexpected {type(error).__name__}: {first_line(error)} (--debug shows where; please report it)", 1
 
 
 def _less_memory(command: click.Command) -> str:

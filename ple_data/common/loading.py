@@ -54,4 +54,4 @@ def check_sizes(config: dict[str, Any], where: str) -> None:
         for name, value in part.items():
             most = next((most for pattern, most in _MOST.items() if re.search(pattern, name)), None)
             if most is not None and type(value) in (int, float) and value > most:
-                raise UsageError(f"{where}: {name} is {value:.3g}, and no model has more than {most}: correct it")
+                raise UsageError(f"{where}: {name} is more than {most}, which no model has: correct it")

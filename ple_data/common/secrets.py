@@ -11,6 +11,7 @@ _KEY_VARIABLE, _SHORTEST = re.compile(r"(API_KEY|_TOKEN|_SECRET|PASSWORD)$"), 8
 """Variables whose values, from so many characters on, are struck out wherever they stand."""
 _ADDRESS = re.compile(r"\b(https?://)([^\s/?#'\"<>]*)([^\s?#'\"<>]*)(\?[^\s#'\"<>]*)?", re.IGNORECASE)
 _DIGEST = re.compile(r"\?[0-9a-f]{12}\W*")
+_KNOWN: set[str] = set()
 _SAYS_KEY = re.compile(r"^(sk|pk|rk|hf|key|token|bearer|api[-_]?key|bot\d+)[-_:=.]|secret|passw|(key|token)=", re.I)
 
 
@@ -41,8 +42,17 @@ def may_be_key(part: str) -> bool:
     )
 
 
+def remember(address: str) -> None:
+    """Let `strike` know what may be a key in an address that is used: its server may repeat it."""
+    for found in _ADDRESS.finditer(address):
+        values = [value for pair in found[4][1:].split("&") for value in pair.split("=")[-1:]] if found[4] else []
+        _KNOWN.update(part for part in [*filter(may_be_key, found[3].split("/")), *values] if len(part) >= _SHORTEST)
+
+
 def strike(text: str) -> str:
-    """The text as people may see it: without the values of the environment's keys, and with public addresses."""
+    """The text as people may see it: without the environment's keys and known ones, and with public addresses."""
+    for part in _KNOWN:
+        text = text.replace(part, "[key]")
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and value in text and _KEY_VARIABLE.search(name.upper()):
             text = text.replace(value, "[key]")

@@ -22,7 +22,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ple_data.common.extras import need
-from ple_data.common.secrets import public
+from ple_data.common.secrets import public, remember
 from schemas.errors import PleError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def checked_url(url: str, what: str, key_variable: str) -> httpx.URL:
             f"{what} at {parts.scheme}://{parts.host or '?'}: the URL needs http(s) and a host and may hold "
             f"no user or password; put the key in the environment variable {key_variable}"
         )
+    remember(str(parts))
     return parts
 
 

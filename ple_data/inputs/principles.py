@@ -133,4 +133,9 @@ def _takes_system(tokenizer: Any) -> bool:
 
 
 def _template(tokenizer: Any, messages: list[Message]) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TypeError, AttributeError, ValueError, KeyError, OverflowError, RecursionError) as error:
+        raise TemplateError(f"{type(error).__name__}: {error}") from error  # a template computes what it likes

@@ -60,6 +60,7 @@ def test_the_first_line_of_an_error_takes_what_its_heading_announces() -> None:
         ("config.json", {"num_hidden_layers": 10**12}, check_model),
         ("config.json", {"text_config": {"vocab_size": 10**12}}, check_model),
         ("config.json", {"num_hidden_layers": float("inf")}, check_model),
+        ("config.json", {"num_hidden_layers": 10**4000}, check_model),
         ("config.json", {"whole": "[]"}, check_model),
         ("config.json", {"whole": DEEP}, check_model),
         ("config.json", {"whole": '{"vocab_size": ' + "9" * 5000 + "}"}, check_model),

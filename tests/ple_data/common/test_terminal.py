@@ -8,6 +8,7 @@ import pytest
 
 from ple_data.common.secrets import may_be_key, public
 from ple_data.common.terminal import LONGEST_LINE, guarded
+from ple_data.common.web import checked_url
 
 SECRET = "sk-test-0a1b2c3d4e5f"
 
@@ -67,6 +68,11 @@ def test_keys_of_the_environment_are_struck_out(capsys, monkeypatch: pytest.Monk
 def test_a_key_in_an_address_is_struck_out(capsys, address: str, shown: str):
     assert public(f"asked {address} twice") == f"asked {shown} twice"
     assert written(capsys, f"asked {address} twice") == f"asked {shown} twice\n"
+
+
+def test_a_key_of_an_address_that_is_used_is_struck_out_where_its_server_repeats_it(capsys):
+    checked_url("https://h/sk-0b1c2d3e4f/score?token=sesame-open", "reward model", "K")
+    assert written(capsys, "no: sk-0b1c2d3e4f, sesame-open") == "no: [key], [key]\n"
 
 
 def test_plain_words_are_no_keys():
