@@ -61,7 +61,7 @@ class ClassifierReward(RewardModel):
         self._batch_tokens = options.batch_tokens or DEFAULT_BATCH_TOKENS
         text_config = config.get_text_config()
         limits = self._tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None)
-        self._max_length = min((limit for limit in limits if limit and 0 < limit < _NO_LIMIT), default=None)
+        self._max_length = min((int(limit) for limit in limits if limit and 1 <= limit < _NO_LIMIT), default=None)
         skipped = text_config.pad_token_id  # by the model itself, when it looks for the last token
         self._pad_id = skipped if skipped is not None and skipped >= 0 else None
         self._takes = inspect.signature(self._model.forward).parameters.keys()

@@ -137,6 +137,11 @@ def test_a_reward_model_that_no_library_expects(tmp_path: Path, reward: Path, va
         load_reward_model(str(copy))
 
 
+def test_a_limit_that_is_no_whole_number_does_not_stop_a_reward_model(tmp_path: Path, reward: Path) -> None:
+    copy = changed(reward, tmp_path, "tokenizer_config.json", model_max_length=0.5)
+    assert len(load_reward_model(str(copy)).score([("the film", " was good")])) == 1
+
+
 def test_sizes_of_real_models_are_taken() -> None:
     real = {"vocab_size": 262_144, "num_hidden_layers": 126, "max_position_embeddings": 10_485_760, "n_experts": 512}
     check_sizes(real | {"vocab_size_per_layer_input": 262_144, "rope_theta": 1e9, "layer_types": ["x"]}, "config.json")
