@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ple_data.common.device import default_device, load_weights
+from ple_data.common.loading import loading
 from ple_data.inputs.readers import read_rows
 from ple_data.rewards.texts import encode
 from ple_train.engine.session import Session
 from ple_train.engine.tabular import ShuffledSequences, column, file_digest
 from ple_train.model.batches import Sequence, padded_rows
 from ple_train.objectives import make_objective
-from schemas.errors import UsageError, first_line
+from schemas.errors import UsageError
 from schemas.options import Join, Ppo, Reward
 
 
@@ -109,7 +110,7 @@ def load_classifier(options: Reward | Ppo, labels: int) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(options.seed)
-    try:
+    with loading(f"--model {options.model} as a classifier"):
         return load_weights(
             AutoModelForSequenceClassification,
             options.model,
@@ -120,5 +121,3 @@ def load_classifier(options: Reward | Ppo, labels: int) -> Any:
             ignore_mismatched_sizes=True,  # a head for another number of labels is replaced by a new one
             dtype=torch.float32,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--model {options.model}: no model there that can classify ({first_line(error)})") from error

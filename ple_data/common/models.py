@@ -3,7 +3,6 @@
 Every fault is a UsageError that names the directory and what to do, raised before an engine is started.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.common.digests import model_digest
+from ple_data.common.loading import check_sizes, loading
 from schemas.errors import UsageError, first_line
 from schemas.files import explained
+from schemas.json_text import parse_json
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
@@ -40,7 +41,7 @@ def check_model(model: str | Path) -> None:
         if (directory / "adapter_config.json").is_file():
             raise UsageError(f"{model} is an adapter; give it with --adapter and its base with --model")
         raise UsageError(f"{model} is no model directory: it has no config.json")
-    _read_json(directory / "config.json")
+    check_sizes(_read_json(directory / "config.json"), str(directory / "config.json"))
     _tensor_shapes(directory)
 
 
@@ -51,10 +52,9 @@ def load_tokenizer(model: str | Path, revision: str | None = None, *, note: Call
     """
     from transformers import AutoTokenizer
 
-    try:
+    with loading(f"the tokenizer of {model}"):
         tokenizer = AutoTokenizer.from_pretrained(str(model), revision=revision, trust_remote_code=False)
-    except Exception as error:
-        raise UsageError(f"cannot load the tokenizer of {model}: {first_line(error)}") from error
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some faults show when it is used
     if tokenizer.eos_token_id is None:
         raise UsageError(
             f"the tokenizer of {model} has no EOS token, so no response could end; "
@@ -70,32 +70,38 @@ def load_config(model: str | Path, revision: str | None = None) -> Any:
     """The model's configuration. Raises UsageError where there is none, or where it needs code of its repository."""
     from transformers import AutoConfig
 
-    try:
+    with loading(f"the configuration of {model}"):
         return AutoConfig.from_pretrained(str(model), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"cannot load the configuration of {model}: {first_line(error)}") from error
 
 
 def end_ids(model: str | Path, tokenizer: Any, revision: str | None = None) -> tuple[int, ...]:
     """Token ids that end a response: the tokenizer's EOS and those of the model's generation configuration."""
     from transformers import GenerationConfig
 
+    name = "generation_config.json"
     try:
-        configured = GenerationConfig.from_pretrained(str(model), revision=revision or "main").eos_token_id
-    except OSError:
-        configured = getattr(load_config(model, revision), "eos_token_id", None)
+        with loading(f"{name} of {model}"):
+            configured = GenerationConfig.from_pretrained(str(model), revision=revision or "main").eos_token_id
+    except UsageError as error:
+        if (Path(model) / name).exists() or not isinstance(error.__cause__, OSError):
+            raise
+        name, configured = "config.json", getattr(load_config(model, revision), "eos_token_id", None)
     more = configured if isinstance(configured, list) else [configured]
+    if not all(i is None or (type(i) is int and 0 <= i < 2**31) for i in more):
+        raise UsageError(f"{model}: eos_token_id in {name} is no token id or list of them: correct it")
     return tuple(dict.fromkeys(i for i in [tokenizer.eos_token_id, *more] if i is not None))
 
 
 def max_positions(model: str | Path, revision: str | None = None) -> int | None:
     """The longest sequence in tokens that the model was made for; None where its configuration does not say."""
     config = load_config(model, revision)
-    text_config = config.get_text_config()
-    scaling = getattr(text_config, "rope_parameters", None) or {}
-    if scaling.get("rope_type", "default") != "default":
-        return None
-    return getattr(text_config, "max_position_embeddings", None)
+    with loading(f"the configuration of {model}"):
+        text_config = config.get_text_config()
+        scaling = getattr(text_config, "rope_parameters", None) or {}
+        if scaling.get("rope_type", "default") != "default":
+            return None
+        positions = getattr(text_config, "max_position_embeddings", None)
+        return None if positions is None else int(positions)
 
 
 def check_adapter(adapter: str | Path, model: str | Path) -> AdapterInfo:
@@ -112,7 +118,8 @@ def check_adapter(adapter: str | Path, model: str | Path) -> AdapterInfo:
     _check_base_name(adapter, config.get("base_model_name_or_path"), model)
     if Path(model).is_dir():
         _check_base_shapes(adapter, shapes, model)
-    rank = max([config.get("r", 0), *config.get("rank_pattern", {}).values()])
+    with loading(f"the adapter {adapter}"):
+        rank = max(map(int, [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]))
     return AdapterInfo(directory.resolve(), rank, config)
 
 
@@ -163,7 +170,8 @@ def _tensor_shapes(directory: Path) -> dict[str, tuple[str, list[int]]]:
     """dtype and shape of every weight of a model directory, from its safetensors headers."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
+        with loading(f"the index of weights {index}"):
+            names = sorted(set(_read_json(index)["weight_map"].values()))
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise UsageError(f"model directory {directory} is unfinished: {', '.join(missing)} missing")
@@ -191,6 +199,9 @@ def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"{path} is no valid JSON: {error}") from error
+        raise UsageError(f"{path} is no valid JSON: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} holds a JSON {type(found).__name__}, not an object with fields: write it again")
+    return found

@@ -7,7 +7,6 @@ its completion as soon as that is finished, in any order. It pulls the next unit
 import difflib
 import importlib
 import importlib.util
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from ple_data.common.extras import missing
 from ple_data.common.models import AdapterInfo
 from ple_data.common.tokens import added_ids, text_after
 from schemas.errors import UsageError
+from schemas.json_text import parse_json
 from schemas.options import ENGINES, Sampling
 
 
@@ -111,8 +111,8 @@ def parse_engine_args(texts: Iterable[str]) -> dict[str, Any]:
         if not name or not equals:
             raise UsageError(f"--engine-arg {text!r} must be name=value")
         try:
-            arguments[name.replace("-", "_")] = words[value] if value in words else json.loads(value)
-        except (ValueError, RecursionError):
+            arguments[name.replace("-", "_")] = words[value] if value in words else parse_json(value)
+        except ValueError:
             arguments[name.replace("-", "_")] = value
     return arguments
 

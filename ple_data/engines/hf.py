@@ -20,9 +20,10 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ple_data.common.device import chosen_device, describe, load_weights, natural_dtype, upload
+from ple_data.common.loading import loading
 from ple_data.common.models import AdapterInfo
 from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, refuse_unknown, response_text
-from schemas.errors import PleError, UsageError
+from schemas.errors import UsageError
 
 ENGINE_ARGS = ("batch_size", "device", "attn_implementation")
 DEFAULT_BATCH = 64
@@ -48,14 +49,13 @@ class HfEngine:
         disable_progress_bar()
         options = {name: value for name, value in engine_args.items() if name == "attn_implementation"}
         options |= {"revision": spec.revision, "dtype": _dtype(spec.dtype, self._device)}
-        try:
+        with loading(f"the model {spec.model}"):
             model = load_weights(AutoModelForCausalLM, spec.model, self._device, **options)
-        except (OSError, ValueError, ImportError) as error:
-            raise PleError(f"cannot load the model {spec.model}: {error}") from error
         if spec.adapter is not None:
             from peft import PeftModel
 
-            tuned = PeftModel.from_pretrained(model, str(spec.adapter.path), torch_device=str(self._device))
+            with loading(f"the adapter {spec.adapter.path}"):
+                tuned = PeftModel.from_pretrained(model, str(spec.adapter.path), torch_device=str(self._device))
             model = tuned.get_base_model()
         self._model = model.to(self._device).eval()
         # generate() fills what a call leaves open from here: a model's own sampling defaults must not slip in

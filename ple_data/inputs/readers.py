@@ -17,6 +17,7 @@ from typing import Any
 from ple_data.common.extras import need
 from schemas.errors import UsageError, first_line
 from schemas.files import read_given, sha256_file
+from schemas.json_text import parse_json
 
 _Found = tuple[list[dict[str, Any]], list[str]]
 """The rows of a file, and their places."""
@@ -95,9 +96,7 @@ def _json(path: Path, content: bytes) -> _Found:
 def _parsed(text: bytes, place: str) -> Any:
     """A JSON value; a file put together from others may have a byte order mark in front of any line."""
     try:
-        return json.loads(text.decode("utf-8-sig"))
-    except RecursionError as error:
-        raise UsageError(f"{place} is no valid JSON for us: nested too deep; correct or remove it") from error
+        return parse_json(text.decode("utf-8-sig"))
     except ValueError as error:
         what = "a number of thousands of digits" if "int_max_str_digits" in str(error) else first_line(error)
         raise UsageError(f"{place} is no valid JSON: {what}; correct or remove it") from error

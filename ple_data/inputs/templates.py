@@ -28,9 +28,14 @@ def uses_chat(tokenizer: Any, prompt_format: PromptFormat = "auto") -> bool:
 
 def rendered(tokenizer: Any, messages: list[Message], *, today: date | None = None, prompt: bool = True) -> str:
     """A dialogue in the template's words, up to where the model goes on, or (`prompt` off) to its end."""
+    from jinja2.exceptions import TemplateError
+
     now = datetime.combine(today or STANDING_DATE, time())
     clock = {"strftime_now": now.strftime} if writes_date(tokenizer) else {}
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **clock)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **clock)
+    except (TypeError, AttributeError, ValueError, KeyError, OverflowError, RecursionError) as error:
+        raise TemplateError(f"{type(error).__name__}: {error}") from error  # a template computes what it likes
 
 
 def writes_date(tokenizer: Any) -> bool:

@@ -5,6 +5,7 @@ process at a time.
 """
 
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import Self, TypeVar
@@ -32,6 +33,8 @@ class Journal(dict[str, Kept]):
             make_dirs(path.parent)
             self._fd = unfollowed(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise DamagedError(f"{path}: no file, but a pipe or a device: move it away")
             self._load()
             fsync_dir(path.parent)
         except BaseException:

@@ -5,7 +5,6 @@ What is not there is None or empty; what is there and does not read is an error 
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from ple_data.report.pairs import clipped, visible
 from ple_data.storage.store import Store, collect, scan_files
 from schemas.errors import DamagedError, UsageError, first_line
 from schemas.files import explained
+from schemas.json_text import parse_json
 from schemas.options import Threshold
 from schemas.recipe import load_recipe
 from schemas.records import Record, read_record
@@ -127,7 +127,7 @@ def _stages(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        stages = parse_json(path.read_text(encoding="utf-8"))["stages"]
         return [{name: stage[name] for name in ("stage", "round", "seconds", "exit_code")} for stage in stages]
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{path}: not a record of stages ({error}): move it away to leave the times out") from error

@@ -7,17 +7,17 @@ import inspect
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ple_data.common.digests import policy_name
+from ple_data.common.loading import loading
 from ple_data.common.models import check_model, load_config
 from ple_data.rewards import RewardModel
 from ple_data.rewards.texts import Encoded, encode, resolve_join
-from schemas.errors import PleError, UsageError, first_line
+from schemas.errors import PleError, UsageError
 from schemas.options import Rewards
 
 DEFAULT_BATCH_TOKENS = 16384
@@ -62,7 +62,7 @@ class ClassifierReward(RewardModel):
         self._batch_tokens = options.batch_tokens or DEFAULT_BATCH_TOKENS
         text_config = config.get_text_config()
         limits = self._tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None)
-        self._max_length = min((limit for limit in limits if limit and 0 < limit < _NO_LIMIT), default=None)
+        self._max_length = min((int(limit) for limit in limits if limit and 1 <= limit < _NO_LIMIT), default=None)
         skipped = text_config.pad_token_id  # by the model itself, when it looks for the last token
         self._pad_id = skipped if skipped is not None and skipped >= 0 else None
         self._takes = inspect.signature(self._model.forward).parameters.keys()
@@ -135,7 +135,6 @@ load = ClassifierReward
 
 def _load(model: str, *, dtype: Any, device: Any) -> tuple[Any, Any]:
     """Tokenizer and model, in evaluation mode, on the device."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
@@ -143,19 +142,15 @@ def _load(model: str, *, dtype: Any, device: Any) -> tuple[Any, Any]:
 
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UsageError(f"reward model {model}: the directory has no config.json, so it is no model")
+    if Path(model).is_dir():
+        check_model(model)
     options = {"dtype": dtype, "output_loading_info": True}
     logging.disable_progress_bar()
-    try:
+    advice = "neither a URL, nor file.py:function, nor a model that transformers can load as a sequence classifier"
+    with loading(f"the reward model {model}", advice):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        with ExitStack() as stack:  # transformers' own report on missing weights is not shown: ours is an error
-            stack.callback(logging.set_verbosity, logging.get_verbosity())
-            logging.set_verbosity_error()
-            loaded, info = load_weights(AutoModelForSequenceClassification, model, device, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UsageError(
-            f"reward model {model}: neither a URL, nor file.py:function, nor a model that transformers "
-            f"can load as a sequence classifier ({first_line(error)})"
-        ) from error
+        tokenizer("a")  # some faults show when it is used
+        loaded, info = load_weights(AutoModelForSequenceClassification, model, device, **options)
     if missing := sorted(info["missing_keys"]):
         raise UsageError(
             f"reward model {model} is no trained sequence classifier: its files lack "

@@ -188,7 +188,7 @@ def _too_long(plan: Plan, positions: int | None, model: str) -> str | None:
 
 def _show(plan: Plan, tokenizer: Any) -> str:
     prompt, _ = plan.units[0].rows[0]
-    lines = [f"query {prompt.query.id}, 1 of {plan.counts['queries_taken']}; policy {plan.policy}"]
+    lines = [f"query {printable(prompt.query.id)}, 1 of {plan.counts['queries_taken']}; policy {plan.policy}"]
     names = {"y": "plain prompt x", "y_prompt": "guided prompt [p, x]"}
     for arm in plan.arms:
         name, ids = names[arm], list(prompt.ids(arm))

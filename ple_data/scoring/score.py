@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from ple_data.common.digests import text_digest
 from ple_data.common.finite import refuse_non_finite
 from ple_data.common.progress import Progress
+from ple_data.common.secrets import public
 from ple_data.rewards import RewardModel, as_read
 from ple_data.storage.store import OWNER, Shard, Store, Waits
 from schemas.errors import UsageError
@@ -122,6 +124,8 @@ def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel, *, chat: 
 def _refuse_other_model(target: Store, reward_model: RewardModel) -> None:
     """Raise UsageError where the pairs of `target` were scored by another reward model."""
     owner = target.reward_model()
+    if owner is not None and public(owner, text_digest) == reward_model.name:
+        reward_model.name = owner  # older versions recorded an address with what in its path may be a key
     if owner not in (None, reward_model.name):
         raise UsageError(
             f"the pairs in {target.root} were scored by {owner}, not by {reward_model.name}: two reward "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ple_data.common.device import default_device, load_weights, natural_dtype
+from ple_data.common.loading import loading
 from ple_data.common.models import check_adapter, check_model
 from ple_train.log import print_to_log
 from ple_train.loss import token_logps
@@ -237,20 +238,16 @@ def load_causal_lm(model: str, revision: str | None = None, dtype: torch.dtype =
     from transformers import AutoModelForCausalLM
 
     check_model(model)
-    try:
+    with loading(f"--model {model} as a causal language model"):
         return load_weights(AutoModelForCausalLM, model, default_device(), revision=revision, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--model {model}: no causal language model there ({first_line(error)})") from error
 
 
 def load_adapter(causal: Any, adapter: str, *, trainable: bool = True) -> Any:
     """`PeftModel` over a causal language model. Raises UsageError where it does not fit."""
     from peft import PeftModel
 
-    try:
+    with loading(f"--adapter {adapter}", "it is damaged or does not fit this --model"):
         return PeftModel.from_pretrained(causal, adapter, is_trainable=trainable, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UsageError(f"--adapter {adapter} does not fit this --model ({first_line(error)})") from error
 
 
 def _fresh_lora(causal: Any, options: Lora, seed: int) -> Any:

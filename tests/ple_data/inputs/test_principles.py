@@ -129,6 +129,13 @@ def test_a_query_that_the_template_refuses_is_a_clear_error() -> None:
         render(tokenizer, [{"role": "system", "content": "Rhyme."}, *USER])
 
 
+def test_a_template_that_computes_nonsense_is_a_clear_error() -> None:
+    tokenizer = tiny.tiny_tokenizer(chat="no-system")
+    tokenizer.chat_template = "{{ messages[0].content + 1 }}"
+    with pytest.raises(UsageError, match=r"refuses the query.*TypeError"):
+        render(tokenizer, USER)
+
+
 def test_prompt_format_overrules_the_template() -> None:
     tokenizer = tiny.tiny_tokenizer(chat=True)
     assert tokenizer.decode(render(tokenizer, "Hi", P, prompt_format="plain")) == "Be kind.\nHi"

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ple_data.common.digests import text_digest
 from ple_data.rewards import load_reward_model
 from ple_data.scoring.score import ScoreCounts, score
 from ple_data.storage.store import Store, Waits
@@ -184,6 +185,15 @@ def test_two_models_are_never_mixed_in_one_store(store: Store, with_record: bool
     with pytest.raises(UsageError, match=r"scored by words@1, not by words@2.*--output"):
         score(store, Words("words@2"))
     assert len(store.shards("pairs")) == 3
+
+
+def test_a_store_keeps_an_address_as_an_older_version_recorded_it(store: Store):
+    old, now = "https://h/sk-0a1b2c3d4e/r", f"https://h/[{text_digest('sk-0a1b2c3d4e')}]/r"
+    score(store, Words(name=old), round=0)
+    score(store, Words(name=now), round=1)
+    assert set(store.scan("pairs").collect()["reward_model"]) == {old}
+    with pytest.raises(UsageError, match="scored by"):
+        score(store, Words(name="https://h/[0123456789ab]/r"))
 
 
 def test_of_two_models_that_start_at_once_one_is_refused(store: Store):
