@@ -50,7 +50,7 @@ def generate(options: Gen) -> GenerateSummary:
         )
     model, revision = options.model, options.revision
     engine_name, arguments = choose_engine(options.engine), parse_engine_args(options.engine_arg)
-    check_model(model)
+    check_model(model, quantized=engine_name == "vllm")
     adapter = check_adapter(options.adapter, model) if options.adapter else None
     engine = engine_module(engine_name)
     engine.check(arguments, adapter)

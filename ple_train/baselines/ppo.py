@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ple_data.common.models import check_model, load_tokenizer
+from ple_data.common.models import check_model, load_tokenizer, positions_of
 from ple_data.common.progress import Progress
 from ple_data.engines import decode
 from ple_data.inputs.chat import to_text
@@ -29,7 +29,7 @@ from ple_train.baselines import trl_tools
 from ple_train.engine.checkpoint import History
 from ple_train.engine.session import Session
 from ple_train.log import print_to_log
-from ple_train.model.policy import positions_of, switch_off_dropout
+from ple_train.model.policy import switch_off_dropout
 from ple_train.reward import load_classifier
 from schemas.errors import PleError, UsageError
 from schemas.options import Ppo
@@ -64,7 +64,7 @@ def ppo(options: Ppo) -> None:
         print_to_log(f"ppo: {len(texts)} queries, {options.sampled_tokens:,} tokens to sample")
         policy = session.load_causal_lm()
         longest = max(map(len, texts)) + options.max_new_tokens
-        positions = positions_of(policy)
+        positions = positions_of(policy.config)
         if positions is not None and longest > positions:
             raise UsageError(
                 f"the longest query and --max-new-tokens are {longest} tokens together, over the {positions} positions "
@@ -177,7 +177,7 @@ def _train(
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     queries = list(scorer.texts)
-    padded = with_own_pad(tokenizer, policy, queries)
+    padded = with_own_pad(trl_tools.padding_in(tokenizer, policy), policy, queries)
     # generate() fills what a call leaves open from here: a model's own sampling defaults must not slip in
     policy.generation_config = GenerationConfig(pad_token_id=padded.pad_token_id, eos_token_id=padded.eos_token_id)
     rows = Dataset.from_dict({"input_ids": [list(ids) for ids in queries]})
