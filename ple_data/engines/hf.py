@@ -21,7 +21,7 @@ from transformers import (
 from ple_data.common.device import chosen_device, describe, load_adapter, load_weights, natural_dtype, upload
 from ple_data.common.models import AdapterInfo, pad_id
 from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode, refuse_unknown
-from schemas.errors import UsageError
+from schemas.errors import UsageError, first_line
 
 ENGINE_ARGS = ("batch_size", "device", "attn_implementation")
 DEFAULT_BATCH = 64
@@ -68,15 +68,18 @@ class HfEngine:
         are sampled one by one. Raises UsageError where that is not enough (some see tokens to come)."""
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
         unit = [Request(None, tuple((7 * at + n) % vocabulary for at in range(n)), n) for n in (3, 9)]
+        name = type(self._model).__name__
         for size in (self._batch_size, 1):
             self._batch_size = size
-            errors, sizes = zip(
-                *(self._error(*row) for row in self.sample(iter([unit]), Sampling(max_new_tokens=4))), strict=True
-            )
+            try:
+                found = [self._error(*row) for row in self.sample(iter([unit]), Sampling(max_new_tokens=4))]
+            except Exception as error:  # the code of any architecture runs here
+                raise UsageError(f"transformers cannot sample with {name} here ({first_line(error)})") from error
+            errors, sizes = zip(*found, strict=True)
             if sum(errors) <= TOLERANCE.get(self._model.dtype, 0.03) * sum(sizes):
                 return
         raise UsageError(
-            f"{type(self._model).__name__} samples with other log-probabilities than those it gives to the whole "
+            f"{name} samples with other log-probabilities than those it gives to the whole "
             "sequence, so it could not be trained on what it samples: this architecture is not supported"
         )
 

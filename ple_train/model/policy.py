@@ -27,6 +27,8 @@ from schemas.options import Lora, Trainable
 
 RANDOM_PARTS = ("drop", "jitter_noise")
 """Parts of the names under which models keep the rates of what is random in training."""
+NOT_RANDOM = "router_jitter_noise"
+"""Phi-MoE's: by it, experts are left out when it samples too. Others keep theirs as `jitter_noise`."""
 COLLATE = {"padded": collate_padded, "packed": collate_packed, "shared": collate_shared}
 
 
@@ -45,6 +47,13 @@ class Policy(nn.Module):
         self.softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         self.layout: Layout = "packed"
         self.attention: str = base.config._attn_implementation
+
+    def train(self, mode: bool = True) -> Policy:
+        """Tell of training only the modules that checkpoint activations: some others would answer at random in it."""
+        super().train(mode)
+        for module in self.model.modules():
+            module.training = mode and hasattr(module, "gradient_checkpointing")
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -88,14 +97,14 @@ class Policy(nn.Module):
         packed.register()
         base = self._base[0]
         training = self.training
+        self.eval()
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            self._choose(attention, base.config._attn_implementation, precision, training)
+            self._choose(attention, base.config._attn_implementation, precision)
+        self.train(training)
 
-    def _choose(self, attention: str, own: str, precision: str, training: bool) -> None:
+    def _choose(self, attention: str, own: str, precision: str) -> None:
         try:
-            self.eval()  # as it samples
             alone = probe.answers(self._one_by_one, self.vocabulary)
-            self.train(training)
             padded = self._answers(own, "padded")
         except Exception as error:  # the code of any architecture runs here
             raise self._unsupported(first_line(error)) from error
@@ -225,7 +234,7 @@ def switch_off_dropout(model: nn.Module) -> None:
             module.p = 0.0
         for settings in (module, getattr(module, "config", None)):
             for name, value in vars(settings).items() if settings is not None else ():
-                if isinstance(value, float) and any(part in name for part in RANDOM_PARTS):
+                if isinstance(value, float) and any(part in name for part in RANDOM_PARTS) and name != NOT_RANDOM:
                     setattr(settings, name, 0.0)
 
 
