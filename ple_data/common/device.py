@@ -16,6 +16,8 @@ from transformers.utils import cached_file, logging
 from ple_data.common.models import INDEX, index_files, load_config, refuse_foreign_files, refuse_quantized
 from schemas.errors import UsageError, first_line
 
+META = torch.device("meta")
+"""For models that are wanted for their names and shapes alone."""
 AMPERE = (8, 0)
 """The first compute capability of NVIDIA that multiplies bfloat16 by itself; older cards emulate it, slowly."""
 
@@ -69,7 +71,9 @@ def load_weights(kind: Any, model: str, device: torch.device, what: str, *, head
     if torch.cuda.is_available():  # cuDNN's makes a plan for every new length: 120 ms on an H100, for 1 ms of work
         torch.backends.cuda.enable_cudnn_sdp(False)
     options |= {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
-    options |= {"attn_implementation": choose_attention(config, options.get("attn_implementation"))}
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # transformers' sdpa leaves it out
+    if capped and options.setdefault("attn_implementation", "eager") == "sdpa":
+        raise UsageError("attention sdpa leaves out this model's attn_logit_softcapping: use eager, or leave it out")
     for part in (config, config.get_text_config()):  # an id for padding that the embedding has no row for
         if (getattr(part, "pad_token_id", None) or 0) >= getattr(part, "vocab_size", math.inf):
             part.pad_token_id = None
@@ -84,18 +88,6 @@ def load_weights(kind: Any, model: str, device: torch.device, what: str, *, head
         logging.set_verbosity(level)
     _refuse_made_up(model, loaded, info, head)
     return loaded
-
-
-def choose_attention(config: Any, asked: str | None) -> str | None:
-    """transformers' name of the attention that a model runs with, everywhere; None: transformers' own choice.
-
-    Its `sdpa` leaves out the cap of attention's logits (Gemma 2). Raises UsageError where that was asked for.
-    """
-    if not getattr(config.get_text_config(), "attn_logit_softcapping", None):
-        return asked
-    if asked == "sdpa":
-        raise UsageError("attention sdpa leaves out this model's attn_logit_softcapping: use eager, or leave it out")
-    return asked or "eager"
 
 
 def _refuse_unsafe(model: str, revision: str | None, config: Any) -> None:

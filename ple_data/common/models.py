@@ -59,19 +59,17 @@ def check_model(model: str | Path, *, quantized: bool = False) -> None:
         if str(model).startswith((".", "/", "~")) or not _HUB_ID.match(str(model)):
             raise UsageError(f"model directory {model} does not exist; give a directory or a hub id")
         return
+    files = {path.suffix for path in (directory.iterdir() if directory.is_dir() else [directory])}
+    if ".gguf" in files and ".safetensors" not in files:
+        raise UsageError(f"{model} is in GGUF format, which is not read: give the safetensors that it was made of")
     if not directory.is_dir():
-        _refuse_gguf(model, [directory])
         raise UsageError(f"{model} is a file; --model takes a directory written by save_pretrained, or a hub id")
-    if not any(directory.glob("*.safetensors")):
-        _refuse_gguf(model, directory.iterdir())
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
             raise UsageError(f"{model} is an adapter; give it with --adapter and its base with --model")
         raise UsageError(f"{model} is no model directory: it has no config.json")
     if (directory / "adapter_config.json").is_file():
-        raise UsageError(
-            f"{model} holds a model and an adapter, and libraries differ in what they load: keep them apart"
-        )
+        raise UsageError(f"{model} holds a model and an adapter, of which libraries load one or both: keep them apart")
     config = _read_json(directory / "config.json")
     if not quantized:
         refuse_quantized(model, config)
@@ -81,13 +79,6 @@ def check_model(model: str | Path, *, quantized: bool = False) -> None:
         layers = next((part[name] for name in LAYERS if isinstance(part.get(name), int)), 0)
         if layers > held:
             raise UsageError(f"{directory}: config.json speaks of {layers} layers, but there are {held} weights in all")
-
-
-def _refuse_gguf(model: str | Path, files: Iterable[Path]) -> None:
-    if any(file.suffix == ".gguf" for file in files):
-        raise UsageError(
-            f"{model} is a model in GGUF format, which is not read: give the safetensors that it was made of"
-        )
 
 
 def refuse_quantized(model: str | Path, config: Mapping[str, Any]) -> None:
@@ -161,11 +152,6 @@ def end_ids(model: str | Path, tokenizer: Any, revision: str | None = None) -> t
         configured = getattr(load_config(model, revision), "eos_token_id", None)
     more = configured if isinstance(configured, list) else [configured]
     return tuple(dict.fromkeys(i for i in [tokenizer.eos_token_id, *more] if i is not None))
-
-
-def max_positions(model: str | Path, revision: str | None = None) -> int | None:
-    """`positions_of` the model's configuration."""
-    return positions_of(load_config(model, revision))
 
 
 def positions_of(config: Any) -> int | None:

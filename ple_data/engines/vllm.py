@@ -183,15 +183,15 @@ def resolve_machine(dtype: str, engine_args: Mapping[str, Any]) -> tuple[str, st
 
 def _refuse_made_up(spec: EngineSpec) -> None:
     """Raise UsageError where weights are missing: vLLM does not see it where it fuses several into one (q, k and v)."""
-    import torch
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
 
-    from ple_data.common.device import load_weights
+    from ple_data.common.device import META, load_weights
 
     config = load_config(spec.model, spec.revision)
-    if type(config) in AutoModelForCausalLM._model_mapping and not getattr(config, "quantization_config", None):
-        options = {"revision": spec.revision, "config": config}
-        load_weights(AutoModelForCausalLM, spec.model, torch.device("meta"), f"cannot load {spec.model}", **options)
+    if config.model_type in known and not getattr(config, "quantization_config", None):
+        what = f"cannot load the model {spec.model}"
+        load_weights(AutoModelForCausalLM, spec.model, META, what, revision=spec.revision, config=config)
 
 
 def _engine_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[str, Any]:

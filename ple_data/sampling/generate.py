@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 from ple_data.common.digests import digests_of, policy_name
-from ple_data.common.models import check_adapter, check_model, end_ids, load_tokenizer, max_positions
+from ple_data.common.models import check_adapter, check_model, end_ids, load_config, load_tokenizer, positions_of
 from ple_data.common.progress import Progress
 from ple_data.common.settings import as_json, counted
 from ple_data.common.terminal import printable
@@ -57,7 +57,7 @@ def generate(options: Gen) -> GenerateSummary:
     tokenizer = load_tokenizer(model, revision, note=_say)
     store = Store(options.data)
     plan, source = make_plan(options, tokenizer, store)
-    _check_length(plan, max_positions(model, revision), model)
+    _check_length(plan, positions_of(load_config(model, revision)), model)
     if options.dry_run:
         return GenerateSummary(rows=plan.rows, counts=plan.counts, dry_run=_show(plan, tokenizer))
     dtype, device = engine.resolve_machine(options.dtype, arguments)

@@ -14,7 +14,7 @@ from typing import Any
 import polars as pl
 
 from ple_data import selection
-from ple_data.common.models import positions_of
+from ple_data.common.models import pad_id, positions_of
 from ple_data.common.progress import Progress
 from ple_train import snapshot as snapshots
 from ple_train.baselines import trl_tools
@@ -52,6 +52,7 @@ def dpo(options: Dpo) -> None:
         print_to_log(f"dpo: {pairs.height} pairs; {ties} left out, their rewards are equal")
         tokenizer, policy = session.load_tokenizer(), session.load_causal_lm()
         vocabulary = policy.get_output_embeddings().weight.shape[0]
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id(tokenizer, vocabulary))
         limits = SimpleNamespace(vocabulary=vocabulary, positions=positions_of(policy.config))
         for row in pairs.select("query_id", "round", *IDS).iter_rows(named=True):
             for column in ("chosen_ids", "rejected_ids"):
@@ -86,7 +87,7 @@ def _train(policy: Any, pairs: pl.DataFrame, tokenizer: Any, options: Dpo, argum
         model=trl_tools.with_float32_logits(policy),
         args=trl_tools.one_device(config),
         train_dataset=Dataset.from_polars(pairs.select(IDS.keys()).rename(IDS)),
-        processing_class=trl_tools.padding_in(tokenizer, policy),
+        processing_class=tokenizer,
     )
     if "ref" in policy.peft_config:
         policy.delete_adapter("ref")  # TRL's reference would be this round's start; without it, the adapter is off

@@ -148,14 +148,15 @@ def value_model(options: Ppo) -> Any:
 
 
 def with_own_pad(tokenizer: Any, policy: Any, queries: Sequence[tuple[int, ...]]) -> Any:
-    """A tokenizer whose pad token is not its EOS: TRL's PPO tells padding by its id, and would lose every end.
+    """A tokenizer whose pad token has a row in the embedding and is not its EOS: TRL's PPO tells padding by its id, and
+    would lose every end.
 
     Where there is none, the vocabulary's token that the start policy expects least stands in (of those in no query).
     """
-    if tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return tokenizer
-    used = {token for ids in queries for token in ids} | set(tokenizer.all_special_ids)
     size = min(len(tokenizer), policy.get_output_embeddings().weight.shape[0])
+    if tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.pad_token_id < size:
+        return tokenizer
+    used = {token for ids in queries for token in (*ids, *tokenizer.all_special_ids) if token < size}
     likelihood = torch.zeros(size)
     with torch.no_grad(), policy.disable_adapter():
         for ids in queries[:32]:
@@ -177,7 +178,7 @@ def _train(
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     queries = list(scorer.texts)
-    padded = with_own_pad(trl_tools.padding_in(tokenizer, policy), policy, queries)
+    padded = with_own_pad(tokenizer, policy, queries)
     # generate() fills what a call leaves open from here: a model's own sampling defaults must not slip in
     policy.generation_config = GenerationConfig(pad_token_id=padded.pad_token_id, eos_token_id=padded.eos_token_id)
     rows = Dataset.from_dict({"input_ids": [list(ids) for ids in queries]})

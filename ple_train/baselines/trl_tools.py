@@ -7,7 +7,6 @@ both. Imported only when it is used.
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.metadata
 import math
 import os
@@ -20,7 +19,6 @@ from typing import Any
 
 from ple_data.common.device import default_device
 from ple_data.common.extras import install_command, missing
-from ple_data.common.models import pad_id
 from ple_data.common.progress import Progress
 from ple_train.engine.checkpoint import History
 from schemas.errors import PleError, UsageError
@@ -93,16 +91,6 @@ def with_float32_logits(model: Any) -> Any:
     """The same model, its logits in float32: summed over a response, bfloat16 would lose what the methods compare."""
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits.float())
     return model
-
-
-def padding_in(tokenizer: Any, model: Any) -> Any:
-    """The tokenizer, or a copy that pads with a token which the model has a row for."""
-    pad = pad_id(tokenizer, model.get_input_embeddings().weight.shape[0])
-    if pad == tokenizer.pad_token_id:
-        return tokenizer
-    own = copy.deepcopy(tokenizer)
-    own.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    return own
 
 
 def one_device(arguments: Any) -> Any:

@@ -202,16 +202,12 @@ def model_card(title: str, settings: dict[str, Any], history: History) -> str:
 def save_model(model: Any, directory: Path) -> None:
     """`save_pretrained`, with the generation configuration that came: transformers loads some that it will not save
     (sampling numbers without do_sample)."""
-    from transformers import GenerationConfig
-
     came = getattr(model, "generation_config", None)
     if came is not None:
-        model.generation_config = GenerationConfig()
+        model.generation_config = type(came)()
     model.save_pretrained(directory)
-    if came is not None:
-        model.generation_config = came
-        if (file := directory / "generation_config.json").exists():
-            came.to_json_file(file, keys_to_pop=["compile_config"])
+    if came is not None and (file := directory / "generation_config.json").exists():
+        came.to_json_file(file, keys_to_pop=["compile_config"])
 
 
 def _order_target_modules(model: Any) -> None:

@@ -39,9 +39,7 @@ class Session(Output):
         adapter = getattr(options, "adapter", None)
         check_model(options.model)
         if adapter:
-            info = check_adapter(adapter, options.model)
-            refuse_other_lora(info, options)
-            refuse_changed_base(info, options)
+            refuse_unfit(check_adapter(adapter, options.model), options)
         precision = options.precision
         if precision == "auto":
             precision = kept_precision(options.output, options.resume) or resolve_precision("auto")
@@ -86,18 +84,14 @@ class Session(Output):
         self.publish(model, self.tokenizer, history, f"{Path(self.options.model).name}, {what}", cost)
 
 
-def refuse_changed_base(adapter: AdapterInfo, options: Any) -> None:
-    """Raise UsageError for an adapter that is not off when it is off: drift and references would be against a policy
-    that is not the start policy. Merged (--full), nothing is off."""
+def refuse_unfit(adapter: AdapterInfo, options: Lora) -> None:
+    """Raise UsageError where --lora-rank or --lora-alpha contradict the adapter that training goes on from, or where
+    the model is not the start policy with it off. Merged (--full), nothing is off."""
     if adapter.changes_base and not getattr(options, "full", False):
         raise UsageError(
             f"--adapter {adapter.path} has {adapter.changes_base}: it changed weights of the model itself, so with it "
             f"off the model is not its start policy; {CONVERT}, or train all weights with --full"
         )
-
-
-def refuse_other_lora(adapter: AdapterInfo, options: Lora) -> None:
-    """Raise UsageError where --lora-rank or --lora-alpha contradict the adapter that training goes on from."""
     own, asked = (adapter.rank, adapter.config["lora_alpha"]), (options.lora_rank, options.lora_alpha)
     if own != asked:
         raise UsageError(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ple_data.common.digests import digests_of
-from ple_data.common.models import load_tokenizer, max_positions
+from ple_data.common.models import load_config, load_tokenizer, positions_of
 from ple_data.evaluation.answers import Answers
 from ple_data.scoring.cache import Score, cached_scores, key_of
 from ple_train.log import print_to_log
@@ -59,7 +59,7 @@ def score_references(
     asked = {id: rows[0]["x_ids"] for id, rows in answers.by_query().items() if id in references}
     texts = [references[id] for id in asked]
     ys = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    positions = max_positions(policy.model, policy.revision) or math.inf
+    positions = positions_of(load_config(policy.model, policy.revision)) or math.inf
     sequences = {
         id: Sequence(np.array([*x, *y, tokenizer.eos_token_id], dtype=np.int32), len(x))
         for (id, x), y in zip(asked.items(), ys, strict=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ple_data.common.device import choose_attention, load_adapter, load_weights
+from ple_data.common.device import load_adapter, load_weights
 from schemas.errors import UsageError
 from tests import tiny
 
@@ -59,16 +59,6 @@ def test_a_pad_id_outside_of_the_embedding_is_no_fault(tmp_path: Path):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"pad_token_id": 384}))
     assert load_weights(AutoModelForCausalLM, str(model), CPU, "no model").config.pad_token_id is None
-
-
-def test_attention_with_a_cap_runs_in_the_one_way_that_applies_it():
-    assert choose_attention(LlamaConfig(), None) is None
-    assert choose_attention(LlamaConfig(), "sdpa") == "sdpa"
-    capped = Gemma2Config()
-    assert choose_attention(capped, None) == "eager"
-    with pytest.raises(UsageError, match="sdpa leaves out"):
-        choose_attention(capped, "sdpa")
-    assert choose_attention(Gemma2Config(attn_logit_softcapping=None), "sdpa") == "sdpa"
 
 
 def test_a_weight_that_an_adapter_lacks_is_named(policy: Path, adapter: Path, tmp_path: Path):
