@@ -19,7 +19,7 @@ from ple_train.engine.session import Session
 from ple_train.engine.tabular import ShuffledSequences, column, file_digest
 from ple_train.log import print_to_log
 from ple_train.model.batches import Sequence
-from ple_train.model.policy import Policy
+from ple_train.model.policy import Policy, merged
 from ple_train.objectives import make_objective
 from schemas.errors import UsageError
 from schemas.options import PromptFormat, Sft
@@ -38,7 +38,7 @@ def sft(options: Sft) -> None:
         policy = session.load_policy()
         stream = sequence_stream(sequences, policy, options)
         history = session.fit(policy, stream, make_objective("sft", policy))
-        trained = policy.model if options.full or not options.merge else policy.model.merge_and_unload()
+        trained = policy.model if options.full or not options.merge else merged(policy.model)
         session.finish(trained, history, "supervised fine-tuning (Eq. 1)")
 
 

@@ -129,21 +129,21 @@ def _llama_config(tokenizer, hidden: int, layers: int, seed: int, **more):
     from transformers import LlamaConfig
 
     torch.manual_seed(seed)
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-        head_dim=32,
-        max_position_embeddings=2048,
-        initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **more,
-    )
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 32,
+        "num_key_value_heads": hidden // 32,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.1,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return LlamaConfig(**shape | more)
 
 
 def tiny_policy(
@@ -157,12 +157,16 @@ def tiny_policy(
     add_bos: bool = False,
     eos: bool = True,
     pad: bool = True,
+    **more,
 ) -> Path:
-    """A random LlamaForCausalLM with its tokenizer, written to `directory` (heads of 32: vLLM on CPU takes them)."""
+    """A random LlamaForCausalLM with its tokenizer, written to `directory` (heads of 32: vLLM on CPU takes them).
+
+    more: of its configuration.
+    """
     from transformers import LlamaForCausalLM
 
     tokenizer = tiny_tokenizer(vocab=vocab, add_bos=add_bos, chat=chat, eos=eos, pad=pad)
-    model = LlamaForCausalLM(_llama_config(tokenizer, hidden, layers, seed))
+    model = LlamaForCausalLM(_llama_config(tokenizer, hidden, layers, seed, **more))
     return _save(directory, model, tokenizer)
 
 
@@ -185,21 +189,31 @@ def tiny_reward(
     return _save(directory, LlamaForSequenceClassification(config), tokenizer)
 
 
-def tiny_adapter(model_dir: Path | str, directory: Path | str, *, rank: int = 8, seed: int = 2) -> Path:
-    """A random, non-zero LoRA adapter over all linear modules of `model_dir`, written to `directory`."""
+def tiny_adapter(
+    model_dir: Path | str, directory: Path | str, *, rank: int = 8, seed: int = 2, added: int = 0, **more
+) -> Path:
+    """A random, non-zero LoRA adapter over all linear modules of `model_dir`, written to `directory`.
+
+    added: tokens that the model is resized by before. more: of LoraConfig.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(str(model_dir))
+    if added:
+        base.resize_token_embeddings(base.config.vocab_size + added, mean_resizing=False)
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | more
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, **options)
     model = get_peft_model(base, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.1)
-    model.save_pretrained(str(directory))
+            elif parameter.requires_grad:  # biases, modules_to_save
+                parameter.add_(0.1)
+    model.save_pretrained(str(directory), save_embedding_layers=bool(added))
     return Path(directory)
 
 

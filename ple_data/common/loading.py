@@ -13,11 +13,11 @@ from schemas.errors import PleError, UsageError, first_line
 
 _MOST = {"size|dim|embd|d_model|d_ff|heads|vocab": 10_000_000, "expert": 10_000, "layers?$|depth$|blocks?$": 1_000}
 """What a model's configuration may ask for, by its name: building more would take minutes or all memory."""
-_DAMAGED = "check that its files are whole and of a kind that transformers reads, or save it again"
+DAMAGED = "check that its files are whole and of a kind that transformers reads, or save it again"
 
 
 @contextmanager
-def loading(what: str, advice: str = _DAMAGED) -> Iterator[None]:
+def loading(what: str, advice: str = DAMAGED) -> Iterator[None]:
     """Turn what a library raises meanwhile into `cannot load WHAT: …; ADVICE`. Its own reports are not shown.
 
     Our own errors, and too little memory, pass as they are. Raises UsageError.

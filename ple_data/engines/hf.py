@@ -17,16 +17,17 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.utils.logging import disable_progress_bar
 
-from ple_data.common.device import chosen_device, describe, load_weights, natural_dtype, upload
-from ple_data.common.loading import loading
-from ple_data.common.models import AdapterInfo
+from ple_data.common.device import chosen_device, describe, load_adapter, load_weights, natural_dtype, upload
+from ple_data.common.models import AdapterInfo, pad_id
 from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, refuse_unknown, response_text
-from schemas.errors import UsageError
+from schemas.errors import UsageError, first_line
 
 ENGINE_ARGS = ("batch_size", "device", "attn_implementation")
 DEFAULT_BATCH = 64
+TOLERANCE = {torch.float32: 1e-4}
+"""Mean difference between log-probabilities as they are sampled and those of the model alone, over their mean size,
+that is forgiven; 0.03 where numbers are shorter."""
 STOP_WINDOW = 32
 """Tokens at a response's end that are searched for a stop string after each step, beside the string's own bytes."""
 
@@ -46,22 +47,46 @@ class HfEngine:
         if self._batch_size < 1:
             raise UsageError(f"--engine-arg batch_size must be at least 1, not {self._batch_size}")
         self._device = chosen_device(engine_args.get("device"), "--engine-arg device")
-        disable_progress_bar()
         options = {name: value for name, value in engine_args.items() if name == "attn_implementation"}
         options |= {"revision": spec.revision, "dtype": _dtype(spec.dtype, self._device)}
-        with loading(f"the model {spec.model}"):
-            model = load_weights(AutoModelForCausalLM, spec.model, self._device, **options)
+        model = load_weights(AutoModelForCausalLM, spec.model, self._device, f"the model {spec.model}", **options)
         if spec.adapter is not None:
-            from peft import PeftModel
-
-            with loading(f"the adapter {spec.adapter.path}"):
-                tuned = PeftModel.from_pretrained(model, str(spec.adapter.path), torch_device=str(self._device))
-            model = tuned.get_base_model()
+            model = load_adapter(model, spec.adapter.path).get_base_model()
         self._model = model.to(self._device).eval()
+        self._pad_id = pad_id(spec.tokenizer, model.get_input_embeddings().weight.shape[0])
         # generate() fills what a call leaves open from here: a model's own sampling defaults must not slip in
         self._model.generation_config = GenerationConfig(
-            do_sample=False, eos_token_id=list(spec.end_ids), pad_token_id=spec.tokenizer.pad_token_id
+            do_sample=False, eos_token_id=list(spec.end_ids), pad_token_id=self._pad_id
         )
+
+        self._keep_rows_apart()
+
+    def _keep_rows_apart(self) -> None:
+        """Try whether log-probabilities as they are sampled are those of the model for the whole sequence: else rows
+        are sampled one by one. Raises UsageError where that is not enough (some see tokens to come)."""
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        unit = [Request(None, tuple((7 * at + n) % vocabulary for at in range(n)), n) for n in (3, 9)]
+        name = type(self._model).__name__
+        for size in (self._batch_size, 1):
+            self._batch_size = size
+            try:
+                found = [self._error(*row) for row in self.sample(iter([unit]), Sampling(max_new_tokens=4))]
+            except Exception as error:  # the code of any architecture runs here
+                raise UsageError(f"transformers cannot sample with {name} here ({first_line(error)})") from error
+            errors, sizes = zip(*found, strict=True)
+            if sum(errors) <= TOLERANCE.get(self._model.dtype, 0.03) * sum(sizes):
+                return
+        raise UsageError(
+            f"{name} samples with other log-probabilities than those it gives to the whole "
+            "sequence, so it could not be trained on what it samples: this architecture is not supported"
+        )
+
+    @torch.inference_mode()
+    def _error(self, request: Request, found: Completion) -> tuple[float, float]:
+        ids = torch.tensor([[*request.prompt_ids, *found.ids]], device=self._device)
+        logits = self._model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1]
+        own = logits.float().log_softmax(-1).gather(1, ids[0, len(request.prompt_ids) :, None])[:, 0].cpu()
+        return (own - torch.tensor(found.logps)).abs().sum().item(), own.abs().sum().item()
 
     def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
         """Unit after unit, each in batches of requests with prompts of similar length."""
@@ -95,7 +120,7 @@ class HfEngine:
 
     def _left_padded(self, batch: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(len(request.prompt_ids) for request in batch)
-        ids = np.full((len(batch), width), self._spec.tokenizer.pad_token_id, dtype=np.int64)
+        ids = np.full((len(batch), width), self._pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, request in enumerate(batch):
             ids[row, width - len(request.prompt_ids) :] = request.prompt_ids

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from ple_data.common.models import AdapterInfo
+from ple_data.common.models import AdapterInfo, load_config
 from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, refuse_unknown, response_text
 from ple_data.engines.watchdog import Watchdog
 from schemas.errors import PleError, UsageError
@@ -59,9 +59,9 @@ def check(engine_args: Mapping[str, Any], adapter: AdapterInfo | None) -> None:
             f"adapter {adapter.path} has rank {adapter.rank}, over the limit of {what}, {limit}; "
             "train one with a lower --lora-rank, or use --engine hf"
         )
-    for name in ("use_dora", "modules_to_save", "lora_bias"):
-        if adapter.config.get(name):
-            raise UsageError(f"adapter {adapter.path} has {name}, which vllm cannot load; use --engine hf")
+    unknown = (name for name in ("use_dora", "modules_to_save", "lora_bias") if adapter.config.get(name))
+    if found := next(unknown, adapter.changes_base):
+        raise UsageError(f"adapter {adapter.path} has {found}, which vllm cannot load; use --engine hf")
 
 
 class VllmEngine:
@@ -71,6 +71,7 @@ class VllmEngine:
         """Start vLLM (tens of seconds). `engine_args` are fields of vLLM's EngineArgs. Raises PleError."""
         _set_environment()
         self._spec = spec
+        _refuse_made_up(spec)
         arguments = _engine_arguments(spec, engine_args)
         self._watchdog = Watchdog()
         self.llm: Any = None
@@ -179,6 +180,19 @@ def resolve_machine(dtype: str, engine_args: Mapping[str, Any]) -> tuple[str, st
     if dtype == "auto":
         dtype = "bfloat16" if torch.bfloat16 in current_platform.supported_dtypes else "float32"
     return dtype, current_platform.get_device_name() or current_platform.device_type
+
+
+def _refuse_made_up(spec: EngineSpec) -> None:
+    """Raise UsageError where weights are missing: vLLM does not see it where it fuses several into one (q, k and v)."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+
+    from ple_data.common.device import META, load_weights
+
+    config = load_config(spec.model, spec.revision)
+    if config.model_type in known and not getattr(config, "quantization_config", None):
+        what = f"cannot load the model {spec.model}"
+        load_weights(AutoModelForCausalLM, spec.model, META, what, revision=spec.revision, config=config)
 
 
 def _engine_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[str, Any]:

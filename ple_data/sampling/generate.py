@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 from ple_data.common.digests import digests_of, policy_name
-from ple_data.common.models import check_adapter, check_model, load_tokenizer, max_positions
+from ple_data.common.models import check_adapter, check_model, load_config, load_tokenizer, positions_of
 from ple_data.common.progress import Progress
 from ple_data.common.settings import as_json, counted
 from ple_data.common.terminal import printable
@@ -51,14 +51,14 @@ def generate(options: Gen) -> GenerateSummary:
         )
     model, revision = options.model, options.revision
     engine_name, arguments = choose_engine(options.engine), parse_engine_args(options.engine_arg)
-    check_model(model)
+    check_model(model, quantized=engine_name == "vllm")
     adapter = check_adapter(options.adapter, model) if options.adapter else None
     engine = engine_module(engine_name)
     engine.check(arguments, adapter)
     tokenizer = load_tokenizer(model, revision, note=_say)
     store = Store(options.data)
     plan, source = make_plan(options, tokenizer, store)
-    fault = _too_long(plan, max_positions(model, revision), model)
+    fault = _too_long(plan, positions_of(load_config(model, revision)), model)
     if fault and not options.dry_run:
         raise UsageError(fault)
     if options.dry_run:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ple_data.common.models import check_model, load_tokenizer
+from ple_data.common.models import check_model, load_tokenizer, positions_of
 from ple_data.common.progress import Progress
 from ple_data.common.tokens import text_after
 from ple_data.inputs.chat import to_text
@@ -29,7 +29,7 @@ from ple_train.baselines import trl_tools
 from ple_train.engine.checkpoint import History
 from ple_train.engine.session import Session
 from ple_train.log import print_to_log
-from ple_train.model.policy import positions_of, switch_off_dropout
+from ple_train.model.policy import switch_off_dropout
 from ple_train.reward import load_classifier
 from schemas.errors import PleError, UsageError
 from schemas.options import Ppo
@@ -64,7 +64,7 @@ def ppo(options: Ppo) -> None:
         print_to_log(f"ppo: {len(texts)} queries, {options.sampled_tokens:,} tokens to sample")
         policy = session.load_causal_lm()
         longest = max(map(len, texts)) + options.max_new_tokens
-        positions = positions_of(policy)
+        positions = positions_of(policy.config)
         if positions is not None and longest > positions:
             raise UsageError(
                 f"the longest query and --max-new-tokens are {longest} tokens together, over the {positions} positions "
@@ -153,14 +153,15 @@ def value_model(options: Ppo) -> Any:
 
 
 def with_own_pad(tokenizer: Any, policy: Any, queries: Sequence[tuple[int, ...]]) -> Any:
-    """A tokenizer whose pad token is not its EOS: TRL's PPO tells padding by its id, and would lose every end.
+    """A tokenizer whose pad token has a row in the embedding and is not its EOS: TRL's PPO tells padding by its id, and
+    would lose every end.
 
     Where there is none, the vocabulary's token that the start policy expects least stands in (of those in no query).
     """
-    if tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return tokenizer
-    used = {token for ids in queries for token in ids} | set(tokenizer.all_special_ids)
     size = min(len(tokenizer), policy.get_output_embeddings().weight.shape[0])
+    if tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.pad_token_id < size:
+        return tokenizer
+    used = {token for ids in queries for token in (*ids, *tokenizer.all_special_ids) if token < size}
     likelihood = torch.zeros(size)
     with torch.no_grad(), policy.disable_adapter():
         for ids in queries[:32]:

@@ -117,7 +117,7 @@ class Output:
             shutil.rmtree(writing, ignore_errors=True)
             _order_target_modules(model)
             with saving(writing):
-                model.save_pretrained(writing)
+                save_model(model, writing)
                 tokenizer.save_pretrained(writing)
                 (writing / "README.md").write_text(model_card(title, self.settings.values, history))
             names = sorted((p.name for p in writing.iterdir() if p.is_file()), key=lambda name: (name in LAST, name))
@@ -207,6 +207,17 @@ def model_card(title: str, settings: dict[str, Any], history: History) -> str:
         f"Steps: {len(history)}. Last loss: {history[-1]['loss']:.4f}.\n\n"
         f"| setting | value |\n| --- | --- |\n{rows}\n"
     )
+
+
+def save_model(model: Any, directory: Path) -> None:
+    """`save_pretrained`, with the generation configuration that came: transformers loads some that it will not save
+    (sampling numbers without do_sample)."""
+    came = getattr(model, "generation_config", None)
+    if came is not None:
+        model.generation_config = type(came)()
+    model.save_pretrained(directory)
+    if came is not None and (file := directory / "generation_config.json").exists():
+        came.to_json_file(file, keys_to_pop=["compile_config"])
 
 
 def _order_target_modules(model: Any) -> None:

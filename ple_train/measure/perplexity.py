@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ple_data.common.digests import digests_of
-from ple_data.common.models import load_tokenizer, max_positions
+from ple_data.common.models import load_config, load_tokenizer, positions_of
 from ple_data.common.tokens import ids_after
 from ple_data.evaluation.answers import Answers
 from ple_data.inputs.templates import response_form
@@ -62,7 +62,7 @@ def score_references(
     texts = [references[id] for id in asked]
     form = response_form(tokenizer, "chat" if answers.chat else "plain")
     ys = ids_after(tokenizer, list(asked.values()), texts, form.lead)
-    positions = max_positions(policy.model, policy.revision) or math.inf
+    positions = positions_of(load_config(policy.model, policy.revision)) or math.inf
     sequences = {
         id: Sequence(np.array([*x, *y, form.end], dtype=np.int32), len(x))
         for (id, x), y in zip(asked.items(), ys, strict=True)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ple_data.common.models import check_adapter, check_model, end_ids, load_config, load_tokenizer, max_positions
+from ple_data.common.models import check_adapter, check_model, end_ids, load_config, load_tokenizer, positions_of
 from ple_data.engines import (
     Completion,
     EngineSpec,
@@ -364,7 +364,7 @@ def test_end_ids_and_positions(trap: Path, policy: Path, tmp_path: Path) -> None
     copy = Path(shutil.copytree(policy, tmp_path / "copy"))
     (copy / "generation_config.json").unlink()
     assert end_ids(copy, load_tokenizer(copy)) == (1,)
-    assert max_positions(policy) == 2048
+    assert positions_of(load_config(policy)) == 2048
 
 
 def test_adapters_that_do_not_fit(tmp_path: Path, policy: Path, adapter: Path) -> None:

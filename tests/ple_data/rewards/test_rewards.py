@@ -303,7 +303,7 @@ def test_several_outputs_and_none_chosen_is_refused(tmp_path: Path):
 
 
 def test_a_language_model_is_no_reward_model(policy: Path):
-    with pytest.raises(UsageError, match=r"no trained sequence classifier.*score\.weight"):
+    with pytest.raises(UsageError, match=r"no trained LlamaForSequenceClassification.*score\.weight"):
         load_reward_model(str(policy))
 
 
