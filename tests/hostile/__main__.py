@@ -12,7 +12,8 @@ from pathlib import Path
 from tests.faults.disk import Disk, build
 from tests.faults.faults import uninterrupted
 from tests.faults.stages import World
-from tests.hostile.families import all_inputs
+from tests.hostile.families import all_inputs as of_files
+from tests.hostile.peers import judge_peers, reward_peers
 from tests.hostile.rule import Verdict, tried
 
 
@@ -32,7 +33,7 @@ def run(base: Path, most: int, seed: int, only: list[str] | None = None) -> list
     world, disk = World(base), Disk(build(base))
     uninterrupted(world, disk)
     by_family: dict[str, list] = {}
-    for given in all_inputs(world):
+    for given in [*of_files(world), *reward_peers(world), *judge_peers(world)]:
         by_family.setdefault(given.family, []).append(given)
     wrong: list[Verdict] = []
     tries = 0

@@ -229,7 +229,8 @@ def records(world: World) -> Iterator[Input]:
 
     readers = {
         "gen/data": [again("gen", "data"), lambda place: scoring(world, place)],
-        "score/data": [lambda place: training(world, place, data=place / "data"), lambda place: ["verify", str(place / "data")],
+        "score/data": [lambda place: training(world, place, data=place / "data"),
+                       lambda place: ["verify", str(place / "data")],
                        lambda place: ["inspect", str(place / "data")]],
         "train/adapter": [again("train", "adapter"), lambda place: [*again("train", "adapter")(place), "--no-resume"],
                           lambda place: sampling(world, place, adapter=place / "adapter")],
@@ -247,9 +248,12 @@ def records(world: World) -> Iterator[Input]:
                 continue
             for at, argv in enumerate(commands):
                 for what, text in json_texts(json.loads(path.read_text())):
-                    change = copied(left / where, where.split("/")[1],
-                                    lambda folder, inside=inside, text=text: write(folder / inside, text), argv)  # fmt: skip
-                    yield Input("records", f"{where}/{inside} {what}, read {at}", change)
+
+                    def change(folder: Path, inside: str = inside, text: str = text) -> None:
+                        write(folder / inside, text)
+
+                    make = copied(left / where, where.split("/")[1], change, argv)
+                    yield Input("records", f"{where}/{inside} {what}, read {at}", make)
 
 
 def _report(world: World, place: Path, **given: Path) -> list[str]:
@@ -338,7 +342,6 @@ def judged(world: World) -> Iterator[Input]:
         def make(place: Path, text: str = text) -> list[str]:
             write(place / "a.jsonl", text + "\n")
             write(place / "b.jsonl", good)
-            return ["judge", str(place / "a.jsonl"), str(place / "b.jsonl"), *words(human="", output=place / "page")[:1],
-                    *words(output=place / "page")]  # fmt: skip
+            return ["judge", str(place / "a.jsonl"), str(place / "b.jsonl"), "--human", *words(output=place / "page")]
 
         yield Input("judged", name, make)

@@ -65,7 +65,7 @@ def without(value: Any, path: tuple) -> Any:
 
 
 def json_texts(value: Any) -> Iterator[tuple[str, str]]:
-    """(name, text): the JSON value with every value in it replaced, left out, or doubled; and texts that are no JSON."""
+    """(name, text): the JSON value with every value in it replaced or left out, and texts that are no JSON."""
     for path in places(value):
         where = ".".join(map(str, path)) or "all"
         for name, new in VALUES.items():

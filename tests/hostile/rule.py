@@ -42,7 +42,7 @@ class Verdict:
 
 
 def tried(disk: Disk, given: Input, place: Path) -> Verdict:
-    """Run the command on the input in `place`, a folder that is not there yet, with a neighbour that nobody may touch."""
+    """Run the command on the input in `place`, which is new, beside a neighbour that nobody may touch."""
     neighbour = place / "neighbour"
     inside = place / "in"
     neighbour.mkdir(parents=True)
