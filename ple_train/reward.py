@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ple_data.common.device import default_device, load_weights
+from ple_data.common.models import load_config, pad_id, positions_of
 from ple_data.inputs.readers import read_rows
 from ple_data.rewards.texts import encode
 from ple_train.engine.session import Session
 from ple_train.engine.tabular import ShuffledSequences, column, file_digest
+from ple_train.log import print_to_log
 from ple_train.model.batches import Sequence, padded_rows
 from ple_train.objectives import make_objective
-from schemas.errors import UsageError, first_line
+from schemas.errors import UsageError
 from schemas.options import Join, Ppo, Reward
 
 
@@ -47,19 +49,30 @@ def train_reward(options: Reward) -> None:
     with Session("reward", options, more=more) as session:
         if session.finished:
             return
-        tokenizer = session.load_tokenizer()
-        sequences, labels = read_examples(options.data, tokenizer, options.max_length)
-        tokenizer.model_max_length = options.max_length  # scoring cuts where training did
+        tokenizer = session.load_tokenizer(ends=False)
+        longest = longest_text(options)
+        sequences, labels = read_examples(options.data, tokenizer, longest)
+        tokenizer.model_max_length = longest  # scoring cuts where training did
         if labels:
             tokenizer.chat_template = None  # it read plain texts, so scoring must not render chats
         classifier = load_classifier(options, labels or 1)
-        classifier.config.pad_token_id = tokenizer.pad_token_id
-        wrapped = PaddedClassifier(classifier, tokenizer.pad_token_id).to(default_device())
+        pad = pad_id(tokenizer, classifier.get_input_embeddings().weight.shape[0])
+        classifier.config.pad_token_id = pad
+        wrapped = PaddedClassifier(classifier, pad).to(default_device())
         stream = ShuffledSequences(sequences, options.batch_size, options.seed, divisor=len)
         session.note_machine(session.options.precision)
         objective = make_objective("label" if labels else "preference")
         history = session.fit(wrapped, stream, objective, dict(classifier.named_parameters()))
         session.finish(classifier, history, "reward model")
+
+
+def longest_text(options: Reward) -> int:
+    """--max-length, or the positions of the model where it has fewer; says so on stderr."""
+    positions = positions_of(load_config(options.model, options.revision))
+    if positions is None or options.max_length <= positions:
+        return options.max_length
+    print_to_log(f"note: {options.model} has {positions} positions: texts are kept to their last {positions} ids")
+    return positions
 
 
 def read_examples(data: Path, tokenizer: Any, max_length: int) -> tuple[list[Sequence], int]:
@@ -108,17 +121,10 @@ def load_classifier(options: Reward | Ppo, labels: int) -> Any:
     """
     from transformers import AutoModelForSequenceClassification
 
+    names = {label: f"LABEL_{label}" for label in range(labels)}
+    numbers = {name: label for label, name in names.items()}
+    config = load_config(options.model, options.revision, id2label=names, label2id=numbers)
+    what = f"--model {options.model} as a classifier"
     torch.manual_seed(options.seed)
-    try:
-        return load_weights(
-            AutoModelForSequenceClassification,
-            options.model,
-            torch.device("cpu"),
-            revision=options.revision,
-            id2label={label: f"LABEL_{label}" for label in range(labels)},
-            label2id={f"LABEL_{label}": label for label in range(labels)},
-            ignore_mismatched_sizes=True,  # a head for another number of labels is replaced by a new one
-            dtype=torch.float32,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--model {options.model}: no model there that can classify ({first_line(error)})") from error
+    more: dict[str, Any] = {"revision": options.revision, "config": config, "dtype": torch.float32, "head": True}
+    return load_weights(AutoModelForSequenceClassification, options.model, torch.device("cpu"), what, **more)

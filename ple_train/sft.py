@@ -1,7 +1,7 @@
 """`ple sft`: supervised fine-tuning by Eq. 1, the loss on the response only. Also trains a base model from nothing.
 
 Rows are (x, y) texts. x may be empty (plain language modelling) or a chat; `finish` = "length" marks a y that was cut
-and so gets no end-of-sequence id. Never samples.
+and so gets no end. Never samples.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from ple_data.common.tokens import ids_after
 from ple_data.inputs.principles import render
 from ple_data.inputs.readers import read_rows
+from ple_data.inputs.templates import response_form
 from ple_train.engine.session import Session
 from ple_train.engine.tabular import ShuffledSequences, column, file_digest
 from ple_train.log import print_to_log
 from ple_train.model.batches import Sequence
-from ple_train.model.policy import Policy
+from ple_train.model.policy import Policy, merged
 from ple_train.objectives import make_objective
 from schemas.errors import UsageError
 from schemas.options import PromptFormat, Sft
@@ -36,7 +38,7 @@ def sft(options: Sft) -> None:
         policy = session.load_policy()
         stream = sequence_stream(sequences, policy, options)
         history = session.fit(policy, stream, make_objective("sft", policy))
-        trained = policy.model if options.full or not options.merge else policy.model.merge_and_unload()
+        trained = policy.model if options.full or not options.merge else merged(policy.model)
         session.finish(trained, history, "supervised fine-tuning (Eq. 1)")
 
 
@@ -55,7 +57,7 @@ def sequence_stream(sequences: list[Sequence], policy: Policy, options: Any) -> 
 def read_sequences(
     data: Path, tokenizer: Any, max_length: int | None, prompt_format: PromptFormat = "auto"
 ) -> list[Sequence]:
-    """Rows of (x, y) as sequences: x rendered without a principle, y with its end-of-sequence id unless cut."""
+    """Rows of (x, y) as sequences: x rendered without a principle, y with the id that ends it there unless cut."""
     rows = read_rows(data)
     xs = column(rows, "x", "prompt", "messages", of=(str, list))
     ys = column(rows, "y", "response", "completion", "reference")
@@ -63,11 +65,13 @@ def read_sequences(
     for place, end in zip(rows.places, finish, strict=True):
         if end not in ("stop", "length"):
             raise UsageError(f"{data} {place}: finish is {end!r}; it must be stop or length")
-    responses = tokenizer(ys, add_special_tokens=False)["input_ids"]
+    empty = render(tokenizer, "", prompt_format="plain")
+    prompts = [render(tokenizer, x, prompt_format=prompt_format) if x else empty for x in xs]
+    form = response_form(tokenizer, prompt_format)
+    responses = ids_after(tokenizer, prompts, ys, form.lead)
     sequences = []
-    for x, y_ids, end in zip(xs, responses, finish, strict=True):
-        prompt = render(tokenizer, x, prompt_format=prompt_format) if x else tokenizer("").input_ids
-        ids = [*prompt, *y_ids, *([tokenizer.eos_token_id] if end == "stop" else [])]
+    for x, prompt, y_ids, end in zip(xs, prompts, responses, finish, strict=True):
+        ids = [*prompt, *y_ids, *([form.end if x else tokenizer.eos_token_id] if end == "stop" else [])]
         sequence = Sequence(np.array(ids, dtype=np.int32), len(prompt))
         if sequence.response > 0 and (max_length is None or len(ids) <= max_length):
             sequences.append(sequence)

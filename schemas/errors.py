@@ -5,8 +5,9 @@ Anything that is not a `PleError` is a bug of ours. This room raises nothing its
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line of at most 200 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """What another library's error says, in one line of at most 200 characters; a heading takes what follows it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
 
 
 class PleError(Exception):

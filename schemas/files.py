@@ -5,12 +5,14 @@ call, and its directory is fsynced. While it is written its writer holds an floc
 the writer dies, so a leftover of a dead writer can be told from the work of a live one.
 """
 
+import codecs
 import errno
 import fcntl
 import hashlib
 import os
 import re
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from schemas.errors import LockedError, PleError
+from schemas.errors import DamagedError, LockedError, PleError, UsageError
 
 TMP_SUFFIX = ".tmp"
 
@@ -27,7 +29,11 @@ _NEEDED = "files must be locked and hard-linked so that no writer overwrites ano
 _MAKE_ROOM = "make room (disk, quota or file-size limit) and run the same command again; nothing is lost"
 _NOT_YOURS = "the place is read-only or not yours: change its permissions or choose another directory"
 _IN_THE_WAY = "a file stands where a directory is needed, or the other way round: move it away"
+_HOLDER = re.compile(r"pid (\d{1,9}) on (.*)")
+"""What a lock file says of its holder."""
 _ADVICE = {
+    **dict.fromkeys([errno.EMFILE, errno.ENFILE], "raise the limit of open files (ulimit -n) and run it again"),
+    errno.ELOOP: "it is a link, which is never followed here: move it away",
     **dict.fromkeys([errno.ENOSPC, errno.EDQUOT, errno.EFBIG], _MAKE_ROOM),
     **dict.fromkeys([errno.EROFS, errno.EACCES, errno.EPERM], _NOT_YOURS),
     **dict.fromkeys([errno.ENOTDIR, errno.EISDIR, errno.EEXIST], _IN_THE_WAY),
@@ -36,13 +42,47 @@ _ADVICE = {
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turns an OSError of writing `path` into one PleError sentence that says what to do."""
+def explained(path: Path | str, doing: str = "write") -> Iterator[None]:
+    """Turns what the system says at `path`, also by another package, into one PleError sentence that says what to do.
+
+    doing "read": errors that are not the system's but a file's are left as they are.
+    """
     try:
         yield
-    except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "check the disk and run the same command again")
-        raise PleError(f"{path}: cannot write ({error.strerror or error}): {advice}") from error
+    except PleError:
+        raise
+    except Exception as error:
+        said = re.search(r"\(os error (\d+)\)", str(error))  # packages written in Rust say it in their text alone
+        number = int(said[1]) if said else getattr(error, "errno", None) or 0
+        if not number and (doing == "read" or not isinstance(error, OSError)):
+            raise
+        advice = _ADVICE.get(number, "check the disk and run the same command again")
+        what = os.strerror(number) if number else str(error)
+        raise PleError(f"{path}: cannot {doing} ({what}): {advice}") from error
+
+
+def refuse_no_file(path: Path | str) -> None:
+    """Raises DamagedError for a pipe, a device (neither may ever end) or a folder, PleError where nothing is."""
+    with explained(path, "read"):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DamagedError(f"{path}: it is no file: move it away, and restore the file from a copy")
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file. Raises DamagedError where it is none, PleError where it is not there or cannot be read."""
+    refuse_no_file(path)
+    with explained(path, "read"):
+        return path.read_bytes()
+
+
+def refuse_outside(root: Path | str, path: Path | str) -> None:
+    """Raises DamagedError where links lead from `path`, which is named below `root`, to somewhere else."""
+    place = os.path.realpath(path)
+    if os.path.commonpath([os.path.realpath(root), place]) != os.path.realpath(root):
+        raise DamagedError(
+            f"{path}: links lead to {place}, outside {root}, where nothing is read or written: put the file or folder "
+            "itself there"
+        )
 
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:
@@ -150,12 +190,42 @@ def remove_stale(directory: Path | str, prefix: str = "") -> int:
 
 def is_stale(path: Path | str, *, remove: bool = False) -> bool:
     """Whether a temporary file was left by a writer that is dead. remove: if so, remove it under its lock."""
-    with suppress(OSError), open(path, "rb") as file:  # removed by its owner meanwhile, or not ours to remove
-        if _try_lock(file.fileno()):
+    with suppress(OSError, PleError), open(path, "rb", opener=unfollowed) as file:  # removed meanwhile, or not ours
+        if try_lock(file.fileno(), path):
             if remove:
                 os.unlink(path)
             return True
     return False
+
+
+def unfollowed(path: Path | str, flags: int) -> int:
+    """Opens no link, and waits for no pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+
+def open_lock(path: Path) -> int:
+    """The descriptor of a lock file, made where there is none. Raises PleError, and changes nothing, where it cannot be
+    opened, is a link, or holds what no lock of ours does.
+    """
+    with explained(path):
+        make_dirs(path.parent)
+        fd = unfollowed(path, os.O_RDWR | os.O_CREAT)
+    if stat.S_ISREG(os.fstat(fd).st_mode) and _HOLDER.fullmatch(read_holder(fd) or "pid 0 on "):
+        return fd
+    os.close(fd)
+    raise DamagedError(f"{path}: it stands where a lock file belongs and is none of ours: move it away")
+
+
+def read_holder(fd: int) -> str:
+    """Who holds a lock file, as 'pid 12 on host'; empty where nobody has said so yet."""
+    return os.pread(fd, 300, 0).decode(errors="replace").strip("\0 \n")
+
+
+def note_holder(fd: int, path: Path) -> None:
+    """Write into a lock file that this process holds it."""
+    with explained(path):
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
 @contextmanager
@@ -167,38 +237,36 @@ def locked(path: Path | str, what: str | None = None, *, patience: float = 0) ->
     LockedError with its holder where another process has it, PleError where it cannot be written.
     """
     path = Path(path)
-    with explained(path):
-        make_dirs(path.parent)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    fd = open_lock(path)
     try:
         deadline = time.monotonic() + patience
-        while not _try_lock(fd):
-            holder = os.pread(fd, 300, 0).decode(errors="replace").strip()
+        while not try_lock(fd, path):
+            holder = read_holder(fd)
             if time.monotonic() >= deadline or (holder and _may_live(holder)):
                 holder = holder or "a process that has just started"
                 raise LockedError(
                     f"{what or path.parent} is locked by {holder}; wait for it to end, or give another folder"
                 )
             time.sleep(0.2)
-        with explained(path):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        note_holder(fd, path)
         yield fd
     finally:
         os.close(fd)
 
 
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+def try_lock(fd: int, path: Path | str, kind: int = fcntl.LOCK_EX) -> bool:
+    """Takes the lock of an open file; False where another process has it. Raises PleError where none can be had."""
+    with explained(path, "lock"):
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
     return True
 
 
 def _may_live(holder: str) -> bool:
     """Whether the process of a lock's text may be alive: of another machine it is believed."""
-    found = re.fullmatch(r"pid (\d+) on (.*)", holder)
+    found = _HOLDER.fullmatch(holder)
     if found is None or found[2] != socket.gethostname():
         return True
     try:
@@ -232,6 +300,27 @@ def fsync_dir(path: Path | str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def read_given(path: Path, what: str = "") -> bytes:
+    """The bytes of a file that a user named, without a byte order mark. Raises UsageError, and never opens what may not
+    end: a pipe, a device.
+    """
+    name = f"{what} {path}".strip()
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{name} is no regular file but a directory, pipe or device, which may never end; give a file")
+    try:
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def read_given_text(path: Path, what: str = "") -> str:
+    """The same as text. Raises UsageError where it is not UTF-8."""
+    try:
+        return read_given(path, what).decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what} {path} is not UTF-8 text: {error}".strip()) from error
 
 
 def sha256_file(path: Path | str) -> str:

@@ -28,8 +28,8 @@ class Answer(Paid):
     order: Order
     text: str
     finish: str | None
-    prompt_tokens: int | None = Field(ge=0)
-    completion_tokens: int | None = Field(ge=0)
+    prompt_tokens: int | None = Field(ge=0, le=10**12)
+    completion_tokens: int | None = Field(ge=0, le=10**12)
 
 
 class Reward(Paid):

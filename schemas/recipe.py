@@ -5,6 +5,7 @@ options of the command that runs it (`schemas.options`). This room starts nothin
 """
 
 import difflib
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model, model_vali
 
 from schemas import options
 from schemas.errors import UsageError
+from schemas.files import read_given_text
 from schemas.records import Strict
 
 GIVEN = {
@@ -21,6 +23,8 @@ GIVEN = {
     *("seed", "shuffle", "skip", "limit", "reuse", "dry_run", "tau0", "alpha", "resume", "report_to", "merge"),
 }
 """Options of a stage's command that the run itself gives."""
+MOST_ROUNDS, MOST_BYTES, MOST_VALUES, MOST_FAULTS = 10_000, 2**20, 100_000, 20
+"""A recipe's bounds: rounds, its file's size, keys and values with every alias written out, faults that are named."""
 OF_REWARDS = {known.name for known in options.Rewards.in_order()}
 
 
@@ -108,7 +112,7 @@ class Recipe(Strict):
     principles: str
     reward_model: str | None = None
     run_dir: str
-    rounds: int = Field(default=5, ge=1)
+    rounds: int = Field(default=5, ge=1, le=MOST_ROUNDS)
     queries_per_round: int | None = Field(default=None, ge=1)
     seed: int = _field(options.Seed.__dataclass_fields__["seed"])
     tau0: float = _field(options.Threshold.__dataclass_fields__["tau0"])
@@ -144,9 +148,10 @@ def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        faults = [_describe(fault) for fault in error.errors()]
+        faults = error.errors()
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    raise UsageError("\n  ".join([f"{source}: {count} in the recipe", *faults]))
+    more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+    raise UsageError("\n  ".join([f"{source}: {count} in the recipe", *map(_describe, faults[:MOST_FAULTS]), *more]))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -190,49 +195,86 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: the recipe is not UTF-8 text (byte {error.start})") from error
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UsageError(f"{path}{line}: not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:  # a control character
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    text = read_given_text(path, "recipe")
+    if len(text) > MOST_BYTES:
+        raise UsageError(f"{path}: a recipe has at most {MOST_BYTES} bytes: is this one?")
+    values = _parsed(text, str(path))
     if not isinstance(values, dict):
         found = "empty" if values is None else f"a {type(values).__name__}"
         raise UsageError(f"{path}: a recipe is a mapping of keys to values; this is {found}")
     return values
 
 
+def _parsed(text: str, source: str) -> Any:
+    """The value of a YAML text. Raises UsageError, whatever is wrong with it."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_nodes(node, source)
+        return loader.construct_document(node)
+    except UsageError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UsageError(f"{source}{line}: not valid YAML: {error.problem}") from error
+    except Exception as error:  # a control character, nesting, a value that its tag does not allow: !!int x, 2026-99-99
+        deep = isinstance(error, RecursionError)
+        why = "nested too deeply" if deep else " ".join(str(error).split())[:200]
+        raise UsageError(f"{source}: not valid YAML: {why}") from error
+
+
+def _check_nodes(root: yaml.Node, source: str) -> None:
+    """Refuse aliases that stand for themselves or for more values than a recipe has, and texts no command takes."""
+    sizes: dict[int, float] = {}
+
+    def size(node: yaml.Node) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = float("inf")  # what holds itself never ends
+            if isinstance(node, yaml.ScalarNode) and re.search("[\x00\ud800-\udfff]|(?s:.{4097})", node.value):
+                wrong = f"{source}, line {node.start_mark.line + 1}: a text holds a NUL or half a character, or is"
+                raise UsageError(f"{wrong} longer than 4,096 characters: correct it")
+            inside = node.value if isinstance(node, yaml.CollectionNode) else []
+            sizes[id(node)] = 1 + sum(sum(map(size, i)) if isinstance(i, tuple) else size(i) for i in inside)
+        return sizes[id(node)]
+
+    if size(root) > MOST_VALUES:
+        raise UsageError(f"{source}: a recipe holds at most {MOST_VALUES} values, with every alias written out")
+
+
 def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not (key and equals):
-        raise UsageError(f"--set {override}: write key=value, for example --set train.learning_rate=1e-4")
+        raise UsageError(f"--set {override[:80]}: write key=value, for example --set train.learning_rate=1e-4")
     *parents, last = key.split(".")
     for parent in parents:
         if values.get(parent) is None:
             values[parent] = {}
         values = values[parent]
         if not isinstance(values, dict):
-            raise UsageError(f"--set {override}: {parent} is a value, not a group of keys")
+            raise UsageError(f"--set {override[:80]}: {parent} is a value, not a group of keys")
+    values[last] = _parsed(text, f"--set {override[:80]}")
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, for a message."""
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {override}: the value is not valid YAML") from error
+        text = repr(value)
+    except (ValueError, RecursionError):  # digits that Python does not write, nesting
+        text = f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _describe(fault: Any) -> str:
-    place = ".".join(str(part) for part in fault["loc"])
+    place = ".".join(str(part) for part in fault["loc"])[:200]
     if fault["type"] == "extra_forbidden":
         return f"{place}: unknown key{_close_match(fault['loc'])}"
     if fault["type"] == "missing":
         return f"{place}: missing"
     if fault["type"] == "value_error":
         return ": ".join(part for part in (place, str(fault["ctx"]["error"])) if part)
-    return f"{place}: {fault['msg']}, not {fault['input']!r}"
+    return f"{place}: {fault['msg']}, not {_shown(fault['input'])}"
 
 
 def _close_match(loc: tuple[str | int, ...]) -> str:

@@ -3,16 +3,28 @@
 Only their form and how they are read: `ple_data.storage.store` writes them.
 """
 
+import codecs
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from schemas.errors import DamagedError, NewerError, PleError
+from schemas.errors import DamagedError, NewerError
+from schemas.files import read_file
 
 TRAINED = "ple.json"
 """The record in the directory of a training command. It is written last: where it is, the training is finished."""
+
+Round = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+UnitName = Annotated[str, Field(pattern="^[0-9A-Za-z][0-9A-Za-z_-]{0,150}$")]
+"""A unit's name stands in names of files: it never leads to another folder."""
+FileName = Annotated[str, Field(pattern=r"^\w[\w.+ -]{0,200}$")]
+"""A file's name, without a folder."""
 
 
 class Strict(BaseModel):
@@ -29,30 +41,56 @@ class Record(Strict):
         return self.model_dump_json(indent=1) + "\n"
 
 
-class Commit(Record):
+class Sealed(Record):
+    """A record whose file also holds, as `seal`, the SHA-256 of its other fields; those of version 1 had none."""
+
+    def to_json(self) -> str:
+        """The record as it stands in its file, with its seal."""
+        fields = self.model_dump(mode="json")
+        return json.dumps({**fields, "seal": _seal(fields)}, indent=1, ensure_ascii=False) + "\n"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unsealed(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and ("seal" in fields or fields.get("version", 1) != 1):
+            seal, fields = fields.get("seal"), {name: value for name, value in fields.items() if name != "seal"}
+            if seal != _seal(fields) and fields.get("version") in (1, cls.model_fields["version"].default):
+                raise ValueError("changed since it was written: its seal is not that of its fields")
+        return fields
+
+
+def _seal(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+Kind = Literal["responses", "pairs", "answers"]
+"""The tables that a data directory holds."""
+
+
+class Commit(Sealed):
     """One committed shard. `file` is relative to the data directory; `bytes` and `sha256` are of the whole file."""
 
-    version: Literal[1] = 1
-    kind: Literal["responses", "pairs", "answers"]
-    round: int = Field(ge=0)
-    unit: str = Field(min_length=1)
+    version: Literal[1, 2] = 2
+    kind: Kind
+    round: Round
+    unit: UnitName
     file: str
-    rows: int = Field(ge=0)
-    bytes: int = Field(gt=0)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    rows: Count
+    bytes: int = Field(gt=0, lt=2**63)
+    sha256: Sha256
 
 
-class RoundManifest(Record):
+class RoundManifest(Sealed):
     """What one round of generation was asked to do, frozen when it first starts.
 
     `settings` decide the rows: two starts of a round must agree on each. `counts` (queries read, kept,
     dropped) and `notes` (machine, versions) are for people.
     """
 
-    version: Literal[1] = 1
-    round: int = Field(ge=0)
+    version: Literal[1, 2] = 2
+    round: Round
     settings: dict[str, JsonValue]
-    counts: dict[str, int] = Field(default_factory=dict)
+    counts: dict[str, Count] = Field(default_factory=dict)
     notes: dict[str, JsonValue] = Field(default_factory=dict)
 
     @property
@@ -80,9 +118,7 @@ def read_record(model: type[R], path: Path, advice: str = "run `ple verify` on i
     cannot be read.
     """
     try:
-        return model.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise PleError(f"{path}: cannot read ({error.strerror}): check its permissions and the disk") from error
+        return model.model_validate_json(read_file(path).removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         known = model.model_fields["version"].default
         for fault in error.errors():

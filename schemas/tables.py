@@ -13,6 +13,7 @@ A column that came after version 1 is nullable and carries the version it came w
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from schemas.errors import DamagedError, NewerError, PleError, first_line
+from schemas.errors import DamagedError, NewerError, first_line
+from schemas.files import explained, refuse_no_file
 
 METADATA_KEY = b"ple"
 
@@ -288,12 +290,11 @@ RESTORE = "restore it from a copy, or run `ple verify` on its directory and foll
 @contextmanager
 def _opened(path: Path | str) -> Iterator[pq.ParquetFile]:
     """The Parquet file, open; whatever Arrow says of it becomes a DamagedError."""
+    if not os.path.exists(path):
+        raise DamagedError(f"{path}: the file is missing: {RESTORE}")
+    refuse_no_file(path)
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            yield file
-    except FileNotFoundError as error:
-        raise DamagedError(f"{path}: the file is missing: {RESTORE}") from error
-    except PermissionError as error:
-        raise PleError(f"{path}: cannot read ({error.strerror}): change its permissions") from error
+        with explained(path, "read"), pa.OSFile(os.fsencode(path)) as source:
+            yield pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are no UTF-8, nulls
         raise DamagedError(f"{path}: not a whole Parquet file ({first_line(error)}): {RESTORE}") from error

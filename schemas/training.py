@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, JsonValue
 
-from schemas.records import Record, Strict
+from schemas.records import Count, FileName, Record, Round, Sha256, Strict, UnitName
 
 METRICS = {"kind": "train_metrics", "version": 1}
 """In the metadata of a file of metrics: one row a step, numbers only; a training's columns are its objective's."""
@@ -24,10 +24,10 @@ class Trained(Record):
     version: Literal[1] = 1
     kind: Literal["ple", "sft", "reward", "baseline"]
     settings: dict[str, JsonValue]
-    steps: int = Field(ge=0)
+    steps: Count
     machine: dict[str, JsonValue] = Field(default_factory=dict)
     cost: dict[str, int | float] = Field(default_factory=dict)
-    files: dict[str, str]
+    files: dict[FileName, Sha256]
     packages: dict[str, str] = Field(default_factory=dict)
 
 
@@ -36,7 +36,7 @@ class CheckpointState(Record):
 
     version: Literal[1] = 1
     command: str | None = None
-    step: int = Field(ge=0)
+    step: Count
     settings: dict[str, JsonValue]
     machine: dict[str, JsonValue] = Field(default_factory=dict)
 
@@ -45,10 +45,10 @@ class SnapshotPart(Strict):
     """One shard of pairs; `rows` of it are trained on. `store` is where it lay."""
 
     store: str
-    round: int = Field(ge=0)
-    unit: str
-    sha256: str
-    rows: int = Field(ge=0)
+    round: Round
+    unit: UnitName
+    sha256: Sha256
+    rows: Count
 
 
 class Snapshot(Record):
@@ -64,7 +64,7 @@ class StageRecord(Strict):
     of the host's memory and of each GPU's."""
 
     stage: str
-    round: int | None
+    round: Round | None
     command: list[str]
     start: str
     end: str | None = None

@@ -4,13 +4,15 @@
 
 A line of JSON on stdin starts one command: {"argv": [...], "log": FILE, "watch": DIR} and, to kill it with -9, either
 "kill_after": SECONDS or "kill_at": N, which is just before the N-th change under DIR (a file opened for writing,
-linked, renamed, removed, a directory made). When it has ended, a line of JSON on stdout says so: {"exit": CODE,
-"seconds": S}; -9 is killed. The log gets its output, a line `unit ID` for each unit that it samples and, at the end,
+linked, renamed, removed, a directory made). "fault": [N, KIND, ERRNO] is for a server that has tests/faults/shim.c
+preloaded. When it has ended, a line of JSON on stdout says so: {"exit": CODE, "seconds": S}; -9 is killed, 124 took
+more than "limit" seconds. The log gets its output, a line `unit ID` for each unit that it samples and, at the end,
 `changes N`.
 
 The server never runs torch itself: a fork is safe only while there are no threads.
 """
 
+import ctypes
 import json
 import os
 import select
@@ -18,6 +20,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 CHANGES = {"os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
@@ -34,14 +37,24 @@ def serve() -> None:
         if child == 0:
             run(request)
         kill_after = request.get("kill_after")
-        if kill_after is not None:
-            ended = os.pidfd_open(child)
-            if not select.select([ended], [], [], kill_after)[0]:
-                os.kill(child, signal.SIGKILL)
-            os.close(ended)
+        if kill_after is not None and not ended_within(child, kill_after):
+            os.kill(child, signal.SIGKILL)
+        limit = request.get("limit")
+        late = limit is not None and not ended_within(child, limit)
+        if late:
+            os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        answer = {"exit": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began}
+        code = 124 if late else os.waitstatus_to_exitcode(status)
+        answer = {"exit": code, "seconds": time.monotonic() - began}
         print(json.dumps(answer), flush=True)
+
+
+def ended_within(child: int, seconds: float) -> bool:
+    ended = os.pidfd_open(child)
+    try:
+        return bool(select.select([ended], [], [], seconds)[0])
+    finally:
+        os.close(ended)
 
 
 def import_everything() -> None:
@@ -71,8 +84,11 @@ def run(request: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    changes = count_changes(request["watch"], request.get("kill_at"))
-    log_sampled_units(log)
+    if "fault" in request:
+        counted = arm(request["watch"], *request["fault"])
+    else:
+        counted = count_changes(request["watch"], request.get("kill_at"))
+        log_sampled_units(log)
     code = 70
     try:
         import cli
@@ -85,11 +101,19 @@ def run(request: dict[str, Any]) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.write(log, f"changes {changes[0]}\n".encode())
+        os.write(log, f"\n{counted()}\n".encode())
         os._exit(code)
 
 
-def count_changes(watch: str, kill_at: int | None) -> list[int]:
+def arm(watch: str, n: int, kind: int, error: int) -> Callable[[], str]:
+    """Let the n-th file operation under `watch` meet a fault, by the library that is preloaded."""
+    shim = ctypes.CDLL(None)
+    shim.fault_count.restype, shim.fault_last.restype = ctypes.c_long, ctypes.c_char_p
+    shim.fault_arm(watch.encode(), ctypes.c_long(n), kind, error)
+    return lambda: f"operations {shim.fault_count()} {shim.fault_last().decode()}"
+
+
+def count_changes(watch: str, kill_at: int | None) -> Callable[[], str]:
     """Count the file-system changes under `watch`; die by SIGKILL just before the one numbered `kill_at`."""
     seen = [0]
 
@@ -101,7 +125,7 @@ def count_changes(watch: str, kill_at: int | None) -> list[int]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    return seen
+    return lambda: f"changes {seen[0]}"
 
 
 def log_sampled_units(log: int) -> None:

@@ -5,6 +5,7 @@ in a second. Nothing is downloaded, and the same arguments always write the same
 """
 
 import itertools
+import json
 from pathlib import Path
 
 EOS, PAD, BOS = "<|end|>", "<|pad|>", "<|begin|>"
@@ -14,6 +15,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+TURNS = (
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] | trim }}<|over|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+"""Ends a turn with a token of its own, as ChatML does; needs the special tokens <|turn|> and <|over|>."""
 CHAT_TEMPLATE_WITHOUT_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     + CHAT_TEMPLATE
@@ -39,11 +45,17 @@ def corpus() -> list[str]:
 
 
 def tiny_tokenizer(
-    *, vocab: int = 384, add_bos: bool = False, chat: bool | str = False, eos: bool = True, pad: bool = True
+    *,
+    vocab: int = 384,
+    add_bos: bool = False,
+    chat: bool | str = False,
+    eos: bool = True,
+    pad: bool = True,
+    special: tuple[str, ...] = (),
 ):
     """A byte-level BPE tokenizer; `add_bos` makes its post-processor put BOS before every text.
 
-    chat: False, True, or "no-system" for a template that raises on a system message.
+    chat: False, True, "no-system" for a template that raises on a system message, or a template.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +65,7 @@ def tiny_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=[PAD, EOS, BOS],
+        special_tokens=[PAD, EOS, BOS, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -71,8 +83,45 @@ def tiny_tokenizer(
         special["pad_token"] = PAD
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     if chat:
-        fast.chat_template = CHAT_TEMPLATE_WITHOUT_SYSTEM if chat == "no-system" else CHAT_TEMPLATE
+        known = {True: CHAT_TEMPLATE, "no-system": CHAT_TEMPLATE_WITHOUT_SYSTEM}
+        fast.chat_template = known.get(chat, chat)
     return fast
+
+
+def spm_tokenizer(*, special: tuple[str, ...] = (), template: str | None = None):
+    """A SentencePiece-like tokenizer: decoding drops the first space, encoding adds one, rare characters are bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    pieces = ["<unk>", BOS, EOS, PAD, *special]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # pieces are words; for training alone
+    tokenizer.train_from_iterator(
+        corpus(), trainers.BpeTrainer(vocab_size=300, special_tokens=pieces, show_progress=False)
+    )
+    learned = json.loads(tokenizer.to_str())["model"]
+    vocab = learned["vocab"] | {f"<0x{byte:02X}>": len(learned["vocab"]) + byte for byte in range(256)}
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer.model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.pre_tokenizer = None
+    begin = [(BOS, tokenizer.token_to_id(BOS))]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=begin)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token="<unk>"
+    )
+    fast.chat_template = template
+    return fast
+
+
+def policy_of(directory: Path | str, tokenizer, *, seed: int = 0) -> Path:
+    """A random Llama policy with this tokenizer, written to `directory`."""
+    from transformers import LlamaForCausalLM
+
+    return _save(directory, LlamaForCausalLM(_llama_config(tokenizer, 64, 2, seed)), tokenizer)
 
 
 def _llama_config(tokenizer, hidden: int, layers: int, seed: int, **more):
@@ -80,21 +129,21 @@ def _llama_config(tokenizer, hidden: int, layers: int, seed: int, **more):
     from transformers import LlamaConfig
 
     torch.manual_seed(seed)
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-        head_dim=32,
-        max_position_embeddings=2048,
-        initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **more,
-    )
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 32,
+        "num_key_value_heads": hidden // 32,
+        "head_dim": 32,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.1,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return LlamaConfig(**shape | more)
 
 
 def tiny_policy(
@@ -108,12 +157,16 @@ def tiny_policy(
     add_bos: bool = False,
     eos: bool = True,
     pad: bool = True,
+    **more,
 ) -> Path:
-    """A random LlamaForCausalLM with its tokenizer, written to `directory` (heads of 32: vLLM on CPU takes them)."""
+    """A random LlamaForCausalLM with its tokenizer, written to `directory` (heads of 32: vLLM on CPU takes them).
+
+    more: of its configuration.
+    """
     from transformers import LlamaForCausalLM
 
     tokenizer = tiny_tokenizer(vocab=vocab, add_bos=add_bos, chat=chat, eos=eos, pad=pad)
-    model = LlamaForCausalLM(_llama_config(tokenizer, hidden, layers, seed))
+    model = LlamaForCausalLM(_llama_config(tokenizer, hidden, layers, seed, **more))
     return _save(directory, model, tokenizer)
 
 
@@ -136,21 +189,31 @@ def tiny_reward(
     return _save(directory, LlamaForSequenceClassification(config), tokenizer)
 
 
-def tiny_adapter(model_dir: Path | str, directory: Path | str, *, rank: int = 8, seed: int = 2) -> Path:
-    """A random, non-zero LoRA adapter over all linear modules of `model_dir`, written to `directory`."""
+def tiny_adapter(
+    model_dir: Path | str, directory: Path | str, *, rank: int = 8, seed: int = 2, added: int = 0, **more
+) -> Path:
+    """A random, non-zero LoRA adapter over all linear modules of `model_dir`, written to `directory`.
+
+    added: tokens that the model is resized by before. more: of LoraConfig.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(str(model_dir))
+    if added:
+        base.resize_token_embeddings(base.config.vocab_size + added, mean_resizing=False)
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | more
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, **options)
     model = get_peft_model(base, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.1)
-    model.save_pretrained(str(directory))
+            elif parameter.requires_grad:  # biases, modules_to_save
+                parameter.add_(0.1)
+    model.save_pretrained(str(directory), save_embedding_layers=bool(added))
     return Path(directory)
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import click
 
 from ple_data.common.click_options import parameters_of
+from ple_data.common.loading import is_out_of_memory
+from ple_data.common.terminal import guarded
 from schemas import options
-from schemas.errors import PleError
+from schemas.errors import PleError, first_line
 
 _HELP = tomllib.loads(Path(options.__file__).with_name("help.toml").read_text(encoding="utf-8"))
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
@@ -28,7 +30,15 @@ _LESS_MEMORY = {
 """Parameters that lower the memory of a command which has them, and how to say so."""
 
 
-class Command(click.Command):
+class _Guarded(click.Command):
+    """Nothing that a command writes steers the terminal or shows a secret."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with guarded():
+            return super().main(*args, **kwargs)
+
+
+class Command(_Guarded):
     """A command whose help groups its options, and whose errors become one line and a documented exit code."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -69,27 +79,19 @@ def _explain(error: BaseException, command: click.Command) -> tuple[str, int]:
     """The line that a user reads, and the exit code."""
     if isinstance(error, PleError):
         return str(error), error.exit_code
-    if isinstance(error, OSError) and error.strerror:
+    safe = "what was committed before is safe, run the same command again"
+    if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}; what was committed before is safe, run the same command again", 1
+        return f"{place}{error.strerror or first_line(error)}; {safe}", 1
     if is_out_of_memory(error):
-        advice = _less_memory(command)
-        return f"out of memory{advice}; what was committed before is safe, run the same command again", 1
-    first_line = (str(error).splitlines() or [""])[0]
-    return f"unexpected {type(error).__name__}: {first_line} (--debug shows where; please report it)", 1
+        return f"out of memory{_less_memory(command)}; {safe}", 1
+    return f"unexpected {type(error).__name__}: {first_line(error)} (--debug shows where; please report it)", 1
 
 
 def _less_memory(command: click.Command) -> str:
     """What of its own options makes the command need less; nothing where it has none."""
     own = [_LESS_MEMORY[parameter.name] for parameter in command.params if parameter.name in _LESS_MEMORY]
     return f"; less is needed with {', or with '.join(own)}" if own else ""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Torch has an exception of its own for a GPU, and a plain RuntimeError for a CPU."""
-    if type(error) is RuntimeError:
-        return "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 @contextlib.contextmanager
@@ -113,10 +115,8 @@ def _reader_is_gone() -> bool:
 
 
 def say(message: str) -> None:
-    """A message may quote a file: nothing in it steers the terminal."""
-    from ple_data.common.terminal import printable
-
-    click.echo("\n".join(map(printable, message.split("\n"))), err=True)
+    """A message for people."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -149,14 +149,14 @@ def command(
         function = pkgutil.resolve_name(run) if isinstance(run, str) else run
         text = function(**chosen.values()) if by_name else function(chosen)
         if text is not None:
-            click.echo(text)
+            print(text)
 
     parameters = [*parameters_of(kind), *hidden]
     made = Command(name.split()[-1], callback=callback, params=parameters, context_settings=_CONTEXT, **_HELP[name])
     return version(debug(made))
 
 
-class _Group(click.Group):
+class _Group(_Guarded, click.Group):
     """Lists the commands in the order in which a user meets them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

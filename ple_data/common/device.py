@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils import cached_file, logging
 
+from ple_data.common.loading import DAMAGED, loading
+from ple_data.common.models import INDEX, index_files, load_config, refuse_foreign_files, refuse_quantized
 from schemas.errors import UsageError
 
+META = torch.device("meta")
+"""For models that are wanted for their names and shapes alone."""
 AMPERE = (8, 0)
 """The first compute capability of NVIDIA that multiplies bfloat16 by itself; older cards emulate it, slowly."""
 
@@ -48,17 +57,75 @@ def describe(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
 
 
-def load_weights(kind: Any, model: str, device: torch.device, **options: Any) -> Any:
-    """`kind.from_pretrained`, safetensors only and without the model's own code.
+def load_weights(
+    kind: Any, model: str, device: torch.device, what: str, advice: str = DAMAGED, *, head: bool = False, **options: Any
+) -> Any:
+    """`kind.from_pretrained`, safetensors only and without the model's own code; no weight is ever made up.
 
-    Each weight goes straight to a GPU, never all of them to the host first; torch's attention is made ready for lengths
-    that it has not seen. Raises what transformers raises.
+    head: what lies outside of the body may be missing or of another shape, and is then new. options: `revision`,
+    `config` (else the model's own), and what from_pretrained takes. Each weight goes straight to a GPU, never all of
+    them to the host first; torch's attention is made ready for lengths that it has not seen. Raises UsageError that
+    names `what` was loaded and gives `advice`.
     """
+    config = options.pop("config", None) or load_config(model, options.get("revision"))
+    with loading(what, advice):
+        _refuse_unsafe(model, options.get("revision"), config)
     if device.type != "cpu":
         options["device_map"] = {"": device}
     if torch.cuda.is_available():  # cuDNN's makes a plan for every new length: 120 ms on an H100, for 1 ms of work
         torch.backends.cuda.enable_cudnn_sdp(False)
-    return kind.from_pretrained(model, use_safetensors=True, trust_remote_code=False, **options)
+    options |= {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)  # transformers' sdpa leaves it out
+    if capped and options.setdefault("attn_implementation", "eager") == "sdpa":
+        raise UsageError("attention sdpa leaves out this model's attn_logit_softcapping: use eager, or leave it out")
+    for part in (config, config.get_text_config()):  # an id for padding that the embedding has no row for
+        if (getattr(part, "pad_token_id", None) or 0) >= getattr(part, "vocab_size", math.inf):
+            part.pad_token_id = None
+    logging.disable_progress_bar()
+    with loading(what, advice):
+        loaded, info = kind.from_pretrained(model, config=config, output_loading_info=True, **options)
+    _refuse_made_up(model, loaded, info, head)
+    return loaded
+
+
+def _refuse_unsafe(model: str, revision: str | None, config: Any) -> None:
+    """Of a hub id what `check_model` refuses of a directory: quantized weights, pickles, an adapter beside a model."""
+    refuse_quantized(model, config.to_dict())
+    refuse_foreign_files(Path(model) / "config.json", [getattr(config, "transformers_weights", None)])
+    if Path(model).is_dir():
+        return
+    found = partial(cached_file, model, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if found("adapter_config.json"):
+        raise UsageError(f"{model} holds an adapter: download it, and give it with --adapter and its base with --model")
+    if index := found(INDEX):
+        index_files(Path(index))
+
+
+def _refuse_made_up(model: str, loaded: Any, info: dict[str, Any], head: bool) -> None:
+    """Raise UsageError for weights that no file holds, or in another shape: they would be random numbers."""
+    body = f"{loaded.base_model_prefix}."
+    shapes = {name: f" ({list(held)} instead of {list(wanted)})" for name, held, wanted in info["mismatched_keys"]}
+    names = sorted({*info["missing_keys"], *shapes})
+    if head:
+        names = [name for name in names if name.startswith(body) and ".pooler." not in name]
+    if names:
+        first = ", ".join(name + shapes.get(name, "") for name in names[:3])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UsageError(
+            f"{model} is no trained {type(loaded).__name__}: its files lack {first}{more}, which would be random "
+            "numbers; get the files again, or name a model that was trained as one"
+        )
+
+
+def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False) -> Any:
+    """`PeftModel` over a causal language model. Raises UsageError where it does not fit or lacks a weight."""
+    from peft import PeftModel
+
+    options: dict[str, Any] = {"use_safetensors": True, "torch_device": str(model.device)}
+    advice = "it is damaged or does not fit this --model"
+    with loading(f"--adapter {adapter}", advice), warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, **options)
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:

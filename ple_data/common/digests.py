@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ple_data.common.loading import loading
 from schemas.files import sha256_file
 
 DIGEST_DIGITS = 12
@@ -69,7 +70,8 @@ def _named(model: str | Path, revision: str | None) -> str:
 def _resolve_commit(model: str, revision: str | None) -> str:
     from transformers import AutoConfig
 
-    commit = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)._commit_hash
+    with loading(f"the configuration of {model}"):
+        commit = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)._commit_hash
     return commit[:DIGEST_DIGITS] if commit else (revision or "main")
 
 

@@ -3,16 +3,34 @@
 Every fault is a UsageError that names the directory and what to do, raised before an engine is started.
 """
 
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ple_data.common.digests import model_digest
+from ple_data.common.loading import check_sizes, loading
 from schemas.errors import UsageError, first_line
+from schemas.files import explained
+from schemas.json_text import parse_json
 
+INDEX = "model.safetensors.index.json"
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""What configurations call the number of layers, and that of positions."""
+COUNTED_FROM_PAD = {
+    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+"""Kinds of models whose positions begin behind the pad id: the embedding has rows that are no positions."""
+REWRITES = re.compile("pissa|olora|corda|loftq|lora_ga")
+"""Ways of peft to begin an adapter (init_lora_weights) that change the weights below it too."""
+REBUILT = ("pissa", "olora", "loftq")
+"""Those of them whose change peft makes again, the same, each time it loads the adapter."""
+CONVERT = "save it as a plain LoRA adapter: peft's save_pretrained with path_initial_model_for_weight_conversion"
+UNSUPPORTED = ("alora_invocation_tokens", "layer_replication", "megatron_config")
+"""Settings of adapters under which a row's numbers, or the code that runs, are not those of a LoRA adapter."""
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 
@@ -25,76 +43,144 @@ class AdapterInfo:
     rank: int
     config: dict[str, Any]
 
+    @property
+    def changes_base(self) -> str | None:
+        """The setting under which training changed weights of the base, so that with the adapter off the model is
+        another than its start policy."""
+        init = self.config.get("init_lora_weights")
+        if isinstance(init, str) and REWRITES.match(init.lower()):
+            return f"init_lora_weights {init}"
+        bias = self.config.get("bias") or "none"
+        return None if bias == "none" else f"bias {bias}"
 
-def check_model(model: str | Path) -> None:
-    """Refuse a model directory that is none or unfinished. A hub id is left to the hub client."""
+
+def check_model(model: str | Path, *, quantized: bool = False) -> None:
+    """Refuse a model directory that is none, unfinished or, unless `quantized`, quantized. Hub ids: when they load."""
     directory = Path(model)
     if not directory.exists():
         if str(model).startswith((".", "/", "~")) or not _HUB_ID.match(str(model)):
             raise UsageError(f"model directory {model} does not exist; give a directory or a hub id")
         return
+    files = {path.suffix for path in (directory.iterdir() if directory.is_dir() else [directory])}
+    if ".gguf" in files and ".safetensors" not in files:
+        raise UsageError(f"{model} is in GGUF format, which is not read: give the safetensors that it was made of")
     if not directory.is_dir():
         raise UsageError(f"{model} is a file; --model takes a directory written by save_pretrained, or a hub id")
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
             raise UsageError(f"{model} is an adapter; give it with --adapter and its base with --model")
         raise UsageError(f"{model} is no model directory: it has no config.json")
-    _read_json(directory / "config.json")
-    _tensor_shapes(directory)
+    config = _read_json(directory / "config.json")
+    check_sizes(config, str(directory / "config.json"))
+    if (directory / "adapter_config.json").is_file():
+        raise UsageError(f"{model} holds a model and an adapter, of which libraries load one or both: keep them apart")
+    if not quantized:
+        refuse_quantized(model, config)
+    refuse_foreign_files(directory / "config.json", [config.get("transformers_weights")])
+    held = len(_tensor_shapes(directory))
+    for part in (config, config.get("text_config") or {}):
+        layers = next((part[name] for name in LAYERS if isinstance(part.get(name), int)), 0)
+        if layers > held:
+            raise UsageError(f"{directory}: config.json speaks of {layers} layers, but there are {held} weights in all")
 
 
-def load_tokenizer(model: str | Path, revision: str | None = None, *, note: Callable[[str], None] = print) -> Any:
+def refuse_quantized(model: str | Path, config: Mapping[str, Any]) -> None:
+    """Raise UsageError for a configuration of quantized weights: each format would need a package of its own."""
+    if found := config.get("quantization_config"):
+        kind = str(found.get("quant_method", "unknown") if isinstance(found, dict) else found)[:40].upper()
+        raise UsageError(
+            f"{model} is quantized ({kind}): give the model in full precision that it was made of (only sampling with "
+            "--engine vllm reads quantized models)"
+        )
+
+
+def refuse_foreign_files(path: Path, names: Iterable[Any]) -> None:
+    """Raise UsageError where `path` names weights (None: nothing) that are no safetensors of its own folder."""
+    for name in names:
+        if name is not None and not (isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name)):
+            raise UsageError(f"{path} names {str(name)[:200]!r}: weights are read from *.safetensors beside it alone")
+
+
+def load_tokenizer(
+    model: str | Path, revision: str | None = None, *, note: Callable[[str], None] = print, ends: bool = True
+) -> Any:
     """The model's tokenizer, with an EOS and a pad token. `note` is told where EOS stands in for a missing pad.
 
-    EOS as pad is harmless in generation: padded positions are masked. Raises UsageError without a tokenizer or EOS.
+    EOS as pad is harmless in generation: padded positions are masked. Raises UsageError without a tokenizer or, where
+    texts have ends, without an EOS.
     """
     from transformers import AutoTokenizer
 
-    try:
+    with loading(f"the tokenizer of {model}"):
         tokenizer = AutoTokenizer.from_pretrained(str(model), revision=revision, trust_remote_code=False)
-    except Exception as error:
-        raise UsageError(f"cannot load the tokenizer of {model}: {first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some faults show when it is used
+    if ends and tokenizer.eos_token_id is None:
         raise UsageError(
             f"the tokenizer of {model} has no EOS token, so no response could end; "
             'set "eos_token" in its tokenizer_config.json'
         )
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
         note(f"note: the tokenizer of {model} has no pad token; its EOS token pads (masked, so harmless)")
     return tokenizer
 
 
-def load_config(model: str | Path, revision: str | None = None) -> Any:
+def pad_id(tokenizer: Any, vocabulary: int) -> int:
+    """An id to pad with that the embedding has: the tokenizer's, where it is none of those added without a row for it.
+
+    Padding is masked, so any id in range serves.
+    """
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id)
+    return next((id for id in known if id is not None and 0 <= id < vocabulary), 0)
+
+
+def load_config(model: str | Path, revision: str | None = None, **changes: Any) -> Any:
     """The model's configuration. Raises UsageError where there is none, or where it needs code of its repository."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(str(model), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"cannot load the configuration of {model}: {first_line(error)}") from error
+    with loading(f"the configuration of {model}"):
+        return AutoConfig.from_pretrained(str(model), revision=revision, trust_remote_code=False, **changes)
 
 
 def end_ids(model: str | Path, tokenizer: Any, revision: str | None = None) -> tuple[int, ...]:
     """Token ids that end a response: the tokenizer's EOS and those of the model's generation configuration."""
     from transformers import GenerationConfig
 
+    name = "generation_config.json"
     try:
-        configured = GenerationConfig.from_pretrained(str(model), revision=revision or "main").eos_token_id
-    except OSError:
-        configured = getattr(load_config(model, revision), "eos_token_id", None)
+        with loading(f"{name} of {model}"):
+            configured = GenerationConfig.from_pretrained(str(model), revision=revision or "main").eos_token_id
+    except UsageError as error:
+        if (Path(model) / name).exists() or not isinstance(error.__cause__, OSError):
+            raise
+        name, configured = "config.json", getattr(load_config(model, revision), "eos_token_id", None)
     more = configured if isinstance(configured, list) else [configured]
+    if not all(i is None or (type(i) is int and 0 <= i < 2**31) for i in more):
+        raise UsageError(f"{model}: eos_token_id in {name} is no token id or list of them: correct it")
     return tuple(dict.fromkeys(i for i in [tokenizer.eos_token_id, *more] if i is not None))
 
 
-def max_positions(model: str | Path, revision: str | None = None) -> int | None:
-    """The longest sequence in tokens that the model was made for; None where its configuration does not say."""
-    config = load_config(model, revision)
-    text_config = config.get_text_config()
-    scaling = getattr(text_config, "rope_parameters", None) or {}
-    if scaling.get("rope_type", "default") != "default":
+def positions_of(config: Any) -> int | None:
+    """The longest sequence in tokens that a model takes; None where its configuration does not say.
+
+    Stretched positions (YaRN, linear) count. Where a row's scaling depends on the longest row of its batch (longrope,
+    dynamic NTK), the limit is where that begins, so that no row depends on others.
+    """
+    config = config.get_text_config()
+    limit = next((n for n in (getattr(config, name, None) for name in POSITIONS) if isinstance(n, int) and n > 0), None)
+    if limit is None:
         return None
-    return getattr(text_config, "max_position_embeddings", None)
+    if config.model_type in COUNTED_FROM_PAD:
+        pad = config.pad_token_id
+        return limit - 1 - (1 if pad is None else pad)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    if scaling.get("rope_type") in ("yarn", "linear"):
+        original = scaling.get("original_max_position_embeddings") or limit
+        return max(limit, int(original * (scaling.get("factor") or 1)))
+    for part in (scaling, *scaling.values()):  # some have one for each kind of layer
+        if isinstance(part, dict) and part.get("rope_type") in ("longrope", "dynamic"):
+            limit = min(limit, part.get("original_max_position_embeddings") or limit)
+    return limit
 
 
 def check_adapter(adapter: str | Path, model: str | Path) -> AdapterInfo:
@@ -107,12 +193,20 @@ def check_adapter(adapter: str | Path, model: str | Path) -> AdapterInfo:
         raise UsageError(f"adapter {adapter} is unfinished: it has no adapter_model.safetensors")
     if config.get("peft_type") != "LORA":
         raise UsageError(f"adapter {adapter} is of type {config.get('peft_type')}; only LoRA adapters are supported")
+    if unsupported := next((name for name in UNSUPPORTED if config.get(name)), None):
+        raise UsageError(f"adapter {adapter} has {unsupported}: only plain LoRA adapters are supported")
     shapes = _header(directory / "adapter_model.safetensors")
     _check_base_name(adapter, config.get("base_model_name_or_path"), model)
     if Path(model).is_dir():
         _check_base_shapes(adapter, shapes, model)
-    rank = max([config.get("r", 0), *config.get("rank_pattern", {}).values()])
-    return AdapterInfo(directory.resolve(), rank, config)
+    with loading(f"the adapter {adapter}"):
+        rank = max(map(int, [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]))
+        info = AdapterInfo(directory.resolve(), rank, config)
+        changed = info.changes_base
+        rebuilt = str(config.get("init_lora_weights")).lower() in REBUILT
+    if changed and "init" in changed and not rebuilt:
+        raise UsageError(f"adapter {adapter} has {changed}, which changed weights that it does not hold; {CONVERT}")
+    return info
 
 
 def _check_base_name(adapter: str | Path, base: str | None, model: str | Path) -> None:
@@ -132,10 +226,19 @@ def _check_base_shapes(adapter: str | Path, shapes: dict[str, tuple[str, list[in
     patterns = {re.sub(r"\d+", "#", tail) for tail in base}
     found = False
     for name, (_, shape_a) in shapes.items():
+        whole = base.get(_tail(name.removeprefix("base_model.model.").replace(".base_layer.", ".")))
+        if whole and whole[0] in _FLOAT_DTYPES and whole[1] != shape_a:
+            raise UsageError(
+                f"adapter {adapter} holds {name} of {_times(shape_a)}, which in {model} is {_times(whole[1])}: give "
+                "--model the resized model that it was trained with"
+            )
+        other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+        if other not in shapes:
+            raise UsageError(f"adapter {adapter} is unfinished: it has {name}, but no {other}")
         if not name.endswith(".lora_A.weight"):
             continue
         module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        shape_b = shapes.get(name.replace(".lora_A.", ".lora_B."), ("", [0]))[1]
+        shape_b = shapes[other][1]
         tail = _tail(f"{module}.weight")
         if tail not in base:
             if re.sub(r"\d+", "#", tail) in patterns:
@@ -146,10 +249,14 @@ def _check_base_shapes(adapter: str | Path, shapes: dict[str, tuple[str, list[in
         if dtype in _FLOAT_DTYPES and sorted(shape) != sorted([shape_a[-1], shape_b[0]]):
             raise UsageError(
                 f"adapter {adapter} is of another base: it changes {module} as {shape_b[0]} x {shape_a[-1]}, "
-                f"which in {model} is {' x '.join(map(str, shape))}"
+                f"which in {model} is {_times(shape)}"
             )
     if not found:
         raise UsageError(f"adapter {adapter} is of another base: none of its modules is in {model}")
+
+
+def _times(shape: list[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _tail(name: str) -> str:
@@ -160,9 +267,9 @@ def _tail(name: str) -> str:
 
 def _tensor_shapes(directory: Path) -> dict[str, tuple[str, list[int]]]:
     """dtype and shape of every weight of a model directory, from its safetensors headers."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
+        names = sorted(index_files(index))
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise UsageError(f"model directory {directory} is unfinished: {', '.join(missing)} missing")
@@ -176,12 +283,21 @@ def _tensor_shapes(directory: Path) -> dict[str, tuple[str, list[int]]]:
     return shapes
 
 
+def index_files(index: Path) -> set[str]:
+    """The files that an index of weights names. Raises UsageError for one that could run code or lies elsewhere."""
+    weights = _read_json(index).get("weight_map")
+    if not isinstance(weights, dict):
+        raise UsageError(f"{index} is no index of weights: it has no weight_map")
+    refuse_foreign_files(index, weights.values())
+    return set(weights.values())
+
+
 def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
     """dtype and shape by name from a safetensors header. Raises UsageError where the file is cut short."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), framework="numpy") as file:
+        with explained(path, "read"), safe_open(str(path), framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
@@ -190,6 +306,9 @@ def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"{path} is no valid JSON: {error}") from error
+        raise UsageError(f"{path} is no valid JSON: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} holds a JSON {type(found).__name__}, not an object with fields: write it again")
+    return found

@@ -1,12 +1,60 @@
-"""Text of models and users made fit for a terminal: control characters escaped, lines wrapped by display width."""
+"""Text of models and users made fit for a terminal: control characters escaped, lines wrapped by display width.
 
+All that a command prints goes through `guarded`, whoever writes it.
+"""
+
+import re
+import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from itertools import zip_longest
 from typing import Any
 
-WIDTH = 100
-"""Columns of what commands print."""
+from ple_data.common.secrets import strike
+
+WIDTH, LONGEST_LINE = 100, 2000
+"""Columns of what commands print, and characters of a line on stderr at most."""
+_COLOURS, _CURSOR_UP = re.compile(r"\x1b\[[0-9;]*m"), "\x1b[A"
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Let all that is written to stdout and stderr meanwhile be printable, whoever writes it.
+
+    JSON on stdout is ASCII, so nothing of it is changed. On stderr secrets are struck out, and a line has at most
+    LONGEST_LINE characters.
+    """
+    with redirect_stdout(_Guard(sys.stdout, data=True)), redirect_stderr(_Guard(sys.stderr, data=False)):
+        yield
+
+
+class _Guard:
+    """A text stream that makes harmless what is written to it. data: nothing is struck out or cut."""
+
+    def __init__(self, stream: Any, *, data: bool) -> None:
+        self._stream, self._data = stream, data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._stream.write(text if text and not text.replace(_CURSOR_UP, "") else self._harmless(text))
+        return len(text)
+
+    def _harmless(self, text: str) -> str:
+        start = text[:1] if text[:1] == "\r" else ""  # a progress bar begins anew
+        text = _COLOURS.sub("", text[len(start) :])
+        lines = (text if self._data else strike(text)).split("\n")
+        lines = ["\t".join(map(printable, line.split("\t"))) for line in lines]
+        harmless = start + "\n".join(lines if self._data else [cut(line, LONGEST_LINE) for line in lines])
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        return harmless.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def cut(text: str, most: int) -> str:
+    """The text, or its beginning and how much more there is, in at most `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 40]}... ({len(text) - most + 40} more characters)"
 
 
 def printable(text: str) -> str:
@@ -15,6 +63,8 @@ def printable(text: str) -> str:
     >>> printable("red: \x1b[31m")
     'red: \\x1b[31m'
     """
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 

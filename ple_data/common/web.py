@@ -1,15 +1,20 @@
 """JSON requests over HTTP for paid or busy servers: tried again where that may help, several at once.
 
-Knows nothing of what is asked. Keys go into headers and are struck out of every message.
+Knows nothing of what is asked. Keys go into headers and are struck out of every message. What a server may cost is
+bounded: the time and the size of an answer, and the wait that it may ask for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import os
 import random
+import re
+import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -17,15 +22,18 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ple_data.common.extras import need
-from schemas.errors import PleError, UsageError
+from ple_data.common.secrets import public, remember
+from schemas.errors import PleError, UsageError, first_line
 
 if TYPE_CHECKING:
     import httpx
 
 RETRIED_STATUS = {408, 425, 429}
 """Answers below 500 that say 'later'; every answer from 500 on is retried too."""
-LONGEST_WAIT = 60.0
-"""Seconds between two tries at most, whatever the server asks for."""
+LONGEST_WAIT, LONGEST_ASKED = 60.0, 600.0
+"""Seconds between two tries at most, and the wait at which a server that asks for more is not tried again."""
+MOST_BYTES, WHOLE = 16 * 2**20, 1.5
+"""An answer's size at most, as it comes and unpacked; and its time, as a multiple of the client's timeout."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,7 +61,7 @@ def checked_url(url: str, what: str, key_variable: str) -> httpx.URL:
 
     try:
         parts = httpx.URL(url)
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, ValueError):
         raise UsageError(
             f"{what}: its address is not of the form http://host:port/path (not shown, as it may hold a password): "
             "correct it"
@@ -63,6 +71,7 @@ def checked_url(url: str, what: str, key_variable: str) -> httpx.URL:
             f"{what} at {parts.scheme}://{parts.host or '?'}: the URL needs http(s) and a host and may hold "
             f"no user or password; put the key in the environment variable {key_variable}"
         )
+    remember(str(parts))
     return parts
 
 
@@ -78,8 +87,22 @@ def key_from_environment(variable: str) -> str | None:
 
 
 def shown_url(url: httpx.URL) -> str:
-    """The URL as messages show it: without its query, which may hold a secret."""
-    return str(url.copy_with(query=None, fragment=None))
+    """The URL as messages show it: without its query and the parts of its path that may be a key."""
+    return public(str(url.copy_with(query=None, fragment=None)))
+
+
+def open_client(**options: Any) -> httpx.Client:
+    """A client whose connections are not used twice, so that each can be cut. Raises UsageError."""
+    import httpx
+
+    headers = {"Connection": "close", "Accept-Encoding": "identity", **options.pop("headers", {})}
+    try:
+        return httpx.Client(headers=headers, **options)
+    except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
+        variables = "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or SSL_CERT_FILE"
+        raise UsageError(
+            f"this environment allows no HTTP client ({first_line(error)}): correct {variables}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -97,31 +120,107 @@ def post_json(
     """The answer with status 200 to a JSON body; connection errors, RETRIED_STATUS and 5xx are tried again.
 
     what: the server as messages name it; failed: how the message after the last try ends; key: what no message may
-    show. Retry-After is heeded up to LONGEST_WAIT. Raises RefusedError for any other status; after the last try
-    UnansweredError where the server failed on the request (5xx, a broken or timed-out connection), PleError where it
-    could not be reached or told us to wait.
+    show. Retry-After is heeded up to LONGEST_WAIT. Raises RefusedError for any other status; UnansweredError where the
+    server failed on the request in all tries (5xx, a broken or timed-out connection), or at once where its answer is
+    too large, too slow or packed wrongly; PleError where it could not be reached or told us to wait.
     """
     import httpx
 
     for attempt in range(patience.tries):
         pause = patience.first_wait * 2**attempt * random.uniform(0.5, 1.0)
         try:
-            response = client.post(url, json=body)
+            response = _exchange(client, url, body)
+        except UnansweredError as error:
+            raise UnansweredError(f"{what} {error}: {failed}") from error
         except httpx.TransportError as error:
-            fault = f"{type(error).__name__}: {error}"
+            fault = f"{type(error).__name__}: {first_line(error)}"
             unreached = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
             raised = PleError if unreached else UnansweredError
         else:
             if response.status_code == 200:
                 return response
             fault = f"status {response.status_code} {excerpt(response, key)}"
+            fault += ", a redirect: give the address to which it leads" if response.is_redirect else ""
             if response.status_code < 500 and response.status_code not in RETRIED_STATUS:
                 raise RefusedError(f"{what} refused the request: {fault}", response.status_code)
             raised = PleError if response.status_code < 500 else UnansweredError
-            pause = max(pause, _retry_after(response))
+            asked = _retry_after(response)
+            if asked > LONGEST_ASKED:
+                raise PleError(f"{what} asks to wait for {asked:.0f} seconds ({fault}): {failed}")
+            pause = max(pause, asked)
         if attempt == patience.tries - 1 or patience.stop.wait(min(pause, LONGEST_WAIT)):
             break
     raise raised(f"{what} failed {attempt + 1} times, the last with {fault}: {failed}")
+
+
+def _exchange(client: httpx.Client, url: str, body: Any) -> httpx.Response:
+    """One try: the whole answer, unpacked. Raises httpx.TransportError, and UnansweredError without the server's name
+    where another try would end no better.
+    """
+    import httpx
+
+    seconds, raw = WHOLE * (client.timeout.read or 0.0), bytearray()
+    late = UnansweredError(f"gave no whole answer in {seconds:.0f} seconds")
+    with _deadline(seconds) as (over, trace):
+        try:
+            with client.stream("POST", url, json=body, extensions={"trace": trace}) as found:
+                for part in found.iter_raw():
+                    raw += part
+                    if len(raw) > MOST_BYTES:
+                        raise UnansweredError(f"gave an answer of more than {MOST_BYTES} bytes")
+        except httpx.TransportError as error:
+            raise late if over.is_set() else error from error
+        if over.is_set():  # where the end of the connection is the end of the answer
+            raise late
+    kept = [(name, value) for name, value in found.headers.raw if name.lower() in (b"location", b"retry-after")]
+    content = _unpacked(bytes(raw), found.headers.get("Content-Encoding", ""))
+    return httpx.Response(found.status_code, headers=kept, content=content)
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[tuple[threading.Event, Callable[[str, dict[str, Any]], None]]]:
+    """Cut a request's connection when its time is over, in a handshake, headers or the body: whether that was done,
+    and the trace of httpx that finds the connection. Its socket is duplicated, as TLS takes the first one over.
+    """
+    over, sockets = threading.Event(), list[socket.socket]()
+
+    def cut() -> None:
+        over.set()
+        for connection in sockets:
+            with contextlib.suppress(OSError):  # it has ended by itself
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def trace(event: str, info: dict[str, Any]) -> None:
+        if event.endswith("connect_tcp.complete"):
+            sockets.append(info["return_value"].get_extra_info("socket").dup())
+            if over.is_set():
+                cut()
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield over, trace
+    finally:
+        timer.cancel()
+        timer.join()
+        for connection in sockets:
+            connection.close()
+
+
+def _unpacked(raw: bytes, encoding: str) -> bytes:
+    """The bytes of an answer that a server packed although it was asked not to; never more than MOST_BYTES."""
+    if encoding.strip().lower() in ("", "identity"):
+        return raw
+    unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib
+    try:
+        content = unpacker.decompress(raw, MOST_BYTES + 1)
+    except zlib.error as error:
+        raise UnansweredError(f"packed its answer as {encoding[:40]!r}, which does not unpack ({error})") from error
+    if len(content) > MOST_BYTES or not unpacker.eof:
+        wrong = f"is more than {MOST_BYTES} bytes" if len(content) > MOST_BYTES else "was cut short"
+        raise UnansweredError(f"gave an answer that {wrong}, packed in {len(raw)} bytes")
+    return content
 
 
 def excerpt(response: httpx.Response, key: str | None = None) -> str:
@@ -166,9 +265,9 @@ def each(
 def _retry_after(response: httpx.Response) -> float:
     """Seconds that the Retry-After header asks for (a number or a date, RFC 9110 section 10.2.3), else 0."""
     value = response.headers.get("Retry-After", "").strip()
-    if value.isdigit():
+    if re.fullmatch("[0-9]{1,300}", value):
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return 0.0

@@ -7,14 +7,16 @@ its completion as soon as that is finished, in any order. It pulls the next unit
 import difflib
 import importlib
 import importlib.util
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 from ple_data.common.extras import missing
 from ple_data.common.models import AdapterInfo
+from ple_data.common.tokens import added_ids, text_after
 from schemas.errors import UsageError
+from schemas.json_text import parse_json
 from schemas.options import ENGINES, Sampling
 
 
@@ -32,7 +34,7 @@ class Completion:
     """A sampled response.
 
     ids: the sampled token ids. One that stopped ends with its end token (or with the token that completed a stop
-    string); one cut by length has no end token. text: ids without special tokens, cut before a stop string.
+    string); one cut by length has no end token. text: what the ids say after the prompt, cut before a stop string.
     logps: the model's log-probability of each id, before temperature and top-p; None where not asked for.
     """
 
@@ -56,6 +58,11 @@ class EngineSpec:
     end_ids: tuple[int, ...]
     max_length: int
     dtype: str = "auto"
+
+    @cached_property
+    def marks(self) -> set[int]:
+        """End ids that are tokens of their own and no text."""
+        return added_ids(self.tokenizer) & set(self.end_ids)
 
 
 class Engine(Protocol):
@@ -104,7 +111,7 @@ def parse_engine_args(texts: Iterable[str]) -> dict[str, Any]:
         if not name or not equals:
             raise UsageError(f"--engine-arg {text!r} must be name=value")
         try:
-            arguments[name.replace("-", "_")] = words[value] if value in words else json.loads(value)
+            arguments[name.replace("-", "_")] = words[value] if value in words else parse_json(value)
         except ValueError:
             arguments[name.replace("-", "_")] = value
     return arguments
@@ -126,6 +133,6 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Text of sampled ids, without special tokens and without any tidying of spaces."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def response_text(spec: EngineSpec, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """What sampled ids say after their prompt, without special tokens and without the mark that ended them."""
+    return text_after(spec.tokenizer, prompt_ids, ids[:-1] if ids and ids[-1] in spec.marks else ids)

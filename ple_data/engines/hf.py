@@ -17,15 +17,17 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.utils.logging import disable_progress_bar
 
-from ple_data.common.device import chosen_device, describe, load_weights, natural_dtype, upload
-from ple_data.common.models import AdapterInfo
-from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode, refuse_unknown
-from schemas.errors import PleError, UsageError
+from ple_data.common.device import chosen_device, describe, load_adapter, load_weights, natural_dtype, upload
+from ple_data.common.models import AdapterInfo, pad_id
+from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, refuse_unknown, response_text
+from schemas.errors import UsageError, first_line
 
 ENGINE_ARGS = ("batch_size", "device", "attn_implementation")
 DEFAULT_BATCH = 64
+TOLERANCE = {torch.float32: 1e-4}
+"""Mean difference between log-probabilities as they are sampled and those of the model alone, over their mean size,
+that is forgiven; 0.03 where numbers are shorter."""
 STOP_WINDOW = 32
 """Tokens at a response's end that are searched for a stop string after each step, beside the string's own bytes."""
 
@@ -40,29 +42,51 @@ class HfEngine:
 
     def __init__(self, spec: EngineSpec, engine_args: Mapping[str, Any]) -> None:
         """Load the model straight to its device, and its adapter."""
-        self._tokenizer = spec.tokenizer
+        self._spec = spec
         self._batch_size = int(engine_args.get("batch_size", DEFAULT_BATCH))
         if self._batch_size < 1:
             raise UsageError(f"--engine-arg batch_size must be at least 1, not {self._batch_size}")
         self._device = chosen_device(engine_args.get("device"), "--engine-arg device")
-        self._end_ids = spec.end_ids
-        disable_progress_bar()
         options = {name: value for name, value in engine_args.items() if name == "attn_implementation"}
         options |= {"revision": spec.revision, "dtype": _dtype(spec.dtype, self._device)}
-        try:
-            model = load_weights(AutoModelForCausalLM, spec.model, self._device, **options)
-        except (OSError, ValueError, ImportError) as error:
-            raise PleError(f"cannot load the model {spec.model}: {error}") from error
+        model = load_weights(AutoModelForCausalLM, spec.model, self._device, f"the model {spec.model}", **options)
         if spec.adapter is not None:
-            from peft import PeftModel
-
-            tuned = PeftModel.from_pretrained(model, str(spec.adapter.path), torch_device=str(self._device))
-            model = tuned.get_base_model()
+            model = load_adapter(model, spec.adapter.path).get_base_model()
         self._model = model.to(self._device).eval()
+        self._pad_id = pad_id(spec.tokenizer, model.get_input_embeddings().weight.shape[0])
         # generate() fills what a call leaves open from here: a model's own sampling defaults must not slip in
         self._model.generation_config = GenerationConfig(
-            do_sample=False, eos_token_id=list(spec.end_ids), pad_token_id=spec.tokenizer.pad_token_id
+            do_sample=False, eos_token_id=list(spec.end_ids), pad_token_id=self._pad_id
         )
+
+        self._keep_rows_apart()
+
+    def _keep_rows_apart(self) -> None:
+        """Try whether log-probabilities as they are sampled are those of the model for the whole sequence: else rows
+        are sampled one by one. Raises UsageError where that is not enough (some see tokens to come)."""
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        unit = [Request(None, tuple((7 * at + n) % vocabulary for at in range(n)), n) for n in (3, 9)]
+        name = type(self._model).__name__
+        for size in (self._batch_size, 1):
+            self._batch_size = size
+            try:
+                found = [self._error(*row) for row in self.sample(iter([unit]), Sampling(max_new_tokens=4))]
+            except Exception as error:  # the code of any architecture runs here
+                raise UsageError(f"transformers cannot sample with {name} here ({first_line(error)})") from error
+            errors, sizes = zip(*found, strict=True)
+            if sum(errors) <= TOLERANCE.get(self._model.dtype, 0.03) * sum(sizes):
+                return
+        raise UsageError(
+            f"{name} samples with other log-probabilities than those it gives to the whole "
+            "sequence, so it could not be trained on what it samples: this architecture is not supported"
+        )
+
+    @torch.inference_mode()
+    def _error(self, request: Request, found: Completion) -> tuple[float, float]:
+        ids = torch.tensor([[*request.prompt_ids, *found.ids]], device=self._device)
+        logits = self._model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1]
+        own = logits.float().log_softmax(-1).gather(1, ids[0, len(request.prompt_ids) :, None])[:, 0].cpu()
+        return (own - torch.tensor(found.logps)).abs().sum().item(), own.abs().sum().item()
 
     def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
         """Unit after unit, each in batches of requests with prompts of similar length."""
@@ -81,7 +105,8 @@ class HfEngine:
         input_ids, attention_mask = self._left_padded(batch)  # (batch, longest prompt) each
         noise = _SeededSampler([request.seed for request in batch], sampling, self._device)
         width = input_ids.shape[1]
-        criteria = [_StopStrings(self._tokenizer, sampling.stop, width)] if sampling.stop else []
+        prompts = [request.prompt_ids for request in batch]
+        criteria = [_StopStrings(self._spec, sampling.stop, prompts, width)] if sampling.stop else []
         output = self._model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -91,28 +116,29 @@ class HfEngine:
         )
         new_ids = output[:, width:].tolist()
         logps = noise.logps(len(new_ids[0])) if sampling.logprobs else [None] * len(batch)
-        return [self._completion(ids, values, sampling) for ids, values in zip(new_ids, logps, strict=True)]
+        return [self._completion(*row, sampling) for row in zip(prompts, new_ids, logps, strict=True)]
 
     def _left_padded(self, batch: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(len(request.prompt_ids) for request in batch)
-        ids = np.full((len(batch), width), self._tokenizer.pad_token_id, dtype=np.int64)
+        ids = np.full((len(batch), width), self._pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, request in enumerate(batch):
             ids[row, width - len(request.prompt_ids) :] = request.prompt_ids
             mask[row, width - len(request.prompt_ids) :] = 1
         return upload(ids, self._device), upload(mask, self._device)
 
-    def _completion(self, ids: list[int], logps: list[float] | None, sampling: Sampling) -> Completion:
+    def _completion(
+        self, prompt: Sequence[int], ids: list[int], logps: list[float] | None, sampling: Sampling
+    ) -> Completion:
         """Cut a row of the batch where its response ended: after its first end token or completed stop string."""
-        end = next((at + 1 for at, token in enumerate(ids) if token in self._end_ids), None)
+        end = next((at + 1 for at, token in enumerate(ids) if token in self._spec.end_ids), None)
         length = min(end or len(ids), sampling.max_new_tokens)
-        stopped = end is not None
-        text = decode(self._tokenizer, ids[:length])
+        text = response_text(self._spec, prompt, ids[:length])
         if sampling.stop and cut_at_stop(text, sampling.stop) != text:
-            lengths = range(1, length + 1)
-            length = next(n for n in lengths if any(word in decode(self._tokenizer, ids[:n]) for word in sampling.stop))
-            text, stopped = cut_at_stop(decode(self._tokenizer, ids[:length]), sampling.stop), True
-        return Completion(ids[:length], text, "stop" if stopped else "length", logps and logps[:length])
+            said = ((n, response_text(self._spec, prompt, ids[:n])) for n in range(1, length + 1))
+            end, text = next((n, cut) for n, whole in said if (cut := cut_at_stop(whole, sampling.stop)) != whole)
+            length = end
+        return Completion(ids[:length], text, "stop" if end else "length", logps and logps[:length])
 
 
 start = HfEngine
@@ -152,14 +178,18 @@ class _SeededSampler(LogitsProcessor):
 class _StopStrings(StoppingCriteria):
     """Ends a row once a stop string stands in its response (never in its prompt)."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_width: int) -> None:
-        self._tokenizer, self._stop, self._start = tokenizer, stop, prompt_width
+    def __init__(self, spec: EngineSpec, stop: Sequence[str], prompts: Sequence[Sequence[int]], width: int) -> None:
+        self._spec, self._stop, self._prompts, self._start = spec, stop, prompts, width
         self._window = STOP_WINDOW + max(len(word.encode()) for word in stop)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        recent = input_ids[:, max(self._start, input_ids.shape[1] - self._window) :].tolist()
-        found = [any(word in decode(self._tokenizer, ids) for word in self._stop) for ids in recent]
+        rows = zip(self._prompts, input_ids[:, self._start :].tolist(), strict=True)
+        found = [any(word in self._recent(prompt, ids) for word in self._stop) for prompt, ids in rows]
         return torch.tensor(found, dtype=torch.bool, device=input_ids.device)
+
+    def _recent(self, prompt: Sequence[int], ids: list[int]) -> str:
+        before = max(0, len(ids) - self._window)
+        return response_text(self._spec, [*prompt, *ids[:before]], ids[before:])
 
 
 def _top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from ple_data.common.models import AdapterInfo
-from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, decode, refuse_unknown
+from ple_data.common.models import AdapterInfo, load_config
+from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, refuse_unknown, response_text
 from ple_data.engines.watchdog import Watchdog
 from schemas.errors import PleError, UsageError
 
@@ -59,9 +59,9 @@ def check(engine_args: Mapping[str, Any], adapter: AdapterInfo | None) -> None:
             f"adapter {adapter.path} has rank {adapter.rank}, over the limit of {what}, {limit}; "
             "train one with a lower --lora-rank, or use --engine hf"
         )
-    for name in ("use_dora", "modules_to_save", "lora_bias"):
-        if adapter.config.get(name):
-            raise UsageError(f"adapter {adapter.path} has {name}, which vllm cannot load; use --engine hf")
+    unknown = (name for name in ("use_dora", "modules_to_save", "lora_bias") if adapter.config.get(name))
+    if found := next(unknown, adapter.changes_base):
+        raise UsageError(f"adapter {adapter.path} has {found}, which vllm cannot load; use --engine hf")
 
 
 class VllmEngine:
@@ -70,7 +70,8 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec, engine_args: Mapping[str, Any]) -> None:
         """Start vLLM (tens of seconds). `engine_args` are fields of vLLM's EngineArgs. Raises PleError."""
         _set_environment()
-        self._tokenizer, self._end_ids = spec.tokenizer, spec.end_ids
+        self._spec = spec
+        _refuse_made_up(spec)
         arguments = _engine_arguments(spec, engine_args)
         self._watchdog = Watchdog()
         self.llm: Any = None
@@ -108,7 +109,8 @@ class VllmEngine:
                 return
             for output in self._step():
                 if output.finished:
-                    yield in_flight.pop(output.request_id), self._completion(output.outputs[0], sampling)
+                    request = in_flight.pop(output.request_id)
+                    yield request, self._completion(request, output.outputs[0], sampling)
 
     def close(self) -> None:
         """Shut vLLM down and end every process of it."""
@@ -130,7 +132,7 @@ class VllmEngine:
             top_p=sampling.top_p,
             seed=seed,
             stop=list(sampling.stop) or None,
-            stop_token_ids=list(self._end_ids),
+            stop_token_ids=list(self._spec.end_ids),
             logprobs=0 if sampling.logprobs else None,
             flat_logprobs=True,
             detokenize=bool(sampling.stop),  # text is decoded once, at the end, from the ids
@@ -158,12 +160,12 @@ class VllmEngine:
             what = "the vLLM engine died (its own messages are above); what was committed is safe"
             raise PleError(f"{what}: run the same command again") from error
 
-    def _completion(self, output: Any, sampling: Sampling) -> Completion:
+    def _completion(self, request: Request, output: Any, sampling: Sampling) -> Completion:
         if output.finish_reason not in ("stop", "length"):
             raise PleError(f"vLLM ended a response with {output.finish_reason!r}; run the same command again")
         ids = list(output.token_ids)
         logps = list(output.logprobs.logprobs) if sampling.logprobs else None
-        text = cut_at_stop(decode(self._tokenizer, ids), sampling.stop)
+        text = cut_at_stop(response_text(self._spec, request.prompt_ids, ids), sampling.stop)
         return Completion(ids, text, output.finish_reason, logps)
 
 
@@ -178,6 +180,19 @@ def resolve_machine(dtype: str, engine_args: Mapping[str, Any]) -> tuple[str, st
     if dtype == "auto":
         dtype = "bfloat16" if torch.bfloat16 in current_platform.supported_dtypes else "float32"
     return dtype, current_platform.get_device_name() or current_platform.device_type
+
+
+def _refuse_made_up(spec: EngineSpec) -> None:
+    """Raise UsageError where weights are missing: vLLM does not see it where it fuses several into one (q, k and v)."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+
+    from ple_data.common.device import META, load_weights
+
+    config = load_config(spec.model, spec.revision)
+    if config.model_type in known and not getattr(config, "quantization_config", None):
+        what = f"cannot load the model {spec.model}"
+        load_weights(AutoModelForCausalLM, spec.model, META, what, revision=spec.revision, config=config)
 
 
 def _engine_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[str, Any]:

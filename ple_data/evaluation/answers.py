@@ -17,12 +17,13 @@ from ple_data.common.models import load_tokenizer
 from ple_data.common.settings import as_json, counted
 from ple_data.engines import parse_engine_args
 from ple_data.evaluation.policies import NamedPolicy
-from ple_data.inputs.principles import uses_chat
 from ple_data.inputs.queries import load_queries
+from ple_data.inputs.templates import uses_chat
 from ple_data.sampling.generate import generate
 from ple_data.storage.store import Store, collect
 from schemas.errors import UsageError
-from schemas.options import Asked, Gen
+from schemas.files import refuse_outside
+from schemas.options import Asked, Gen, PromptFormat
 
 _COLUMNS = ["query_id", "round", "sample", "x", "y", "x_ids", "reference", "policy"]
 KEPT_APART = (
@@ -41,11 +42,12 @@ _ONLY_FASTER = {
 @dataclass(frozen=True)
 class Answers:
     """One policy's answers. A row is a dict of query_id, sample, x, x_ids, y, tokens, finish, reference, and label and
-    policy (its name); what is measured of an answer is put there too.
+    policy (its name); what is measured of an answer is put there too. chat: the queries were asked as chats.
     """
 
     policy: NamedPolicy
     rows: list[dict[str, Any]]
+    chat: bool
 
     def by_query(self) -> dict[str, list[dict[str, Any]]]:
         """The rows of each query, queries and rows in the order in which they were asked."""
@@ -62,17 +64,18 @@ def sample_answers(policies: Sequence[NamedPolicy], output: Path, source: str, a
     """
     found = []
     for policy in policies:
-        tokenizer = load_tokenizer(policy.model, policy.revision, note=lambda _: None)
-        queries = load_queries(source, asked, chat=uses_chat(tokenizer, asked.prompt_format))
+        chat = _is_chat(policy, asked.prompt_format)
+        queries = load_queries(source, asked, chat=chat)
         key = json_digest([digests_of(policy.name), _told_apart(asked) | {"queries": queries.asked_digest}])
         data = output / "answers" / key
+        refuse_outside(output, data)
         print(f"{policy.label}: answers of {policy.name} in {data}", file=sys.stderr, flush=True)
         start: dict[str, Any] = {"model": policy.model, "revision": policy.revision, "adapter": policy.adapter}
         generate(Gen(**start, **asked.part(Asked).values(), queries=source, data=data, principles=None, round=0))
         rows = collect(_answers(Store(data), "answers")).to_dicts()
         references = {query.id: query.reference for query in queries.queries}
         told = {"label": policy.label, "policy": policy.name}
-        found.append(Answers(policy, [row | told | {"reference": references[row["query_id"]]} for row in rows]))
+        found.append(Answers(policy, [row | told | {"reference": references[row["query_id"]]} for row in rows], chat))
     return found
 
 
@@ -111,8 +114,13 @@ def stored_answers(policies: Sequence[NamedPolicy], stores: Sequence[Path], roun
             raise UsageError(
                 f"--policy {policy.label}: {places} holds no responses of {policy.name}; it holds those of {there}"
             )
-        found.append(Answers(policy, [row | {"label": policy.label, "policy": policy.name} for row in own.to_dicts()]))
+        told = {"label": policy.label, "policy": policy.name}
+        found.append(Answers(policy, [row | told for row in own.to_dicts()], _is_chat(policy)))
     return found
+
+
+def _is_chat(policy: NamedPolicy, prompt_format: PromptFormat = "auto") -> bool:
+    return uses_chat(load_tokenizer(policy.model, policy.revision, note=lambda _: None), prompt_format)
 
 
 def _answers(store: Store, kind: str, round: int | None = None) -> pl.LazyFrame:

@@ -30,7 +30,7 @@ def named_policy(
     label: str, model: str, revision: str | None, adapter: str | None = None, after_round: int | None = None
 ) -> NamedPolicy:
     """The policy under its name with digests. Raises UsageError for a model or adapter that cannot be used."""
-    check_model(model)
+    check_model(model, quantized=True)  # an engine may read it; what does not says so when it loads
     if adapter:
         check_adapter(adapter, model)
     return NamedPolicy(label, model, revision, adapter, policy_name(model, adapter, revision), after_round)

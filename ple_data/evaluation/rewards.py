@@ -1,12 +1,11 @@
 """Rewards of answers under one or more reward models, each scored once and kept. Never samples."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ple_data.evaluation.answers import Answers
-from ple_data.rewards import RewardModel, check_reward_model, load_reward_model, shown_spec
+from ple_data.rewards import RewardModel, as_read, check_reward_model, load_reward_model, shown_spec
 from ple_data.scoring.cache import Score, cached_scores, key_of
 from schemas.errors import UsageError
 from schemas.options import Judged
@@ -42,14 +41,16 @@ def score_answers(answers: Sequence[Answers], options: Judged, output: Path) -> 
         if model.name in [use.name for use in uses]:
             raise UsageError(f"--reward-model {model.name} is given twice, in two spellings; give each once")
         uses.append(RewardModelUse(name=model.name, trained=spec in options.trained_with))
-        for row, reward in zip(rows, _rewards(model, rows, output / "rewards"), strict=True):
+        for row, reward in zip(rows, _rewards(model, answers, output / "rewards"), strict=True):
             row["rewards"].append(reward)
         del model
     return uses
 
 
-def _rewards(model: RewardModel, rows: Sequence[Mapping[str, Any]], directory: Path) -> list[float]:
-    texts = [(row["x"], row["y"]) for row in rows]
+def _rewards(model: RewardModel, answers: Sequence[Answers], directory: Path) -> list[float]:
+    rows = [row for each in answers for row in each.rows]
+    read = [x for each in answers for x in as_read(model, [row["x"] for row in each.rows], chat=each.chat)]
+    texts = [(x, row["y"]) for x, row in zip(read, rows, strict=True)]
 
     def compute(places: list[int]) -> Iterator[list[tuple[int, Score]]]:
         for batch in model.stream([texts[place] for place in places]):

@@ -5,6 +5,8 @@ import json
 import re
 from typing import Any, TypeGuard
 
+from schemas.json_text import parse_json
+
 Message = dict[str, str]
 """A turn: its role (system, user, assistant) and content."""
 X = str | list[Message]
@@ -32,7 +34,7 @@ def stored_chat(x: str) -> list[Message] | None:
     if not x.startswith(CHAT_START):
         return None
     try:
-        messages = json.loads(x)
+        messages = parse_json(x)
     except ValueError:
         return None
     return messages if is_turns(messages) else None

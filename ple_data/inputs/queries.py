@@ -124,6 +124,8 @@ def _messages(source: _Source) -> _Found:
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
         end = 1 + max(index for index, turn in enumerate(turns) if turn["role"] == "user")
         reference = turns[end]["content"] if end < len(turns) else row.get("reference")
+        if not isinstance(reference, str | None):
+            raise UsageError(f"{source.rows.source} {place}: reference must be text, but is {_shown(reference)}")
         found.append((turns[:end], reference))
     return found
 
@@ -175,6 +177,8 @@ def _ids(rows: Rows, texts: Iterable[str]) -> list[str]:
         return ids
     if missing := [place for place, row in zip(rows.places, rows.rows, strict=True) if row.get("id") in (None, "")]:
         raise UsageError(f"{rows.source} has no id in {_named(missing)}; give every row one, or drop the column")
+    if odd := [p for p, row in zip(rows.places, rows.rows, strict=True) if row["id"] != row["id"]]:
+        raise UsageError(f"{rows.source} has an id that is no number (NaN) in {_named(odd)}; give every row its own")
     ids = [str(row["id"]) for row in rows.rows]
     if repeated := {id for id, count in Counter(ids).items() if count > 1}:
         places = [f"{place} (id {id})" for place, id in zip(rows.places, ids, strict=True) if id in repeated]

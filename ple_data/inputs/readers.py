@@ -5,6 +5,7 @@ Every fault names the file and the line or row, and what to do.
 
 import csv
 import hashlib
+import io
 import json
 import re
 import sys
@@ -15,7 +16,8 @@ from typing import Any
 
 from ple_data.common.extras import need
 from schemas.errors import UsageError, first_line
-from schemas.files import sha256_file
+from schemas.files import read_given, sha256_file
+from schemas.json_text import parse_json
 
 _Found = tuple[list[dict[str, Any]], list[str]]
 """The rows of a file, and their places."""
@@ -52,51 +54,52 @@ def read_rows(source: str | Path, split: str | None = None) -> Rows:
         raise UsageError(f"--split is for a hub dataset; {source} is a file")
     if path.suffix not in FORMATS:
         raise UsageError(f"{source} has an unknown format {path.suffix!r}; known are {', '.join(FORMATS)}")
-    if path.stat().st_size == 0:
+    content = read_given(path)
+    if not content:
         raise UsageError(f"{source} is empty")
-    rows, places = FORMATS[path.suffix](path)
+    rows, places = FORMATS[path.suffix](path, content)
     if not rows:
         raise UsageError(f"{source} has no rows")
     columns = tuple(dict.fromkeys(column for row in rows for column in row))
     return Rows(str(source), sha256_file(path), columns, rows, places)
 
 
-def _parquet(path: Path) -> _Found:
+def _parquet(path: Path, content: bytes) -> _Found:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.ParquetFile(path).read().to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UsageError(f"{path} is no whole Parquet file: {error}") from error
+        rows = pq.ParquetFile(pa.BufferReader(content)).read().to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is no UTF-8
+        raise UsageError(f"{path} is no whole Parquet file: {first_line(error)}") from error
     return rows, _numbered(rows)
 
 
-def _jsonl(path: Path) -> _Found:
+def _jsonl(path: Path, content: bytes) -> _Found:
     rows, places = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{path} line {number} is no valid JSON: {error}; correct or remove the line") from error
-        rows.append(_checked(row, f"{path} line {number}"))
-        places.append(f"line {number}")
+    for number, line in enumerate(content.splitlines(), start=1):
+        if line.strip():
+            rows.append(_checked(_parsed(line, f"{path} line {number}"), f"{path} line {number}"))
+            places.append(f"line {number}")
     return rows, places
 
 
-def _json(path: Path) -> _Found:
+def _json(path: Path, content: bytes) -> _Found:
     """A JSON array of objects; a file of one object a line is read as JSONL."""
-    content = path.read_bytes()
     if not content.lstrip().startswith(b"["):
-        return _jsonl(path)
-    try:
-        rows = json.loads(content)
-    except ValueError as error:
-        raise UsageError(f"{path} is no valid JSON: {error}") from error
+        return _jsonl(path, content)
+    rows = _parsed(content, str(path))
     places = _numbered(rows)
     return [_checked(row, f"{path} {place}") for row, place in zip(rows, places, strict=True)], places
+
+
+def _parsed(text: bytes, place: str) -> Any:
+    """A JSON value; a file put together from others may have a byte order mark in front of any line."""
+    try:
+        return parse_json(text.decode("utf-8-sig"))
+    except ValueError as error:
+        what = "a number of thousands of digits" if "int_max_str_digits" in str(error) else first_line(error)
+        raise UsageError(f"{place} is no valid JSON: {what}; correct or remove it") from error
 
 
 def _checked(row: Any, place: str) -> dict[str, Any]:
@@ -106,25 +109,24 @@ def _checked(row: Any, place: str) -> dict[str, Any]:
     for column, value in row.items():
         try:
             json.dumps([column, value], ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UsageError(
-                f"{place}: column {column} holds half a character (a lone surrogate escape); correct or remove the row"
-            ) from None
+        except (UnicodeEncodeError, RecursionError) as error:
+            half = "holds half a character (a lone surrogate escape)"
+            what = "is nested too deep" if isinstance(error, RecursionError) else half
+            raise UsageError(f"{place}: column {column} {what}; correct or remove the row") from None
     return row
 
 
-def _csv(path: Path) -> _Found:
+def _csv(path: Path, content: bytes) -> _Found:
     csv.field_size_limit(sys.maxsize)
     rows, places = [], []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            for row in reader:
-                if None in row or None in row.values():
-                    fields = len(reader.fieldnames or [])
-                    raise UsageError(f"{path} line {reader.line_num} does not have the {fields} fields of the header")
-                rows.append(row)
-                places.append(f"line {reader.line_num}")
+        reader = csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True)
+        for row in reader:
+            if None in row or None in row.values():
+                fields = len(reader.fieldnames or [])
+                raise UsageError(f"{path} line {reader.line_num} does not have the {fields} fields of the header")
+            rows.append(row)
+            places.append(f"line {reader.line_num}")
     except (csv.Error, UnicodeDecodeError) as error:
         raise UsageError(f"{path} line {len(rows) + 2} is no valid CSV: {error}") from error
     return rows, places

@@ -5,6 +5,7 @@ process at a time.
 """
 
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import Self, TypeVar
@@ -12,7 +13,7 @@ from typing import Self, TypeVar
 from pydantic import ValidationError
 
 from schemas.errors import DamagedError
-from schemas.files import explained, fsync_dir, make_dirs
+from schemas.files import explained, fsync_dir, make_dirs, read_file, unfollowed
 from schemas.judging import Paid
 
 Kept = TypeVar("Kept", bound=Paid)
@@ -30,8 +31,10 @@ class Journal(dict[str, Kept]):
         self._lock = threading.Lock()
         with explained(path):
             make_dirs(path.parent)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._fd = unfollowed(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise DamagedError(f"{path}: no file, but a pipe or a device: move it away")
             self._load()
             fsync_dir(path.parent)
         except BaseException:
@@ -59,10 +62,11 @@ class Journal(dict[str, Kept]):
             self.update({record.request: record for record in records})
 
     def _load(self) -> None:
-        content = self._path.read_bytes()
+        content = read_file(self._path)
         whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.ftruncate(self._fd, len(whole))
+        rest = content[len(whole) :]
+        if rest[:2] != b'{"'[: len(rest)]:
+            raise DamagedError(f"{self._path}: its last line is none of ours: move it away, or give another --output")
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 record = self._record.model_validate_json(line)
@@ -74,3 +78,6 @@ class Journal(dict[str, Kept]):
                     "remove the line, and it is asked for again"
                 ) from error
             self[record.request] = record
+        if rest:
+            with explained(self._path):
+                os.ftruncate(self._fd, len(whole))

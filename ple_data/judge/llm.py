@@ -6,7 +6,6 @@ the environment and goes into a header; it is never written or shown.
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from ple_data.judge.journal import Journal
 from ple_data.judge.prompt import Template
 from ple_data.judge.sources import Pair
 from schemas.errors import UsageError
+from schemas.json_text import parse_json
 from schemas.judging import Answer, Order
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS = 1024
 TRIES = 6
 TIMEOUT = 300.0
-"""Seconds that one try may take."""
+"""Seconds that an endpoint may be silent; a whole try takes half as many more (`web.WHOLE`)."""
 FIRST_WAIT = 1.0
 """Seconds before the second try; doubled every try."""
 MOST_FAULTS = 8
@@ -122,7 +122,7 @@ class LanguageModelJudge:
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         faults = _Faults(answered=len(waiting) < len(distinct), enough=min(MOST_FAULTS, len(waiting)))
         with (
-            httpx.Client(headers=headers, timeout=TIMEOUT, limits=limits) as client,
+            web.open_client(headers=headers, timeout=TIMEOUT, limits=limits) as client,
             Progress("judge", len(distinct), "answers", done=len(distinct) - len(waiting)) as progress,
         ):
 
@@ -157,7 +157,7 @@ class LanguageModelJudge:
         patience = web.Patience(TRIES, FIRST_WAIT, stop)
         response = web.post_json(client, self._url, body, patience, what=what, failed=failed, key=self._key)
         try:
-            text, finish, prompt_tokens, completion_tokens = self._api.read(response.json())
+            text, finish, prompt_tokens, completion_tokens = self._api.read(parse_json(response.content))
             return Answer(
                 request=digest,
                 query_id=asked[0],
@@ -209,7 +209,7 @@ def parse_request_args(arguments: Sequence[str]) -> dict[str, Any]:
         if not sign or not name.isidentifier() or name in ("model", "messages", "stream", "n"):
             raise UsageError(f"--request-arg {argument}: expected NAME=VALUE; model, messages, stream and n are set")
         try:
-            fields[name] = json.loads(text)
+            fields[name] = parse_json(text)
         except ValueError:
             fields[name] = text
     return fields

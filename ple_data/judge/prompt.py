@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.errors import UsageError
+from schemas.files import read_given_text
 
 PLACEHOLDERS = ("query", "response_1", "response_2")
 VERDICTS = ("[[1]]", "[[2]]")
@@ -30,10 +31,7 @@ class Template:
 
 def load_template(path: Path | None = None) -> Template:
     """The template in a UTF-8 file, or the one that comes with the program. Raises UsageError with every fault."""
-    try:
-        text = (path or Path(__file__).parent / "pairwise.txt").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"template {path} cannot be read as UTF-8 text: {error}") from error
+    text = read_given_text(path or Path(__file__).parent / "pairwise.txt", "template")
     found = set(_PLACEHOLDER.findall(text))
     faults = [f"{{{name}}} is missing" for name in PLACEHOLDERS if name not in found]
     faults += [f"{{{name}}} is unknown" for name in sorted(found - set(PLACEHOLDERS))]

@@ -15,7 +15,7 @@ from ple_data.report.section import Section
 from ple_data.report.sections import sections
 from ple_data.report.sources import Sources
 from ple_data.rewards import shown_spec
-from schemas.files import write_atomic
+from schemas.files import refuse_outside, write_atomic
 from schemas.options import Safeguards, flag
 from schemas.recipe import Recipe
 
@@ -47,6 +47,7 @@ def report(
     path = Path(output) if output else Path(run) / "report.html"
     folder = path.parent / f"{path.stem}-figures"
     images = {folder / f"{chart.name}.png": chart.png for part in parts for chart in part.charts}
+    refuse_outside(path.parent, folder)
     for image, content in images.items():
         write_atomic(image, content)
     for old in set(folder.glob("*.png")) - images.keys():

@@ -5,7 +5,6 @@ What is not there is None or empty; what is there and does not read is an error 
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ple_data.report.pairs import clipped, visible
-from ple_data.storage.store import Store, collect
+from ple_data.storage.store import Store, collect, scan_files
 from schemas.errors import DamagedError, UsageError, first_line
+from schemas.files import explained
+from schemas.json_text import parse_json
 from schemas.options import Threshold
 from schemas.recipe import load_recipe
 from schemas.records import Record, read_record
@@ -126,7 +127,7 @@ def _stages(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        stages = parse_json(path.read_text(encoding="utf-8"))["stages"]
         return [{name: stage[name] for name in ("stage", "round", "seconds", "exit_code")} for stage in stages]
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{path}: not a record of stages ({error}): move it away to leave the times out") from error
@@ -134,16 +135,16 @@ def _stages(path: Path) -> list[dict[str, Any]]:
 
 def _metrics(root: Path) -> dict[int, pl.DataFrame]:
     """The trainer's metrics by round, from RUN/metrics, else from the policy's own directory."""
-    import polars as pl
-    from polars.exceptions import ComputeError
+    from polars.exceptions import PolarsError
 
     found = [*root.glob("policy/round=*/metrics.parquet"), *root.glob("metrics/round=*.parquet")]
     places = [(_ROUND.search(str(path.relative_to(root))), path) for path in found]
     tables = {}
     for t, path in sorted({int(place[1]): path for place, path in places if place}.items()):
         try:
-            tables[t] = pl.read_parquet(path)
-        except (ComputeError, OSError) as error:
+            with explained(path, "read"):
+                tables[t] = scan_files([path]).collect()
+        except (PolarsError, OSError) as error:
             raise DamagedError(
                 f"{path}: not a readable table ({first_line(error)}): move it away to leave it out"
             ) from error

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ple_data.inputs.chat import as_chat, to_text
 from schemas.options import Rewards
 
 
@@ -20,6 +21,9 @@ class RewardModel(Protocol):
 
     truncated: int = 0
     """How many texts were cut to fit the model, so far."""
+
+    runs_on: bool = False
+    """Whether it reads x and y as one text."""
 
     @abstractmethod
     def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
@@ -44,6 +48,11 @@ KINDS: dict[str, Callable[[str], bool]] = {
 The module has `check(spec, output_index)`, which loads nothing, and `load(spec, options)`. That of addresses, which may
 hold something secret, has `shown(spec)` for messages and `recorded(spec)` for files.
 """
+
+
+def as_read(model: RewardModel, xs: Sequence[str], *, chat: bool) -> list[str]:
+    """x as a model is given it: one that runs on gets what was asked as a chat as one, to see where y begins."""
+    return [to_text(as_chat(x)) for x in xs] if chat and getattr(model, "runs_on", False) else list(xs)
 
 
 def kind_of(spec: str) -> str:

@@ -7,17 +7,17 @@ import inspect
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ple_data.common.digests import policy_name
-from ple_data.common.models import check_model, load_config
+from ple_data.common.loading import loading
+from ple_data.common.models import check_model, load_config, pad_id, positions_of
 from ple_data.rewards import RewardModel
 from ple_data.rewards.texts import Encoded, encode, resolve_join
-from schemas.errors import PleError, UsageError, first_line
+from schemas.errors import PleError, UsageError
 from schemas.options import Rewards
 
 DEFAULT_BATCH_TOKENS = 16384
@@ -58,11 +58,13 @@ class ClassifierReward(RewardModel):
         config = self._model.config
         self._index = choose_output(config, output, model)
         self._join = resolve_join(options.join, self._tokenizer)
+        self.runs_on = self._join == "text"
         self._batch_tokens = options.batch_tokens or DEFAULT_BATCH_TOKENS
         text_config = config.get_text_config()
-        limits = self._tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None)
-        self._max_length = min((limit for limit in limits if limit and 0 < limit < _NO_LIMIT), default=None)
+        limits = self._tokenizer.model_max_length, positions_of(config)
+        self._max_length = min((int(limit) for limit in limits if limit and 1 <= limit < _NO_LIMIT), default=None)
         skipped = text_config.pad_token_id  # by the model itself, when it looks for the last token
+        self._vocabulary = self._model.get_input_embeddings().weight.shape[0]
         self._pad_id = skipped if skipped is not None and skipped >= 0 else None
         self._takes = inspect.signature(self._model.forward).parameters.keys()
         self.name = policy_name(model)
@@ -90,7 +92,7 @@ class ClassifierReward(RewardModel):
 
         left = self._tokenizer.padding_side == "left"
         longest = max(len(item.ids) for item in batch)
-        pad_id = self._pad_id if self._pad_id is not None else self._free_pad_id(batch)
+        pad = self._pad_id if self._pad_id is not None else self._free_pad_id(batch)
 
         def padded(rows: list[list[int]], fill: int) -> Any:
             gaps = [[fill] * (longest - len(row)) for row in rows]
@@ -98,7 +100,7 @@ class ClassifierReward(RewardModel):
             return upload(np.array(full), self._device)
 
         ids = [item.ids for item in batch]
-        inputs = {"input_ids": padded(ids, pad_id), "attention_mask": padded([[1] * len(row) for row in ids], 0)}
+        inputs = {"input_ids": padded(ids, pad), "attention_mask": padded([[1] * len(row) for row in ids], 0)}
         if left and "position_ids" in self._takes:
             inputs["position_ids"] = padded([list(range(len(row))) for row in ids], 0)
         types = [item.token_type_ids for item in batch if item.token_type_ids is not None]
@@ -122,11 +124,11 @@ class ClassifierReward(RewardModel):
         text of the batch ends with it: end-of-text, a common choice, would not.
         """
         endings = {item.ids[-1] for item in batch}
-        preferred = [i for i in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if i is not None]
-        pad_id = next(i for i in itertools.chain(preferred, itertools.count()) if i not in endings)
+        preferred = pad_id(self._tokenizer, self._vocabulary)
+        pad = next(i for i in itertools.chain([preferred], itertools.count()) if i not in endings)
         for config in (self._model.config, self._model.config.get_text_config()):
-            config.pad_token_id = pad_id
-        return pad_id
+            config.pad_token_id = pad
+        return pad
 
 
 load = ClassifierReward
@@ -134,33 +136,20 @@ load = ClassifierReward
 
 def _load(model: str, *, dtype: Any, device: Any) -> tuple[Any, Any]:
     """Tokenizer and model, in evaluation mode, on the device."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
 
     from ple_data.common.device import load_weights
 
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UsageError(f"reward model {model}: the directory has no config.json, so it is no model")
-    options = {"dtype": dtype, "output_loading_info": True}
-    logging.disable_progress_bar()
-    try:
+    if Path(model).is_dir():
+        check_model(model)
+    advice = "neither a URL, nor file.py:function, nor a model that transformers can load as a sequence classifier"
+    with loading(f"the reward model {model}", advice):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        with ExitStack() as stack:  # transformers' own report on missing weights is not shown: ours is an error
-            stack.callback(logging.set_verbosity, logging.get_verbosity())
-            logging.set_verbosity_error()
-            loaded, info = load_weights(AutoModelForSequenceClassification, model, device, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UsageError(
-            f"reward model {model}: neither a URL, nor file.py:function, nor a model that transformers "
-            f"can load as a sequence classifier ({first_line(error)})"
-        ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise UsageError(
-            f"reward model {model} is no trained sequence classifier: its files lack "
-            f"{', '.join(missing[:3])}, which would be random numbers; "
-            "name a reward model, such as one that `ple reward` trained"
-        )
+        tokenizer("a")  # some faults show when it is used
+    what = f"the reward model {model}"
+    loaded = load_weights(AutoModelForSequenceClassification, model, device, what, advice, dtype=dtype)
     return tokenizer, loaded.to(device).eval()
 
 

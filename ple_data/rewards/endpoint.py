@@ -11,10 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ple_data.common import web
 from ple_data.common.digests import text_digest
-from ple_data.common.web import Patience, checked_url, each, excerpt, key_from_environment, post_json, shown_url
+from ple_data.common.secrets import public
+from ple_data.common.web import checked_url, excerpt, post_json
 from ple_data.rewards import RewardModel
 from schemas.errors import PleError
+from schemas.json_text import parse_json
 from schemas.options import Rewards
 
 if TYPE_CHECKING:
@@ -34,14 +37,15 @@ def load(spec: str, options: Rewards) -> HttpReward:
 
 
 def shown(spec: str) -> str:
-    """The address without its query and password. Raises UsageError."""
-    return shown_url(checked_url(spec, "reward model", API_KEY_VARIABLE))
+    """The address without its query, and what in its path may be a key. Raises UsageError."""
+    return web.shown_url(checked_url(spec, "reward model", API_KEY_VARIABLE))
 
 
 def recorded(url: str) -> str:
-    """The address as files name it: of its query, which may hold a secret, only the digest. Raises UsageError."""
+    """The address as files name it: of a query, and of what may be a key in its path, the digest. Raises UsageError."""
     parts = checked_url(url, "reward model", API_KEY_VARIABLE)
-    return shown_url(parts) + (f"?{text_digest(parts.query.decode())}" if parts.query else "")
+    address = public(str(parts.copy_with(query=None, fragment=None)), text_digest)
+    return address + (f"?{text_digest(parts.query.decode())}" if parts.query else "")
 
 
 @dataclass
@@ -63,34 +67,34 @@ class HttpReward(RewardModel):
         self._who = f"reward model at {shown(self.url)}"
 
     def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
-        import httpx
-
         batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        key = key_from_environment(API_KEY_VARIABLE)
+        key = web.key_from_environment(API_KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        with httpx.Client(headers=headers, timeout=self.timeout) as client:
+        with web.open_client(headers=headers, timeout=self.timeout) as client:
 
             def score_batch(batch: Sequence[tuple[str, str]], stop: threading.Event) -> list[float]:
                 response = post_json(
                     client,
                     self.url,
                     {"inputs": [{"x": x, "y": y} for x, y in batch]},
-                    Patience(self.tries, self.first_wait, stop),
+                    web.Patience(self.tries, self.first_wait, stop),
                     what=self._who,
                     failed="what was finished before is kept; check the server and run the same command again",
                     key=key,
                 )
                 return self._scores(response, len(batch), key)
 
-            for index, scores in each(score_batch, batches, self.in_flight):
+            for index, scores in web.each(score_batch, batches, self.in_flight):
                 yield list(enumerate(scores, start=index * self.batch_size))
 
     def _scores(self, response: httpx.Response, expected: int, key: str | None) -> list[float]:
         try:
-            scores = response.json()["scores"]
+            scores = parse_json(response.content)["scores"]
         except (ValueError, KeyError, TypeError):
             raise PleError(f'{self._who}: expected {{"scores": [...]}}, got {excerpt(response, key)}') from None
-        numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
+        numbers = isinstance(scores, list) and all(
+            type(score) is float or (type(score) is int and abs(score) < 1e308) for score in scores
+        )
         if not numbers or len(scores) != expected:
             got = f"{len(scores)} values" if isinstance(scores, list) else type(scores).__name__
             raise PleError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ple_data.inputs.chat import as_chat, as_text
+from ple_data.inputs.templates import rendered
 from schemas.errors import PleError, UsageError
 from schemas.options import Join
 
@@ -32,7 +33,8 @@ def resolve_join(join: Join, tokenizer: Any) -> Join:
 def encode(tokenizer: Any, x: str, y: str, *, join: Join = "auto", max_length: int | None = None) -> Encoded:
     """The ids of (x, y), cut from the left of x where they are longer than max_length.
 
-    - text: x and y run on as one text, with the tokenizer's own special tokens;
+    - text: x and y run on as one text, with the tokenizer's own special tokens; a chat is written as a dialogue, and
+      between "Assistant:" and y stands one space, or the white space that y begins with;
     - pair: x and y as the two segments of an encoder such as BERT;
     - chat: the tokenizer's chat template over the turns of x and one assistant turn y, whose outer white
       space is removed. x is a chat (JSON text), a dialogue of "Human:" and "Assistant:" turns, or one turn.
@@ -47,7 +49,7 @@ def encode(tokenizer: Any, x: str, y: str, *, join: Join = "auto", max_length: i
         both = tokenizer(as_text(x), y, verbose=False)
         ids, types = both["input_ids"], both.get("token_type_ids")
     else:
-        ids = tokenizer(as_text(x) + y, verbose=False)["input_ids"]
+        ids = tokenizer(_run_on(as_text(x), y), verbose=False)["input_ids"]
     if max_length is None or len(ids) <= max_length:
         return Encoded(ids, types, cut=False)
     head = 1 if ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else 0
@@ -55,10 +57,16 @@ def encode(tokenizer: Any, x: str, y: str, *, join: Join = "auto", max_length: i
     return Encoded(ids[:head] + ids[first:], types and types[:head] + types[first:], cut=True)
 
 
+def _run_on(x: str, y: str) -> str:
+    if x.endswith(("Assistant:", "Assistant: ")) and y:
+        x = x.removesuffix(" ") + ("" if y[0].isspace() else " ")
+    return x + y
+
+
 def _render(tokenizer: Any, x: str, y: str) -> str:
     messages = [*as_chat(x), {"role": "assistant", "content": y.strip()}]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return rendered(tokenizer, messages, prompt=False)
     except Exception as error:  # a template may raise anything
         raise PleError(
             f"the reward model's chat template refuses a query ({error}): x begins {x[:80]!r}; use --join text instead"

@@ -14,16 +14,17 @@ from dataclasses import fields
 from typing import Any
 
 from ple_data.common.digests import digests_of, policy_name
-from ple_data.common.models import check_adapter, check_model, end_ids, load_tokenizer, max_positions
+from ple_data.common.models import check_adapter, check_model, load_config, load_tokenizer, positions_of
 from ple_data.common.progress import Progress
 from ple_data.common.settings import as_json, counted
 from ple_data.common.terminal import printable
 from ple_data.engines import Engine, EngineSpec, choose_engine, engine_module, make_engine, parse_engine_args
-from ple_data.inputs.principles import load_principle, uses_chat
+from ple_data.inputs.principles import load_principle
 from ple_data.inputs.queries import load_queries
 from ple_data.sampling.collector import Collector, GenerateSummary
 from ple_data.sampling.plan import Plan, default_unit_size, make_prompts, make_units
 from ple_data.sampling.reuse import Reuse
+from ple_data.sampling.terms import terms_of
 from ple_data.storage.store import Store, Waits
 from schemas.errors import UsageError
 from schemas.options import Gen, Queries, Sampling
@@ -50,20 +51,24 @@ def generate(options: Gen) -> GenerateSummary:
         )
     model, revision = options.model, options.revision
     engine_name, arguments = choose_engine(options.engine), parse_engine_args(options.engine_arg)
-    check_model(model)
+    check_model(model, quantized=engine_name == "vllm")
     adapter = check_adapter(options.adapter, model) if options.adapter else None
     engine = engine_module(engine_name)
     engine.check(arguments, adapter)
     tokenizer = load_tokenizer(model, revision, note=_say)
     store = Store(options.data)
     plan, source = make_plan(options, tokenizer, store)
-    _check_length(plan, max_positions(model, revision), model)
+    fault = _too_long(plan, positions_of(load_config(model, revision)), model)
+    if fault and not options.dry_run:
+        raise UsageError(fault)
     if options.dry_run:
+        _say(f"this will be refused: {fault}" if fault else "nothing is sampled")
         return GenerateSummary(rows=plan.rows, counts=plan.counts, dry_run=_show(plan, tokenizer))
     dtype, device = engine.resolve_machine(options.dtype, arguments)
-    ends = end_ids(model, tokenizer, revision)
-    spec = EngineSpec(model, revision, adapter, tokenizer, ends, max_length=plan.longest, dtype=dtype)
+    spec = EngineSpec(model, revision, adapter, tokenizer, plan.terms.ends, max_length=plan.longest, dtype=dtype)
     found = Reuse(options.reuse, plan, options.data) if options.reuse else None
+    if found and (reason := found.why_none()):
+        _say(reason)
     _freeze(store, plan, {"model": model, "adapter": options.adapter, "queries": source, "engine": engine_name})
     provenance = plan.provenance(engine_name, dtype, device)
     return sample_round(store, plan, lambda: make_engine(engine_name, spec, arguments), provenance, found)
@@ -72,8 +77,9 @@ def generate(options: Gen) -> GenerateSummary:
 def make_plan(options: Gen, tokenizer: Any, store: Store) -> tuple[Plan, str]:
     """The plan of a round, and where its queries come from. Raises UsageError where no query is left."""
     principle = load_principle(options.principles) if options.principles is not None else None
-    query_set = load_queries(options.queries, options, chat=uses_chat(tokenizer, options.prompt_format))
-    prompts, counts = make_prompts(tokenizer, query_set.queries, principle, options, options.seed)
+    terms = terms_of(options, tokenizer, principle, store, _say)
+    query_set = load_queries(options.queries, options, chat=terms.chat)
+    prompts, counts = make_prompts(tokenizer, query_set.queries, principle, options, options.seed, terms.form)
     longest = options.max_query_tokens
     _say(
         f"{counts['queries_read']} queries read from {query_set.source}, {counts['queries_looked_at']} tokenised, "
@@ -88,6 +94,7 @@ def make_plan(options: Gen, tokenizer: Any, store: Store) -> tuple[Plan, str]:
         "principle": principle.digest if principle else None,
         **{name: getattr(options, name) for name in ("round", "samples", "seed")},
         **counted(options.part(Sampling), always=SAMPLED),
+        **terms.identity,
     }
     read = counted(options.part(Queries), always=READ) | {"unit_size": unit_size}
     read["queries"] = query_set.digest if principle else query_set.asked_digest
@@ -100,6 +107,7 @@ def make_plan(options: Gen, tokenizer: Any, store: Store) -> tuple[Plan, str]:
         units=make_units(prompts, options.samples, unit_size, identity),
         settings=identity | read,
         counts=counts,
+        terms=terms,
     )
     return plan, query_set.source
 
@@ -136,6 +144,7 @@ def sample_round(
             if len(collector.locked) == len(pending):
                 waits.a_moment((plan.round, unit.id) for unit in collector.locked)
             pending = collector.locked
+        store.finish(plan.kind, plan.round)
         what = "pairs" if plan.kind == "responses" else "responses"
         progress.note(_result(summary, what, time.monotonic() - began))
     return summary
@@ -167,22 +176,29 @@ def _described(manifest: RoundManifest) -> str:
     return f"{manifest.counts.get('queries_taken', '?')} of {manifest.notes.get('queries', '?')}"
 
 
-def _check_length(plan: Plan, positions: int | None, model: str) -> None:
-    if positions is not None and plan.longest > positions:
-        prompt = plan.longest - plan.sampling.max_new_tokens
-        raise UsageError(
-            f"the longest prompt has {prompt} tokens and --max-new-tokens is {plan.sampling.max_new_tokens}, together "
-            f"over the {positions} positions of {model}; lower --max-new-tokens or --max-query-tokens"
-        )
+def _too_long(plan: Plan, positions: int | None, model: str) -> str | None:
+    if positions is None or plan.longest <= positions:
+        return None
+    new = plan.sampling.max_new_tokens
+    return (
+        f"the longest prompt has {plan.longest - new} tokens and --max-new-tokens is {new}, together over the "
+        f"{positions} positions of {model}; lower --max-new-tokens or --max-query-tokens"
+    )
 
 
 def _show(plan: Plan, tokenizer: Any) -> str:
     prompt, _ = plan.units[0].rows[0]
-    lines = [f"query {prompt.query.id}, 1 of {plan.counts['queries_taken']}; policy {plan.policy}"]
+    lines = [f"query {printable(prompt.query.id)}, 1 of {plan.counts['queries_taken']}; policy {plan.policy}"]
     names = {"y": "plain prompt x", "y_prompt": "guided prompt [p, x]"}
     for arm in plan.arms:
         name, ids = names[arm], list(prompt.ids(arm))
         lines += ["", f"{name}, {len(ids)} tokens:", *map(printable, tokenizer.decode(ids).splitlines()), f"ids: {ids}"]
+    ends = [f"{tokenizer.convert_ids_to_tokens(end)} ({end})" for end in plan.terms.ends]
+    texts = [f"or before the text {word!r}" for word in plan.sampling.stop]
+    lines += ["", printable(f"a response ends with the token {' or '.join(ends)}"), *texts]
+    if form := plan.terms.identity.get("principle_form"):
+        what = "is added to" if form == "add" else "replaces"
+        lines += [f"the principle {what} the system message that the chat template writes (--principle-form {form})"]
     return "\n".join(lines)
 
 

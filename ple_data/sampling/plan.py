@@ -17,8 +17,9 @@ from ple_data.common.digests import json_digest
 from ple_data.common.settings import counted
 from ple_data.engines import Request, Sampling
 from ple_data.inputs.chat import to_text
-from ple_data.inputs.principles import Principle, render_all
+from ple_data.inputs.principles import Form, Principle, render_all
 from ple_data.inputs.queries import Query
+from ple_data.sampling.terms import Terms
 from schemas.options import Queries, Reading
 from schemas.records import RoundManifest
 
@@ -61,6 +62,7 @@ class Plan:
     units: Sequence[Unit]
     settings: dict[str, Any]
     counts: dict[str, int]
+    terms: Terms
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -96,6 +98,8 @@ class Plan:
             "policy": self.policy,
             **({"principle": {"name": self.principle.name, "digest": self.principle.digest}} if self.principle else {}),
             "sampling": counted(self.sampling),
+            **self.terms.identity,
+            **({"prompts": "chat"} if self.terms.chat else {}),
             "seed": self.seed,
             "engine": engine,
             "dtype": dtype,
@@ -111,7 +115,12 @@ def request_seed(seed: int, round: int, query_id: str, arm: Arm, sample: int) ->
 
 
 def make_prompts(
-    tokenizer: Any, queries: Sequence[Query], principle: Principle | None, how: Reading, seed: int = 0
+    tokenizer: Any,
+    queries: Sequence[Query],
+    principle: Principle | None,
+    how: Reading,
+    seed: int = 0,
+    form: Form | None = None,
 ) -> tuple[list[Prompt], dict[str, int]]:
     """Prompts of the queries that are taken, and counts of what became of all queries.
 
@@ -119,6 +128,7 @@ def make_prompts(
     at most `limit` taken; with a limit, the end is followed by the beginning. With `shuffle` the order is drawn (by a
     hash of seed and id), else it is that of the source.
     """
+    form = form or Form(how.prompt_format)
     taken_of = how if isinstance(how, Queries) else Queries()
     skip, limit = taken_of.skip, taken_of.limit
     if taken_of.shuffle:
@@ -127,7 +137,7 @@ def make_prompts(
     looked_at = 0
     while looked_at < len(queries) and (limit is None or len(kept) < skip + limit):
         part = queries[looked_at : looked_at + RENDERED_AT_ONCE]
-        rendered = render_all(tokenizer, [query.x for query in part], prompt_format=how.prompt_format)
+        rendered = render_all(tokenizer, [query.x for query in part], how=form)
         kept += [
             (q, array("i", ids)) for q, ids in zip(part, rendered, strict=True) if len(ids) <= how.max_query_tokens
         ]
@@ -137,7 +147,7 @@ def make_prompts(
     if principle is None:
         prompts = [Prompt(query, plain, ()) for query, plain in taken]
     else:
-        guided = render_all(tokenizer, [query.x for query, _ in taken], principle, prompt_format=how.prompt_format)
+        guided = render_all(tokenizer, [query.x for query, _ in taken], principle, form)
         prompts = [Prompt(q, plain, array("i", ids)) for (q, plain), ids in zip(taken, guided, strict=True)]
     counts = {
         "queries_read": len(queries),

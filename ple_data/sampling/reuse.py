@@ -4,7 +4,8 @@ A row matches when its policy (by digest), query id, rendered query, principle, 
 those that the round asks for. Seed, round, engine and number type may differ: the distribution is the same.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from ple_data.common.digests import digests_of, ids_digest
 from ple_data.common.settings import counted
 from ple_data.sampling.plan import Plan, Prompt
+from ple_data.sampling.terms import IN_OLDER
 from ple_data.storage.store import Shard, Store
 from schemas.errors import UsageError
 from schemas.options import Sampling
@@ -29,6 +31,7 @@ class Reuse:
         self._principle = plan.principle.text
         self._plan = plan
         self._places: dict[_Key, tuple[Store, Shard, int]] = {}
+        self._missed: Counter[str] = Counter()
         self._table = lru_cache(maxsize=_TABLES_IN_MEMORY)(Store.read)
         for directory in directories:
             store = Store(directory)
@@ -53,17 +56,38 @@ class Reuse:
         return row
 
     def _index(self, store: Store, shard: Shard) -> None:
-        if not self._same_sampling(store.provenance(shard).get("sampling")):
+        if differ := self._other_sampling(store.provenance(shard)):
+            self._missed.update(differ)
             return
         table = store.read(shard, ["query_id", "sample", "policy", "principle", "x_ids"])
         for at, row in enumerate(table.to_pylist()):
-            same_policy = digests_of(row["policy"]) == digests_of(self._plan.policy)
-            if same_policy and row["principle"] == self._principle:
+            if digests_of(row["policy"]) != digests_of(self._plan.policy):
+                self._missed[f"policy: {row['policy']} there, {self._plan.policy} here"] += 1
+            elif row["principle"] != self._principle:
+                self._missed["principle: another text there"] += 1
+            else:
                 key = (row["query_id"], row["sample"], ids_digest(row["x_ids"]))
                 self._places.setdefault(key, (store, shard, at))
 
-    def _same_sampling(self, found: Any) -> bool:
+    def _other_sampling(self, found: Mapping[str, Any]) -> list[str]:
+        """Settings of the sampling that differ from the plan's; what is younger counts as its default."""
         wanted = counted(self._plan.sampling)
-        if not isinstance(found, dict) or (wanted["logprobs"] and not found.get("logprobs")):
-            return False
-        return counted(Sampling()) | found | {"logprobs": wanted["logprobs"]} == wanted  # of what is younger, defaults
+        there = counted(Sampling()) | (found.get("sampling") or {})
+        if there["logprobs"]:
+            there["logprobs"] = wanted["logprobs"]  # they need not be kept
+        for name, older in IN_OLDER.items():
+            there[name], wanted[name] = found.get(name, older), self._plan.settings.get(name, older)
+        names = sorted(name for name in there if there[name] != wanted.get(name))
+        return [f"{name}: {there[name]!r} there, {wanted.get(name)!r} here" for name in names]
+
+    def why_none(self) -> str | None:
+        """Why no row fits the plan; None where one does."""
+        rows = [(prompt, sample) for unit in self._plan.units for prompt, sample in unit.rows]
+        if any((prompt.query.id, sample, ids_digest(prompt.x_ids)) in self._places for prompt, sample in rows):
+            return None
+        reasons = [reason for reason, _ in self._missed.most_common(3)]
+        if {prompt.query.id for prompt, _ in rows} & {id for id, *_ in self._places}:
+            reasons.append("the same queries became other tokens (chat template, --prompt-format) or are other samples")
+        elif self._places:
+            reasons.append("the query ids are others")
+        return f"--reuse: no row there fits this round: {'; '.join(reasons)}"

@@ -16,7 +16,7 @@ from ple_data.common.finite import refuse_non_finite
 from ple_data.common.progress import Progress
 from ple_data.storage.parquet import save_rows
 from schemas.errors import DamagedError, NewerError
-from schemas.files import locked
+from schemas.files import locked, refuse_outside
 from schemas.tables import read_metadata, read_table
 
 ROWS_AT_ONCE = 1024
@@ -52,6 +52,7 @@ def cached_scores(
     computes the same, DamagedError for a file that cannot be read, PleError for a score that is not finite.
     """
     path = directory / f"{text_digest(made_by)}.parquet"
+    refuse_outside(directory.parent, path)
     with locked(path.with_suffix(".lock")):
         known = _read(path, made_by) if path.exists() else {}
         first_place = {key: place for place, key in reversed(list(enumerate(keys)))}

@@ -4,21 +4,19 @@ A unit that is committed is never scored again; several processes share the unit
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from ple_data.common.digests import text_digest
 from ple_data.common.finite import refuse_non_finite
 from ple_data.common.progress import Progress
-from ple_data.rewards import RewardModel
-from ple_data.storage.store import Shard, Store, Waits
+from ple_data.common.secrets import public
+from ple_data.rewards import RewardModel, as_read
+from ple_data.storage.store import OWNER, Shard, Store, Waits
 from schemas.errors import UsageError
 from schemas.files import write_new
 from schemas.tables import PAIRS, read_metadata
-
-OWNER = Path(".ple") / "reward_model"
-"""Where a store holds the name of the model that its pairs are scored by."""
 
 
 @dataclass
@@ -68,6 +66,11 @@ def score(
             progress.note(
                 f"{counts.texts_cut} texts are longer than the reward model takes: the beginning of x was cut"
             )
+    for number in {shard.round for shard in shards}:
+        if store.is_finished("responses", number):  # some may have come meanwhile
+            units = [shard.unit for shard in store.shards("responses", round=number)]
+            if all(target.is_committed("pairs", number, unit) for unit in units):
+                target.finish("pairs", number)
     for number, rows, asked in store.unfinished(shards):
         progress.note(
             f"warning: round {number} has {rows} of its {asked} pairs so far: run ple-gen to its end, then this again"
@@ -80,11 +83,11 @@ def _score_unit(store: Store, shard: Shard, reward_model: RewardModel, target: S
     with target.claim("pairs", shard.round, shard.unit) as ours:
         if ours:
             table = store.read(shard)
-            s, s_prompt = _rewards(table, shard, reward_model)
+            provenance = {**read_metadata(shard.path, "responses"), "reward_model": reward_model.name}
+            s, s_prompt = _rewards(table, shard, reward_model, chat=provenance.get("prompts") == "chat")
             added = {"s": s, "s_prompt": s_prompt, "reward_model": [reward_model.name] * len(table)}
             columns = {name: table[name] for name in table.column_names} | added
             pairs = pa.table({name: columns[name] for name in PAIRS.names}, schema=PAIRS)
-            provenance = {**read_metadata(shard.path, "responses"), "reward_model": reward_model.name}
             _own_pairs(target, reward_model)
             target.commit("pairs", shard.round, shard.unit, pairs, provenance)
             counts.units += 1
@@ -95,9 +98,10 @@ def _score_unit(store: Store, shard: Shard, reward_model: RewardModel, target: S
     return by_others
 
 
-def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel) -> tuple[np.ndarray, np.ndarray]:
+def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel, *, chat: bool) -> tuple[np.ndarray, np.ndarray]:
     """s and s_prompt as float32, one a row; the same (x, y) is scored once."""
     x, y, y_prompt = (table[column].to_pylist() for column in ("x", "y", "y_prompt"))
+    x = as_read(reward_model, x, chat=chat)
     plain, guided = list(zip(x, y, strict=True)), list(zip(x, y_prompt, strict=True))
     distinct = list(dict.fromkeys(plain + guided))
     reward_of = dict(zip(distinct, reward_model.score(distinct), strict=True))
@@ -119,11 +123,9 @@ def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel) -> tuple[
 
 def _refuse_other_model(target: Store, reward_model: RewardModel) -> None:
     """Raise UsageError where the pairs of `target` were scored by another reward model."""
-    owner: str | None = None
-    if (record := target.root / OWNER).exists():
-        owner = record.read_text(encoding="utf-8").strip()
-    elif shards := target.shards("pairs"):
-        owner = read_metadata(shards[0].path, "pairs").get("reward_model")
+    owner = target.reward_model()
+    if owner is not None and public(owner, text_digest) == reward_model.name:
+        reward_model.name = owner  # older versions recorded an address with what in its path may be a key
     if owner not in (None, reward_model.name):
         raise UsageError(
             f"the pairs in {target.root} were scored by {owner}, not by {reward_model.name}: two reward "
@@ -133,7 +135,7 @@ def _refuse_other_model(target: Store, reward_model: RewardModel) -> None:
 
 def _own_pairs(target: Store, reward_model: RewardModel) -> None:
     """Make `target` this model's before the first commit: of two that start at once, one is refused."""
-    record = target.root / OWNER
+    record = target.inside(*OWNER.parts)
     if not record.exists():
         write_new(record, reward_model.name + "\n", target.root / ".ple" / "tmp")
     _refuse_other_model(target, reward_model)

@@ -2,17 +2,17 @@
 
     DATA/pairs/round=000/part-<unit>.parquet          the table (likewise under responses/)
     DATA/.ple/commits/pairs/round=000/<unit>.json     its commit record; without one the shard does not exist
+    DATA/.ple/finished/pairs-round=000                says that all of a round's units were committed
     DATA/.ple/locks, DATA/.ple/tmp, DATA/.ple/rounds  who works on what, unfinished files, settings of rounds
 
 A unit of work is claimed (an flock, dropped by the kernel when its holder dies), written to a temporary file, linked to
 its final name and then recorded. After a kill between any two of these steps, the next claim finds out how far it got.
-Nothing here is ever overwritten, and nothing is unpickled.
+Nothing here is ever overwritten, and nothing is unpickled. Links that lead out of DATA are never followed.
 """
 
 import fcntl
 import hashlib
 import os
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,8 +25,8 @@ import pyarrow as pa
 
 from ple_data.storage.parquet import parquet_bytes
 from schemas import files, tables
-from schemas.errors import DamagedError, NewerError, PleError
-from schemas.records import Commit, RoundManifest, read_record
+from schemas.errors import DamagedError, NewerError, PleError, UsageError, first_line
+from schemas.records import Commit, R, RoundManifest, read_record
 
 if TYPE_CHECKING:
     import polars as pl
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 ROW_GROUP = 1024
 POLL_SECONDS = 0.5
 """How often a unit that another process holds is looked at again."""
+OWNER = Path(".ple") / "reward_model"
+"""Where a store holds the name of the model that its pairs are scored by."""
 _CLAIM_ATTEMPTS = 3  # `holder` takes the lock for an instant; a claim must not mistake that for a holder
 _CLAIM_PAUSE = 0.01  # seconds
 
@@ -56,6 +58,10 @@ class Store:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
+        if os.fsencode(self.root.absolute()).decode(errors="replace") != str(self.root.absolute()):
+            raise UsageError(
+                f"{str(self.root.absolute())!r}: the name is no UTF-8, which polars needs: rename the folder"
+            )
         self._state = self.root / ".ple"
         self._tmp = self._state / "tmp"
         self._prepared = False
@@ -75,16 +81,13 @@ class Store:
         """
         self._prepare()
         path = self._lock_path(kind, round, unit)
-        with files.explained(path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = files.open_lock(path)
         try:
-            if not _lock(fd):
+            if not _lock(fd, path):
                 yield False
                 return
             try:
-                with files.explained(path):
-                    os.ftruncate(fd, 0)
-                    os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                files.note_holder(fd, path)
                 yield not self.is_committed(kind, round, unit) and not self._adopt(kind, round, unit)
             finally:
                 os.ftruncate(fd, 0)
@@ -94,15 +97,15 @@ class Store:
 
     def holder(self, kind: str, round: int, unit: str) -> str | None:
         """Who has claimed the unit, as 'pid 12 on host'; None when nobody (alive) has."""
-        try:
-            fd = os.open(self._lock_path(kind, round, unit), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+        path = self._lock_path(kind, round, unit)
+        if not os.path.exists(path):
             return None
+        with files.explained(path, "read"):
+            fd = files.unfollowed(path, os.O_RDONLY)
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
-        except BlockingIOError:
-            return os.pread(fd, 300, 0).decode(errors="replace") or "a process that has just started or ended"
+            if files.try_lock(fd, path, fcntl.LOCK_SH):
+                return None
+            return files.read_holder(fd) or "a process that has just started or ended"
         finally:
             os.close(fd)
 
@@ -167,6 +170,7 @@ class Store:
             return
         with files.explained(self.root):
             for directory in (self._tmp, self._state / "locks"):
+                files.refuse_outside(self.root, directory)
                 files.make_dirs(directory)
             files.remove_stale(self._tmp)
             files.probe_links(self._tmp)
@@ -184,9 +188,23 @@ class Store:
         return sorted(wanted, key=lambda shard: (shard.round, shard.path.name))
 
     def read_record(self, path: Path) -> Shard:
-        """The shard that the commit record at `path` describes. Raises DamagedError."""
-        commit = read_record(Commit, path)
-        return Shard(path=self.root / commit.file, **commit.model_dump(exclude={"version", "file"}))
+        """The shard that the commit record at `path` describes. Raises DamagedError, also for another place or file
+        than its writer chooses.
+        """
+        commit = self._placed(Commit, path, lambda found: self.record_path(found.kind, found.round, found.unit))
+        shard = Shard(
+            path=self.path(commit.kind, commit.round, commit.unit), **commit.model_dump(exclude={"version", "file"})
+        )
+        if self.root / commit.file != shard.path:
+            raise DamagedError(f"{path}: it names {commit.file}, which is not its unit's file: remove it")
+        return shard
+
+    def _placed(self, model: type[R], path: Path, place: Callable[[R], Path]) -> R:
+        """The record at `path`, which must be where its writer puts it."""
+        record = read_record(model, path)
+        if place(record) != path:
+            raise DamagedError(f"{path}: this record belongs at {place(record)}: put it back there, or remove it")
+        return record
 
     def read(self, shard: Shard, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of a shard in the current version's columns, or those named; page checksums are verified.
@@ -220,7 +238,21 @@ class Store:
     def load_manifest(self, round: int) -> RoundManifest | None:
         """The frozen settings of a round, None before its first start. Raises DamagedError."""
         path = self.manifest_path(round)
-        return read_record(RoundManifest, path) if path.exists() else None
+        return self.read_manifest(path) if path.exists() else None
+
+    def read_manifest(self, path: Path) -> RoundManifest:
+        """The settings in a file of `manifest_paths`. Raises DamagedError."""
+        return self._placed(RoundManifest, path, lambda found: self.manifest_path(found.round))
+
+    def finish(self, kind: str, round: int) -> None:
+        """Keep that all units of a round are committed: one that is missing later was lost."""
+        if not self.is_finished(kind, round):
+            self._prepare()
+            files.write_new(self._finished_path(kind, round), "", self._tmp)
+
+    def is_finished(self, kind: str, round: int) -> bool:
+        """Whether all units of a round were committed once; 0.1.0 did not say so."""
+        return self._finished_path(kind, round).exists()
 
     def unfinished(self, shards: Iterable[Shard]) -> list[tuple[int, int, int]]:
         """(round, rows, rows asked for) of the rounds of which `shards` hold fewer rows than were asked for."""
@@ -230,11 +262,19 @@ class Store:
         asked = {round: manifest.rows for round in held if (manifest := self.load_manifest(round))}
         return [(t, held[t], rows) for t, rows in sorted(asked.items()) if rows and held[t] < rows]
 
+    def reward_model(self) -> str | None:
+        """The name of the model that the pairs here were scored by; None where there are none. Raises DamagedError."""
+        path = self.inside(*OWNER.parts)
+        if path.exists():
+            return files.read_file(path).decode(errors="replace").strip()
+        shards = self.shards("pairs")
+        return tables.read_metadata(shards[0].path, "pairs").get("reward_model") if shards else None
+
     # Paths
 
     def path(self, kind: str, round: int, unit: str) -> Path:
-        """Where the table of a unit stands."""
-        return self.root / kind / f"round={round:03d}" / f"part-{unit}.parquet"
+        """Where the table of a unit stands. Raises DamagedError where links lead out of the data directory."""
+        return self.inside(kind, f"round={round:03d}", f"part-{unit}.parquet")
 
     def record_paths(self, kind: str) -> list[Path]:
         """The commit records of a kind, readable or not."""
@@ -246,14 +286,23 @@ class Store:
 
     def manifest_path(self, round: int) -> Path:
         """Where the settings of a round stand."""
-        return self._state / "rounds" / f"round={round:03d}.json"
+        return self.inside(".ple", "rounds", f"round={round:03d}.json")
 
     def record_path(self, kind: str, round: int, unit: str) -> Path:
         """Where the commit record of a unit stands."""
-        return self._state / "commits" / kind / f"round={round:03d}" / f"{unit}.json"
+        return self.inside(".ple", "commits", kind, f"round={round:03d}", f"{unit}.json")
+
+    def inside(self, *names: str) -> Path:
+        """A path in the data directory. Raises DamagedError where links lead out of it."""
+        path = self.root.joinpath(*names)
+        files.refuse_outside(self.root, path)
+        return path
+
+    def _finished_path(self, kind: str, round: int) -> Path:
+        return self.inside(".ple", "finished", f"{kind}-round={round:03d}")
 
     def _lock_path(self, kind: str, round: int, unit: str) -> Path:
-        return self._state / "locks" / f"{kind}-round={round:03d}-{unit}.lock"
+        return self.inside(".ple", "locks", f"{kind}-round={round:03d}-{unit}.lock")
 
 
 def scan_shards(kind: str, shards: Sequence[Shard]) -> "pl.LazyFrame":
@@ -266,8 +315,15 @@ def scan_shards(kind: str, shards: Sequence[Shard]) -> "pl.LazyFrame":
         tables.read_metadata(shard.path, kind)
     if not shards:
         return pl.LazyFrame(schema=schema)
-    paths = [shard.path for shard in shards]
-    return pl.scan_parquet(paths, schema=schema, missing_columns="insert", hive_partitioning=False)
+    _scanned.update((shard.path, shard) for shard in shards)
+    return scan_files([shard.path for shard in shards], schema=schema, missing_columns="insert")
+
+
+def scan_files(paths: Iterable[Path], **how: Any) -> "pl.LazyFrame":
+    """The rows of Parquet files as a lazy frame. A path is a path, whatever is in it: no pattern and no address."""
+    import polars as pl
+
+    return pl.scan_parquet([path.absolute() for path in paths], glob=False, hive_partitioning=False, **how)
 
 
 class Waits:
@@ -287,32 +343,41 @@ class Waits:
         time.sleep(POLL_SECONDS)
 
 
+_scanned: dict[Path, Shard] = {}
+"""The shards of the frames that were made: polars does not say in which file a fault is."""
+
+
 def collect(rows: "pl.LazyFrame") -> "pl.DataFrame":
-    """The rows of a lazy frame over shards, streamed. Raises DamagedError when a file cannot be decoded."""
-    from polars.exceptions import ComputeError
+    """The rows of a lazy frame over shards, streamed. Raises DamagedError when a file cannot be decoded, PleError when
+    the system does not give it.
+    """
+    from polars.exceptions import PolarsError
 
+    folder = next((path.parents[2] for path in _scanned), Path())
     try:
-        return rows.collect(engine="streaming")
-    except (ComputeError, OSError) as error:
-        first_line = str(error).splitlines()[0]
-        raise DamagedError(f"a shard cannot be read ({first_line}): run `ple verify` on its directory") from error
+        with files.explained(folder, "read"):
+            return rows.collect(engine="streaming")
+    except (PolarsError, OSError, PleError) as error:
+        for path, shard in _scanned.items():
+            Store(path.parents[2]).read(shard)
+        if isinstance(error, PleError):
+            raise
+        raise DamagedError(f"{folder}: a shard cannot be read ({first_line(error)}): run `ple verify` there") from error
 
 
-def _lock(fd: int) -> bool:
+def _lock(fd: int, path: Path) -> bool:
     for attempt in range(_CLAIM_ATTEMPTS):
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if files.try_lock(fd, path):
             return True
-        except BlockingIOError:
-            time.sleep(_CLAIM_PAUSE * attempt)
+        time.sleep(_CLAIM_PAUSE * attempt)
     return False
 
 
 def _check_size(shard: Shard) -> None:
-    try:
-        size = shard.path.stat().st_size
-    except FileNotFoundError as error:
-        raise DamagedError(f"{shard.path}: the file is missing: {tables.RESTORE}") from error
+    with files.explained(shard.path, "read"):
+        size = shard.path.stat().st_size if shard.path.exists() else None
+    if size is None:
+        raise DamagedError(f"{shard.path}: the file is missing: {tables.RESTORE}")
     if size != shard.bytes:
         raise DamagedError(f"{shard.path}: {size} bytes instead of {shard.bytes}: {tables.RESTORE}")
 

@@ -3,16 +3,16 @@
 Every shard is hashed and read whole, one at a time; keys are compared one round at a time.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from ple_data.storage.store import Shard, Store
+from ple_data.storage.store import Shard, Store, scan_files
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
-from schemas.files import TMP_SUFFIX, is_stale, sha256_file
-from schemas.records import RoundManifest, read_record
+from schemas.files import TMP_SUFFIX, is_stale, refuse_outside, sha256_file
 
 _NAMED = 5  # doubled keys that one problem names
 
@@ -47,47 +47,53 @@ def check(directory: Path) -> Iterator[Problem]:
         raise DamagedError(f"{directory}: {problems}, listed above with what to do")
 
 
-def verify(store: Store) -> list[Problem]:
-    """All problems of a data directory in the order of its files, "info" last. Raises UsageError where it is none."""
+def verify(store: Store) -> Iterator[Problem]:
+    """All problems of a data directory, as they are found. Raises UsageError where it is none."""
     tables_there = (path for kind in tables.STORED for path in (store.root / kind).rglob("*.parquet"))
     if not (store.root / ".ple").is_dir() and not any(tables_there):
         raise UsageError(f"{store.root}: not a data directory: it has neither .ple nor responses nor pairs")
-    problems: list[Problem] = []
+    if links := list(_links(store)):
+        yield from links  # what lies behind them is not looked at
+        return
+    asked: dict[int, int] = {}
+    yield from _manifests(store, asked)
     for kind in tables.STORED:
         shards: list[Shard] = []
-        problems += _records(store, kind, shards)
-        problems += _orphans(store, kind)
-        whole = []
+        yield from _records(store, kind, shards)
+        yield from _orphans(store, kind)
+        whole, owner = [], None
+        with suppress(DamagedError):  # said above
+            owner = store.reward_model()
         for shard in shards:
-            if faults := list(_faults(shard)):
+            if faults := list(_faults(shard, owner)):
                 record = store.record_path(kind, shard.round, shard.unit)
                 remake = f"restore it from a copy, or remove it and {record}, then {_REMAKE[kind]}"
-                problems.append(Problem(shard.path, "; ".join(faults), remake))
+                yield Problem(shard.path, "; ".join(faults), remake)
             else:
                 whole.append(shard)
-        problems += _doubled_keys(kind, whole)
-    problems += _manifests(store)
-    problems += _leftovers(store)
-    problems += _unscored(store)
-    return sorted(problems, key=lambda problem: problem.severity == "info")
+        yield from _doubled_keys(kind, whole)
+        yield from _counts(store, kind, shards, asked)
+    yield from _leftovers(store)
+    yield from _unscored(store)
+
+
+def _links(store: Store) -> Iterator[Problem]:
+    """Links that lead out of the data directory."""
+    for top in (store.root / name for name in (".ple", *tables.STORED)):
+        for path in (path for path in (top, *top.rglob("*")) if path.is_symlink()):
+            try:
+                refuse_outside(store.root, path)
+            except DamagedError as error:
+                yield Problem(path, *_without_path(error, path).rsplit(": ", 1))
 
 
 def _records(store: Store, kind: str, shards: list[Shard]) -> Iterator[Problem]:
     """Unreadable or misplaced commit records; the shards of the good ones are added to `shards`."""
     for path in store.record_paths(kind):
         try:
-            shard = store.read_record(path)
+            shards.append(store.read_record(path))
         except DamagedError as error:
             yield Problem(path, _without_path(error, path), f"remove it; then {_REMAKE[kind]}")
-            continue
-        if store.record_path(kind, shard.round, shard.unit) != path or shard.kind != kind:
-            what = f"this record is of {shard.kind} unit {shard.unit} of round {shard.round}"
-            yield Problem(path, what, "it was moved or copied: put it back where it belongs, or remove it")
-        elif shard.path != store.path(kind, shard.round, shard.unit):
-            what = f"the record names {shard.path}, not {store.path(kind, shard.round, shard.unit)}"
-            yield Problem(path, what, f"remove the record; then {_REMAKE[kind]}")
-        else:
-            shards.append(shard)
 
 
 def _orphans(store: Store, kind: str) -> Iterator[Problem]:
@@ -101,16 +107,16 @@ def _orphans(store: Store, kind: str) -> Iterator[Problem]:
 
 def _in_work(store: Store, kind: str, path: Path) -> bool:
     round, unit = path.parent.name.removeprefix("round="), path.stem.removeprefix("part-")
-    return round.isdigit() and store.holder(kind, int(round), unit) is not None
+    return round.isdecimal() and store.holder(kind, int(round), unit) is not None
 
 
 def _recorded(store: Store, kind: str) -> set[tuple[int, str]]:
     """(round, unit) of the commit records, readable or not."""
     names = [(path.parent.name.removeprefix("round="), path.stem) for path in store.record_paths(kind)]
-    return {(int(round), unit) for round, unit in names if round.isdigit()}
+    return {(int(round), unit) for round, unit in names if round.isdecimal()}
 
 
-def _faults(shard: Shard) -> Iterator[str]:
+def _faults(shard: Shard, owner: str | None) -> Iterator[str]:
     """Whether the file is there, is the one that was committed, and holds what a table of its kind must."""
     try:
         size = shard.path.stat().st_size
@@ -132,6 +138,22 @@ def _faults(shard: Shard) -> Iterator[str]:
     if table.num_rows != shard.rows:
         yield f"{table.num_rows} rows, but {shard.rows} were committed"
     yield from tables.row_faults(shard.kind, table, shard.round)
+    if owner and shard.kind == "pairs" and (others := set(table["reward_model"].to_pylist()) - {owner}):
+        yield f"its pairs were scored by {', '.join(others)}, but those of this store by {owner}"
+
+
+def _counts(store: Store, kind: str, shards: Sequence[Shard], asked: Mapping[int, int]) -> Iterator[Problem]:
+    """Rounds with more rows than they were asked for, or with fewer: once they were finished, a unit was lost."""
+    for round, rows in asked.items():
+        held = [shard.rows for shard in shards if shard.round == round]
+        what = f"round {round} holds {sum(held)} rows of {kind} in {len(held)} units, but was asked for {rows} rows"
+        if sum(held) > rows and kind != "pairs":  # those of several stores may be scored into one
+            yield Problem(store.root / kind, what, "units were put there by hand: remove their files and records")
+        elif sum(held) < rows and store.is_finished(kind, round):
+            todo = f"a unit was lost with its record: restore both from a copy, or {_REMAKE[kind]}"
+            yield Problem(store.root / kind, what, todo)
+        elif held and sum(held) < rows and kind != "pairs":
+            yield Problem(store.root / kind, what, "if it has not come to its end, run the command again", "info")
 
 
 def _doubled_keys(kind: str, shards: Iterable[Shard]) -> Iterator[Problem]:
@@ -139,8 +161,8 @@ def _doubled_keys(kind: str, shards: Iterable[Shard]) -> Iterator[Problem]:
     import polars as pl
 
     for _, group in groupby(shards, key=lambda shard: shard.round):
-        files = [shard.path for shard in group]
-        keys = pl.scan_parquet(files, hive_partitioning=False, include_file_paths="file")
+        files = {str(shard.path.absolute()): str(shard.path) for shard in group}
+        keys = scan_files(map(Path, files), include_file_paths="file")
         doubled = (
             keys.select(*tables.KEY, "file")
             .group_by(tables.KEY)
@@ -152,7 +174,7 @@ def _doubled_keys(kind: str, shards: Iterable[Shard]) -> Iterator[Problem]:
             .collect(engine="streaming")
         )
         for row in doubled.iter_rows(named=True):
-            first, *others = row["file"]
+            first, *others = (files[path] for path in row["file"])
             named = "; ".join(
                 f"query_id={q!r} round={r} sample={s}" for q, r, s in zip(*(row[k] for k in tables.KEY), strict=True)
             )
@@ -162,12 +184,19 @@ def _doubled_keys(kind: str, shards: Iterable[Shard]) -> Iterator[Problem]:
             yield Problem(Path(first), what, f"{todo} under .ple/commits/{kind} with the files themselves")
 
 
-def _manifests(store: Store) -> Iterator[Problem]:
+def _manifests(store: Store, asked: dict[int, int]) -> Iterator[Problem]:
+    """Settings of rounds that do not read, or are gone. `asked` is given the rows that the others were asked for."""
+    again = "restore it from a copy, or remove it and run the same ple-gen (or ple eval) command again"
     for path in store.manifest_paths():
         try:
-            read_record(RoundManifest, path)
+            manifest = store.read_manifest(path)
+            if manifest.rows is not None:
+                asked[manifest.round] = manifest.rows
         except DamagedError as error:
-            yield Problem(path, _without_path(error, path), "remove it and run the same ple-gen command again")
+            yield Problem(path, _without_path(error, path), again)
+    for round in sorted({round for kind in ("responses", "answers") for round, _ in _recorded(store, kind)}):
+        if not (path := store.manifest_path(round)).exists():
+            yield Problem(path, f"the settings of round {round} are gone", again)
 
 
 def _leftovers(store: Store) -> Iterator[Problem]:

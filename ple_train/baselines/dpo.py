@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 
 from ple_data import selection
+from ple_data.common.models import pad_id, positions_of
 from ple_data.common.progress import Progress
 from ple_train import snapshot as snapshots
 from ple_train.baselines import trl_tools
@@ -21,7 +22,6 @@ from ple_train.baselines.responses import CHOSEN_FROM
 from ple_train.engine.checkpoint import History
 from ple_train.engine.session import Session
 from ple_train.log import print_to_log
-from ple_train.model.policy import positions_of
 from ple_train.stream import checked_ids
 from schemas.errors import UsageError
 from schemas.options import Dpo
@@ -52,7 +52,8 @@ def dpo(options: Dpo) -> None:
         print_to_log(f"dpo: {pairs.height} pairs; {ties} left out, their rewards are equal")
         tokenizer, policy = session.load_tokenizer(), session.load_causal_lm()
         vocabulary = policy.get_output_embeddings().weight.shape[0]
-        limits = SimpleNamespace(vocabulary=vocabulary, positions=positions_of(policy))
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id(tokenizer, vocabulary))
+        limits = SimpleNamespace(vocabulary=vocabulary, positions=positions_of(policy.config))
         for row in pairs.select("query_id", "round", *IDS).iter_rows(named=True):
             for column in ("chosen_ids", "rejected_ids"):
                 checked_ids(row, column, "response", limits)

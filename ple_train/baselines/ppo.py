@@ -17,19 +17,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ple_data.common.models import check_model, load_tokenizer
+from ple_data.common.models import check_model, load_tokenizer, positions_of
 from ple_data.common.progress import Progress
-from ple_data.engines import decode
+from ple_data.common.tokens import text_after
 from ple_data.inputs.chat import to_text
-from ple_data.inputs.principles import uses_chat
 from ple_data.inputs.queries import load_queries
-from ple_data.rewards import RewardModel, load_reward_model, recorded_spec
+from ple_data.inputs.templates import response_form, uses_chat
+from ple_data.rewards import RewardModel, as_read, load_reward_model, recorded_spec
 from ple_data.sampling.plan import make_prompts
 from ple_train.baselines import trl_tools
 from ple_train.engine.checkpoint import History
 from ple_train.engine.session import Session
 from ple_train.log import print_to_log
-from ple_train.model.policy import positions_of, switch_off_dropout
+from ple_train.model.policy import switch_off_dropout
 from ple_train.reward import load_classifier
 from schemas.errors import PleError, UsageError
 from schemas.options import Ppo
@@ -64,12 +64,14 @@ def ppo(options: Ppo) -> None:
         print_to_log(f"ppo: {len(texts)} queries, {options.sampled_tokens:,} tokens to sample")
         policy = session.load_causal_lm()
         longest = max(map(len, texts)) + options.max_new_tokens
-        positions = positions_of(policy)
+        positions = positions_of(policy.config)
         if positions is not None and longest > positions:
             raise UsageError(
                 f"the longest query and --max-new-tokens are {longest} tokens together, over the {positions} positions "
                 f"of {options.model}; lower --max-new-tokens or --max-query-tokens"
             )
+        chat = uses_chat(tokenizer, options.prompt_format)
+        texts = dict(zip(texts, as_read(rewards, list(texts.values()), chat=chat), strict=True))
         scorer = RewardScorer(rewards, session.load_tokenizer(), texts)
         batching = trl_tools.micro_batching(options.batch_size, options.microbatch_tokens // longest)
         scratch = session.private / "trl"
@@ -86,7 +88,9 @@ def ppo(options: Ppo) -> None:
         }
         with trl_tools.quiet_trl():
             value = value_model(options)
-            history = _train(policy, value, scorer, session.tokenizer, options.sampled_tokens, arguments)
+            ended = copy.deepcopy(tokenizer)  # TRL knows one end of a response: the EOS
+            ended.eos_token = ended.convert_ids_to_tokens(response_form(tokenizer, options.prompt_format).end)
+            history = _train(policy, value, scorer, ended, options.sampled_tokens, arguments)
         shutil.rmtree(scratch, ignore_errors=True)
         trained = options.ppo_epochs * scorer.tokens
         session.finish(policy, history, "ppo", sampled={None: scorer.tokens}, trained=trained)
@@ -119,7 +123,8 @@ class RewardScorer(nn.Module):
         for (ids, mask), start in zip(rows, starts, strict=True):
             end = mask.index(False, width) if False in mask[width:] else len(mask)
             self.tokens += end - width
-            pairs.append((self.texts[tuple(ids[start:width])], decode(self.tokenizer, ids[width:end])))
+            x_ids = tuple(ids[start:width])
+            pairs.append((self.texts[x_ids], text_after(self.tokenizer, x_ids, ids[width:end])))
         values = self.rewards.score(pairs)
         for (x, _), value in zip(pairs, values, strict=True):
             if not math.isfinite(value):
@@ -148,14 +153,15 @@ def value_model(options: Ppo) -> Any:
 
 
 def with_own_pad(tokenizer: Any, policy: Any, queries: Sequence[tuple[int, ...]]) -> Any:
-    """A tokenizer whose pad token is not its EOS: TRL's PPO tells padding by its id, and would lose every end.
+    """A tokenizer whose pad token has a row in the embedding and is not its EOS: TRL's PPO tells padding by its id, and
+    would lose every end.
 
     Where there is none, the vocabulary's token that the start policy expects least stands in (of those in no query).
     """
-    if tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return tokenizer
-    used = {token for ids in queries for token in ids} | set(tokenizer.all_special_ids)
     size = min(len(tokenizer), policy.get_output_embeddings().weight.shape[0])
+    if tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.pad_token_id < size:
+        return tokenizer
+    used = {token for ids in queries for token in (*ids, *tokenizer.all_special_ids) if token < size}
     likelihood = torch.zeros(size)
     with torch.no_grad(), policy.disable_adapter():
         for ids in queries[:32]:

@@ -12,6 +12,8 @@ from typing import Any
 import polars as pl
 
 from ple_data import selection
+from ple_data.common.tokens import ids_after
+from ple_data.inputs.templates import response_form
 from ple_data.storage.store import scan_shards
 from ple_train import snapshot as snapshots
 from ple_train.engine.session import Session
@@ -97,7 +99,7 @@ def choose(
     if method == "sft":
         frames = [selection.references(snapshots.read_rows(part, REFERENCE_COLUMNS, None)) for part in snapshot]
         rows = selection.first_of_each_query(pl.concat(frames))
-        rows = rows.with_columns(reference_ids(rows["y"], tokenizer).alias("ids")).drop("y")
+        rows = rows.with_columns(reference_ids(rows, tokenizer).alias("ids")).drop("y")
     else:
         frames = [CHOOSERS[method](snapshots.read_rows(part, CHOSEN_FROM, max_length)) for part in snapshot]
         rows = selection.best(pl.concat(frames)) if method == "raft" else pl.concat(frames)
@@ -118,11 +120,11 @@ def choose(
     return sequences
 
 
-def reference_ids(texts: pl.Series, tokenizer: Any) -> pl.Series:
-    """Token ids of reference texts, each with an end-of-sequence id."""
+def reference_ids(rows: pl.DataFrame, tokenizer: Any) -> pl.Series:
+    """Token ids of reference texts y after x_ids, each with the id that ends it."""
+    form = response_form(tokenizer)
     ids = pl.Series([], dtype=pl.List(pl.Int32))
-    for first in range(0, len(texts), _TOKENIZED_AT_ONCE):
-        part = texts[first : first + _TOKENIZED_AT_ONCE].to_list()
-        found = tokenizer(part, add_special_tokens=False)["input_ids"]
-        ids.append(pl.Series([[*row, tokenizer.eos_token_id] for row in found], dtype=ids.dtype))
+    for part in rows.iter_slices(_TOKENIZED_AT_ONCE):
+        found = ids_after(tokenizer, part["x_ids"].to_list(), part["y"].to_list(), form.lead)
+        ids.append(pl.Series([[*row, form.end] for row in found], dtype=ids.dtype))
     return ids

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ple_data.common.settings import Settings
-from schemas.errors import DamagedError, PleError, UsageError
-from schemas.files import explained, fsync_dir, fsync_file
+from schemas.errors import DamagedError, PleError, UsageError, first_line
+from schemas.files import explained, fsync_dir, fsync_file, refuse_no_file, refuse_outside
 from schemas.records import read_record
 from schemas.training import CheckpointState, Trained
 
@@ -37,9 +36,6 @@ def saving(temporary: Path) -> Iterator[None]:
     try:
         with explained(temporary):
             yield
-    except SafetensorError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise PleError(f"{temporary}: cannot write ({error}): make room and run the same command again") from error
     except PleError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -95,15 +91,15 @@ class Checkpoints:
         if newest is None:
             return 0, []
         state = read_state(newest)
-        try:
-            weights = load_file(newest / "weights.safetensors")
-            moments = load_file(newest / "optimizer.safetensors")
-            metrics = pq.ParquetFile(newest / "metrics.parquet").read().to_pylist()
-        except Exception as error:
-            raise DamagedError(f"{newest} cannot be read ({error}): {_advice(newest)}") from error
+        weights, moments = (_read(newest / f"{name}.safetensors", load_file) for name in ("weights", "optimizer"))
+        metrics = _read(newest / "metrics.parquet", lambda path: pq.ParquetFile(path).read().to_pylist())
         if state.command not in (None, self.settings.kind.__name__):
             raise UsageError(f"{newest} is another command's ({state.command}): use another --output, or --no-resume")
         self.settings.refuse_other(resolved(state), newest)
+        shapes = ({name: value.shape for name, value in values.items()} for values in (weights, parameters))
+        known = {name.rpartition("|")[0] for name in moments} <= parameters.keys()
+        if next(shapes) != next(shapes) or not known or len(metrics) != state.step:
+            raise DamagedError(f"{newest} does not hold what is trained here: {_advice(newest)}")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
@@ -121,12 +117,31 @@ class Checkpoints:
 def newest_checkpoint(directory: Path) -> Path | None:
     """The last complete checkpoint in a directory."""
     found = [p for p in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{8}", p.name)]
-    return max(found, default=None, key=lambda p: p.name)
+    newest = max(found, default=None, key=lambda p: p.name)
+    if newest is not None:
+        for path in (newest, *newest.iterdir()):
+            refuse_outside(directory.parent, path)
+    return newest
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
     """What a checkpoint says of itself. Raises DamagedError."""
-    return read_record(CheckpointState, checkpoint / "state.json", _advice(checkpoint))
+    state = read_record(CheckpointState, checkpoint / "state.json", _advice(checkpoint))
+    if checkpoint.name != f"checkpoint-{state.step:08d}":
+        raise DamagedError(f"{checkpoint} holds the state after {state.step} steps: {_advice(checkpoint)}")
+    return state
+
+
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of a file of a checkpoint."""
+    refuse_no_file(path)
+    try:
+        with explained(path, "read"):
+            return read(path)
+    except PleError:
+        raise
+    except Exception as error:
+        raise DamagedError(f"{path} cannot be read ({first_line(error)}): {_advice(path.parent)}") from error
 
 
 def resolved(record: CheckpointState | Trained) -> dict[str, Any]:

@@ -7,6 +7,7 @@ gives global batches, the objective gives the loss of a micro-batch, already div
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,11 +26,18 @@ from ple_data.common.progress import Progress
 from ple_train.engine.checkpoint import Checkpoints, History, newest_checkpoint
 from ple_train.model.batches import Stream, micro_batches
 from ple_train.objectives import Objective
-from schemas.errors import PleError
+from schemas.errors import PleError, UsageError
 from schemas.options import Loop
 
 STEPS_AHEAD = {"cuda": 1}
 """Steps at work while an earlier one is read, so that a GPU never waits for the host; a CPU has no queue."""
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
+}
+"""What `accelerate launch` sets for what no training here is made for."""
 Report = Callable[[dict[str, Any]], None]
 """What is done with the metrics of a step."""
 
@@ -54,12 +62,34 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
 
     if report_to:
         need(report_to, f"--report-to {report_to} writes with")
+    _refuse_launcher()
     return Accelerator(
         mixed_precision="no",  # autocast is the loop's own: one process may train in several precisions
         cpu=default_device().type == "cpu",
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         log_with=report_to,
         project_dir=directory,
+    )
+
+
+def _refuse_launcher() -> None:
+    """Raise UsageError where a launcher was told to shard the model, or another number of processes than are here: the
+    training would compute something else, or one process the work of several, and not say so.
+    """
+    given = os.environ
+    worlds = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    count = next((given[name] for name in worlds if name in given), None)
+    sharding = [how for name, how in SHARDED.items() if given.get(name, "").lower() in ("true", "1")]
+    if sharding:
+        fault = f"the launcher's configuration asks for {sharding[0]}, which no training here does"
+    elif count is None and "ACCELERATE_MIXED_PRECISION" in given and "MASTER_PORT" in given:
+        fault = "accelerate was told to start several processes, and has started one"
+    else:
+        return
+    n = count or "N"
+    raise UsageError(
+        f"{fault}: start it with `torchrun --nproc-per-node {n} -m cli ...` or `accelerate launch --multi_gpu "
+        f"--num_processes {n} -m cli ...` (on a CPU too), without that configuration: every process has the whole model"
     )
 
 

@@ -23,7 +23,7 @@ from ple_train.engine.checkpoint import Checkpoints, History, newest_checkpoint,
 from ple_train.log import print_to_log
 from schemas import records
 from schemas.errors import DamagedError, LockedError, NewerError, PleError, UsageError
-from schemas.files import fsync_dir, fsync_file, locked, sha256_file, write_atomic
+from schemas.files import explained, fsync_dir, fsync_file, locked, refuse_outside, sha256_file, write_atomic
 from schemas.options import Written
 from schemas.records import TRAINED
 from schemas.training import METRICS, Snapshot, Trained
@@ -44,6 +44,7 @@ class Output:
         self.settings, self.resume = settings, options.resume
         self.metrics = options.metrics or self.directory / "metrics.parquet"
         self.private = self.directory / ".ple"
+        self._writing = self.private / "writing"
         self.machine: dict[str, Any] = {}
         self.checkpoints = Checkpoints(self.private / "checkpoints", settings, self.machine)
         self.finished = False
@@ -54,6 +55,8 @@ class Output:
         self._refuse_own_input()
         with ExitStack() as lock:
             if main:
+                for path in (self.private / "lock", self._writing, self.private / SNAPSHOT, self.checkpoints.directory):
+                    refuse_outside(self.directory, path)
                 self._take_lock(lock)
                 record = self._record()
                 if record is not None and record.kind != self.kind:
@@ -67,6 +70,7 @@ class Output:
                 self.settings.refuse_other(resolved(record), self.directory)
                 self.finished, self.found = True, record.settings
                 if main:
+                    self._clear()  # a kill between the record and the end leaves what the next call removes
                     print_to_log(f"{self.directory} is complete already ({record.steps} steps); nothing to do")
             elif self.accelerator.log_with:
                 self.accelerator.init_trackers("ple", config={k: str(v) for k, v in self.settings.values.items()})
@@ -109,11 +113,11 @@ class Output:
         `cost` (`training_cost`, or none) goes into the record and onto stderr.
         """
         if self.accelerator.is_main_process:
-            writing = self.private / "writing"
+            writing = self._writing
             shutil.rmtree(writing, ignore_errors=True)
             _order_target_modules(model)
             with saving(writing):
-                model.save_pretrained(writing)
+                save_model(model, writing)
                 tokenizer.save_pretrained(writing)
                 (writing / "README.md").write_text(model_card(title, self.settings.values, history))
             names = sorted((p.name for p in writing.iterdir() if p.is_file()), key=lambda name: (name in LAST, name))
@@ -135,8 +139,7 @@ class Output:
                 packages={name: importlib.metadata.version(name) for name in PACKAGES},
             )
             write_atomic(self.directory / TRAINED, record.to_json())
-            self.checkpoints.clear()
-            shutil.rmtree(writing, ignore_errors=True)
+            self._clear()
             if cost:
                 reused = f" ({cost['tokens_reused']:,} more from earlier rounds)" if cost["tokens_reused"] else ""
                 tokens = f"{cost['tokens_sampled']:,} tokens sampled{reused}, {cost['tokens_trained']:,} trained on"
@@ -146,7 +149,14 @@ class Output:
     def _forget(self, record: Trained | None) -> None:
         """Remove what an earlier training left here: an old adapter beside a new model would be loaded with it."""
         for name in (TRAINED, *LAST, *(record.files if record else ())):
-            (self.directory / name).unlink(missing_ok=True)
+            with explained(self.directory / name, "remove"):
+                (self.directory / name).unlink(missing_ok=True)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove what only an unfinished training needs."""
+        for folder in (self._writing, self.private / "trl"):
+            shutil.rmtree(folder, ignore_errors=True)
         self.checkpoints.clear()
 
     def _take_lock(self, lock: ExitStack) -> None:
@@ -197,6 +207,17 @@ def model_card(title: str, settings: dict[str, Any], history: History) -> str:
         f"Steps: {len(history)}. Last loss: {history[-1]['loss']:.4f}.\n\n"
         f"| setting | value |\n| --- | --- |\n{rows}\n"
     )
+
+
+def save_model(model: Any, directory: Path) -> None:
+    """`save_pretrained`, with the generation configuration that came: transformers loads some that it will not save
+    (sampling numbers without do_sample)."""
+    came = getattr(model, "generation_config", None)
+    if came is not None:
+        model.generation_config = type(came)()
+    model.save_pretrained(directory)
+    if came is not None and (file := directory / "generation_config.json").exists():
+        came.to_json_file(file, keys_to_pop=["compile_config"])
 
 
 def _order_target_modules(model: Any) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.common.digests import policy_name
-from ple_data.common.models import AdapterInfo, check_adapter, check_model, load_tokenizer
+from ple_data.common.models import CONVERT, AdapterInfo, check_adapter, check_model, load_tokenizer
 from ple_data.common.settings import Settings
 from ple_train.engine.checkpoint import History
 from ple_train.engine.loop import make_accelerator, train_loop
@@ -39,7 +39,7 @@ class Session(Output):
         adapter = getattr(options, "adapter", None)
         check_model(options.model)
         if adapter:
-            refuse_other_lora(check_adapter(adapter, options.model), options)
+            refuse_unfit(check_adapter(adapter, options.model), options)
         precision = options.precision
         if precision == "auto":
             precision = kept_precision(options.output, options.resume) or resolve_precision("auto")
@@ -50,9 +50,9 @@ class Session(Output):
         accelerator = make_accelerator(getattr(options, "report_to", None), options.output)
         super().__init__(settings, kind, self.options, accelerator)
 
-    def load_tokenizer(self) -> Any:
-        """The model's tokenizer; it is written beside the result."""
-        self.tokenizer = load_tokenizer(self.options.model, self.options.revision, note=print_to_log)
+    def load_tokenizer(self, *, ends: bool = True) -> Any:
+        """The model's tokenizer; it is written beside the result. ends: whether it must have an EOS."""
+        self.tokenizer = load_tokenizer(self.options.model, self.options.revision, note=print_to_log, ends=ends)
         return self.tokenizer
 
     def load_policy(self) -> Policy:
@@ -84,8 +84,14 @@ class Session(Output):
         self.publish(model, self.tokenizer, history, f"{Path(self.options.model).name}, {what}", cost)
 
 
-def refuse_other_lora(adapter: AdapterInfo, options: Lora) -> None:
-    """Raise UsageError where --lora-rank or --lora-alpha contradict the adapter that training goes on from."""
+def refuse_unfit(adapter: AdapterInfo, options: Lora) -> None:
+    """Raise UsageError where --lora-rank or --lora-alpha contradict the adapter that training goes on from, or where
+    the model is not the start policy with it off. Merged (--full), nothing is off."""
+    if adapter.changes_base and not getattr(options, "full", False):
+        raise UsageError(
+            f"--adapter {adapter.path} has {adapter.changes_base}: it changed weights of the model itself, so with it "
+            f"off the model is not its start policy; {CONVERT}, or train all weights with --full"
+        )
     own, asked = (adapter.rank, adapter.config["lora_alpha"]), (options.lora_rank, options.lora_alpha)
     if own != asked:
         raise UsageError(

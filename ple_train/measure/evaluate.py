@@ -7,6 +7,7 @@ missing and no more. Every number has a 95 % interval over queries. Never trains
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def _comparable(answers: Sequence[Answers]) -> list[Answers]:
     if left_out:
         print_to_log(f"{left_out} queries left out, which not every policy answered; {len(common)} are compared")
     return [
-        Answers(each.policy, [row for query in common for row in own[query]])
+        replace(each, rows=[row for query in common for row in own[query]])
         for each, own in zip(answers, found, strict=True)
     ]
 

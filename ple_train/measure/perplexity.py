@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from ple_data.common.digests import digests_of
-from ple_data.common.models import load_tokenizer, max_positions
+from ple_data.common.models import load_config, load_tokenizer, positions_of
+from ple_data.common.tokens import ids_after
 from ple_data.evaluation.answers import Answers
+from ple_data.inputs.templates import response_form
 from ple_data.scoring.cache import Score, cached_scores, key_of
 from ple_train.log import print_to_log
 from ple_train.model.batches import Sequence, micro_batches
@@ -48,7 +50,7 @@ def score_references(
     answers: Answers, references: dict[str, str], output: Path, precision: str, batch_tokens: int
 ) -> None:
     """Set `reference` in every row, by query id, and how likely it is: `reference_nll`, - log pi(reference|x) in nats,
-    and `reference_tokens`, its end-of-sequence id counted; all None where there is none.
+    and `reference_tokens`, the id that ends it counted; all None where there is none.
 
     x is what the policy was asked, token by token; batch_tokens: tokens in memory at once. References that with x
     exceed the policy's positions are left out, and counted on stderr. What was computed before is taken from `output`;
@@ -58,10 +60,11 @@ def score_references(
     tokenizer: Any = load_tokenizer(policy.model, policy.revision, note=print_to_log)
     asked = {id: rows[0]["x_ids"] for id, rows in answers.by_query().items() if id in references}
     texts = [references[id] for id in asked]
-    ys = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    positions = max_positions(policy.model, policy.revision) or math.inf
+    form = response_form(tokenizer, "chat" if answers.chat else "plain")
+    ys = ids_after(tokenizer, list(asked.values()), texts, form.lead)
+    positions = positions_of(load_config(policy.model, policy.revision)) or math.inf
     sequences = {
-        id: Sequence(np.array([*x, *y, tokenizer.eos_token_id], dtype=np.int32), len(x))
+        id: Sequence(np.array([*x, *y, form.end], dtype=np.int32), len(x))
         for (id, x), y in zip(asked.items(), ys, strict=True)
         if len(x) + len(y) < positions
     }

@@ -28,7 +28,7 @@ from ple_train.model.batches import Sequence
 from ple_train.model.policy import Policy, load_policy, resolve_precision
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
-from schemas.files import write_atomic
+from schemas.files import refuse_outside, write_atomic
 from schemas.options import Purity
 from schemas.recipe import load_recipe
 from schemas.reports import PurityBound, PurityPolicy, PurityReport
@@ -127,6 +127,7 @@ def _measure(
 ) -> pa.Table:
     """The rows of every shard under one policy, computed where they are not kept yet."""
     directory = output / "logps" / json_digest([source.name, precision])
+    refuse_outside(output, directory)
     paths = [directory / f"{shard.sha256[:16]}.parquet" for _, shard in shards]
     to_do = [(path, *where) for path, where in zip(paths, shards, strict=True) if not path.exists()]
     total = sum(shard.rows for _, shard in shards)

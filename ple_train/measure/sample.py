@@ -31,6 +31,7 @@ def sample_responses(
     from ple_data.common.models import check_adapter, check_model, end_ids, load_tokenizer
     from ple_data.engines import EngineSpec, Request, Sampling, choose_engine, make_engine
     from ple_data.inputs.principles import render
+    from ple_data.inputs.templates import response_form
 
     check_model(model)
     tokenizer = load_tokenizer(model, note=print_to_log)
@@ -38,7 +39,8 @@ def sample_responses(
     requests = [Request(at, tuple(render(tokenizer, x)), seeds[at]) for at, x in enumerate(queries)]
     longest = max(len(request.prompt_ids) for request in requests) + max_new_tokens
     info = check_adapter(adapter, model) if adapter else None
-    spec = EngineSpec(model, None, info, tokenizer, end_ids(model, tokenizer), longest)
+    ends = (*end_ids(model, tokenizer), response_form(tokenizer).end)
+    spec = EngineSpec(model, None, info, tokenizer, ends, longest)
     sampling = Sampling(max_new_tokens=max_new_tokens, logprobs=False)
     with closing(make_engine(choose_engine(engine), spec, {})) as sampler:
         units = (requests[first : first + BATCH] for first in range(0, len(requests), BATCH))

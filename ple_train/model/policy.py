@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ple_data.common.device import default_device, load_weights, natural_dtype
-from ple_data.common.models import check_adapter, check_model
+from ple_data.common.device import default_device, load_adapter, load_weights, natural_dtype
+from ple_data.common.models import check_adapter, check_model, positions_of
 from ple_train.log import print_to_log
 from ple_train.loss import token_logps
 from ple_train.model import attention as packed
@@ -27,6 +27,8 @@ from schemas.options import Lora, Trainable
 
 RANDOM_PARTS = ("drop", "jitter_noise")
 """Parts of the names under which models keep the rates of what is random in training."""
+NOT_RANDOM = "router_jitter_noise"
+"""Phi-MoE's: by it, experts are left out when it samples too. Others keep theirs as `jitter_noise`."""
 COLLATE = {"padded": collate_padded, "packed": collate_packed, "shared": collate_shared}
 
 
@@ -40,11 +42,18 @@ class Policy(nn.Module):
         config = base.config.get_text_config()
         self._base = [base]  # in a list: a view of self.model, not a second submodule
         self.vocabulary: int = base.get_output_embeddings().weight.shape[0]
-        self.positions = positions_of(base)
+        self.positions = positions_of(base.config)
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         self.layout: Layout = "packed"
         self.attention: str = base.config._attn_implementation
+
+    def train(self, mode: bool = True) -> Policy:
+        """Tell of training only the modules that checkpoint activations: some others would answer at random in it."""
+        super().train(mode)
+        for module in self.model.modules():
+            module.training = mode and hasattr(module, "gradient_checkpointing")
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -87,8 +96,6 @@ class Policy(nn.Module):
         """
         packed.register()
         base = self._base[0]
-        if getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
-            base.set_attn_implementation("eager")  # transformers' other ways leave the cap out
         training = self.training
         self.eval()
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -129,9 +136,13 @@ class Policy(nn.Module):
     def _one_by_one(self, sequences: list[Sequence]) -> Tensor:
         """The model's own logits, one sequence at a time."""
         found = []
+        precision = "bf16" if torch.is_autocast_enabled(self.device.type) else "float32"
         for sequence in sequences:
             ids = torch.from_numpy(sequence.ids).long().to(self.device)
-            logps = self.model(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+            whole, start = (self.model(input_ids=part[None], use_cache=False).logits[0] for part in (ids, ids[:-1]))
+            logps = whole.float().log_softmax(-1)
+            if not probe.agree(start.float().log_softmax(-1), logps[:-1], precision):
+                raise ValueError("its tokens see those to come")
             targets = ids[sequence.prompt :]
             found.append(logps[sequence.prompt - 1 : -1].gather(1, targets[:, None]).squeeze(1))
         return torch.cat(found)
@@ -153,11 +164,6 @@ class Policy(nn.Module):
             f"hidden states and output layer: this architecture (or an adapter on its output layer) is not supported "
             f"({why})"
         )
-
-
-def positions_of(causal: Any) -> int | None:
-    """The positions of a causal language model; None where its configuration does not say."""
-    return getattr(causal.config.get_text_config(), "max_position_embeddings", None)
 
 
 def resolve_precision(precision: str) -> str:
@@ -212,9 +218,9 @@ def load_trainable(
     if isinstance(options, Trainable) and options.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if full and adapter:
-        causal = load_adapter(causal, adapter, trainable=False).merge_and_unload()
+        causal = merged(load_adapter(causal, adapter))
     if not full:
-        causal = load_adapter(causal, adapter) if adapter else _fresh_lora(causal, options, seed)
+        causal = load_adapter(causal, adapter, trainable=True) if adapter else _fresh_lora(causal, options, seed)
     else:
         causal.requires_grad_(True)
     switch_off_dropout(causal)
@@ -228,7 +234,7 @@ def switch_off_dropout(model: nn.Module) -> None:
             module.p = 0.0
         for settings in (module, getattr(module, "config", None)):
             for name, value in vars(settings).items() if settings is not None else ():
-                if isinstance(value, float) and any(part in name for part in RANDOM_PARTS):
+                if isinstance(value, float) and any(part in name for part in RANDOM_PARTS) and name != NOT_RANDOM:
                     setattr(settings, name, 0.0)
 
 
@@ -237,20 +243,23 @@ def load_causal_lm(model: str, revision: str | None = None, dtype: torch.dtype =
     from transformers import AutoModelForCausalLM
 
     check_model(model)
-    try:
-        return load_weights(AutoModelForCausalLM, model, default_device(), revision=revision, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--model {model}: no causal language model there ({first_line(error)})") from error
+    what = f"--model {model} as a causal language model"
+    return load_weights(AutoModelForCausalLM, model, default_device(), what, revision=revision, dtype=dtype)
 
 
-def load_adapter(causal: Any, adapter: str, *, trainable: bool = True) -> Any:
-    """`PeftModel` over a causal language model. Raises UsageError where it does not fit."""
-    from peft import PeftModel
+def merged(tuned: Any) -> Any:
+    """The model with its adapter in its weights, the same function as with it apart.
 
-    try:
-        return PeftModel.from_pretrained(causal, adapter, is_trainable=trainable, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UsageError(f"--adapter {adapter} does not fit this --model ({first_line(error)})") from error
+    Where it changes the embedding or the output layer and these are one weight, that becomes two.
+    """
+    base = tuned.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    inner = [getattr(end, "base_layer", getattr(end, "original_module", end)) for end in ends]
+    if any(end is not below for end, below in zip(ends, inner, strict=True)) and inner[0].weight is inner[1].weight:
+        inner[1].weight = nn.Parameter(inner[1].weight.detach().clone(), requires_grad=inner[1].weight.requires_grad)
+        for config in (base.config, base.config.get_text_config()):
+            config.tie_word_embeddings = False
+    return tuned.merge_and_unload()
 
 
 def _fresh_lora(causal: Any, options: Lora, seed: int) -> Any:

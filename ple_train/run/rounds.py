@@ -24,9 +24,9 @@ from ple_data.rewards import recorded_spec
 from ple_train.run.child import GRACE_SECONDS, run_child
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
 from schemas.errors import DamagedError, PleError, UsageError
-from schemas.files import locked, write_atomic
+from schemas.files import locked, refuse_outside, write_atomic
 from schemas.options import Baseline, Dpo, Gen, Reward, Score, Sft, Train, about, flag
-from schemas.recipe import GIVEN, BaselineStage, Recipe, differences, dump_recipe, parse_recipe
+from schemas.recipe import GIVEN, BaselineStage, Recipe, differences, dump_recipe, load_recipe
 from schemas.records import TRAINED, read_record
 from schemas.training import StageRecord, Stages
 
@@ -115,6 +115,7 @@ def run(recipe: Recipe) -> None:
     stages = plan(recipe)
     _refuse_missing_programs(stages)
     directory.mkdir(parents=True, exist_ok=True)
+    refuse_outside(directory, directory / ".ple")
     lock = locked(directory / ".ple" / "run.lock", str(directory), patience=GRACE_SECONDS + 5)
     with lock as held, GpuWatch() as gpus:
         _freeze(recipe, stages, directory)
@@ -254,11 +255,9 @@ def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:
 
 
 def _frozen(path: Path) -> Recipe:
-    import yaml
-
     try:
-        return parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except (UsageError, yaml.YAMLError) as error:
+        return load_recipe(path)
+    except UsageError as error:
         raise DamagedError(f"{path}: the frozen recipe does not read: {error}") from error
 
 

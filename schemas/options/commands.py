@@ -22,11 +22,16 @@ class Stores(Options):
 class Gen(Policy, Asked, Rewards):
     queries: str = option(MISSING, HUB_OR_FILE, place=True)
     principles: str | None = option(MISSING, "hh, imdb or tldr (the paper's), a text file, or none (an ablation).")
+    principle_form: PrincipleForm = option(
+        "add",
+        "add: in front of the system message that a chat template writes by itself; replace: in place of it.",
+        QUERIES,
+    )
     reward_model: str | None = option(
         None, "Score the responses as well, as ple-score does; without it, stop after sampling."
     )
     data: Path = option(MISSING, "Folder of the responses and pairs.", machine=True)
-    round: int = option(MISSING, "Round T, counted from 0.", least=0)
+    round: int = option(MISSING, "Round T, counted from 0.", least=0, most=2**31 - 1)
     reuse: tuple[Path, ...] = option(
         (),
         "Take rows of this DATA where policy, query, principle and sampling match; may be repeated.",

@@ -9,6 +9,7 @@ from schemas.options.form import Options, option
 
 Precision = Literal["auto", "float32", "bf16"]
 PromptFormat = Literal["auto", "plain", "chat"]
+PrincipleForm = Literal["add", "replace"]
 Reader = Literal["auto", "hh", "imdb", "tldr"]
 Join = Literal["auto", "text", "pair", "chat"]
 Without = Literal["rank", "wsft"]

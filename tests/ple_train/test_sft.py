@@ -14,7 +14,7 @@ from ple_train.reward import train_reward
 from ple_train.sft import read_sequences, sft
 from schemas.errors import UsageError
 from schemas.options import Reward, Rewards, Sft
-from tests import oracle
+from tests import oracle, tiny
 
 
 @pytest.fixture
@@ -47,6 +47,43 @@ def test_prompts_are_rendered_as_the_rounds_render_them(chat_policy, tmp_path):
         [row] = read_sequences(path, tokenizer, None, prompt_format)
         assert row.ids[: row.prompt].tolist() == render(tokenizer, "the film", prompt_format=prompt_format)
     assert row.prompt < read_sequences(path, tokenizer, None, "chat")[0].prompt
+
+
+def test_an_empty_prompt_is_what_begins_a_text_and_never_its_end(tmp_path):
+    from tokenizers import processors
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"x": "", "y": "the film"}')
+    for single, first in ((f"{tiny.BOS} $A {tiny.EOS}", [2]), (f"$A {tiny.EOS}", []), (f"{tiny.BOS} $A", [2])):
+        tokenizer = tiny.tiny_tokenizer()
+        named = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (tiny.BOS, tiny.EOS)]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=named)
+        [row] = read_sequences(path, tokenizer, None)
+        assert row.ids[: row.prompt].tolist() == first
+        assert tokenizer.decode(row.ids[row.prompt :]) == f"the film{tiny.EOS}"
+
+
+def test_a_chat_response_ends_as_its_template_ends_a_turn(tmp_path):
+    tokenizer = tiny.tiny_tokenizer(chat=tiny.TURNS, special=("<|turn|>", "<|over|>"))
+    path = tmp_path / "rows.jsonl"
+    lines = [("the film", "good", "stop"), ("", "good", "stop"), ("a", "b", "length")]
+    path.write_text("\n".join(json.dumps(dict(zip(("x", "y", "finish"), line, strict=True))) for line in lines))
+    asked, free, cut = read_sequences(path, tokenizer, None)
+    turns = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "good"}]
+    assert tokenizer.decode(asked.ids) + "\n" == tokenizer.apply_chat_template(turns, tokenize=False)
+    assert tokenizer.decode(free.ids) == f"good{tiny.EOS}"
+    assert tokenizer.decode(cut.ids).endswith("\nb")
+    [plain, *_] = read_sequences(path, tokenizer, None, "plain")
+    assert tokenizer.decode(plain.ids) == f"the filmgood{tiny.EOS}"
+
+
+def test_a_response_with_a_space_in_front_has_the_ids_of_the_whole_text(tmp_path):
+    """As a SentencePiece policy samples them, and `ple export` gives them back."""
+    tokenizer = tiny.spm_tokenizer()
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"x": "the film", "y": " was great."}')
+    [row] = read_sequences(path, tokenizer, None)
+    assert row.ids[:-1].tolist() == tokenizer("the film was great.").input_ids
 
 
 def test_rows_that_changed_are_not_taken_for_the_ones_that_were_trained_on(policy, rows, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ple_data.common.digests import policy_name
@@ -150,7 +150,7 @@ def test_two_processes_equal_one(run, policy, pairs, tmp_path, launcher):
     alone = run("alone")
     launch = {
         "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "--master-port=29513"],
-        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"],
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"],
     }[launcher]
     if launcher == "accelerate":
         launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=29514"]
@@ -163,6 +163,24 @@ def test_two_processes_equal_one(run, policy, pairs, tmp_path, launcher):
     one, two = (pl.read_parquet(path / "metrics.parquet") for path in (alone, tmp_path / "two"))
     for column in ("loss", "loss_rank", "rank_share", "mean_logps_wsft_y", "drift_rank_y_age0"):
         assert two[column].drop_nulls().to_list() == pytest.approx(one[column].drop_nulls().to_list(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, "FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "tensor, context"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "several processes, and has started one"),
+    ],
+)
+def test_a_launcher_that_shards_or_starts_too_few_is_refused(run, monkeypatch, tmp_path, given, named):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"{named}.*torchrun --nproc-per-node {given.get('WORLD_SIZE', 'N')} "):
+        run("launched")
+    assert not (tmp_path / "launched").exists()
 
 
 # --- the stream ----------------------------------------------------------------------------------------------------
@@ -292,6 +310,81 @@ def test_a_finished_output_is_left_alone_and_other_settings_are_refused(run, cap
         run("done", learning_rate=0.5)
     run("done", learning_rate=1e-4, resume=False)
     assert (output / "adapter_model.safetensors").stat().st_mtime_ns != before
+
+
+def test_what_a_kill_at_the_end_left_is_removed_by_the_next_call(run):
+    private = run("done") / ".ple"
+    for folder in ("writing", "checkpoints/checkpoint-00000003", "checkpoints/writing", "trl"):
+        (private / folder).mkdir(parents=True)
+        (private / folder / "left").write_text("")
+    run("done")
+    assert sorted(path.name for path in private.iterdir()) == ["lock", "snapshot.json"]
+
+
+@pytest.mark.parametrize("name", ["../kept.txt", "{outside}/kept.txt", "a/../../kept.txt", ".."])
+def test_a_record_never_removes_what_lies_outside(run, tmp_path, name):
+    kept = tmp_path / "kept.txt"
+    kept.write_text("mine")
+    record = run("done") / "ple.json"
+    fields = json.loads(record.read_text())
+    fields["files"][name.format(outside=tmp_path)] = "0" * 64
+    record.write_text(json.dumps(fields))
+    with pytest.raises(DamagedError, match=r"ple\.json: .*files"):
+        run("done")
+    run("done", resume=False)
+    assert kept.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".ple", ".ple/writing", ".ple/checkpoints", ".ple/lock"])
+def test_links_in_an_output_are_neither_followed_nor_emptied(run, tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "checkpoint-00000001").mkdir(parents=True)
+    (elsewhere / "kept.txt").write_text("mine")
+    place = tmp_path / "out" / name
+    place.parent.mkdir(parents=True)
+    place.symlink_to(elsewhere / "kept.txt" if name.endswith("lock") else elsewhere)
+    for resume in (True, False):
+        with pytest.raises(PleError, match="links lead to"):
+            run("out", resume=resume)
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["checkpoint-00000001", "kept.txt"]
+    assert (elsewhere / "kept.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda at: (at / "state.json").write_text((at / "state.json").read_text().replace('"step": 2', '"step": 1')),
+        lambda at: save_file({"other": torch.zeros(1)}, at / "weights.safetensors"),
+        lambda at: save_file({"other|step": torch.zeros(1)}, at / "optimizer.safetensors"),
+        lambda at: (at / "metrics.parquet").write_bytes(b"no table"),
+    ],
+)
+def test_a_checkpoint_that_was_changed_is_one_sentence(run, monkeypatch, tmp_path, change):
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run("changed", checkpoint_every=1)
+    change(tmp_path / "changed" / ".ple" / "checkpoints" / "checkpoint-00000002")
+    with pytest.raises(
+        DamagedError, match=r"checkpoint-00000002.*delete checkpoint-00000002, or rerun with --no-resume"
+    ):
+        run("changed", checkpoint_every=1)
+
+
+def test_a_checkpoint_that_the_system_does_not_give_is_not_called_damaged(run, monkeypatch):
+    def fails(*_):
+        raise OSError("Too many open files (os error 24)")
+
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run("open", checkpoint_every=1)
+    monkeypatch.setattr("ple_train.engine.checkpoint.load_file", fails)
+    with pytest.raises(
+        PleError, match=r"weights.safetensors: cannot read \(Too many open files\): raise the limit"
+    ) as caught:
+        run("open", checkpoint_every=1)
+    assert caught.value.exit_code == 1
 
 
 def test_two_trainings_cannot_write_one_output(run, tmp_path):

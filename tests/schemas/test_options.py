@@ -133,3 +133,12 @@ def test_a_digest_over_options_stays_when_there_are_more_of_them():
     always = ("max_new_tokens", "temperature")
     assert counted(Sampling(), always) == {"max_new_tokens": 1024, "temperature": 1.0}
     assert counted(Sampling(top_p=0.5), always) == {"max_new_tokens": 1024, "temperature": 1.0, "top_p": 0.5}
+
+
+def test_what_no_file_could_keep_is_refused():
+    """Bytes of a command line that are no UTF-8, and a round that no table holds."""
+    asked = {"model": "m", "queries": "q", "principles": "hh", "data": "d", "round": 0}
+    with pytest.raises(UsageError, match="--stop holds bytes that are no UTF-8"):
+        options.Gen(**asked, stop=("\udcff",))
+    with pytest.raises(UsageError, match="--round must be at most 2147483647"):
+        options.Gen(**asked | {"round": 2**31})

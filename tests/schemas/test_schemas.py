@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from schemas import files, tables
 from schemas.errors import DamagedError, LockedError, NewerError, PleError, UsageError
+from schemas.recipe import load_recipe
 from schemas.records import Commit, RoundManifest, read_record
 from tests.conftest import FIXTURES, ROOT
 from tests.run_dir import judge_report, purity_report
@@ -208,8 +209,8 @@ def test_manifests_name_what_differs():
 
 def test_a_record_of_a_newer_version_is_whole_but_not_ours(tmp_path):
     path = tmp_path / "c.json"
-    path.write_text(COMMIT.to_json().replace('"version": 1', '"version": 2'))
-    with pytest.raises(NewerError, match=r"c.json has version 2; this ple reads 1: update it"):
+    path.write_text(COMMIT.to_json().replace('"version": 2', '"version": 3'))
+    with pytest.raises(NewerError, match=r"c.json has version 3; this ple reads 2: update it"):
         read_record(Commit, path)
 
 
@@ -278,3 +279,38 @@ def test_a_file_in_the_way_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(PleError, match=r"file/sub/x: cannot write .* move it away"):
         files.write_atomic(tmp_path / "file" / "sub" / "x", "text")
+
+
+def test_a_file_of_a_user_is_read_whole_without_its_mark_and_never_if_it_may_not_end(tmp_path):
+    (tmp_path / "given").write_bytes(b"\xef\xbb\xbf\xef\xbb\xbfa")
+    assert files.read_given(tmp_path / "given") == b"\xef\xbb\xbfa"
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in [
+        (tmp_path / "pipe", "recipe .*pipe is no regular file"),
+        (tmp_path, "no regular file but a directory"),
+        (tmp_path / "none", "none cannot be read: No such file"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            files.read_given(path, "recipe")
+    (tmp_path / "latin").write_bytes(b"\xe4")
+    with pytest.raises(UsageError, match=r"template .*latin is not UTF-8 text"):
+        files.read_given_text(tmp_path / "latin", "template")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "[" * 10**5, "nested too deep"),
+        ("rounds: " + "9" * 5000, "not valid YAML: Exceeds the limit"),
+        ("model: 2024-99-99", "not valid YAML: month must be"),
+    ],
+)
+def test_a_recipe_that_python_cannot_take_is_one_sentence(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_recipe(path)
+    path.write_text("\ufeffmodel: m\nqueries: q\nprinciples: hh\nreward_model: r\nrun_dir: d\n")
+    assert load_recipe(path).model == "m"
+    with pytest.raises(UsageError, match=message):
+        load_recipe(path, [f"model={text.partition(': ')[2]}"])

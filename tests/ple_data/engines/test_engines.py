@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ple_data.common.models import check_adapter, check_model, end_ids, load_config, load_tokenizer, max_positions
+from ple_data.common.models import check_adapter, check_model, end_ids, load_config, load_tokenizer, positions_of
 from ple_data.engines import (
     Completion,
     EngineSpec,
@@ -28,6 +28,7 @@ from ple_data.engines import (
     hf,
     make_engine,
     parse_engine_args,
+    response_text,
 )
 from ple_data.engines.hf import HfEngine
 from ple_train.model.policy import load_causal_lm
@@ -207,6 +208,33 @@ def test_stop_strings(engine: HfEngine, trap: Path) -> None:
     assert stopped >= 3
 
 
+def test_text_and_stop_strings_are_what_prompt_and_response_say_together(tmp_path: Path) -> None:
+    """A SentencePiece tokenizer says the first space of a response after its prompt alone."""
+    tokenizer = tiny.spm_tokenizer()
+    spaced = [token for piece, token in tokenizer.get_vocab().items() if piece.startswith("▁") and len(piece) > 1]
+    requests = requests_for(tiny.policy_of(tmp_path / "spm", tokenizer, seed=3), PROMPTS)
+    engine = HfEngine(spec_of(tmp_path / "spm"), {})
+    plain = sample(engine, [requests])
+    for request in requests:
+        said = tokenizer.decode([*request.prompt_ids, *plain[request.key].ids], skip_special_tokens=True)
+        assert PROMPTS[request.key] + plain[request.key].text == said
+    first = next(key for key, completion in plain.items() if completion.ids[0] in spaced)
+    stop = plain[first].text[: len(tokenizer.convert_ids_to_tokens(plain[first].ids[0]))]
+    assert stop.startswith(" ")
+    stopped = sample(engine, [requests], stop=(stop,))[first]
+    assert (stopped.text, stopped.ids, stopped.finish) == ("", plain[first].ids[:1], "stop")
+
+
+def test_a_mark_that_ends_a_response_is_not_in_its_text() -> None:
+    """Whether the tokenizer calls it special or not; a word that ends one stays."""
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.add_tokens(["<|over|>"])
+    over, word = tokenizer.convert_tokens_to_ids("<|over|>"), tokenizer("a").input_ids[0]
+    spec = EngineSpec("", None, None, tokenizer, (1, over, word), 9)
+    ids = tokenizer("the film").input_ids
+    assert [response_text(spec, [], [*ids, end]) for end in (1, over, word)] == ["the film", "the film", "the filma"]
+
+
 def test_adapter_is_loaded_and_logps_are_its_own(policy: Path, adapter: Path) -> None:
     from peft import PeftModel
 
@@ -336,7 +364,7 @@ def test_end_ids_and_positions(trap: Path, policy: Path, tmp_path: Path) -> None
     copy = Path(shutil.copytree(policy, tmp_path / "copy"))
     (copy / "generation_config.json").unlink()
     assert end_ids(copy, load_tokenizer(copy)) == (1,)
-    assert max_positions(policy) == 2048
+    assert positions_of(load_config(policy)) == 2048
 
 
 def test_adapters_that_do_not_fit(tmp_path: Path, policy: Path, adapter: Path) -> None:

@@ -1,5 +1,6 @@
 """Principles and rendering: the paper's texts, [p, x] in plain text and through chat templates, special tokens once."""
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,13 @@ def test_a_query_that_the_template_refuses_is_a_clear_error() -> None:
         render(tokenizer, [{"role": "system", "content": "Rhyme."}, *USER])
 
 
+def test_a_template_that_computes_nonsense_is_a_clear_error() -> None:
+    tokenizer = tiny.tiny_tokenizer(chat="no-system")
+    tokenizer.chat_template = "{{ messages[0].content + 1 }}"
+    with pytest.raises(UsageError, match=r"refuses the query.*TypeError"):
+        render(tokenizer, USER)
+
+
 def test_prompt_format_overrules_the_template() -> None:
     tokenizer = tiny.tiny_tokenizer(chat=True)
     assert tokenizer.decode(render(tokenizer, "Hi", P, prompt_format="plain")) == "Be kind.\nHi"
@@ -157,3 +165,17 @@ def test_rendering_keeps_every_text(x: str) -> None:
     tokenizer = _plain_tokenizer()
     x = x.encode("utf-8", "replace").decode()
     assert tokenizer.decode(render(tokenizer, x, P)) == f"Be kind.\n{x}"
+
+
+def test_a_principle_file_may_begin_with_a_byte_order_mark_and_is_no_pipe(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfBe kind.\n")
+    assert load_principle(str(tmp_path / "p.txt")) == load_principle(str(write(tmp_path / "q" / "p.txt", "Be kind.")))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="no regular file"):
+        load_principle(str(tmp_path / "pipe"))
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir()
+    path.write_text(text)
+    return path

@@ -1,10 +1,13 @@
 """Queries: every source and reader, the filter with its counts, and errors that name the rows."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ple_data.inputs.chat import to_messages, to_text
@@ -272,3 +275,59 @@ def test_half_a_character_is_named(tmp_path: Path, name: str, text: str, place: 
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=rf"{name} {place}: column (x|messages) holds half a character"):
         load_queries(str(tmp_path / name))
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("q.json", BOM + b'[{"x": "one"}, {"x": "two"}]'),
+        ("q.json", BOM + b'{"x": "one"}\n{"x": "two"}\n'),
+        ("q.jsonl", BOM + b'{"x": "one"}\n' + BOM + b'{"x": "two"}\n'),  # two files in one
+        ("q.csv", BOM + b"x\none\ntwo\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert [query.x for query in load_queries(tmp_path / name).queries] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("q.jsonl", b'{"x": "1"}\n{"x": ' + b"[" * 10**6, r"line 2 is no valid JSON for us: nested too deep"),
+        ("q.json", b"[" * 10**6, r"q\.json is no valid JSON for us: nested too deep"),
+        ("q.jsonl", b'{"x": "1", "id": ' + b"9" * 5000 + b"}", r"line 1 .* a number of thousands of digits"),
+        ("q.jsonl", b'{"x": "1", "id": 1}\n{"x": "2", "id": NaN}', r"NaN\) in line 2"),
+        ("q.jsonl", b'{"messages": [{"role": "user", "content": "a"}], "reference": 7}', r"line 1: reference must be"),
+        ("q.csv", b"x\n\xff\n", r"is no valid CSV"),
+    ],
+)
+def test_what_no_file_of_ours_can_keep_is_found_early(tmp_path: Path, name: str, content: bytes, message: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        load_queries(tmp_path / name)
+
+
+def test_parquet_text_that_is_no_utf8_is_named(tmp_path: Path) -> None:
+    bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    pq.write_table(pa.table({"x": bad}), tmp_path / "q.parquet")
+    with pytest.raises(UsageError, match=r"q\.parquet is no whole Parquet file"):
+        load_queries(tmp_path / "q.parquet")
+
+
+def test_a_text_that_begins_like_a_deep_chat_is_a_text() -> None:
+    x = '[{"role": ' + "[" * 10**6
+    assert to_messages(x) == [{"role": "user", "content": x}]
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.json", "q.csv", "q.parquet"])
+def test_a_pipe_or_a_device_is_refused_before_it_is_opened(tmp_path: Path, name: str) -> None:
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / name).symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / name)
+    for path in (tmp_path / name, tmp_path / "link" / name):
+        with pytest.raises(UsageError, match="no regular file"):
+            load_queries(path)

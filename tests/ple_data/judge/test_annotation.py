@@ -1,6 +1,7 @@
 """The annotation page in a real browser, exports read back, agreement between annotators, Label Studio tasks."""
 
 import json
+import os
 import re
 import shutil
 import xml.etree.ElementTree
@@ -254,6 +255,17 @@ def test_exports_of_several_annotators(page, capsys):
     assert {row["query_id"]: row["verdict"] for row in found if row["annotator"] == "Bo"}["q7"] == "lose"
     assert "Fleiss' kappa: -0.50 (3 annotators, 4 queries that all judged)" in text
     assert "2 of 12 queries were judged by nobody" in capsys.readouterr().err
+
+
+def test_an_export_may_begin_with_a_byte_order_mark_and_is_no_pipe(page, tmp_path):
+    a, b, folder = page
+    path = export(folder, "Ann", dict.fromkeys(ALL, "a"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    read_exports(a, b, [path], folder)
+    assert read_record(JudgeReport, folder / "judge.json").annotators == 1
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="no regular file"):
+        read_exports(a, b, [tmp_path / "pipe"], folder)
 
 
 def test_a_folder_of_exports_and_the_command(page, tmp_path):

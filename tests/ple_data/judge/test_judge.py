@@ -217,6 +217,8 @@ def test_a_template_may_hold_braces_and_have_no_ties(tmp_path):
     assert load_template(path).render("Q", "F", "S") == '{"q": "Q"} F|S [[1]] or [[2]], {} { query }'
     with pytest.raises(UsageError, match="cannot be read"):
         load_template(tmp_path / "none.txt")
+    path.write_bytes(b"\xef\xbb\xbf{query} {response_1} {response_2} [[1]] [[2]]")
+    assert load_template(path).text.startswith("{query}")
 
 
 @pytest.mark.parametrize(
@@ -585,6 +587,18 @@ def test_answers_come_back_and_half_a_line_is_cut_off(tmp_path):
     assert path.read_bytes().startswith(whole)
     with Journal(path, Answer) as file:
         assert [file.get(n).text for n in "123"] == ["one\u2028\nline", "two", "three"]
+
+
+@pytest.mark.parametrize("text", [b"my notes", b"1", answer("q", "a_first", "one").model_dump_json().encode()[1:]])
+def test_a_file_that_is_not_the_judges_is_neither_cut_nor_followed(tmp_path, text):
+    kept, path = tmp_path / "kept.txt", tmp_path / "answers.jsonl"
+    kept.write_bytes(text)
+    for make in (path.hardlink_to, path.symlink_to):
+        make(kept)
+        with pytest.raises(PleError, match=r"answers\.jsonl: .*move it away"):
+            Journal(path, Answer)
+        path.unlink()
+    assert kept.read_bytes() == text
 
 
 @pytest.mark.parametrize("line", [b"{}", b"nothing", b'{"version": 2}'])

@@ -360,6 +360,21 @@ def test_facts_say_how_the_run_departs_from_the_paper(tmp_path, keys, method, ra
     assert (found["method"], found["learning rate"], found["seed"]) == (method, rate, "7")
 
 
+def test_a_run_whose_name_looks_like_a_pattern_is_read_itself(tmp_path):
+    own = Sources(make_run(tmp_path / "run[1]", [plain_rows(30)]))
+    assert list(own.metrics) == [0]
+
+
+def test_a_link_in_place_of_the_figures_is_not_emptied(run, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.png").write_bytes(b"")
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "report-figures").symlink_to(tmp_path / "photos")
+    with pytest.raises(DamagedError, match="links lead to"):
+        report(run, output=tmp_path / "page" / "report.html")
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["mine.png"]
+
+
 def test_pages_in_one_folder_keep_their_figures_and_drop_old_ones(run, tmp_path):
     report(run, output=tmp_path / "a.html")
     first = (tmp_path / "a-figures" / "rewards.png").read_bytes()

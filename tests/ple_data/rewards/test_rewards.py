@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ple_data.inputs.chat import as_chat, as_text
-from ple_data.rewards import load_reward_model
+from ple_data.rewards import as_read, load_reward_model
 from ple_data.rewards.classifier import ClassifierReward, _batches
 from ple_data.rewards.endpoint import API_KEY_VARIABLE, HttpReward
 from ple_data.rewards.texts import encode
@@ -56,6 +56,30 @@ def test_text_join_of_a_stored_chat_is_a_dialogue():
     assert as_text("[not json") == "[not json"
 
 
+@pytest.mark.parametrize(
+    ("x", "y", "text"),
+    [
+        ("\n\nHuman: Why?\n\nAssistant:", "So.", "\n\nHuman: Why?\n\nAssistant: So."),
+        ("\n\nHuman: Why?\n\nAssistant:", " So.", "\n\nHuman: Why?\n\nAssistant: So."),
+        ("\n\nHuman: Why?\n\nAssistant:", "\nSo.", "\n\nHuman: Why?\n\nAssistant:\nSo."),
+        ('[{"role": "user", "content": "Why?"}]', "So.", "\n\nHuman: Why?\n\nAssistant: So."),
+        ('[{"role": "user", "content": "Why?"}]', " So.", "\n\nHuman: Why?\n\nAssistant: So."),
+        ("The fil", "m was", "The film was"),
+    ],
+)
+def test_text_join_of_a_dialogue_has_one_space_before_the_answer(x: str, y: str, text: str):
+    tokenizer = tiny.tiny_tokenizer()
+    assert encode(tokenizer, x, y, join="text").ids == tokenizer(text).input_ids
+
+
+def test_a_text_that_was_asked_as_a_chat_is_a_dialogue_to_a_model_that_reads_one_text(reward: Path):
+    model = load_reward_model(str(reward))
+    [x] = as_read(model, ["Why?"], chat=True)
+    assert encode(model._tokenizer, x, "So.").ids == model._tokenizer("\n\nHuman: Why?\n\nAssistant: So.").input_ids
+    assert as_read(model, ["Why?"], chat=False) == ["Why?"]
+    assert as_read(load_reward_model(str(reward), Rewards(join="pair")), ["Why?"], chat=True) == ["Why?"]
+
+
 @pytest.mark.parametrize("x", [HH, CHAT])
 def test_chat_join_uses_the_template_over_the_turns_and_the_answer(x: str):
     tokenizer = tiny.tiny_tokenizer(chat=True, add_bos=True)
@@ -69,6 +93,11 @@ def test_chat_join_uses_the_template_over_the_turns_and_the_answer(x: str):
 
 def test_chat_join_of_a_plain_text_is_one_user_turn():
     assert as_chat("Is it long? Human: or not") == [{"role": "user", "content": "Is it long? Human: or not"}]
+
+
+def test_a_reward_does_not_depend_on_the_day():
+    tokenizer = tiny.tiny_tokenizer(chat="{{ strftime_now('%Y-%m-%d') }} " + tiny.CHAT_TEMPLATE)
+    assert tokenizer.decode(encode(tokenizer, "Why?", "So.").ids).startswith("2024-07-26 ")
 
 
 def test_chat_template_that_refuses_a_query_is_a_clear_error():
@@ -274,7 +303,7 @@ def test_several_outputs_and_none_chosen_is_refused(tmp_path: Path):
 
 
 def test_a_language_model_is_no_reward_model(policy: Path):
-    with pytest.raises(UsageError, match=r"no trained sequence classifier.*score\.weight"):
+    with pytest.raises(UsageError, match=r"no trained LlamaForSequenceClassification.*score\.weight"):
         load_reward_model(str(policy))
 
 

@@ -436,6 +436,11 @@ def test_dry_run_shows_both_prompts_and_writes_nothing(
     assert not (tmp_path / "data").exists()
 
 
+def test_dry_run_shows_the_prompts_where_the_responses_would_be_too_long(run: Any, capsys: Any) -> None:
+    assert "guided prompt" in run(dry_run=True, max_new_tokens=2040).dry_run
+    assert "this will be refused: the longest prompt has" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ple_data.common.digests import text_digest
 from ple_data.rewards import load_reward_model
 from ple_data.scoring.score import ScoreCounts, score
 from ple_data.storage.store import Store, Waits
@@ -40,7 +41,7 @@ class Words:
         return [self._reward(x, y) for x, y in rows]
 
 
-def commit_unit(store: Store, unit: int, *, round: int = 0, rows: int = 4) -> str:
+def commit_unit(store: Store, unit: int, *, round: int = 0, rows: int = 4, provenance: Mapping[str, str] = {}) -> str:
     """One unit of responses: y has 1 + its query's number words, y_prompt one word more."""
     queries = [unit * rows + row for row in range(rows)]
     columns = {
@@ -65,9 +66,10 @@ def commit_unit(store: Store, unit: int, *, round: int = 0, rows: int = 4) -> st
     }
     name = f"{unit:05d}-abcdef012345"
     table = pa.table(columns)
+    store.save_manifest(RoundManifest(round=round, settings={}))
     with store.claim("responses", round, name) as ours:
         assert ours
-        store.commit("responses", round, name, table, {"policy": "tiny@1", "sampling": {"top_p": 1.0}})
+        store.commit("responses", round, name, table, {"policy": "tiny@1", "sampling": {"top_p": 1.0}, **provenance})
     return name
 
 
@@ -99,7 +101,7 @@ def test_pairs_are_the_responses_with_their_rewards(store: Store):
         assert table["s"].to_pylist() == words
         assert table["s_prompt"].to_pylist() == [count + 1 for count in words]
         assert set(table["reward_model"].to_pylist()) == {"words@1"}
-    assert verify(store) == []
+    assert list(verify(store)) == []
 
 
 def test_the_file_says_which_reward_model_and_keeps_where_the_responses_came_from(store: Store):
@@ -183,6 +185,15 @@ def test_two_models_are_never_mixed_in_one_store(store: Store, with_record: bool
     with pytest.raises(UsageError, match=r"scored by words@1, not by words@2.*--output"):
         score(store, Words("words@2"))
     assert len(store.shards("pairs")) == 3
+
+
+def test_a_store_keeps_an_address_as_an_older_version_recorded_it(store: Store):
+    old, now = "https://h/sk-0a1b2c3d4e/r", f"https://h/[{text_digest('sk-0a1b2c3d4e')}]/r"
+    score(store, Words(name=old), round=0)
+    score(store, Words(name=now), round=1)
+    assert set(store.scan("pairs").collect()["reward_model"]) == {old}
+    with pytest.raises(UsageError, match="scored by"):
+        score(store, Words(name="https://h/[0123456789ab]/r"))
 
 
 def test_of_two_models_that_start_at_once_one_is_refused(store: Store):
@@ -305,7 +316,7 @@ def test_three_processes_share_the_work(store: Store, tmp_path: Path):
         assert process.returncode == 0, err
         rows.append(int(out))
     assert sorted(rows) == [4, 4, 8]
-    assert verify(store) == []
+    assert list(verify(store)) == []
 
 
 def test_a_unit_of_a_killed_process_is_taken_over(store: Store, tmp_path: Path):
@@ -322,12 +333,30 @@ def test_a_unit_of_a_killed_process_is_taken_over(store: Store, tmp_path: Path):
     assert score(store, load_reward_model(f"{function}:words")).rows == 16
     process.communicate(timeout=20)
     assert process.returncode < 0
-    assert verify(store) == []
+    assert list(verify(store)) == []
     assert pq.read_table(store.shards("pairs")[0].path)["s"].type == pa.float32()
     assert np.isfinite(store.scan("pairs").collect()["s"].to_numpy()).all()
 
 
+def test_a_round_is_finished_when_every_unit_of_its_responses_is_scored(store: Store):
+    """Also one whose last unit came while the others were scored."""
+    store.finish("responses", 1)
+
+    class Slow(Words):
+        def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
+            if not store.is_finished("responses", 0):
+                commit_unit(store, 9)
+                store.finish("responses", 0)
+            return super().score(rows)
+
+    score(store, Slow())
+    assert [store.is_finished("pairs", t) for t in (0, 1)] == [False, True]
+    score(store, Words())
+    assert store.is_finished("pairs", 0)
+
+
 def test_a_round_that_is_still_sampled_is_said(store: Store, capfd: pytest.CaptureFixture[str]):
+    store.manifest_path(0).unlink()
     store.save_manifest(RoundManifest(round=0, settings={"samples": 1}, counts={"queries_taken": 400}))
     score(store, Words())
     assert "warning: round 0 has 12 of its 400 pairs so far: run ple-gen to its end" in capfd.readouterr().err
@@ -342,3 +371,14 @@ def test_pairs_that_were_cut_short_do_not_count_as_done(store: Store):
     (problem,) = (p for p in verify(store) if p.severity == "error")
     assert "100 bytes, but" in str(problem)
     assert str(problem).count("restore it from a copy") == 1
+
+
+def test_what_was_asked_as_a_chat_is_one_to_a_model_that_reads_one_text(tmp_path: Path):
+    for prompts, x in (({"prompts": "chat"}, '[{"role": "user", "content": "query 0"}]'), ({}, "query 0")):
+        store, model = Store(tmp_path / str(len(prompts))), Words()
+        commit_unit(store, 0, provenance=prompts)
+        model.runs_on = True
+        score(store, model)
+        assert model.asked[0] == (x, "word ")
+        score(store, other := Words("other@1"), output=Store(tmp_path / f"other{len(prompts)}"))
+        assert other.asked[0] == ("query 0", "word ")

@@ -2,6 +2,7 @@
 readers.
 """
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ple_data.storage.store import Store
+from ple_data.storage.store import OWNER, Store, collect
 from ple_data.storage.verify import Problem, verify
 from schemas import tables
 from schemas.errors import DamagedError, NewerError, PleError, UsageError
@@ -30,6 +31,8 @@ def store(tmp_path) -> Store:
 
 
 def fill(store: Store, round: int = 0, unit: str = UNIT, kind: str = "pairs", rows: int = 3):
+    if kind != "pairs":
+        store.save_manifest(RoundManifest(round=round, settings={}))
     return store.commit(kind, round, unit, rows_of(unit, rows, round, kind), {"seed": 7})
 
 
@@ -149,7 +152,7 @@ def test_a_claim_is_dropped_when_its_block_raises(store):
 
 CLAIM = """
 import os, signal, sys
-from ple_data.storage.store import Store
+from ple_data.storage.store import OWNER, Store, collect
 with Store(sys.argv[1]).claim("pairs", 0, sys.argv[2]) as ours:
     child = os.fork()  # inherits the open lock
     if child == 0:
@@ -208,7 +211,7 @@ KILL = """
 import fcntl, os, signal, sys
 from pathlib import Path
 import pandas, pyarrow.acero  # what pyarrow imports when it is first used: once here, not in every child
-from ple_data.storage.store import Store
+from ple_data.storage.store import OWNER, Store, collect
 from tests.ple_data.storage.test_store import UNIT, fill
 
 calls = fatal = 0
@@ -313,7 +316,7 @@ def test_a_committed_unit_whose_file_is_gone_is_not_taken_for_done(store):
 
 WRITER = """
 import sys, time
-from ple_data.storage.store import Store
+from ple_data.storage.store import OWNER, Store, collect
 from tests.ple_data.storage.test_store import fill
 store, mine = Store(sys.argv[1]), []
 print("ready", flush=True); sys.stdin.readline()
@@ -426,9 +429,10 @@ def damage_foreign_table(store, shard):
 
 
 def damage_rows(store, shard):
-    """A whole, consistent file of another unit, recorded with the right hash and the wrong count."""
+    """A record without a seal, as 0.1.0 wrote them, with the right hash and the wrong count."""
     path = store.record_path("pairs", 0, UNIT)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": 4}))
+    fields = json.loads(path.read_text()) | {"rows": 4, "version": 1}
+    path.write_text(json.dumps({name: value for name, value in fields.items() if name != "seal"}))
 
 
 def damage_record(store, shard):
@@ -449,7 +453,6 @@ def damage_doubled_key(store, shard):
 
 
 def damage_manifest(store, shard):
-    store.manifest_path(0).parent.mkdir()
     store.manifest_path(0).write_text("[]")
 
 
@@ -463,7 +466,7 @@ def damage_manifest(store, shard):
         (damage_rows, "3 rows, but 4 were committed", "remove it and"),
         (damage_record, "not a readable Commit record", "remove it"),
         (damage_orphan, "no commit record names this file", "move the file out"),
-        (damage_record_copied, "this record is of pairs unit", "put it back"),
+        (damage_record_copied, "this record belongs at", "put it back"),
         (damage_doubled_key, f"3 keys stand here and in {{root}}/pairs/round=000/part-00001-ff.parquet: "
          f"query_id='{UNIT}-0' round=0 sample=0", "keep one of the files"),
         (damage_manifest, "not a readable RoundManifest record", "remove it"),
@@ -521,7 +524,7 @@ def test_verify_lets_a_commit_in_work_be(store):
 def test_verify_of_nothing(tmp_path):
     (tmp_path / "pairs").mkdir()
     with pytest.raises(UsageError, match="not a data directory"):
-        verify(Store(tmp_path))
+        next(verify(Store(tmp_path)))
 
 
 def test_verify_of_a_copy_without_its_records(store):
@@ -542,6 +545,159 @@ def test_any_flipped_bit_is_found_and_never_read_as_something_else(store):
             assert store.read(shard).equals(rows), place
         except DamagedError:
             continue
+
+
+@pytest.mark.parametrize("name", ["unit", "file", "round"])
+@pytest.mark.parametrize("value", ["../../kept", "/etc/passwd", "a/../../b", "..", -1, 10**30])
+def test_a_record_never_leads_to_another_place(store, tmp_path, name, value):
+    """Also one of an older version, which has no seal."""
+    fill(store)
+    path = store.record_path("pairs", 0, UNIT)
+    fields = json.loads(path.read_text()) | {name: value, "version": 1}
+    del fields["seal"]
+    path.write_text(json.dumps(fields))
+    before = files_of(tmp_path, ".")
+    with pytest.raises(DamagedError, match=UNIT):
+        store.shards("pairs")
+    assert [p.path for p in errors(store)] == [path]
+    assert files_of(tmp_path, ".") == before
+
+
+@pytest.mark.parametrize("folder", ["pairs", "pairs/round=000", ".ple", ".ple/commits", ".ple/tmp", ".ple/locks"])
+def test_a_folder_that_is_a_link_elsewhere_is_neither_read_nor_written(store, tmp_path, folder):
+    fill(store)
+    place = store.root / folder
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    before = files_of(tmp_path, "elsewhere")
+    with pytest.raises(DamagedError, match="links lead to"):
+        fill(Store(store.root), unit="00001-ff")
+    assert [p.path for p in errors(store)] == [place]
+    assert files_of(tmp_path, "elsewhere") == before
+
+
+def test_a_file_in_place_of_a_lock_is_left_as_it_is(store, tmp_path):
+    fill(store)
+    kept = tmp_path / "kept.txt"
+    kept.write_text("mine")
+    lock = store.root / ".ple" / "locks" / f"pairs-round=000-{UNIT}.lock"
+    for make in (lock.symlink_to, lock.hardlink_to):
+        make(kept)
+        with pytest.raises(PleError, match=r"\.lock: "), store.claim("pairs", 0, UNIT):
+            pass
+        lock.unlink()
+    assert kept.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["d[1]", "d*", "d?", "{d}", "~", "file:d"])
+def test_a_path_is_no_pattern(tmp_path, monkeypatch, name):
+    """Beside stores that these names would mean as patterns or addresses."""
+    monkeypatch.chdir(tmp_path)
+    for other in ("d1", "d"):
+        fill(Store(other), rows=5)
+    store = Store(name)
+    fill(store)
+    fill(store, kind="responses")
+    assert collect(store.scan("pairs")).height == 3
+    assert errors(store) == []
+
+
+def test_a_name_that_is_no_text_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UsageError, match="no UTF-8"):
+        Store(tmp_path / os.fsdecode(b"d\xff"))
+
+
+def finished(store: Store) -> list[str]:
+    units = [f"0000{n}-{'a' * 12}" for n in range(3)]
+    manifest = RoundManifest(round=0, settings={"samples": 3}, counts={"queries_taken": 3})
+    store.save_manifest(manifest)
+    for kind in ("responses", "pairs"):
+        for unit in units:
+            fill(store, unit=unit, kind=kind)
+        store.finish(kind, 0)
+    (store.root / OWNER).write_text(f"{store.read(store.shards('pairs')[0])['reward_model'][0]}\n")
+    assert list(verify(store)) == []
+    return units
+
+
+@pytest.mark.parametrize("kind", ["responses", "pairs"])
+def test_verify_misses_a_unit_that_is_lost_with_its_record(store, kind):
+    unit = finished(store)[1]
+    store.path(kind, 0, unit).unlink()
+    store.record_path(kind, 0, unit).unlink()
+    (found,) = errors(store)
+    assert f"round 0 holds 6 rows of {kind} in 2 units, but was asked for 9 rows: a unit was lost" in str(found)
+
+
+def test_verify_finds_a_unit_of_another_reward_model(store):
+    finished(store)
+    rows = [{"query_id": "alien", "reward_model": "other@1"}]
+    store.commit("pairs", 0, "00009-ff", table("pairs", rows), {})
+    (found,) = errors(store)
+    assert "its pairs were scored by other@1, but those of this store by judge@0123456789ab" in found.what
+
+
+def test_verify_finds_a_unit_that_nobody_asked_for(store):
+    finished(store)
+    fill(store, unit="00009-ff", kind="responses")
+    (found,) = errors(store)
+    assert "put there by hand" in found.todo
+
+
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_text(
+    path.read_text().replace('"samples": 3', '"samples": 2'))])  # fmt: skip
+def test_verify_finds_settings_of_a_round_that_are_gone_or_changed(store, change):
+    finished(store)
+    change(store.manifest_path(0))
+    (found,) = errors(store)
+    assert found.path == store.manifest_path(0)
+    assert "are gone" in found.what or "changed since it was written" in found.what
+
+
+def test_verify_says_what_an_unfinished_round_lacks(store):
+    store.save_manifest(RoundManifest(round=0, settings={"samples": 2}, counts={"queries_taken": 5}))
+    fill(store, kind="responses")
+    assert any("but was asked for 10 rows" in p.what and p.severity == "info" for p in verify(store))
+
+
+def test_verify_shows_each_finding_as_it_is_found(store, monkeypatch):
+    first, second = fill(store), fill(store, 1)
+    first.path.unlink()
+    read: list[Path] = []
+    monkeypatch.setattr("ple_data.storage.verify.sha256_file", lambda path: read.append(path) or second.sha256)
+    found = next(problem for problem in verify(store) if problem.path == first.path)
+    assert "the file is missing" in found.what
+    assert read == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENOLCK])
+def test_what_the_system_says_is_no_damage(store, monkeypatch, number):
+    """A message says it, with the file's name and exit code 1."""
+    shard = fill(store)
+
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    readings = {
+        "schemas.tables.pa.OSFile": lambda: store.read(shard),
+        "pathlib.Path.read_bytes": lambda: store.shards("pairs"),
+        "fcntl.flock": lambda: store.claim("pairs", 0, UNIT).__enter__(),
+    }
+    for place, read in readings.items():
+        with monkeypatch.context() as broken:
+            broken.setattr(place, fails)
+            with pytest.raises(PleError, match=os.strerror(number)) as caught:
+                read()
+        assert (caught.value.exit_code, UNIT in str(caught.value)) == (1, True)
+
+
+def test_a_shard_that_polars_cannot_read_is_named(store):
+    fill(store, 1)
+    shard = fill(store)
+    rows = store.scan("pairs")
+    shard.path.write_bytes(shard.path.read_bytes()[:-300])
+    with pytest.raises(DamagedError, match=shard.path.name):
+        collect(rows)
 
 
 # Settings of a round

@@ -133,6 +133,24 @@ def test_perplexity_of_a_chat_model_is_given_the_rendered_query(chat_policy: Pat
     assert (estimate.low, estimate.high, estimate.count) == (estimate.mean, estimate.mean, 1)
 
 
+@pytest.mark.parametrize(("prompt_format", "end"), [("auto", "<|over|>"), ("plain", tiny.EOS)])
+def test_a_references_end_is_that_of_a_turn(tmp_path: Path, prompt_format: str, end: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = tiny.tiny_tokenizer(chat=tiny.TURNS, special=("<|turn|>", "<|over|>"))
+    policy = tiny.policy_of(tmp_path / "policy", tokenizer)
+    queries = write_rows(tmp_path / "q.jsonl", [{"x": "the film", "reference": "was great."}])
+    asked = {"policy": [f"a={policy}"], "queries": str(queries), "prompt_format": prompt_format, **GENERATION}
+    found = evaluate(Evaluate(output=tmp_path / "out", **asked))
+    x = "<|turn|>user\nthe film<|over|>\n<|turn|>assistant\n" if prompt_format == "auto" else "the film"
+    x, y = tokenizer(x).input_ids, tokenizer(f"was great.{end}").input_ids
+    with torch.no_grad():
+        labels = torch.tensor([[-100] * len(x) + y])
+        loss = AutoModelForCausalLM.from_pretrained(policy)(torch.tensor([x + y]), labels=labels).loss
+    assert found.policies[0].metrics["perplexity"].mean == pytest.approx(math.exp(loss.item()), rel=1e-4)
+
+
 def test_rewards_lengths_and_shares_are_means_of_the_rows(report, rows, reward: Path, inputs: dict) -> None:
     names = [use.name for use in report.reward_models]
     assert [use.trained for use in report.reward_models] == [True, False]

@@ -36,7 +36,7 @@ from transformers import (
 from ple_train.model import policy as policies
 from ple_train.model import probe
 from ple_train.model.batches import Sequence, collate_padded
-from ple_train.model.policy import Policy, load_policy
+from ple_train.model.policy import Policy, load_causal_lm, load_policy
 from schemas.errors import UsageError
 from schemas.options import Trainable
 from tests import tiny
@@ -296,3 +296,29 @@ def test_an_unknown_attention_is_refused(policy):
 def test_a_directory_without_a_model_is_refused(tmp_path):
     with pytest.raises(UsageError, match="config"):
         load_policy(str(tmp_path))
+
+
+# Adapters and the start policy
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
+def test_merging_on_a_tied_embedding_leaves_the_output_layer_as_it_was(tmp_path):
+    tied = tiny.tiny_policy(tmp_path / "tied", tie_word_embeddings=True)
+    adapter = tiny.tiny_adapter(tied, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    apart = load_policy(str(tied), adapter=str(adapter)).model(ids).logits
+    whole = load_policy(str(tied), Trainable(full=True), adapter=str(adapter)).model
+    torch.testing.assert_close(whole(ids).logits, apart, rtol=1e-4, atol=1e-4)
+    whole.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(load_causal_lm(str(tmp_path / "merged"))(ids).logits, apart, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"init_lora_weights": "orthogonal"}])
+def test_with_its_adapter_off_a_policy_is_its_start_policy(policy, tmp_path, more):
+    adapter = tiny.tiny_adapter(policy, tmp_path / "adapter", **more)
+    found, start = load_policy(str(policy), adapter=str(adapter)), load_policy(str(policy), Trainable(full=True))
+    tokens = found.collate([Sequence(np.arange(5, 15, dtype=np.int32), 4)])
+    with found.as_start_policy():
+        off = found(tokens)
+    torch.testing.assert_close(off, start(tokens).detach())
+    assert (found(tokens) - off).abs().max() > 0.01

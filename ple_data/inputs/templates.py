@@ -1,0 +1,86 @@
+"""What a tokenizer's chat template writes: a dialogue, the end of a turn, its own system message, today's date.
+
+All of it is seen by rendering, never by a model's name. A template may raise anything, or write anything.
+"""
+
+from datetime import date, datetime, time
+from typing import Any, NamedTuple
+
+from ple_data.common.tokens import added_ids
+from ple_data.inputs.chat import Message
+from schemas.errors import UsageError
+from schemas.options import PromptFormat
+
+STANDING_DATE = date(2024, 7, 26)
+"""What a template that writes today's date writes outside of a round: in SFT and to reward models."""
+_PROBE = "a text to look for"
+_ASK = {"role": "user", "content": "x"}
+
+
+def uses_chat(tokenizer: Any, prompt_format: PromptFormat = "auto") -> bool:
+    """Whether prompts are rendered by the tokenizer's chat template: `auto` says yes where it has one."""
+    if prompt_format == "auto":
+        return bool(tokenizer.chat_template)
+    if prompt_format == "chat" and not tokenizer.chat_template:
+        raise UsageError("--prompt-format chat needs a tokenizer with a chat template; this one has none")
+    return prompt_format == "chat"
+
+
+def rendered(tokenizer: Any, messages: list[Message], *, today: date | None = None, prompt: bool = True) -> str:
+    """A dialogue in the template's words, up to where the model goes on, or (`prompt` off) to its end."""
+    from jinja2.exceptions import TemplateError
+
+    now = datetime.combine(today or STANDING_DATE, time())
+    clock = {"strftime_now": now.strftime} if writes_date(tokenizer) else {}
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **clock)
+    except (TypeError, AttributeError, ValueError, KeyError, OverflowError, RecursionError) as error:
+        raise TemplateError(f"{type(error).__name__}: {error}") from error  # a template computes what it likes
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether what the template writes depends on the day."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def own_system(tokenizer: Any, today: date | None = None) -> str | None:
+    """The system message that the template writes where a dialogue has none, or ""; None where it takes none at all."""
+
+    def told(content: str) -> str:
+        return _tried(tokenizer, [{"role": "system", "content": content}, _ASK], today=today)
+
+    before, found, after = told(_PROBE).partition(_PROBE)
+    if not found:  # some templates raise on a system message, some leave it out
+        return None
+    plain = _tried(tokenizer, [_ASK], today=today)
+    own = plain.removeprefix(before).removesuffix(after)
+    return own if before + own + after == plain == told(own) else ""
+
+
+class Response(NamedTuple):
+    """How a response stands after its prompt: the id that ends it, and white space in front of it."""
+
+    end: int
+    lead: str = ""
+
+
+def response_form(tokenizer: Any, prompt_format: PromptFormat = "auto") -> Response:
+    """How responses stand after prompts of this form: a chat's end as its template ends a turn, else with EOS."""
+    end = tokenizer.eos_token_id
+    if not uses_chat(tokenizer, prompt_format):
+        return Response(end)
+    prompt = _tried(tokenizer, [_ASK])
+    text = _tried(tokenizer, [_ASK, {"role": "assistant", "content": _PROBE}], prompt=False)
+    before, found, after = text.rpartition(_PROBE)
+    lead = before.removeprefix(prompt) if prompt else ""
+    ends = added_ids(tokenizer) - {tokenizer.unk_token_id}
+    written = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    return Response(next((i for i in written if i in ends), end), lead if lead.isspace() else "")
+
+
+def _tried(tokenizer: Any, messages: list[Message], **how: Any) -> str:
+    """The rendered dialogue; empty where the template refuses it."""
+    try:
+        return rendered(tokenizer, messages, **how)
+    except Exception:  # a template may raise anything
+        return ""

@@ -1,0 +1,99 @@
+"""Commands of ours on a disk that fails: children of a warm process (tests/forkserver.py), with `shim.c` preloaded."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+
+SHIM = Path(__file__).with_name("shim.c")
+KINDS = {"fail": 1, "short": 2, "lost": 3, "kill before": 4, "kill after": 5}
+"""As `shim.c` numbers them."""
+ERRORS = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EMFILE, errno.ENOLCK]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What the n-th file operation meets, from 1; error: what a failed one says."""
+
+    n: int
+    kind: str
+    error: int = errno.EIO
+
+    def __str__(self) -> str:
+        said = (
+            f" with {errno.errorcode[self.error]}" if self.kind != "lost" and not self.kind.startswith("kill") else ""
+        )
+        return f"operation {self.n}: {self.kind}{said}"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: exit code (-9: killed), what it printed, its file operations, the one that met the fault."""
+
+    code: int
+    said: str
+    operations: int
+    met: str
+
+
+def compiler() -> str | None:
+    return next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+
+
+def build(directory: Path) -> Path:
+    """The shim as a library in `directory`."""
+    library = directory / "shim.so"
+    command = [compiler() or "cc", "-O1", "-shared", "-fPIC", "-o", str(library), str(SHIM), "-ldl"]
+    subprocess.run(command, check=True)
+    return library
+
+
+class Disk:
+    """Runs commands one after another; their file operations under one directory are counted, and may fail."""
+
+    def __init__(self, library: Path) -> None:
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": str(library),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "MPLCONFIGDIR": str(library.parent),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forkserver"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        assert self._answer() == "ready"
+
+    def run(self, argv: list[str], watch: Path, log: Path, fault: Fault | None = None) -> Ended:
+        """One command; `watch`: the directory whose operations count."""
+        log.unlink(missing_ok=True)
+        given: dict[str, Any] = {"argv": argv, "log": str(log), "watch": str(watch), "limit": 120}
+        given["fault"] = [fault.n, KINDS[fault.kind], fault.error] if fault else [0, 0, 0]
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(given) + "\n")
+        self._process.stdin.flush()
+        code = json.loads(self._answer())["exit"]
+        said, _, counted = log.read_text(errors="replace").partition("\noperations ")
+        operations, _, met = counted.strip().partition(" ")
+        return Ended(code, said, int(operations or 0), met)
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def close(self) -> None:
+        self._process.communicate(timeout=30)

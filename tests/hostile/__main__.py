@@ -1,0 +1,65 @@
+"""python -m tests.hostile [--most N] [--seed S] [--family NAME ...]: all hostile inputs, and their figures."""
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.faults.disk import Disk, build
+from tests.faults.faults import uninterrupted
+from tests.faults.stages import World
+from tests.hostile.families import all_inputs as of_files
+from tests.hostile.peers import judge_peers, reward_peers
+from tests.hostile.rule import Verdict, tried
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.hostile", description=__doc__)
+    parser.add_argument("--most", type=int, default=10**9, help="inputs of each family, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--family", action="append", help="this one only; may be repeated")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        wrong = run(Path(folder), given.most, given.seed, given.family)
+    sys.exit(bool(wrong))
+
+
+def run(base: Path, most: int, seed: int, only: list[str] | None = None) -> list[Verdict]:
+    """Try the inputs and print the figures, family by family."""
+    world, disk = World(base), Disk(build(base))
+    uninterrupted(world, disk)
+    by_family: dict[str, list] = {}
+    for given in [*of_files(world), *reward_peers(world), *judge_peers(world)]:
+        by_family.setdefault(given.family, []).append(given)
+    wrong: list[Verdict] = []
+    tries = 0
+    for family, inputs in by_family.items():
+        if only and family not in only:
+            continue
+        drawn = inputs if len(inputs) <= most else random.Random(seed).sample(inputs, most)
+        began, own = time.monotonic(), []
+        for at, given in enumerate(drawn):
+            place = base / "tries" / f"{family}-{at}".replace(" ", "-")
+            verdict = tried(disk, given, place)
+            shutil.rmtree(place, ignore_errors=True)
+            if verdict.faults:
+                own.append(verdict)
+                print(f"  {verdict}", flush=True)
+        counts = Counter(fault for verdict in own for fault in verdict.faults)
+        figures = ", ".join(f"{count} {fault}" for fault, count in counts.items()) or "0 wrong"
+        print(
+            f"{family}: {len(drawn)} of {len(inputs)} inputs: {figures} ({time.monotonic() - began:.0f} s)", flush=True
+        )
+        wrong += own
+        tries += len(drawn)
+    disk.close()
+    print(f"{tries} inputs: {len(wrong)} wrong")
+    return wrong
+
+
+if __name__ == "__main__":
+    main()

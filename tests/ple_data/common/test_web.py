@@ -1,0 +1,168 @@
+"""Servers that do everything wrong: each is one sentence, soon, and in little memory."""
+
+import gzip
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from ple_data.common import web
+from ple_data.rewards.endpoint import HttpReward
+from schemas.errors import PleError, UsageError
+
+ROWS = [("x", "y")]
+GOOD = b'{"scores": [1.5]}'
+
+
+class Peer:
+    """A server of raw bytes: `talk` is given the connection after a request has been read."""
+
+    def __init__(self, talk: Callable[[socket.socket], None]) -> None:
+        self._talk, self.asked = talk, 0
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}/score"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        self.asked += 1
+        with connection:
+            try:
+                request = b""
+                while not request.endswith(b"}"):  # the end of its JSON
+                    request += connection.recv(65536)
+                self._talk(connection)
+            except OSError:
+                pass  # the client has had enough
+
+    def close(self) -> None:
+        self._listening.close()
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[socket.socket], None]], Peer]]:
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    peers: list[Peer] = []
+
+    def start(talk: Callable[[socket.socket], None]) -> Peer:
+        peers.append(Peer(talk))
+        return peers[-1]
+
+    yield start
+    for peer in peers:
+        peer.close()
+
+
+def answer(body: bytes, *headers: str, status: str = "200 OK", sized: bool = True) -> Callable[[socket.socket], None]:
+    size = [f"Content-Length: {len(body)}"] if sized else []
+    head = "\r\n".join([f"HTTP/1.1 {status}", *headers, *size]) + "\r\n\r\n"
+    return lambda connection: connection.sendall(head.encode() + body)
+
+
+def forever(first: bytes, again: bytes, pause: float = 0.0) -> Callable[[socket.socket], None]:
+    def talk(connection: socket.socket) -> None:
+        connection.sendall(first)
+        while True:
+            connection.sendall(again)
+            time.sleep(pause)
+
+    return talk
+
+
+def ask(peer: Peer, **options: float) -> list[float]:
+    return HttpReward(peer.url, **{"tries": 2, "first_wait": 0.01, "timeout": 0.4, **options}).score(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("talk", "message"),
+    [
+        (forever(b"HTTP/1.1 200 OK\r\nX: ", b"a", 0.02), "gave no whole answer in 1 seconds"),
+        (forever(b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", 0.02), "gave no whole answer"),
+        (forever(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b" ", 0.02), "gave no whole answer"),
+        (forever(b"HTTP/1.1 200 OK\r\n\r\n", b" ", 0.02), "gave no whole answer"),
+        (forever(b"HTTP/1.1 200 OK\r\n", b"X-More: " + b"a" * 2000 + b"\r\n"), "failed 2 times"),
+        (forever(b"", b"a" * 4096), "failed 2 times"),
+    ],
+    ids=["headers drip", "informational", "body drips", "body drips to the end", "headers", "no HTTP"],
+)
+def test_an_answer_without_end_is_given_up(serve, talk, message: str):
+    began = time.monotonic()
+    with pytest.raises(PleError, match=message):
+        ask(serve(talk))
+    assert time.monotonic() - began < 5
+
+
+def test_a_large_answer_is_given_up_packed_or_not(serve, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(web, "MOST_BYTES", 2**20)
+    plain = serve(forever(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 65536))
+    with pytest.raises(PleError, match="gave an answer of more than 1048576 bytes"):
+        ask(plain, timeout=20.0)
+    assert plain.asked == 1
+    bomb = serve(answer(gzip.compress(bytes(2**26)), "Content-Encoding: gzip"))
+    with pytest.raises(PleError, match="gave an answer that is more than 1048576 bytes, packed in"):
+        ask(bomb, timeout=20.0)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])
+def test_an_answer_that_is_packed_unasked_is_read(serve, pack: Callable[[bytes], bytes]):
+    assert ask(serve(answer(pack(GOOD), "Content-Encoding: gzip"))) == [1.5]
+
+
+def test_a_charset_does_not_matter(serve):
+    for charset in ("bogus", "hex", "utf-16", "\u00e9"):
+        assert ask(serve(answer(GOOD, f"Content-Type: application/json; charset={charset}"))) == [1.5]
+
+
+@pytest.mark.parametrize(
+    ("talk", "message"),
+    [
+        (answer(b"not gzip", "Content-Encoding: gzip"), "does not unpack"),
+        (answer(gzip.compress(GOOD)[:-9], "Content-Encoding: gzip"), "was cut short"),
+        (answer(GOOD, "Content-Encoding: br"), "does not unpack"),
+        (answer(b"\xff\xfe\xff"), 'expected {"scores"'),
+        (answer(b"\xff", "Content-Type: text/plain; charset=hex", status="400 No"), "status 400"),
+        (answer(b'{"scores": [' + b"9" * 5000 + b"]}"), 'expected {"scores"'),
+        (answer(b'{"scores": [' + b"9" * 4000 + b"]}"), "must be a list of 1 numbers"),
+        (answer(b"[" * 10**6), 'expected {"scores"'),
+        (answer(b'{"scores": {"0": 1}}'), "got dict"),
+        (answer(b'{"scores": [true]}'), "must be a list of 1 numbers"),
+        (answer(b"[1.0]"), 'expected {"scores"'),
+        (answer(b"", "Location: http://127.0.0.1:1/", status="302 Found"), "a redirect: give the address"),
+        (answer(b"", "Retry-After: 31536000", status="503 No"), "asks to wait for 31536000 seconds"),
+        (answer(b"", "Retry-After: Fri, 31 Dec 9999 23:59:59 GMT", status="429 No"), "asks to wait for"),
+        (answer(b"", "Retry-After: " + "9" * 300, status="503 No"), "asks to wait for"),
+        (answer(b"", "Retry-After: \u00b2", status="503 No"), "failed 2 times"),
+        (answer(b"", "Retry-After: Mon, 01 Jan 0001 00:00:00 -0000", status="503 No"), "failed 2 times"),
+    ],
+)
+def test_a_wrong_answer_is_one_sentence(serve, talk, message: str):
+    with pytest.raises(PleError, match=message) as caught:
+        ask(serve(talk))
+    assert len(str(caught.value)) < 2000
+    assert "\n" not in str(caught.value)
+
+
+def test_a_proxy_that_cannot_be_used_is_said(serve, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HTTP_PROXY", "gopher://h:1")
+    with pytest.raises(UsageError, match="correct HTTP_PROXY"):
+        ask(serve(answer(GOOD)))
+
+
+def test_a_key_in_the_path_is_neither_shown_nor_recorded(serve):
+    peer = serve(answer(b"", status="500 No"))
+    reward_model = HttpReward(f"{peer.url}/sk-live-0a1b2c3d", tries=1)
+    with pytest.raises(PleError, match=r"/score/\[key\] failed 1 times") as caught:
+        reward_model.score(ROWS)
+    assert "0a1b2c3d" not in str(caught.value) + reward_model.name
+    assert reward_model.name != HttpReward(f"{peer.url}/sk-live-11111111").name

@@ -1,0 +1,82 @@
+"""Recipes that would hang, fill the memory or break a message: each is one sentence, soon."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from schemas.errors import UsageError
+from schemas.recipe import MOST_BYTES, MOST_ROUNDS, load_recipe
+
+GOOD = "model: m\nqueries: q\nprinciples: p\nreward_model: r\nrun_dir: run\n"
+
+
+def bomb(levels: int = 9, merged: bool = False) -> str:
+    first = "a0: &a0 {k: v}\n" if merged else "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+    lines = [first]
+    for n in range(1, levels):
+        nine = ", ".join([f"*a{n - 1}"] * 9)
+        lines.append(f"a{n}: &a{n} {{<<: [{nine}]}}\n" if merged else f"a{n}: &a{n} [{nine}]\n")
+    return "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{GOOD}rounds: 1000000000000\n", "rounds: Input should be less than or equal to 10000"),
+        (f"{GOOD}rounds: 1.0e+12\n", "less than or equal to 10000"),
+        (f"{GOOD}rounds: {'9' * 5000}\n", "longer than 4,096 characters"),
+        (f"{GOOD}rounds: 0x{'f' * 4000}\n", "too large to show"),
+        (bomb(), "at most 100000 values"),
+        (bomb(merged=True), "at most 100000 values"),
+        ("a: &a [*a]\n", "at most 100000 values"),
+        ("[" * 500_000, "nested too deeply"),
+        (f"{GOOD}gen: {'{a: ' * 50_000}", "nested too deeply"),
+        (f"{GOOD}seed: 2026-99-99\n", "not valid YAML"),
+        (f"{GOOD}seed: !!int x\n", "not valid YAML"),
+        (f"{GOOD}seed: !!bool x\n", "not valid YAML"),
+        (f"{GOOD}seed: !!timestamp x\n", "not valid YAML"),
+        (f"{GOOD}seed: !!python/object/apply:os.system [true]\n", "not valid YAML"),
+        (f'{GOOD}revision: "a\\0b"\n', "line 6: a text holds a NUL"),
+        (f'{GOOD}revision: "\\ud800"\n', "line 6: a text holds a NUL or half a character"),
+        (f"{GOOD}revision: {'x' * 5000}\n", "line 6: a text holds a NUL or half a character, or is longer than 4,096"),
+        (f"{GOOD}seed: [{'x, ' * 5_000}]\n", "seed: Input should be a valid integer"),
+        (f"{GOOD}{'k' * 900}: 1\n", "unknown key"),
+        (GOOD + "".join(f"k{n}: 1\n" for n in range(500)), "and 480 more"),
+        ("#" * (MOST_BYTES + 1), "at most 1048576 bytes"),
+    ],
+    ids=lambda value: str(value)[:40].replace("\n", " "),
+)
+def test_a_hostile_recipe_is_one_short_refusal(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    began = time.monotonic()
+    with pytest.raises(UsageError) as refusal:
+        load_recipe(tmp_path / "r.yaml")
+    assert message in str(refusal.value)
+    assert max(map(len, str(refusal.value).splitlines())) < 2000
+    assert time.monotonic() - began < 10
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path / "pipe.yaml", tmp_path, Path("/dev/zero"), tmp_path / ("x" * 300)):
+        with pytest.raises(UsageError, match="recipe"):
+            load_recipe(path)
+
+
+def test_overrides_are_held_to_the_same(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(GOOD)
+    for override in (f"seed={'[' * 5000}", f"revision=[{bomb(3)}", "seed=2026-99-99", 'revision="a\\0"'):
+        with pytest.raises(UsageError, match="--set") as refusal:
+            load_recipe(tmp_path / "r.yaml", [override])
+        assert len(str(refusal.value)) < 500
+    with pytest.raises(UsageError, match="unknown key"):
+        load_recipe(tmp_path / "r.yaml", [f"{'a.' * 5000}a=1"])
+
+
+def test_aliases_mark_and_many_rounds_are_no_fault(tmp_path: Path) -> None:
+    text = f"\ufeff{GOOD}rounds: {MOST_ROUNDS}\ngen: &g {{max_new_tokens: &n 7}}\ntrain: {{batch_size: *n}}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.rounds, recipe.gen.max_new_tokens, recipe.train.batch_size) == (MOST_ROUNDS, 7, 7)
