@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ple_data.common.device import default_device, load_weights
-from ple_data.common.models import load_config, pad_id, positions_of
+from ple_data.common.models import load_config, pad_id, positions_of, refuse_unknown
 from ple_data.inputs.readers import read_rows
 from ple_data.rewards.texts import encode
 from ple_train.engine.session import Session
@@ -56,7 +56,10 @@ def train_reward(options: Reward) -> None:
         if labels:
             tokenizer.chat_template = None  # it read plain texts, so scoring must not render chats
         classifier = load_classifier(options, labels or 1)
-        pad = pad_id(tokenizer, classifier.get_input_embeddings().weight.shape[0])
+        vocabulary = classifier.get_input_embeddings().weight.shape[0]
+        texts = (each.ids for s in sequences for each in (s, s.beside) if each is not None)
+        refuse_unknown(texts, vocabulary, options.model)
+        pad = pad_id(tokenizer, vocabulary)
         classifier.config.pad_token_id = pad
         wrapped = PaddedClassifier(classifier, pad).to(default_device())
         stream = ShuffledSequences(sequences, options.batch_size, options.seed, divisor=len)

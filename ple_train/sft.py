@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ple_data.common.models import refuse_unknown
 from ple_data.common.tokens import ids_after
 from ple_data.inputs.principles import render
 from ple_data.inputs.readers import read_rows
@@ -43,7 +44,8 @@ def sft(options: Sft) -> None:
 
 
 def sequence_stream(sequences: list[Sequence], policy: Policy, options: Any) -> ShuffledSequences:
-    """Batches for Eq. 1. Raises UsageError where a sequence is longer than the model takes."""
+    """Batches for Eq. 1. Raises UsageError where a sequence is longer than the model takes, or has ids of no token."""
+    refuse_unknown((s.ids for s in sequences), policy.vocabulary, options.model)
     if policy.positions and (over := sum(len(s.ids) > policy.positions for s in sequences)):
         raise UsageError(
             f"{over} rows are longer than the {policy.positions} positions of {options.model}; use --max-length "

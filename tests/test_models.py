@@ -117,6 +117,27 @@ def test_a_pad_token_without_a_row_in_the_embedding_does_no_harm(reward, queries
     train_reward(Reward(model=str(policy), data=preferences, output=tmp_path / "trained"))
 
 
+@pytest.mark.parametrize("command", ["gen", "sft", "reward", "score"])
+def test_a_text_with_a_token_that_the_model_has_no_row_for_is_refused(policy, reward, queries, tmp_path, command):
+    source = reward if command == "score" else policy
+    model = Path(shutil.copytree(source, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(model)
+    odd = tmp_path / "odd.jsonl"
+    row = {"x": "the film of a zebra", "y": " was great", "prompt": "a", "chosen": " zebra", "rejected": " b"}
+    odd.write_text(json.dumps({name: row[name] for name in row if (name in "xy") != (command == "reward")}) + "\n")
+    if command == "score":
+        assert ple(*gen_words(policy, odd, tmp_path / "data")).exit_code == 0
+    words = {
+        "gen": gen_words(model, odd, tmp_path / "data"),
+        "sft": ["sft", "--model", model, "--data", odd, "--output", tmp_path / "out"],
+        "reward": ["reward", "--model", model, "--data", odd, "--output", tmp_path / "out"],
+        "score": ["score", "--reward-model", model, "--data", tmp_path / "data"],
+    }
+    refused(ple(*words[command]), 2, "token", "embedding of", "resize_token_embeddings")
+
+
 def test_a_long_text_is_cut_to_the_positions_of_a_roberta(tmp_path):
     from transformers import RobertaConfig, RobertaForSequenceClassification
 

@@ -183,6 +183,21 @@ def positions_of(config: Any) -> int | None:
     return limit
 
 
+def vocabulary_of(config: Any) -> int | None:
+    """How many token ids a model has rows for in its embedding; None where its configuration does not say."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def refuse_unknown(texts: Iterable[Iterable[int]], vocabulary: int | None, model: str) -> None:
+    """Raise UsageError where one of the texts, as token ids, has an id that the model has no row for."""
+    highest = max((int(max(ids, default=0)) for ids in texts), default=0)
+    if vocabulary is not None and highest >= vocabulary:
+        raise UsageError(
+            f"a text has token {highest}, but {model} has an embedding of {vocabulary}: a token was added to its "
+            "tokenizer alone; leave it out of the texts, or resize the model (resize_token_embeddings) and train it"
+        )
+
+
 def check_adapter(adapter: str | Path, model: str | Path) -> AdapterInfo:
     """Refuse an adapter that is none, is unfinished, is no plain LoRA, or was made for another base than `model`."""
     directory = Path(adapter)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ple_data.common.digests import policy_name
 from ple_data.common.loading import loading
-from ple_data.common.models import check_model, load_config, pad_id, positions_of
+from ple_data.common.models import check_model, load_config, pad_id, positions_of, refuse_unknown
 from ple_data.rewards import RewardModel
 from ple_data.rewards.texts import Encoded, encode, resolve_join
 from schemas.errors import PleError, UsageError
@@ -80,6 +80,7 @@ class ClassifierReward(RewardModel):
         for (x, y), item in zip(rows, encoded, strict=True):
             if not item.ids:
                 raise PleError(f"the reward model's tokenizer makes no token of x {x!r} and y {y!r}")
+        refuse_unknown((item.ids for item in encoded), self._vocabulary, f"the reward model {self.name}")
         self.truncated += sum(item.cut for item in encoded)
         for batch in _batches([len(item.ids) for item in encoded], self._batch_tokens):
             yield list(zip(batch, self._forward([encoded[row] for row in batch]), strict=True))

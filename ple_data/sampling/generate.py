@@ -14,7 +14,15 @@ from dataclasses import fields
 from typing import Any
 
 from ple_data.common.digests import digests_of, policy_name
-from ple_data.common.models import check_adapter, check_model, load_config, load_tokenizer, positions_of
+from ple_data.common.models import (
+    check_adapter,
+    check_model,
+    load_config,
+    load_tokenizer,
+    positions_of,
+    refuse_unknown,
+    vocabulary_of,
+)
 from ple_data.common.progress import Progress
 from ple_data.common.settings import as_json, counted
 from ple_data.common.terminal import printable
@@ -58,7 +66,9 @@ def generate(options: Gen) -> GenerateSummary:
     tokenizer = load_tokenizer(model, revision, note=_say)
     store = Store(options.data)
     plan, source = make_plan(options, tokenizer, store)
-    fault = _too_long(plan, positions_of(load_config(model, revision)), model)
+    config = load_config(model, revision)
+    refuse_unknown((prompt.ids(arm) for prompt in plan.prompts for arm in plan.arms), vocabulary_of(config), model)
+    fault = _too_long(plan, positions_of(config), model)
     if fault and not options.dry_run:
         raise UsageError(fault)
     if options.dry_run:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -80,10 +80,14 @@ class Plan:
         return sum(len(unit.rows) for unit in self.units)
 
     @property
+    def prompts(self) -> Iterator[Prompt]:
+        """The prompt of every row."""
+        return (prompt for unit in self.units for prompt, _ in unit.rows)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt and a full response to it."""
-        prompts = (prompt for unit in self.units for prompt, _ in unit.rows)
-        longest = max(max(len(prompt.x_ids), len(prompt.guided_ids)) for prompt in prompts)
+        longest = max(max(len(prompt.x_ids), len(prompt.guided_ids)) for prompt in self.prompts)
         return longest + self.sampling.max_new_tokens
 
     def request(self, unit: Unit, row: int, arm: Arm) -> Request:

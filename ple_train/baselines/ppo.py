@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ple_data.common.models import check_model, load_tokenizer, positions_of
+from ple_data.common.models import check_model, load_tokenizer, positions_of, refuse_unknown, vocabulary_of
 from ple_data.common.progress import Progress
 from ple_data.common.tokens import text_after
 from ple_data.inputs.chat import to_text
@@ -63,6 +63,7 @@ def ppo(options: Ppo) -> None:
             return
         print_to_log(f"ppo: {len(texts)} queries, {options.sampled_tokens:,} tokens to sample")
         policy = session.load_causal_lm()
+        refuse_unknown(texts, vocabulary_of(policy.config), options.model)
         longest = max(map(len, texts)) + options.max_new_tokens
         positions = positions_of(policy.config)
         if positions is not None and longest > positions:

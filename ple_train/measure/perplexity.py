@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ple_data.common.digests import digests_of
-from ple_data.common.models import load_config, load_tokenizer, positions_of
+from ple_data.common.models import load_config, load_tokenizer, positions_of, refuse_unknown, vocabulary_of
 from ple_data.common.tokens import ids_after
 from ple_data.evaluation.answers import Answers
 from ple_data.inputs.templates import response_form
@@ -42,7 +42,9 @@ def negative_log_likelihoods(
 def perplexity(model: str, data: Path, *, adapter: str | None = None) -> float:
     """Perplexity of the responses in a file of (x, y) rows: exp of the mean negative log-probability of a token."""
     sequences = read_sequences(data, load_tokenizer(model, note=print_to_log), max_length=None)
-    nats = math.fsum(value for _, value in negative_log_likelihoods(load_policy(model, adapter=adapter), sequences))
+    policy = load_policy(model, adapter=adapter)
+    refuse_unknown((sequence.ids for sequence in sequences), policy.vocabulary, model)
+    nats = math.fsum(value for _, value in negative_log_likelihoods(policy, sequences))
     return math.exp(nats / sum(sequence.response for sequence in sequences))
 
 
@@ -62,12 +64,14 @@ def score_references(
     texts = [references[id] for id in asked]
     form = response_form(tokenizer, "chat" if answers.chat else "plain")
     ys = ids_after(tokenizer, list(asked.values()), texts, form.lead)
-    positions = positions_of(load_config(policy.model, policy.revision)) or math.inf
+    config = load_config(policy.model, policy.revision)
+    positions = positions_of(config) or math.inf
     sequences = {
         id: Sequence(np.array([*x, *y, form.end], dtype=np.int32), len(x))
         for (id, x), y in zip(asked.items(), ys, strict=True)
         if len(x) + len(y) < positions
     }
+    refuse_unknown((sequence.ids for sequence in sequences.values()), vocabulary_of(config), policy.model)
     if len(sequences) < len(asked):
         print_to_log(
             f"{policy.label}: {len(asked) - len(sequences)} references left out of the perplexity: with x they exceed "

@@ -6,15 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from tests.conftest import ROOT
 
 SHIM = Path(__file__).with_name("shim.c")
 KINDS = {"fail": 1, "short": 2, "lost": 3, "kill before": 4, "kill after": 5}
 """As `shim.c` numbers them."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EMFILE, errno.ENOLCK]
 
 
@@ -97,3 +103,36 @@ class Disk:
 
     def close(self) -> None:
         self._process.communicate(timeout=30)
+
+
+class Disks:
+    """Several at once, each with a process of its own."""
+
+    def __init__(self, library: Path, jobs: int) -> None:
+        self._idle: SimpleQueue[Disk] = SimpleQueue()
+        self._all = [Disk(library) for _ in range(jobs)]
+        for disk in self._all:
+            self._idle.put(disk)
+
+    @contextmanager
+    def one(self) -> Iterator[Disk]:
+        """A disk that nobody else uses meanwhile."""
+        disk = self._idle.get()
+        try:
+            yield disk
+        finally:
+            self._idle.put(disk)
+
+    def each(self, work: Callable[[Disk, Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """What `work` gives for each item, in their order."""
+
+        def with_a_disk(item: Item) -> Result:
+            with self.one() as disk:
+                return work(disk, item)
+
+        with ThreadPoolExecutor(len(self._all)) as pool:
+            yield from pool.map(with_a_disk, items)
+
+    def close(self) -> None:
+        for disk in self._all:
+            disk.close()

@@ -3,12 +3,16 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from tests import tiny
 
@@ -86,6 +90,47 @@ def _words(**options: Any) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
+def differences(directory: Path, whole: Path) -> Iterator[tuple[str, str]]:
+    """('lost', 'doubled' or 'different', name) of the files that a stage left otherwise than in `whole`."""
+    left, expected = contents(directory), contents(whole)
+    for name in sorted({*left, *expected}):
+        if left.get(name) == expected.get(name):
+            continue
+        if name not in left or name not in expected:
+            yield "lost" if name in expected else "doubled", name
+        elif name.endswith(".parquet") and reads(directory / name):
+            yield _rows_differ(directory / name, whole / name), name
+        else:
+            yield "different", name
+
+
+def left_over(directory: Path, whole: Path) -> list[str]:
+    """Files of ours beside the results that an uninterrupted run does not leave, such as half a write. No locks."""
+    left, expected = ({str(p.relative_to(at)) for p in at.rglob("*") if p.is_file()} for at in (directory, whole))
+    return sorted(name for name in left - expected if name.startswith(".") and not name.endswith("lock"))
+
+
+def _rows_differ(found: Path, expected: Path) -> str:
+    rows, wanted = (Counter(map(repr, pq.read_table(path).to_pylist())) for path in (found, expected))
+    if wanted - rows and not rows - wanted:
+        return "lost"
+    return "doubled" if rows - wanted and set(rows) <= set(wanted) else "different"
+
+
+def reads(path: Path) -> bool:
+    """Whether who reads a file takes it, damaged or not."""
+    try:
+        if path.suffix == ".parquet":
+            pq.read_table(path)
+        elif path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_bytes())
+    except (ValueError, SafetensorError, pa.ArrowException):
+        return False
+    return True
+
+
 def contents(directory: Path) -> dict[str, Any]:
     """What a stage left: the digest of every file that its users read, records and metrics without their timings."""
     found: dict[str, Any] = {}
@@ -93,14 +138,13 @@ def contents(directory: Path) -> dict[str, Any]:
         inside = path.relative_to(directory)
         if path.is_dir() or path.name.endswith("lock") or (inside.parts[0] == ".ple" and "commits" not in inside.parts):
             continue
-        if path.name == "ple.json":
+        found[str(inside)] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if reads(path) and path.name == "ple.json":
             record = json.loads(path.read_text())
             record["cost"].pop("seconds", None)
             found[str(inside)] = record
-        elif path.name == "metrics.parquet":
+        elif reads(path) and path.name == "metrics.parquet":
             table = pq.read_table(path)
             kept = [name for name in table.column_names if name not in TIMINGS]
             found[str(inside)] = table.select(kept).to_pylist()
-        else:
-            found[str(inside)] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

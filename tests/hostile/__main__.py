@@ -1,6 +1,7 @@
-"""python -m tests.hostile [--most N] [--seed S] [--family NAME ...]: all hostile inputs, and their figures."""
+"""python -m tests.hostile [--most N] [--seed S] [--jobs N] [--family NAME ...]: all hostile inputs, in figures."""
 
 import argparse
+import os
 import random
 import shutil
 import sys
@@ -9,30 +10,32 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.faults.disk import Disk, build
+from tests.faults.disk import Disk, Disks, build
 from tests.faults.faults import uninterrupted
 from tests.faults.stages import World
 from tests.hostile.families import all_inputs as of_files
 from tests.hostile.peers import judge_peers, reward_peers
-from tests.hostile.rule import Verdict, tried
+from tests.hostile.rule import Input, Verdict, tried
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.hostile", description=__doc__)
     parser.add_argument("--most", type=int, default=10**9, help="inputs of each family, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="tried at once; default: cores")
     parser.add_argument("--family", action="append", help="this one only; may be repeated")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        wrong = run(Path(folder), given.most, given.seed, given.family)
+        wrong = run(Path(folder), given.most, given.seed, given.jobs, given.family)
     sys.exit(bool(wrong))
 
 
-def run(base: Path, most: int, seed: int, only: list[str] | None = None) -> list[Verdict]:
+def run(base: Path, most: int, seed: int, jobs: int = 1, only: list[str] | None = None) -> list[Verdict]:
     """Try the inputs and print the figures, family by family."""
-    world, disk = World(base), Disk(build(base))
-    uninterrupted(world, disk)
-    by_family: dict[str, list] = {}
+    world, disks = World(base), Disks(build(base), jobs)
+    with disks.one() as disk:
+        uninterrupted(world, disk)
+    by_family: dict[str, list[Input]] = {}
     for given in [*of_files(world), *reward_peers(world), *judge_peers(world)]:
         by_family.setdefault(given.family, []).append(given)
     wrong: list[Verdict] = []
@@ -42,10 +45,15 @@ def run(base: Path, most: int, seed: int, only: list[str] | None = None) -> list
             continue
         drawn = inputs if len(inputs) <= most else random.Random(seed).sample(inputs, most)
         began, own = time.monotonic(), []
-        for at, given in enumerate(drawn):
+
+        def attempt(disk: Disk, at_given: tuple[int, Input], family=family) -> Verdict:
+            at, given = at_given
             place = base / "tries" / f"{family}-{at}".replace(" ", "-")
             verdict = tried(disk, given, place)
             shutil.rmtree(place, ignore_errors=True)
+            return verdict
+
+        for verdict in disks.each(attempt, enumerate(drawn)):
             if verdict.faults:
                 own.append(verdict)
                 print(f"  {verdict}", flush=True)
@@ -56,7 +64,7 @@ def run(base: Path, most: int, seed: int, only: list[str] | None = None) -> list
         )
         wrong += own
         tries += len(drawn)
-    disk.close()
+    disks.close()
     print(f"{tries} inputs: {len(wrong)} wrong")
     return wrong
 
