@@ -14,7 +14,7 @@ from ple_data.judge.llm import APIS, LanguageModelJudge, parse_request_args
 from ple_data.judge.prompt import load_template, preference
 from ple_data.judge.results import REWARD, Outcome, Verdict
 from ple_data.judge.sources import Pair, choose, load_pairs, named
-from ple_data.rewards import RewardModel, load_reward_model, shown_spec
+from ple_data.rewards import RewardModel, as_read, load_reward_model, shown_spec
 from schemas.errors import UsageError
 from schemas.files import locked
 from schemas.judging import Answer, Order, Reward
@@ -113,17 +113,19 @@ def by_reward(reward_model: RewardModel, pairs: Sequence[Pair], journal: Journal
 
     Raises PleError for a reward that is no finite number.
     """
-    responses = [(pair, y) for pair in pairs for y in (pair.a, pair.b)]
-    requests = [json_digest([reward_model.name, pair.x, y]) for pair, y in responses]
+    read = {chat: as_read(reward_model, [pair.x for pair in pairs], chat=chat) for chat in (False, True)}
+    asked = [(pair.query_id, read[pair.chat][at]) for at, pair in enumerate(pairs)]
+    responses = [(id, x, y) for (id, x), pair in zip(asked, pairs, strict=True) for y in (pair.a, pair.b)]
+    requests = [json_digest([reward_model.name, x, y]) for _, x, y in responses]
     distinct = dict(zip(requests, responses, strict=True))
     waiting = [(request, *of) for request, of in distinct.items() if journal.get(request) is None]
     with Progress("judge", len(distinct), "rewards", done=len(distinct) - len(waiting)) as progress:
         for start in range(0, len(waiting), CHUNK):
             part = waiting[start : start + CHUNK]
-            for batch in reward_model.stream([(pair.x, y) for _, pair, y in part]):
+            for batch in reward_model.stream([(x, y) for _, _, x, y in part]):
                 refuse_non_finite(
                     f"reward model {reward_model.name} gave rewards that are not finite",
-                    [(f"query {part[at][1].query_id!r}", score) for at, score in batch],
+                    [(f"query {part[at][1]!r}", score) for at, score in batch],
                     "correct the model and run the same command again",
                 )
                 journal.add(*[Reward(request=part[at][0], reward=score) for at, score in batch])

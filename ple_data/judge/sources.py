@@ -11,31 +11,33 @@ from typing import Any
 from ple_data.inputs.chat import CHAT_START, as_chat, to_messages
 from ple_data.inputs.readers import Rows, read_rows
 from ple_data.storage.store import Store, collect
+from schemas import tables
 from schemas.errors import UsageError
-from schemas.tables import ARMS
 
 _NAMED = 5  # query ids that a message names
 
 
 @dataclass(frozen=True)
 class Response:
-    """One side's response y to a query x; kind: a group that the source puts the query in."""
+    """One side's response y to a query x; kind: a group that the source puts the query in; chat: x was asked as one."""
 
     query_id: str
     x: str
     y: str
     kind: str | None = None
+    chat: bool = False
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses, a and b, to one query."""
+    """Two responses, a and b, to one query; chat: it was asked as one."""
 
     query_id: str
     x: str
     a: str
     b: str
     kind: str | None = None
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def load_pairs(a: str, b: str) -> Pairs:
             "compare responses to the same queries"
         )
     rows = [
-        Pair(one.query_id, one.x, one.y, other.y, other.kind if one.kind is None else one.kind) for one, other in common
+        Pair(one.query_id, one.x, one.y, other.y, other.kind if one.kind is None else one.kind, one.chat or other.chat)
+        for one, other in common
     ]
     return Pairs(a, b, rows, len(left) - len(common), len(right) - len(common))
 
@@ -109,7 +112,7 @@ def _parse(spec: str) -> tuple[str, dict[str, str]]:
     path, _, text = spec.partition("#")
     choices = dict(part.partition("=")[::2] for part in text.split(",")) if text else {}
     known = choices.keys() <= {"round", "arm", "label"}
-    if not known or not choices.get("round", "0").isdigit() or choices.get("arm", "y") not in ARMS:
+    if not known or not choices.get("round", "0").isdigit() or choices.get("arm", "y") not in tables.ARMS:
         raise UsageError(
             f"{spec}: after # expected round=N, arm=y or arm=y_prompt, with a comma between two, or label=NAME"
         )
@@ -137,7 +140,11 @@ def _from_store(spec: str, root: Path, choices: dict[str, str]) -> list[Response
     first = found.unique("query_id", keep="first", maintain_order=True)
     if first.height < found.height:
         print(f"{spec}: {found.height - first.height} further samples of the same queries left out", file=sys.stderr)
-    return [Response(row["query_id"], row["x"], row["y"]) for row in first.iter_rows(named=True)]
+    chat = any(
+        tables.read_metadata(shard.path, kind).get("prompts") == "chat"
+        for shard in store.shards(kind, round=int(choices.get("round", rounds[0])))
+    )
+    return [Response(row["query_id"], row["x"], row["y"], chat=chat) for row in first.iter_rows(named=True)]
 
 
 def _of_policy(rows: Rows, label: str) -> Rows:

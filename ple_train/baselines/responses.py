@@ -25,7 +25,8 @@ from ple_train.sft import read_sequences, sequence_stream
 from ple_train.stream import Limits, checked_ids
 from ple_train.train import note_principle
 from schemas.errors import UsageError
-from schemas.options import Baseline, BaselineSft
+from schemas.options import Baseline, BaselineSft, PromptFormat
+from schemas.tables import read_metadata
 
 CHOOSERS = {"context-distillation": selection.guided, "raft": selection.best_of_n}
 SAMPLED_FOR = {"context-distillation": ("y_prompt_ids",), "raft": ("y_ids", "y_prompt_ids"), "sft": ()}
@@ -97,9 +98,7 @@ def choose(
 ) -> list[Sequence]:
     """The responses that a method learns from, as sequences. Raises UsageError where there is none."""
     if method == "sft":
-        frames = [selection.references(snapshots.read_rows(part, REFERENCE_COLUMNS, None)) for part in snapshot]
-        rows = selection.first_of_each_query(pl.concat(frames))
-        rows = rows.with_columns(reference_ids(rows, tokenizer).alias("ids")).drop("y")
+        rows = with_reference_ids(snapshot, tokenizer)
     else:
         frames = [CHOOSERS[method](snapshots.read_rows(part, CHOSEN_FROM, max_length)) for part in snapshot]
         rows = selection.best(pl.concat(frames)) if method == "raft" else pl.concat(frames)
@@ -120,9 +119,26 @@ def choose(
     return sequences
 
 
-def reference_ids(rows: pl.DataFrame, tokenizer: Any) -> pl.Series:
+def with_reference_ids(snapshot: list[snapshots.SnapshotShard], tokenizer: Any) -> pl.DataFrame:
+    """The first row of each query that came with a reference; `ids`: the reference as it ends after what was asked."""
+    frames = []
+    for part in snapshot:
+        found = selection.references(snapshots.read_rows(part, REFERENCE_COLUMNS, None))
+        chat = read_metadata(part.shard.path, "pairs").get("prompts") == "chat"
+        frames.append(found.with_columns(chat=chat))
+    rows = selection.first_of_each_query(pl.concat(frames))
+    ids_of = {
+        chat: reference_ids(rows.filter(pl.col("chat") == chat), tokenizer, "auto" if chat else "plain")
+        for chat in (False, True)
+    }
+    return pl.concat(
+        [rows.filter(pl.col("chat") == chat).with_columns(ids.alias("ids")) for chat, ids in ids_of.items()]
+    )
+
+
+def reference_ids(rows: pl.DataFrame, tokenizer: Any, prompt_format: PromptFormat) -> pl.Series:
     """Token ids of reference texts y after x_ids, each with the id that ends it."""
-    form = response_form(tokenizer)
+    form = response_form(tokenizer, prompt_format)
     ids = pl.Series([], dtype=pl.List(pl.Int32))
     for part in rows.iter_slices(_TOKENIZED_AT_ONCE):
         found = ids_after(tokenizer, part["x_ids"].to_list(), part["y"].to_list(), form.lead)

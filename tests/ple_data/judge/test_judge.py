@@ -712,6 +712,22 @@ def test_a_classifier_is_a_judge(tmp_path, reward):
     assert tables.read_table(tmp_path / "out" / "verdicts.parquet", "verdicts")["verdict"].to_pylist() == expected
 
 
+def test_a_classifier_without_a_template_judges_what_was_asked_as_a_chat_as_one(tmp_path, reward):
+    from ple_data.rewards import load_reward_model
+
+    for name, y in (("a", "fine"), ("b", "not so fine")):
+        rows = table("answers", [{"query_id": "q", "x": "the film", "y": y}], 0)
+        Store(tmp_path / name).commit("answers", 0, "u0", rows, {"prompts": "chat"})
+    judge(str(tmp_path / "a"), str(tmp_path / "b"), f"reward:{reward}", tmp_path / "out", reward_device="cpu")
+    [found] = tables.read_table(tmp_path / "out" / "verdicts.parquet", "verdicts").to_pylist()
+    alone = load_reward_model(str(reward))
+    turns = '[{"role": "user", "content": "the film"}]'
+    assert [found["reward_a"], found["reward_b"]] == pytest.approx(
+        alone.score([(turns, "fine"), (turns, "not so fine")])
+    )
+    assert found["reward_a"] != pytest.approx(alone.score([("the film", "fine")])[0], abs=1e-6)
+
+
 def test_rewards_are_scored_once_whatever_stops_the_command(tmp_path, monkeypatch):
     """A function that fails in the second part: the first part's rewards are kept, and asked for no more."""
     monkeypatch.setattr(judging, "CHUNK", 4)

@@ -272,6 +272,16 @@ def test_references_of_two_stores_with_the_same_ids_are_both_kept(run, policy, t
     ]
 
 
+def test_a_reference_ends_as_its_round_was_asked(tmp_path):
+    tokenizer = tiny.tiny_tokenizer(chat=tiny.TURNS, special=("<|turn|>", "<|over|>"))
+    ends = {0: ("plain", tiny.EOS), 1: ("chat", "<|over|>")}
+    for round, (asked, _) in ends.items():
+        rows = table("pairs", [row(round, 0.0, 1.0)], round)
+        Store(tmp_path).commit("pairs", round, f"{round:05d}-0", rows, {"prompts": asked})
+    found = baselines.with_reference_ids(freeze([tmp_path], 1, None), tokenizer).sort("round")
+    assert [tokenizer.decode(ids[-1]) for ids in found["ids"]] == [end for _, end in ends.values()]
+
+
 @pytest.mark.parametrize("method", ["context-distillation", "raft", "dpo", "ple"])
 def test_tokens_sampled_are_those_of_all_rows_also_of_those_left_out(run, policy, pairs, tmp_path, method):
     """max_length 5 leaves out every pair with a response of more than 2 ids."""
