@@ -255,18 +255,26 @@ def test_closed_pipe_is_quiet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_is_130_and_one_line(number: signal.Signals, tmp_path: Path) -> None:
-    """An endless file stands for any long work."""
-    os.mkfifo(tmp_path / "recipe.yaml")
+    """A reward function that does not return stands for any long work."""
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\n"
+        "def score(xs, ys):\n"
+        "    pathlib.Path(__file__).with_name('begun').touch()\n"
+        "    time.sleep(60)\n"
+    )
+    (tmp_path / "rows.jsonl").write_text('{"query_id": "q", "x": "the film", "y": "was good"}\n')
+    rows, judge = str(tmp_path / "rows.jsonl"), f"reward:{tmp_path / 'slow.py'}:score"
     process = subprocess.Popen(
-        [sys.executable, "-m", "cli", "run", str(tmp_path / "recipe.yaml")],
+        [sys.executable, "-m", "cli", "judge", rows, rows, "--judge", judge, "--output", str(tmp_path / "out")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
     )
-    with (tmp_path / "recipe.yaml").open("w"):  # returns when the command has opened it
-        time.sleep(0.5)  # until it waits for the first byte: Python acts on a signal between calls or within one
-        process.send_signal(number)
-        out, messages = process.communicate(timeout=60)
+    while not (tmp_path / "begun").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, messages = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
-    assert messages == "interrupted; run the same command again to go on\n"
+    assert messages.splitlines()[-1] == "interrupted; run the same command again to go on"
+    assert "Traceback" not in messages

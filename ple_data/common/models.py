@@ -66,6 +66,7 @@ def check_model(model: str | Path, *, quantized: bool = False) -> None:
         raise UsageError(f"{model} is in GGUF format, which is not read: give the safetensors that it was made of")
     if not directory.is_dir():
         raise UsageError(f"{model} is a file; --model takes a directory written by save_pretrained, or a hub id")
+    _refuse_endless(directory)
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
             raise UsageError(f"{model} is an adapter; give it with --adapter and its base with --model")
@@ -82,6 +83,13 @@ def check_model(model: str | Path, *, quantized: bool = False) -> None:
         layers = next((part[name] for name in LAYERS if isinstance(part.get(name), int)), 0)
         if layers > held:
             raise UsageError(f"{directory}: config.json speaks of {layers} layers, but there are {held} weights in all")
+
+
+def _refuse_endless(directory: Path) -> None:
+    """Raise UsageError where a file of the directory is none: whoever opens a pipe or a device may wait for ever."""
+    for path in directory.iterdir():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UsageError(f"{path} is a pipe or device, which may never end: put the file itself there")
 
 
 def refuse_quantized(model: str | Path, config: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What is refused of a model or an adapter before it is loaded, how long its sequences may be, what pads."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def test_what_pads_has_a_row_in_the_embedding(policy):
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, ["AWQ", "full precision"]),
         ({"transformers_weights": "../other/model.safetensors"}, ["../other/model.safetensors"]),
         ({"transformers_weights": "own.safetensors.index.json"}, ["own.safetensors.index.json"]),
-        ({"num_hidden_layers": 10**12}, ["1000000000000 layers"]),
+        ({"num_hidden_layers": 10**12}, ["num_hidden_layers is more than 1000"]),
+        ({"num_hidden_layers": 900}, ["900 layers", "there are 21 weights"]),
     ],
 )
 def test_configurations_that_are_refused(policy: Path, tmp_path: Path, settings, facts):
@@ -94,7 +96,7 @@ def test_configurations_that_are_refused(policy: Path, tmp_path: Path, settings,
 def test_an_index_of_weights_that_is_none(policy: Path, tmp_path: Path, content):
     model = Path(shutil.copytree(policy, tmp_path / "model"))
     (model / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(UsageError, match=r"model\.safetensors\.index\.json is no"):
+    with pytest.raises(UsageError, match=r"model\.safetensors\.index\.json (is no|holds a JSON list)"):
         check_model(model)
 
 
@@ -181,3 +183,12 @@ def with_settings(adapter: Path, tmp_path: Path, **settings) -> Path:
     config = json.loads((copy / "adapter_config.json").read_text())
     (copy / "adapter_config.json").write_text(json.dumps(config | settings))
     return copy
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation_config.json"])
+def test_a_file_that_never_ends_is_refused_before_it_is_opened(tmp_path, name):
+    directory = tiny.tiny_policy(tmp_path / "model")
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    with pytest.raises(UsageError, match=f"{name} is a pipe or device"):
+        check_model(directory)
