@@ -61,10 +61,15 @@ def explained(path: Path | str, doing: str = "write") -> Iterator[None]:
         raise PleError(f"{path}: cannot {doing} ({what}): {advice}") from error
 
 
-def refuse_no_file(path: Path | str) -> None:
-    """Raises DamagedError for a pipe, a device (neither may ever end) or a folder, PleError where nothing is."""
+def refuse_no_file(path: Path | str, missing: str = "the file is missing: restore it from a copy") -> None:
+    """Raises DamagedError for a pipe, a device (neither may ever end), a folder, or where nothing is; PleError where
+    the system does not say."""
     with explained(path, "read"):
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        try:
+            found = os.stat(path)
+        except FileNotFoundError as error:
+            raise DamagedError(f"{path}: {missing}") from error
+        if not stat.S_ISREG(found.st_mode):
             raise DamagedError(f"{path}: it is no file: move it away, and restore the file from a copy")
 
 
@@ -307,9 +312,11 @@ def read_given(path: Path, what: str = "") -> bytes:
     end: a pipe, a device.
     """
     name = f"{what} {path}".strip()
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{name} is no regular file but a directory, pipe or device, which may never end; give a file")
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(
+                f"{name} is no regular file but a directory, pipe or device, which may never end; give a file"
+            )
         return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror}") from error

@@ -13,6 +13,7 @@ Nothing here is ever overwritten, and nothing is unpickled. Links that lead out 
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ POLL_SECONDS = 0.5
 """How often a unit that another process holds is looked at again."""
 OWNER = Path(".ple") / "reward_model"
 """Where a store holds the name of the model that its pairs are scored by."""
+_SCAN = re.compile(rf"Parquet SCAN \[(.*?)/({'|'.join(tables.STORED)})/round=\d+/part-[^/]*\.parquet")
 _CLAIM_ATTEMPTS = 3  # `holder` takes the lock for an instant; a claim must not mistake that for a holder
 _CLAIM_PAUSE = 0.01  # seconds
 
@@ -315,7 +317,6 @@ def scan_shards(kind: str, shards: Sequence[Shard]) -> "pl.LazyFrame":
         tables.read_metadata(shard.path, kind)
     if not shards:
         return pl.LazyFrame(schema=schema)
-    _scanned.update((shard.path, shard) for shard in shards)
     return scan_files([shard.path for shard in shards], schema=schema, missing_columns="insert")
 
 
@@ -343,26 +344,29 @@ class Waits:
         time.sleep(POLL_SECONDS)
 
 
-_scanned: dict[Path, Shard] = {}
-"""The shards of the frames that were made: polars does not say in which file a fault is."""
-
-
 def collect(rows: "pl.LazyFrame") -> "pl.DataFrame":
     """The rows of a lazy frame over shards, streamed. Raises DamagedError when a file cannot be decoded, PleError when
     the system does not give it.
     """
     from polars.exceptions import PolarsError
 
-    folder = next((path.parents[2] for path in _scanned), Path())
     try:
-        with files.explained(folder, "read"):
+        with files.explained("a shard", "read"):
             return rows.collect(engine="streaming")
     except (PolarsError, OSError, PleError) as error:
-        for path, shard in _scanned.items():
-            Store(path.parents[2]).read(shard)
+        roots = _read_by(rows)
+        for store, kind in roots:  # polars does not say in which file a fault is
+            for shard in store.shards(kind):
+                store.read(shard)
         if isinstance(error, PleError):
             raise
-        raise DamagedError(f"{folder}: a shard cannot be read ({first_line(error)}): run `ple verify` there") from error
+        where = ", ".join(str(store.root) for store, _ in roots)
+        raise DamagedError(f"{where}: a shard cannot be read ({first_line(error)}): run `ple verify` there") from error
+
+
+def _read_by(rows: "pl.LazyFrame") -> list[tuple[Store, str]]:
+    """The stores and kinds of table whose files a frame reads, from its plan."""
+    return [(Store(root), kind) for root, kind in sorted(set(_SCAN.findall(rows.explain(optimized=False))))]
 
 
 def _lock(fd: int, path: Path) -> bool:

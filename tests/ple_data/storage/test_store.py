@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
@@ -700,6 +701,17 @@ def test_a_shard_that_polars_cannot_read_is_named(store):
         collect(rows)
 
 
+def test_the_store_that_is_blamed_is_the_one_that_was_read(store, tmp_path):
+    """Another one, scanned before and damaged since, has nothing to do with it."""
+    other = Store(tmp_path / "other")
+    lost = fill(other)
+    other.scan("pairs")
+    lost.path.unlink()
+    fill(store)
+    with pytest.raises(DamagedError, match=rf"^{store.root}: a shard cannot be read"):
+        collect(store.scan("pairs").select(pl.col("x").cast(pl.Int64)))
+
+
 # Settings of a round
 
 
@@ -723,7 +735,6 @@ def two_rounds(store) -> Path:
 
 
 def test_polars_reads_pairs_unaided(two_rounds):
-    import polars as pl
 
     rows = pl.scan_parquet(f"{two_rounds}/pairs/**/*.parquet").collect()
     assert rows.columns == tables.PAIRS.names
