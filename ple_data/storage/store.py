@@ -247,14 +247,23 @@ class Store:
         return self._placed(RoundManifest, path, lambda found: self.manifest_path(found.round))
 
     def finish(self, kind: str, round: int) -> None:
-        """Keep that all units of a round are committed: one that is missing later was lost."""
-        if not self.is_finished(kind, round):
-            self._prepare()
-            files.write_new(self._finished_path(kind, round), "", self._tmp)
+        """Keep how many units of a round are committed, which are all: one that is missing later was lost."""
+        units = len(self.shards(kind, round=round))
+        if self.finished_units(kind, round) < units:
+            files.write_atomic(self._finished_path(kind, round), str(units))
 
-    def is_finished(self, kind: str, round: int) -> bool:
-        """Whether all units of a round were committed once; 0.1.0 did not say so."""
-        return self._finished_path(kind, round).exists()
+    def finished_units(self, kind: str, round: int) -> int:
+        """How many units a round had when it was finished; 0 where it was not, or by 0.1.0. Raises DamagedError."""
+        path = self._finished_path(kind, round)
+        text = files.read_file(path) if path.exists() else b"0"
+        if not re.fullmatch(rb"[0-9]{1,9}", text):
+            raise DamagedError(f"{path}: it holds no number of units: remove it, and run the command again")
+        return int(text)
+
+    def finished_rounds(self, kind: str) -> list[int]:
+        """The rounds of which it is kept how many units they have."""
+        names = (path.name.removeprefix(f"{kind}-round=") for path in (self._state / "finished").glob(f"{kind}-*"))
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def unfinished(self, shards: Iterable[Shard]) -> list[tuple[int, int, int]]:
         """(round, rows, rows asked for) of the rounds of which `shards` hold fewer rows than were asked for."""

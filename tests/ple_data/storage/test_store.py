@@ -627,7 +627,32 @@ def test_verify_misses_a_unit_that_is_lost_with_its_record(store, kind):
     store.path(kind, 0, unit).unlink()
     store.record_path(kind, 0, unit).unlink()
     (found,) = errors(store)
-    assert f"round 0 holds 6 rows of {kind} in 2 units, but was asked for 9 rows: a unit was lost" in str(found)
+    assert f"round 0 was finished with 3 units of {kind}, and 2 are there: one was lost with its record" in str(found)
+
+
+def test_verify_misses_a_whole_round_also_without_its_settings(store):
+    for unit in finished(store):
+        for kind in ("responses", "pairs"):
+            store.path(kind, 0, unit).unlink()
+            store.record_path(kind, 0, unit).unlink()
+    store.manifest_path(0).unlink()
+    assert [found.what for found in errors(store)] == [
+        f"round 0 was finished with 3 units of {kind}, and 0 are there" for kind in ("responses", "pairs")
+    ]
+
+
+def test_a_mark_of_a_finished_round_that_is_damaged_is_said(store):
+    finished(store)
+    (store.root / ".ple" / "finished" / "pairs-round=000").write_text("three")
+    (found,) = errors(store)
+    assert ("no number of units" in found.what, "remove it" in found.todo) == (True, True)
+
+
+def test_units_that_come_to_a_finished_round_count_too(store):
+    finished(store)
+    fill(store, unit="00009-ff", kind="pairs")
+    store.finish("pairs", 0)
+    assert (store.finished_units("pairs", 0), store.finished_units("responses", 0)) == (4, 3)
 
 
 def test_verify_finds_a_unit_of_another_reward_model(store):
