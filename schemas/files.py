@@ -215,10 +215,15 @@ def open_lock(path: Path) -> int:
     with explained(path):
         make_dirs(path.parent)
         fd = unfollowed(path, os.O_RDWR | os.O_CREAT)
-    if stat.S_ISREG(os.fstat(fd).st_mode) and _HOLDER.fullmatch(read_holder(fd) or "pid 0 on "):
+    if stat.S_ISREG(os.fstat(fd).st_mode) and _is_ours(read_holder(fd)):
         return fd
     os.close(fd)
     raise DamagedError(f"{path}: it stands where a lock file belongs and is none of ours: move it away")
+
+
+def _is_ours(text: str) -> bool:
+    """Whether a lock file's text is what `note_holder` writes, or as much of it as a full disk took."""
+    return bool(_HOLDER.fullmatch(text)) or "pid 0 on ".startswith(re.sub("[0-9]{1,9}", "0", text, count=1))
 
 
 def read_holder(fd: int) -> str:
@@ -230,7 +235,9 @@ def note_holder(fd: int, path: Path) -> None:
     """Write into a lock file that this process holds it."""
     with explained(path):
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        text, written = f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0
+        while written < len(text):
+            written += os.pwrite(fd, text[written:], written)
 
 
 @contextmanager

@@ -329,6 +329,11 @@ def scan_shards(kind: str, shards: Sequence[Shard]) -> "pl.LazyFrame":
     return scan_files([shard.path for shard in shards], schema=schema, missing_columns="insert")
 
 
+def asked_as_chat(shard: Shard) -> bool:
+    """Whether the queries of a shard were asked as chats, as its writer noted; 0.1.0 did not."""
+    return tables.read_metadata(shard.path, shard.kind).get("prompts") == "chat"
+
+
 def scan_files(paths: Iterable[Path], **how: Any) -> "pl.LazyFrame":
     """The rows of Parquet files as a lazy frame. A path is a path, whatever is in it: no pattern and no address."""
     import polars as pl

@@ -14,6 +14,7 @@ from ple_data.storage.store import Shard, Store, scan_files
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
 from schemas.files import TMP_SUFFIX, is_stale, refuse_outside, sha256_file
+from schemas.records import VERIFY
 
 _NAMED = 5  # doubled keys that one problem names
 
@@ -231,4 +232,4 @@ def _unscored(store: Store) -> Iterator[Problem]:
 
 
 def _without_path(error: DamagedError, path: Path) -> str:
-    return str(error).removeprefix(f"{path}: ")
+    return str(error).removeprefix(f"{path}: ").removesuffix(f": {VERIFY}")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import pytest
 
 from ple_data.storage.store import OWNER, Store, collect
 from ple_data.storage.verify import Problem, verify
-from schemas import tables
+from schemas import files, tables
 from schemas.errors import DamagedError, NewerError, PleError, UsageError
 from schemas.records import RoundManifest
 from tests.conftest import FIXTURES, ROOT
@@ -575,6 +576,21 @@ def test_a_folder_that_is_a_link_elsewhere_is_neither_read_nor_written(store, tm
         fill(Store(store.root), unit="00001-ff")
     assert [p.path for p in errors(store)] == [place]
     assert files_of(tmp_path, "elsewhere") == before
+
+
+@pytest.mark.parametrize("text", ["", "p", "pid 12", "pid 12 o", "pid 12 on host"])
+def test_a_lock_whose_text_was_cut_short_is_a_lock(tmp_path, text):
+    (tmp_path / "lock").write_text(text)
+    with files.locked(tmp_path / "lock"):
+        assert (tmp_path / "lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+@pytest.mark.parametrize("text", ["mine", "pid x on host", "pidfile", "12"])
+def test_what_is_no_text_of_a_lock_is_none(tmp_path, text):
+    (tmp_path / "lock").write_text(text)
+    with pytest.raises(DamagedError, match="none of ours"), files.locked(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "lock").read_text() == text
 
 
 def test_a_file_in_place_of_a_lock_is_left_as_it_is(store, tmp_path):

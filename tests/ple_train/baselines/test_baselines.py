@@ -709,14 +709,15 @@ def test_the_scorer_reads_query_and_response_out_of_padded_ids(policy, trl_with_
     from trl.experimental.utils import get_reward
 
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    tokenizer.add_tokens("<|over|>")  # a mark that ends turns, and no special token
+    pad, end = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|over|>")
     short, long = (tuple(tokenizer(text).input_ids) for text in ("the film", "the film was great"))
     good, bad = (tokenizer(text).input_ids for text in (" great.", " very bad."))
     rows = [[pad] * (len(long) - len(short)) + [*short, *long[len(short) :], *good, end], [*long, *bad]]
     width = max(map(len, rows))
     ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in rows])
     rewards = Recorder()
-    scorer = ppo_room.RewardScorer(rewards, tokenizer, {short: "X short", long: "X long"})
+    scorer = ppo_room.RewardScorer(rewards, tokenizer, end, {short: "X short", long: "X long"})
     _, scores, _ = get_reward(scorer, ids, pad, len(long))
     tail = tokenizer.decode(long[len(short) :])
     assert rewards.rows == [("X short", f"{tail} great."), ("X long", " very bad.")]
@@ -729,7 +730,7 @@ def test_a_row_alone_is_read_as_the_longest_query_that_it_begins_with(policy):
     short, long = (tuple(tokenizer(text).input_ids) for text in ("the film", "the film was great"))
     row = torch.tensor([[*long, *tokenizer(" and funny.").input_ids]])
     rewards = Recorder()
-    scorer = ppo_room.RewardScorer(rewards, tokenizer, {short: "X short", long: "X long"})
+    scorer = ppo_room.RewardScorer(rewards, tokenizer, tokenizer.eos_token_id, {short: "X short", long: "X long"})
     scorer.backbone(row, torch.ones_like(row))
     assert rewards.rows == [("X long", " and funny.")]
 
