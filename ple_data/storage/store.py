@@ -247,7 +247,11 @@ class Store:
         return self._placed(RoundManifest, path, lambda found: self.manifest_path(found.round))
 
     def finish(self, kind: str, round: int) -> None:
-        """Keep how many units of a round are committed, which are all: one that is missing later was lost."""
+        """Keep how many units of a round are committed, which are all: one that is missing later was lost.
+
+        What killed writers left is removed.
+        """
+        files.remove_stale(self._tmp)
         units = len(self.shards(kind, round=round))
         if self.finished_units(kind, round) < units:
             files.write_atomic(self._finished_path(kind, round), str(units))

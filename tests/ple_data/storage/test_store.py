@@ -671,6 +671,14 @@ def test_units_that_come_to_a_finished_round_count_too(store):
     assert (store.finished_units("pairs", 0), store.finished_units("responses", 0)) == (4, 3)
 
 
+def test_a_round_that_is_finished_keeps_nothing_of_killed_writers(store):
+    finished(store)
+    left = store.root / ".ple" / "tmp" / "00000-aa.json.0123.tmp"
+    left.write_text("{")
+    store.finish("pairs", 0)
+    assert not left.exists()
+
+
 def test_verify_finds_a_unit_of_another_reward_model(store):
     finished(store)
     rows = [{"query_id": "alien", "reward_model": "other@1"}]
