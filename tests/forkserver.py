@@ -73,9 +73,14 @@ def import_everything() -> None:
 
     import cli  # noqa: F401
     from ple_data.engines import hf  # noqa: F401
+    from ple_data.evaluation import table  # noqa: F401
+    from ple_data.judge import judge  # noqa: F401
+    from ple_data.report import page  # noqa: F401
     from ple_data.rewards import classifier  # noqa: F401
     from ple_data.scoring import score  # noqa: F401
-    from ple_train import train  # noqa: F401
+    from ple_train import reward, sft, train  # noqa: F401
+    from ple_train.baselines import responses  # noqa: F401
+    from ple_train.measure import evaluate, purity  # noqa: F401
 
 
 def run(request: dict[str, Any]) -> None:
