@@ -7,6 +7,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -92,6 +93,14 @@ class RoundManifest(Sealed):
     settings: dict[str, JsonValue]
     counts: dict[str, Count] = Field(default_factory=dict)
     notes: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _settings_that_are_read_further(self) -> "RoundManifest":
+        if (day := self.settings.get("template_date")) is not None:
+            date.fromisoformat(str(day))
+        if not isinstance(self.settings.get("sampling", {}), dict):
+            raise ValueError("sampling is no mapping")
+        return self
 
     @property
     def rows(self) -> int | None:

@@ -148,7 +148,9 @@ def command(
         chosen = kind(**values)
         function = pkgutil.resolve_name(run) if isinstance(run, str) else run
         text = function(**chosen.values()) if by_name else function(chosen)
-        if text is not None:
+        if text is not None and getattr(chosen, "as_json", False):
+            sys.stdout.buffer.write(f"{text}\n".encode())
+        elif text is not None:
             print(text)
 
     parameters = [*parameters_of(kind), *hidden]

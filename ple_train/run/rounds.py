@@ -20,6 +20,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from ple_data.common.command import say
+from ple_data.common.digests import text_digest
+from ple_data.common.secrets import public
 from ple_data.rewards import recorded_spec
 from ple_train.run.child import GRACE_SECONDS, run_child
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
@@ -273,9 +275,11 @@ def _done_otherwise(stages: list[Stage], records: list[StageRecord]) -> str | No
 
 
 def _telling_words(command: Sequence[str]) -> list[list[str]]:
-    """A command's options without the machine-only ones, in one order: versions of this program differ in it."""
+    """A command's options without the machine-only ones, in one order: versions of this program differ in it, and in
+    what of an address they put as its digest.
+    """
     groups: list[list[str]] = []
-    for word in command[1:]:
+    for word in (public(word, text_digest) for word in command[1:]):
         if word.startswith("--") or not groups:
             groups.append([word])
         else:

@@ -31,12 +31,7 @@ class Policy(Model):
 
 
 class Seed(Options):
-    seed: int = option(0, "Seed of everything that is drawn.", least=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed must fit 64 bits, which {self.seed} does not")
+    seed: int = option(0, "Seed of everything that is drawn.", least=0, below=2**63)
 
 
 class Threshold(Options):

@@ -53,10 +53,10 @@ def rows(data: Path) -> pl.DataFrame:
 def begun_before(data: Path, *names: str) -> None:
     """As an older version would have left the settings of round 0: without these."""
     path = Store(data).manifest_path(0)
-    manifest = json.loads(path.read_text())
+    manifest = {name: value for name, value in json.loads(path.read_text()).items() if name != "seal"}
     for name in names:
         del manifest["settings"][name]
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps({**manifest, "version": 1}))
 
 
 @pytest.mark.parametrize(("model", "stop"), [("turns", ()), ("plain", ("<|over|>",)), ("plain", (" <|over|>\n",))])
