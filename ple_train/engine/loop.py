@@ -70,6 +70,7 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
         _refuse_launcher(f"the launcher's configuration asks for {sharding[0]}, which no training here does", count)
     if count is None and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
         _refuse_launcher("accelerate was told to start several processes, and has started one", count)
+    launched = ", ".join(name for name in (*WORLDS, "RANK", "LOCAL_RANK") if name in os.environ)
     try:
         accelerator = Accelerator(
             mixed_precision="no",  # autocast is the loop's own: one process may train in several precisions
@@ -79,10 +80,10 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
             project_dir=directory,
         )
     except (ValueError, KeyError, RuntimeError) as error:
-        launched = ", ".join(name for name in (*WORLDS, "RANK", "LOCAL_RANK") if name in os.environ)
         if not launched:
             raise
-        _refuse_launcher(f"{launched} in the environment make no group of processes ({first_line(error)})", count)
+        fault = f"{launched} in the environment make no group of processes ({first_line(error)}), and one needs none"
+        _refuse_launcher(fault, count)
     if count not in (None, str(accelerator.num_processes)):
         _refuse_launcher(f"the launcher says {count} processes, and {accelerator.num_processes} work together", count)
     return accelerator
@@ -90,7 +91,7 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
 
 def _refuse_launcher(fault: str, count: str | None) -> NoReturn:
     """What it asks for would compute something else, or one process the work of several, and not say so."""
-    n = count or "N"
+    n = count if count and count.isdecimal() else "N"
     raise UsageError(
         f"{fault}: start it with `torchrun --nproc-per-node {n} -m cli ...` or `accelerate launch --multi_gpu "
         f"--num_processes {n} -m cli ...` (on a CPU too), without that configuration: every process has the whole model"

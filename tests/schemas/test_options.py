@@ -142,3 +142,31 @@ def test_what_no_file_could_keep_is_refused():
         options.Gen(**asked, stop=("\udcff",))
     with pytest.raises(UsageError, match="--round must be at most 2147483647"):
         options.Gen(**asked | {"round": 2**31})
+    with pytest.raises(UsageError, match="--seed must be below 9223372036854775808"):
+        options.Gen(**asked, seed=2**63)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "name"),
+    [
+        (Sft, {"output": Path("out/\udcff")}, "--output"),
+        (Sft, {"data": "s\udcff.jsonl"}, "--data"),
+        (Sft, {"metrics": Path("\udcff")}, "--metrics"),
+        (Train, {"data": ["d", Path("\udcff")]}, "--data"),
+        (Train, {"round": 0, "data": ["\udcff"]}, "--data"),
+    ],
+)
+def test_a_path_that_no_file_could_keep_is_refused_before_a_training(kind: type[Options], change: dict, name: str):
+    asked = {"model": "m", "data": ["d"] if kind is Train else "d", "output": "o"} | (
+        {"round": 0} if kind is Train else {}
+    )
+    with pytest.raises(UsageError, match=f"{name} holds bytes that are no UTF-8"):
+        kind(**asked | change)
+
+
+def test_an_address_of_a_reward_model_as_0_1_0_kept_it_is_the_same_one():
+    at = "http://h/v1/{}/score".format
+    how = {"model": "m", "queries": "q", "reward_model": at("[dd5d73ee52af]"), "output": "o", "sampled_tokens": 9}
+    now = Settings.of(options.Ppo(**how), reward=at("[dd5d73ee52af]"))
+    assert now.differences(now.values | {"reward_model": at("8f434346648f"), "reward": at("8f434346648f")}) == []
+    assert now.differences(now.values | {"reward_model": at("8f434346648e"), "reward": at("8f434346648e")}) != []

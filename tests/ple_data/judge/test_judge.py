@@ -570,6 +570,12 @@ def test_request_arguments():
             llm.parse_request_args([wrong])
 
 
+@pytest.mark.parametrize("value", ["NaN", "1e999", "[-Infinity]", '"\\ud800"', '{"\\udfff": 1}'])
+def test_a_request_argument_that_no_request_can_hold_is_refused(value: str):
+    with pytest.raises(UsageError, match="--request-arg t: no request can hold this value"):
+        llm.parse_request_args([f"t={value}"])
+
+
 # --- what was paid for -----------------------------------------------------------------------------
 
 
