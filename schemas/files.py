@@ -309,8 +309,7 @@ def read_given(path: Path, what: str = "", *, mark: bytes = codecs.BOM_UTF8) -> 
     name = f"{what} {path}".strip()
     try:
         if path.exists() and not path.is_file():
-            no_file = "is no regular file but a directory, pipe or device, which may never end"
-            raise UsageError(f"{name} {no_file}; give a file")
+            raise UsageError(f"{name} is no regular file but a folder, pipe or device, that may never end; give a file")
         return path.read_bytes().removeprefix(mark)
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror}") from error

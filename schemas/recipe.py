@@ -44,10 +44,8 @@ def _key(known: Any) -> tuple[Any, Any]:
 
 
 def _field(known: Any) -> Any:
-    told = options.about(known)
-    infinite = False if options.kind_of(known) is float else None
-    bounds: Any = {"ge": told.least, "gt": told.above, "le": told.most, "lt": told.below, "allow_inf_nan": infinite}
-    return Field(default=known.default, **bounds)
+    told, inf = options.about(known), False if options.kind_of(known) is float else None
+    return Field(default=known.default, ge=told.least, gt=told.above, le=told.most, lt=told.below, allow_inf_nan=inf)
 
 
 class GenStage(_stage(options.Gen, "ple-gen", without=OF_REWARDS)):  # type: ignore[misc]

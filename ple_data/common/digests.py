@@ -44,7 +44,9 @@ def model_digest(model: str | Path, revision: str | None = None) -> str:
     if not files:
         raise FileNotFoundError(f"{directory} holds no model files")
     with ThreadPoolExecutor() as pool:
-        return json_digest(list(zip((_text(path.name) for path in files), pool.map(sha256_file, files), strict=True)))
+        return json_digest(
+            list(zip((_as_utf8(path.name) for path in files), pool.map(sha256_file, files), strict=True))
+        )
 
 
 def policy_name(model: str | Path, adapter: str | Path | None = None, revision: str | None = None) -> str:
@@ -65,11 +67,10 @@ def digests_of(policy: str) -> str:
 
 def _named(model: str | Path, revision: str | None) -> str:
     digest = model_digest(model, revision)
-    return f"{_text(Path(model).resolve().name)}@{digest}" if Path(model).is_dir() else digest
+    return f"{_as_utf8(Path(model).resolve().name)}@{digest}" if Path(model).is_dir() else digest
 
 
-def _text(name: str) -> str:
-    """A file's name, as it is where it is UTF-8: every file of ours can hold it."""
+def _as_utf8(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 

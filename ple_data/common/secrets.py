@@ -37,8 +37,7 @@ def public(text: str, instead: Callable[[str], str] = lambda _: "key") -> str:
 
 def may_be_key(part: str) -> bool:
     """Whether a part of an address's path may be a key, and not a word such as `score` or `llama-3-8b`: it says so, or
-    a piece of it is long, or long with digits, or turns between words, capitals and digits again and again. A digest
-    as files hold it, `[0a1b2c3d4e5f]`, is none.
+    a piece of it is long, or long with digits, or turns between words, capitals and digits. `[0a1b2c3d4e5f]` is none.
     """
     part = unquote(part)
     return bool(_SAYS_KEY.search(part)) or any(

@@ -8,7 +8,7 @@ import sys
 import threading
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from itertools import zip_longest
 from typing import Any
 
@@ -26,19 +26,15 @@ def guarded() -> Iterator[None]:
     A line on stderr has at most LONGEST_LINE characters. What is for programs goes to `sys.stdout.buffer`, as it is.
     """
     out, err = _Guard(sys.stdout), _Guard(sys.stderr, longest=LONGEST_LINE)
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            yield
-        finally:
-            out.end()
-            err.end()
+    with redirect_stdout(out), redirect_stderr(err), ExitStack() as ends:
+        ends.callback(out.end)
+        ends.callback(err.end)
+        yield
 
 
 class _Guard:
-    """A text stream that makes harmless what is written to it, line by line: what comes in parts waits for its end.
-
-    A progress bar, which begins with a carriage return, is a line each time that it is drawn. longest: characters of a
-    line at most, and then the stream has no `buffer`.
+    """A text stream that makes harmless what is written to it, line by line: what comes in parts waits for its end. A
+    bar that is drawn anew begins with a carriage return and does not wait. longest: of a line, where it is for people.
     """
 
     def __init__(self, stream: Any, longest: int | None = None) -> None:
@@ -64,8 +60,7 @@ class _Guard:
         return len(text)
 
     def writelines(self, texts: Iterable[str]) -> None:
-        for text in texts:
-            self.write(text)
+        self.write("".join(texts))
 
     def end(self) -> None:
         """Write what was begun and has no end."""

@@ -55,15 +55,14 @@ def read_rows(source: str | Path, split: str | None = None) -> Rows:
         raise UsageError(f"--split is for a hub dataset; {source} is a file")
     if path.suffix not in FORMATS:
         raise UsageError(f"{source} has an unknown format {path.suffix!r}; known are {', '.join(FORMATS)}")
-    read = read_given(path, mark=b"")
-    content = read.removeprefix(codecs.BOM_UTF8)
+    content = read_given(path, mark=b"")
     if not content:
         raise UsageError(f"{source} is empty")
-    rows, places = FORMATS[path.suffix](path, content)
+    rows, places = FORMATS[path.suffix](path, content.removeprefix(codecs.BOM_UTF8))
     if not rows:
         raise UsageError(f"{source} has no rows")
     columns = tuple(dict.fromkeys(column for row in rows for column in row))
-    return Rows(str(source), hashlib.sha256(read).hexdigest(), columns, rows, places)
+    return Rows(str(source), hashlib.sha256(content).hexdigest(), columns, rows, places)
 
 
 def _parquet(path: Path, content: bytes) -> _Found:
@@ -74,21 +73,15 @@ def _parquet(path: Path, content: bytes) -> _Found:
         table = pq.ParquetFile(pa.BufferReader(content)).read()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UsageError(f"{path} is no whole Parquet file: {first_line(error)}") from error
-    columns = [_values(path, name, column) for name, column in zip(table.column_names, table.columns, strict=True)]
-    rows = [dict(zip(table.column_names, values, strict=True)) for values in zip(*columns, strict=True)]
+    columns: dict[str, list[Any]] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            columns[name] = column.to_pylist()
+        except Exception as error:  # a date after the year 9999, a time zone that does not exist, text that is no UTF-8
+            what = f"column {name} holds what Python does not ({first_line(error)})"
+            raise UsageError(f"{path}: {what}; correct or remove the column") from error
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return rows, _numbered(rows)
-
-
-def _values(path: Path, name: str, column: Any) -> list[Any]:
-    """A column's values. Raises UsageError for what Arrow holds and Python does not: a date after the year 9999, a time
-    zone that there is not, bytes of a text that are no UTF-8.
-    """
-    try:
-        values: list[Any] = column.to_pylist()
-    except Exception as error:
-        what = f"column {name} holds a {column.type} that cannot be read ({first_line(error)})"
-        raise UsageError(f"{path}: {what}; correct or remove the column") from error
-    return values
 
 
 def _jsonl(path: Path, content: bytes) -> _Found:

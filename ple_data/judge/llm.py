@@ -120,10 +120,11 @@ class LanguageModelJudge:
         distinct = {digest: asked for asked, digest in digests.items()}
         waiting = [asked for digest, asked in distinct.items() if digest not in answers]
         headers = self._api.headers(self._key) if self._key else {}
-        limits = httpx.Limits(max_connections=concurrency)
         faults = _Faults(answered=len(waiting) < len(distinct), enough=min(MOST_FAULTS, len(waiting)))
         with (
-            web.open_client(headers=headers, timeout=TIMEOUT, limits=limits) as client,
+            web.open_client(
+                headers=headers, timeout=TIMEOUT, limits=httpx.Limits(max_connections=concurrency)
+            ) as client,
             Progress("judge", len(distinct), "answers", done=len(distinct) - len(waiting)) as progress,
         ):
 

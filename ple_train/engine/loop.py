@@ -38,8 +38,7 @@ SHARDED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
 }
 """What `accelerate launch` sets for what no training here is made for."""
-WORLDS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where launchers say how many processes they start."""
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 Report = Callable[[dict[str, Any]], None]
 """What is done with the metrics of a step."""
 
@@ -64,13 +63,13 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
 
     if report_to:
         need(report_to, f"--report-to {report_to} writes with")
-    count = next((os.environ[name] for name in WORLDS if name in os.environ), None)
+    count = next((os.environ[name] for name in WORLD_SIZES if name in os.environ), None)
     sharding = [how for name, how in SHARDED.items() if os.environ.get(name, "").lower() in ("true", "1")]
     if sharding:
         _refuse_launcher(f"the launcher's configuration asks for {sharding[0]}, which no training here does", count)
     if count is None and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
         _refuse_launcher("accelerate was told to start several processes, and has started one", count)
-    launched = ", ".join(name for name in (*WORLDS, "RANK", "LOCAL_RANK") if name in os.environ)
+    launched = ", ".join(name for name in (*WORLD_SIZES, "RANK", "LOCAL_RANK") if name in os.environ)
     try:
         accelerator = Accelerator(
             mixed_precision="no",  # autocast is the loop's own: one process may train in several precisions
@@ -82,8 +81,7 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
     except (ValueError, KeyError, RuntimeError) as error:
         if not launched:
             raise
-        fault = f"{launched} in the environment make no group of processes ({first_line(error)}), and one needs none"
-        _refuse_launcher(fault, count)
+        _refuse_launcher(f"{launched} make no group of processes ({first_line(error)}), and one needs none", count)
     if count not in (None, str(accelerator.num_processes)):
         _refuse_launcher(f"the launcher says {count} processes, and {accelerator.num_processes} work together", count)
     return accelerator

@@ -4,7 +4,6 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Literal
 
-from schemas.errors import UsageError
 from schemas.options.form import Options, option
 
 Precision = Literal["auto", "float32", "bf16"]
@@ -79,11 +78,6 @@ class Sampling(Options):
     top_p: float = option(1.0, "Nucleus sampling.", RESPONSES, above=0, most=1)
     stop: tuple[str, ...] = option((), "Text that ends a response; may be repeated.", RESPONSES)
     logprobs: bool = option(True, "Keep the log-probability of each sampled token.", RESPONSES)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if "" in self.stop:
-            raise UsageError("--stop must not be an empty text")
 
 
 class Engine(Options):

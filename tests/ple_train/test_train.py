@@ -186,10 +186,10 @@ def test_a_launcher_that_shards_or_starts_too_few_is_refused(run, monkeypatch, t
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE in the environment make no group"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE, RANK, LOCAL_RANK in the environment"),
-        ({"WORLD_SIZE": "two", "RANK": "0"}, "in the environment make no group"),
-        ({"RANK": "0", "LOCAL_RANK": "0"}, "RANK, LOCAL_RANK in the environment"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE make no group"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE, RANK, LOCAL_RANK make no group"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE, RANK make no group"),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, "RANK, LOCAL_RANK make no group"),
         ({"WORLD_SIZE": "0"}, "the launcher says 0 processes, and 1 work together"),
     ],
 )

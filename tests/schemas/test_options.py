@@ -1,6 +1,7 @@
 """Options are stated once: the command line, the recipe and the records are made from the same dataclasses."""
 
 import enum
+import json
 from dataclasses import MISSING
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 import cli
 from ple_data.common.settings import Settings, counted
 from schemas import options
-from schemas.errors import UsageError
+from schemas.errors import DamagedError, UsageError
 from schemas.options import Dpo, Gen, Loop, Options, Reward, Sampling, Sft, Train, about, flag, is_repeated
 from schemas.recipe import STAGES
+from schemas.records import RoundManifest, read_record
+from schemas.training import CheckpointState, Snapshot, Trained
 
 COMMANDS = {
     **{"gen": Gen, "score": options.Score, "train": Train, "sft": Sft, "reward": Reward, "run": options.Run},
@@ -170,3 +173,13 @@ def test_an_address_of_a_reward_model_as_0_1_0_kept_it_is_the_same_one():
     now = Settings.of(options.Ppo(**how), reward=at("[dd5d73ee52af]"))
     assert now.differences(now.values | {"reward_model": at("8f434346648f"), "reward": at("8f434346648f")}) == []
     assert now.differences(now.values | {"reward_model": at("8f434346648e"), "reward": at("8f434346648e")}) != []
+
+
+@pytest.mark.parametrize("record", [RoundManifest, Snapshot, Trained, CheckpointState])
+@pytest.mark.parametrize("settings", [{"reward_options": 5}, {"sampling": "x"}, {"template_date": "abc"}])
+def test_settings_that_do_not_read_are_damage_wherever_they_stand(record, settings: dict, tmp_path: Path):
+    kind = {RoundManifest: {"round": 0}, Snapshot: {"shards": []}, Trained: {"kind": "sft", "steps": 1, "files": {}}}
+    fields = {"version": 1, "settings": settings, **kind.get(record, {"step": 1})}
+    (tmp_path / "r.json").write_text(json.dumps(fields))
+    with pytest.raises(DamagedError, match="settings: Value error"):
+        read_record(record, tmp_path / "r.json")
