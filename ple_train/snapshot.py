@@ -77,7 +77,7 @@ def thaw(frozen: Snapshot, data: Sequence[Path]) -> list[SnapshotShard]:
         root, shard = found[key]
         parts.append(SnapshotShard(Path(root), shard, part.rows))
     rounds, used = {part.round for part in frozen.shards}, {part.store for part in parts}
-    begun_with = as_json(frozen.settings["data"])
+    begun_with = as_json(frozen.settings.get("data") or [])
     for root in data:
         known = root in used or str(root) in begun_with
         if not known and any(shard.round in rounds for shard in Store(root).shards("pairs")):
@@ -97,7 +97,7 @@ def check_finished(out: Output, data: Sequence[Path], round: int, first: int = 0
         out.settings.with_all().refuse_other(out.found, out.directory)
         return
     frozen = read_record(Snapshot, path, START_AGAIN)
-    if [str(path) for path in data] != frozen.settings["data"]:
+    if [str(path) for path in data] != frozen.settings.get("data"):
         thaw(frozen, data)
     seen = {(part.round, part.unit, part.sha256) for part in frozen.shards}
     shards = [shard for root in data for shard in Store(root).shards("pairs", max_round=round)]

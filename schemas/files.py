@@ -314,17 +314,15 @@ def fsync_dir(path: Path | str) -> None:
         os.close(fd)
 
 
-def read_given(path: Path, what: str = "") -> bytes:
-    """The bytes of a file that a user named, without a byte order mark. Raises UsageError, and never opens what may not
-    end: a pipe, a device.
+def read_given(path: Path, what: str = "", *, mark: bytes = codecs.BOM_UTF8) -> bytes:
+    """The bytes of a file that a user named, without the byte order mark that it may begin with. Raises UsageError, and
+    never opens what may not end: a pipe, a device.
     """
     name = f"{what} {path}".strip()
     try:
         if path.exists() and not path.is_file():
-            raise UsageError(
-                f"{name} is no regular file but a directory, pipe or device, which may never end; give a file"
-            )
-        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+            raise UsageError(f"{name} is no regular file but a folder, pipe or device, that may never end; give a file")
+        return path.read_bytes().removeprefix(mark)
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror}") from error
 

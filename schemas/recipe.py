@@ -8,10 +8,10 @@ import difflib
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, Field, JsonValue, ValidationError, create_model, model_validator
 
 from schemas import options
 from schemas.errors import UsageError
@@ -37,15 +37,15 @@ def _stage(kind: type[options.Options], *command: str, without: Collection[str] 
 
 def _key(known: Any) -> tuple[Any, Any]:
     if known.name == "engine_arg":
-        return dict[str, Any], {}
+        return dict[str, JsonValue], {}
     if options.is_repeated(known):
-        return list[options.kind_of(known)], []  # type: ignore[misc]
+        return list[Annotated[options.kind_of(known), Field(min_length=1)]], []  # type: ignore[misc]
     return known.type, _field(known)
 
 
 def _field(known: Any) -> Any:
-    told = options.about(known)
-    return Field(default=known.default, ge=told.least, gt=told.above, le=told.most, lt=told.below)
+    told, inf = options.about(known), False if options.kind_of(known) is float else None
+    return Field(default=known.default, ge=told.least, gt=told.above, le=told.most, lt=told.below, allow_inf_nan=inf)
 
 
 class GenStage(_stage(options.Gen, "ple-gen", without=OF_REWARDS)):  # type: ignore[misc]

@@ -7,10 +7,11 @@ import codecs
 import hashlib
 import json
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from schemas.errors import DamagedError, NewerError
 from schemas.files import read_file
@@ -26,6 +27,18 @@ UnitName = Annotated[str, Field(pattern="^[0-9A-Za-z][0-9A-Za-z_-]{0,150}$")]
 """A unit's name stands in names of files: it never leads to another folder."""
 FileName = Annotated[str, Field(pattern=r"^\w[\w.+ -]{0,200}$")]
 """A file's name, without a folder."""
+
+
+def _readable(settings: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    if (day := settings.get("template_date")) is not None:
+        date.fromisoformat(str(day))
+    if wrong := [name for name in ("sampling", "reward_options") if not isinstance(settings.get(name) or {}, dict)]:
+        raise ValueError(f"{wrong[0]} is no mapping")
+    return settings
+
+
+Settings = Annotated[dict[str, JsonValue], AfterValidator(_readable)]
+"""What a round or a result depends on, by name."""
 
 
 class Strict(BaseModel):
@@ -90,7 +103,7 @@ class RoundManifest(Sealed):
 
     version: Literal[1, 2] = 2
     round: Round
-    settings: dict[str, JsonValue]
+    settings: Settings
     counts: dict[str, Count] = Field(default_factory=dict)
     notes: dict[str, JsonValue] = Field(default_factory=dict)
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, JsonValue
 
-from schemas.records import Count, FileName, Record, Round, Sha256, Strict, UnitName
+from schemas.records import Count, FileName, Record, Round, Settings, Sha256, Strict, UnitName
 
 METRICS = {"kind": "train_metrics", "version": 1}
 """In the metadata of a file of metrics: one row a step, numbers only; a training's columns are its objective's."""
@@ -23,7 +23,7 @@ class Trained(Record):
 
     version: Literal[1] = 1
     kind: Literal["ple", "sft", "reward", "baseline"]
-    settings: dict[str, JsonValue]
+    settings: Settings
     steps: Count
     machine: dict[str, JsonValue] = Field(default_factory=dict)
     cost: dict[str, int | float] = Field(default_factory=dict)
@@ -37,7 +37,7 @@ class CheckpointState(Record):
     version: Literal[1] = 1
     command: str | None = None
     step: Count
-    settings: dict[str, JsonValue]
+    settings: Settings
     machine: dict[str, JsonValue] = Field(default_factory=dict)
 
 
@@ -55,7 +55,7 @@ class Snapshot(Record):
     """`snapshot.json`: the shards that a training sees, frozen when it first started."""
 
     version: Literal[1] = 1
-    settings: dict[str, JsonValue]
+    settings: Settings
     shards: list[SnapshotPart]
 
 

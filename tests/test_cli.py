@@ -151,7 +151,10 @@ def test_errors_become_one_line_and_a_code(
     assert found.stdout == ""
     if code != 130:
         for words in (["--debug", "inspect", "somewhere"], ["inspect", "somewhere", "--debug"]):
-            assert runner.invoke(cli.ple, words).exception is error
+            debugged = runner.invoke(cli.ple, words)
+            assert debugged.exit_code == code
+            assert "Traceback (most recent call last)" in debugged.stderr
+            assert type(error).__name__ in debugged.stderr
 
 
 ENGINE_ARG = "--engine-arg batch_size=N (hf) or max_num_seqs=N (vllm)"

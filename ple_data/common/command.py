@@ -7,6 +7,7 @@ import select
 import signal
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,8 @@ class Command(_Guarded):
             except BaseException as error:
                 if isinstance(error, BrokenPipeError) and _reader_is_gone():
                     ctx.exit(0)
-                if ctx.meta.get("ple.debug"):
-                    raise
                 message, code = _explain(error, self)
-                say(f"error: {message}")
+                say(traceback.format_exc() if ctx.meta.get("ple.debug") else f"error: {message}")
                 ctx.exit(code)
 
 
@@ -148,7 +147,9 @@ def command(
         chosen = kind(**values)
         function = pkgutil.resolve_name(run) if isinstance(run, str) else run
         text = function(**chosen.values()) if by_name else function(chosen)
-        if text is not None:
+        if text is not None and getattr(chosen, "as_json", False):
+            sys.stdout.buffer.write(f"{text}\n".encode())
+        elif text is not None:
             print(text)
 
     parameters = [*parameters_of(kind), *hidden]

@@ -5,6 +5,7 @@ A digest is the first 12 hex digits of a SHA-256: enough to tell models and text
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,9 @@ def model_digest(model: str | Path, revision: str | None = None) -> str:
     if not files:
         raise FileNotFoundError(f"{directory} holds no model files")
     with ThreadPoolExecutor() as pool:
-        return json_digest(list(zip((path.name for path in files), pool.map(sha256_file, files), strict=True)))
+        return json_digest(
+            list(zip((_as_utf8(path.name) for path in files), pool.map(sha256_file, files), strict=True))
+        )
 
 
 def policy_name(model: str | Path, adapter: str | Path | None = None, revision: str | None = None) -> str:
@@ -64,7 +67,11 @@ def digests_of(policy: str) -> str:
 
 def _named(model: str | Path, revision: str | None) -> str:
     digest = model_digest(model, revision)
-    return f"{Path(model).resolve().name}@{digest}" if Path(model).is_dir() else digest
+    return f"{_as_utf8(Path(model).resolve().name)}@{digest}" if Path(model).is_dir() else digest
+
+
+def _as_utf8(name: str) -> str:
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _resolve_commit(model: str, revision: str | None) -> str:

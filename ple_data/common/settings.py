@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ple_data.common.digests import digests_of
+from ple_data.common.digests import digests_of, text_digest
+from ple_data.common.secrets import public
 from schemas.errors import UsageError
 from schemas.options import Options, about
 
@@ -67,8 +68,10 @@ class Settings:
                 continue
             default = as_json(option.default) if option is not None else None
             now, before = self.values.get(name, default), then.get(name, default)
-            if name == "weights" and isinstance(now, str) and isinstance(before, str):
-                now, before = digests_of(now), digests_of(before)
+            if name == "weights" and now and before:
+                now, before = digests_of(now), digests_of(str(before))
+            if name == "reward" and now and before:  # 0.1.0 kept an address with what in its path may be a key
+                now, before = public(now, text_digest), public(str(before), text_digest)
             if now != before and not (name == "precision" and before == "auto" and self.chosen):  # as 0.1.0 kept it
                 found.append(f"{name}: {before!r} then, {now!r} now")
         return found

@@ -5,9 +5,10 @@ All that a command prints goes through `guarded`, whoever writes it.
 
 import re
 import sys
+import threading
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from itertools import zip_longest
 from typing import Any
 
@@ -20,34 +21,57 @@ _COLOURS, _CURSOR_UP = re.compile(r"\x1b\[[0-9;]*m"), "\x1b[A"
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Let all that is written to stdout and stderr meanwhile be printable, whoever writes it.
+    """Let all that is written to stdout and stderr meanwhile be printable and without secrets, whoever writes it.
 
-    JSON on stdout is ASCII, so nothing of it is changed. On stderr secrets are struck out, and a line has at most
-    LONGEST_LINE characters.
+    A line on stderr has at most LONGEST_LINE characters. What is for programs goes to `sys.stdout.buffer`, as it is.
     """
-    with redirect_stdout(_Guard(sys.stdout, data=True)), redirect_stderr(_Guard(sys.stderr, data=False)):
+    out, err = _Guard(sys.stdout), _Guard(sys.stderr, longest=LONGEST_LINE)
+    with redirect_stdout(out), redirect_stderr(err), ExitStack() as ends:
+        ends.callback(out.end)
+        ends.callback(err.end)
         yield
 
 
 class _Guard:
-    """A text stream that makes harmless what is written to it. data: nothing is struck out or cut."""
+    """A text stream that makes harmless what is written to it, line by line: what comes in parts waits for its end. A
+    bar that is drawn anew begins with a carriage return and does not wait. longest: of a line, where it is for people.
+    """
 
-    def __init__(self, stream: Any, *, data: bool) -> None:
-        self._stream, self._data = stream, data
+    def __init__(self, stream: Any, longest: int | None = None) -> None:
+        self._stream, self._longest = stream, longest
+        self._begun, self._lock = "", threading.RLock()
 
     def __getattr__(self, name: str) -> Any:
+        if name == "buffer" and self._longest:
+            raise AttributeError("what is written here is text, so that it can be made harmless")
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._stream.write(text if text and not text.replace(_CURSOR_UP, "") else self._harmless(text))
+        with self._lock:
+            if text and not text.replace(_CURSOR_UP, ""):
+                self._stream.write(text)
+            elif text[:1] == "\r":  # it draws over what was begun
+                self.end()
+                self._stream.write("\r" + self._harmless(text[1:]))
+            else:
+                lines, newline, self._begun = (self._begun + text).rpartition("\n")
+                if newline:
+                    self._stream.write(self._harmless(lines) + newline)
         return len(text)
 
+    def writelines(self, texts: Iterable[str]) -> None:
+        self.write("".join(texts))
+
+    def end(self) -> None:
+        """Write what was begun and has no end."""
+        begun, self._begun = self._begun, ""
+        if begun:
+            self._stream.write(self._harmless(begun))
+
     def _harmless(self, text: str) -> str:
-        start = text[:1] if text[:1] == "\r" else ""  # a progress bar begins anew
-        text = _COLOURS.sub("", text[len(start) :])
-        lines = (text if self._data else strike(text)).split("\n")
+        lines = strike(_COLOURS.sub("", text)).split("\n")
         lines = ["\t".join(map(printable, line.split("\t"))) for line in lines]
-        harmless = start + "\n".join(lines if self._data else [cut(line, LONGEST_LINE) for line in lines])
+        harmless = "\n".join(cut(line, self._longest) if self._longest else line for line in lines)
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         return harmless.encode(encoding, "backslashreplace").decode(encoding)
 

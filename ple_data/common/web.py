@@ -61,12 +61,13 @@ def checked_url(url: str, what: str, key_variable: str) -> httpx.URL:
 
     try:
         parts = httpx.URL(url)
+        named = bool(parts.host and parts.raw_host.decode().encode("idna"))  # as a connection will spell it
     except (httpx.InvalidURL, ValueError):
         raise UsageError(
             f"{what}: its address is not of the form http://host:port/path (not shown, as it may hold a password): "
             "correct it"
         ) from None
-    if parts.userinfo or not parts.host or parts.scheme not in ("http", "https"):
+    if parts.userinfo or not named or parts.scheme not in ("http", "https"):
         raise UsageError(
             f"{what} at {parts.scheme}://{parts.host or '?'}: the URL needs http(s) and a host and may hold "
             f"no user or password; put the key in the environment variable {key_variable}"
@@ -99,10 +100,15 @@ def open_client(**options: Any) -> httpx.Client:
     try:
         return httpx.Client(headers=headers, **options)
     except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
-        variables = "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or SSL_CERT_FILE"
-        raise UsageError(
-            f"this environment allows no HTTP client ({first_line(error)}): correct {variables}"
-        ) from error
+        raise _unreachable(error) from None
+
+
+def _unreachable(error: Exception) -> UsageError:
+    """That the environment's certificates or proxies are wrong: names their variables, and not what these hold."""
+    part = "SSL_CERT_" if isinstance(error, OSError) else "_PROXY"
+    given = ", ".join(name for name, value in os.environ.items() if value and part in name.upper())
+    why = first_line(error) if isinstance(error, OSError | ImportError) else "an address is not http://host:port"
+    return UsageError(f"this environment allows no HTTP client ({why}): correct {given or 'its proxies'}")
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,8 @@ def post_json(
             response = _exchange(client, url, body)
         except UnansweredError as error:
             raise UnansweredError(f"{what} {error}: {failed}") from error
+        except UnicodeError as error:  # no host has such a name: the server's was looked at, so it is a proxy's
+            raise _unreachable(error) from None
         except httpx.TransportError as error:
             fault = f"{type(error).__name__}: {first_line(error)}"
             unreached = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)

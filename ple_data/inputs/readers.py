@@ -3,6 +3,7 @@
 Every fault names the file and the line or row, and what to do.
 """
 
+import codecs
 import csv
 import hashlib
 import io
@@ -16,7 +17,7 @@ from typing import Any
 
 from ple_data.common.extras import need
 from schemas.errors import UsageError, first_line
-from schemas.files import read_given, sha256_file
+from schemas.files import read_given
 from schemas.json_text import parse_json
 
 _Found = tuple[list[dict[str, Any]], list[str]]
@@ -54,14 +55,14 @@ def read_rows(source: str | Path, split: str | None = None) -> Rows:
         raise UsageError(f"--split is for a hub dataset; {source} is a file")
     if path.suffix not in FORMATS:
         raise UsageError(f"{source} has an unknown format {path.suffix!r}; known are {', '.join(FORMATS)}")
-    content = read_given(path)
+    content = read_given(path, mark=b"")
     if not content:
         raise UsageError(f"{source} is empty")
-    rows, places = FORMATS[path.suffix](path, content)
+    rows, places = FORMATS[path.suffix](path, content.removeprefix(codecs.BOM_UTF8))
     if not rows:
         raise UsageError(f"{source} has no rows")
     columns = tuple(dict.fromkeys(column for row in rows for column in row))
-    return Rows(str(source), sha256_file(path), columns, rows, places)
+    return Rows(str(source), hashlib.sha256(content).hexdigest(), columns, rows, places)
 
 
 def _parquet(path: Path, content: bytes) -> _Found:
@@ -69,9 +70,17 @@ def _parquet(path: Path, content: bytes) -> _Found:
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.ParquetFile(pa.BufferReader(content)).read().to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is no UTF-8
+        table = pq.ParquetFile(pa.BufferReader(content)).read()
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UsageError(f"{path} is no whole Parquet file: {first_line(error)}") from error
+    columns: dict[str, list[Any]] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            columns[name] = column.to_pylist()
+        except Exception as error:  # a date after the year 9999, a time zone that does not exist, text that is no UTF-8
+            what = f"column {name} holds what Python does not ({first_line(error)})"
+            raise UsageError(f"{path}: {what}; correct or remove the column") from error
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return rows, _numbered(rows)
 
 
@@ -139,10 +148,10 @@ def _hub(source: str, split: str) -> Rows:
     name, _, configuration = source.partition(":")
     try:
         dataset = load_dataset(name, configuration or None, split=split)
+        rows = dataset.to_list()
     except Exception as error:
         what = f"split {split!r} of the hub dataset {source} (and no such file exists)"
         raise UsageError(f"cannot load {what}: {first_line(error)}") from error
-    rows = dataset.to_list()
     if not rows:
         raise UsageError(f"split {split!r} of the hub dataset {source} has no rows")
     digest = hashlib.sha256(f"{source}/{split}/{dataset._fingerprint}".encode()).hexdigest()

@@ -6,6 +6,7 @@ the environment and goes into a header; it is never written or shown.
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -119,10 +120,11 @@ class LanguageModelJudge:
         distinct = {digest: asked for asked, digest in digests.items()}
         waiting = [asked for digest, asked in distinct.items() if digest not in answers]
         headers = self._api.headers(self._key) if self._key else {}
-        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         faults = _Faults(answered=len(waiting) < len(distinct), enough=min(MOST_FAULTS, len(waiting)))
         with (
-            web.open_client(headers=headers, timeout=TIMEOUT, limits=limits) as client,
+            web.open_client(
+                headers=headers, timeout=TIMEOUT, limits=httpx.Limits(max_connections=concurrency)
+            ) as client,
             Progress("judge", len(distinct), "answers", done=len(distinct) - len(waiting)) as progress,
         ):
 
@@ -212,4 +214,8 @@ def parse_request_args(arguments: Sequence[str]) -> dict[str, Any]:
             fields[name] = parse_json(text)
         except ValueError:
             fields[name] = text
+        try:
+            json.dumps(fields[name], allow_nan=False, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
+            raise UsageError(f"--request-arg {name}: no request can hold this value; correct it") from None
     return fields

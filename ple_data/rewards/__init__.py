@@ -52,7 +52,7 @@ hold something secret, has `shown(spec)` for messages and `recorded(spec)` for f
 
 def as_read(model: RewardModel, xs: Sequence[str], *, chat: bool) -> list[str]:
     """x as a model is given it: one that runs on gets what was asked as a chat as one, to see where y begins."""
-    return [to_text(as_chat(x)) for x in xs] if chat and getattr(model, "runs_on", False) else list(xs)
+    return [to_text(as_chat(x)) for x in xs] if chat and model.runs_on else list(xs)
 
 
 def kind_of(spec: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ple_data.common.progress import Progress
 from ple_train.engine.checkpoint import Checkpoints, History, newest_checkpoint
 from ple_train.model.batches import Stream, micro_batches
 from ple_train.objectives import Objective
-from schemas.errors import PleError, UsageError
+from schemas.errors import PleError, UsageError, first_line
 from schemas.options import Loop
 
 STEPS_AHEAD = {"cuda": 1}
@@ -38,6 +38,7 @@ SHARDED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
 }
 """What `accelerate launch` sets for what no training here is made for."""
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 Report = Callable[[dict[str, Any]], None]
 """What is done with the metrics of a step."""
 
@@ -62,31 +63,33 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
 
     if report_to:
         need(report_to, f"--report-to {report_to} writes with")
-    _refuse_launcher()
-    return Accelerator(
-        mixed_precision="no",  # autocast is the loop's own: one process may train in several precisions
-        cpu=default_device().type == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        log_with=report_to,
-        project_dir=directory,
-    )
-
-
-def _refuse_launcher() -> None:
-    """Raise UsageError where a launcher was told to shard the model, or another number of processes than are here: the
-    training would compute something else, or one process the work of several, and not say so.
-    """
-    given = os.environ
-    worlds = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-    count = next((given[name] for name in worlds if name in given), None)
-    sharding = [how for name, how in SHARDED.items() if given.get(name, "").lower() in ("true", "1")]
+    count = next((os.environ[name] for name in WORLD_SIZES if name in os.environ), None)
+    sharding = [how for name, how in SHARDED.items() if os.environ.get(name, "").lower() in ("true", "1")]
     if sharding:
-        fault = f"the launcher's configuration asks for {sharding[0]}, which no training here does"
-    elif count is None and "ACCELERATE_MIXED_PRECISION" in given and "MASTER_PORT" in given:
-        fault = "accelerate was told to start several processes, and has started one"
-    else:
-        return
-    n = count or "N"
+        _refuse_launcher(f"the launcher's configuration asks for {sharding[0]}, which no training here does", count)
+    if count is None and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
+        _refuse_launcher("accelerate was told to start several processes, and has started one", count)
+    launched = ", ".join(name for name in (*WORLD_SIZES, "RANK", "LOCAL_RANK") if name in os.environ)
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no",  # autocast is the loop's own: one process may train in several precisions
+            cpu=default_device().type == "cpu",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            log_with=report_to,
+            project_dir=directory,
+        )
+    except (ValueError, KeyError, RuntimeError) as error:
+        if not launched:
+            raise
+        _refuse_launcher(f"{launched} make no group of processes ({first_line(error)}), and one needs none", count)
+    if count not in (None, str(accelerator.num_processes)):
+        _refuse_launcher(f"the launcher says {count} processes, and {accelerator.num_processes} work together", count)
+    return accelerator
+
+
+def _refuse_launcher(fault: str, count: str | None) -> NoReturn:
+    """What it asks for would compute something else, or one process the work of several, and not say so."""
+    n = count if count and count.isdecimal() else "N"
     raise UsageError(
         f"{fault}: start it with `torchrun --nproc-per-node {n} -m cli ...` or `accelerate launch --multi_gpu "
         f"--num_processes {n} -m cli ...` (on a CPU too), without that configuration: every process has the whole model"

@@ -20,6 +20,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from ple_data.common.command import say
+from ple_data.common.digests import text_digest
+from ple_data.common.secrets import public
 from ple_data.rewards import recorded_spec
 from ple_train.run.child import GRACE_SECONDS, run_child
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
@@ -207,14 +209,11 @@ def _words(options: dict[str, Any]) -> list[str]:
         elif isinstance(value, list):
             words += [word for item in value for word in (flag, str(item))]
         elif isinstance(value, dict):
-            words += [word for key, item in value.items() for word in (flag, f"{key}={_plain(item)}")]
+            plain = {key: item if isinstance(item, str) else json.dumps(item) for key, item in value.items()}
+            words += [word for key, item in plain.items() for word in (flag, f"{key}={item}")]
         elif value is not None:
             words += [flag, str(value)]
     return words
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def find_program(program: str) -> str:
@@ -273,9 +272,9 @@ def _done_otherwise(stages: list[Stage], records: list[StageRecord]) -> str | No
 
 
 def _telling_words(command: Sequence[str]) -> list[list[str]]:
-    """A command's options without the machine-only ones, in one order: versions of this program differ in it."""
+    """A command's options without the machine-only ones, alike for all versions: in one order, addresses public."""
     groups: list[list[str]] = []
-    for word in command[1:]:
+    for word in (public(word, text_digest) for word in command[1:]):
         if word.startswith("--") or not groups:
             groups.append([word])
         else:

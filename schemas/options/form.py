@@ -120,7 +120,10 @@ def _check(known: "Field[Any]", value: Any) -> None:
     limits, kind = about(known), kind_of(known)
     if (choices := choices_of(known)) and value not in choices:
         raise UsageError(f"{flag(known)} must be one of {', '.join(choices)}, not {value}")
-    if isinstance(value, str) and not value.isascii() and value != value.encode(errors="replace").decode():
+    if value == "" and is_repeated(known):
+        raise UsageError(f"{flag(known)} must not be an empty text")
+    text = str(value) if isinstance(value, str | Path) else ""
+    if not text.isascii() and text != text.encode(errors="replace").decode():
         raise UsageError(f"{flag(known)} holds bytes that are no UTF-8 text; no file of ours could keep them")
     if kind not in (int, float) or isinstance(value, bool):
         return

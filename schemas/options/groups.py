@@ -4,7 +4,6 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Literal
 
-from schemas.errors import UsageError
 from schemas.options.form import Options, option
 
 Precision = Literal["auto", "float32", "bf16"]
@@ -31,12 +30,7 @@ class Policy(Model):
 
 
 class Seed(Options):
-    seed: int = option(0, "Seed of everything that is drawn.", least=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed must fit 64 bits, which {self.seed} does not")
+    seed: int = option(0, "Seed of everything that is drawn.", least=0, below=2**63)
 
 
 class Threshold(Options):
@@ -84,11 +78,6 @@ class Sampling(Options):
     top_p: float = option(1.0, "Nucleus sampling.", RESPONSES, above=0, most=1)
     stop: tuple[str, ...] = option((), "Text that ends a response; may be repeated.", RESPONSES)
     logprobs: bool = option(True, "Keep the log-probability of each sampled token.", RESPONSES)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if "" in self.stop:
-            raise UsageError("--stop must not be an empty text")
 
 
 class Engine(Options):

@@ -183,6 +183,24 @@ def test_a_launcher_that_shards_or_starts_too_few_is_refused(run, monkeypatch, t
     assert not (tmp_path / "launched").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE make no group"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE, RANK, LOCAL_RANK make no group"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE, RANK make no group"),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, "RANK, LOCAL_RANK make no group"),
+        ({"WORLD_SIZE": "0"}, "the launcher says 0 processes, and 1 work together"),
+    ],
+)
+def test_variables_of_a_launcher_that_make_no_group_of_processes_are_named(given, said):
+    code = "from ple_train.engine.loop import make_accelerator; make_accelerator()"
+    known = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
+    environment = known | {"PYTHONPATH": str(ROOT)} | given
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert f"UsageError: {said}" in ended.stderr
+
+
 # --- the stream ----------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Options are stated once: the command line, the recipe and the records are made from the same dataclasses."""
 
 import enum
+import json
 from dataclasses import MISSING
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 import cli
 from ple_data.common.settings import Settings, counted
 from schemas import options
-from schemas.errors import UsageError
+from schemas.errors import DamagedError, UsageError
 from schemas.options import Dpo, Gen, Loop, Options, Reward, Sampling, Sft, Train, about, flag, is_repeated
 from schemas.recipe import STAGES
+from schemas.records import RoundManifest, read_record
+from schemas.training import CheckpointState, Snapshot, Trained
 
 COMMANDS = {
     **{"gen": Gen, "score": options.Score, "train": Train, "sft": Sft, "reward": Reward, "run": options.Run},
@@ -142,3 +145,41 @@ def test_what_no_file_could_keep_is_refused():
         options.Gen(**asked, stop=("\udcff",))
     with pytest.raises(UsageError, match="--round must be at most 2147483647"):
         options.Gen(**asked | {"round": 2**31})
+    with pytest.raises(UsageError, match="--seed must be below 9223372036854775808"):
+        options.Gen(**asked, seed=2**63)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "name"),
+    [
+        (Sft, {"output": Path("out/\udcff")}, "--output"),
+        (Sft, {"data": "s\udcff.jsonl"}, "--data"),
+        (Sft, {"metrics": Path("\udcff")}, "--metrics"),
+        (Train, {"data": ["d", Path("\udcff")]}, "--data"),
+        (Train, {"round": 0, "data": ["\udcff"]}, "--data"),
+    ],
+)
+def test_a_path_that_no_file_could_keep_is_refused_before_a_training(kind: type[Options], change: dict, name: str):
+    asked = {"model": "m", "data": ["d"] if kind is Train else "d", "output": "o"} | (
+        {"round": 0} if kind is Train else {}
+    )
+    with pytest.raises(UsageError, match=f"{name} holds bytes that are no UTF-8"):
+        kind(**asked | change)
+
+
+def test_an_address_of_a_reward_model_as_0_1_0_kept_it_is_the_same_one():
+    at = "http://h/v1/{}/score".format
+    how = {"model": "m", "queries": "q", "reward_model": at("[dd5d73ee52af]"), "output": "o", "sampled_tokens": 9}
+    now = Settings.of(options.Ppo(**how), reward=at("[dd5d73ee52af]"))
+    assert now.differences(now.values | {"reward_model": at("8f434346648f"), "reward": at("8f434346648f")}) == []
+    assert now.differences(now.values | {"reward_model": at("8f434346648e"), "reward": at("8f434346648e")}) != []
+
+
+@pytest.mark.parametrize("record", [RoundManifest, Snapshot, Trained, CheckpointState])
+@pytest.mark.parametrize("settings", [{"reward_options": 5}, {"sampling": "x"}, {"template_date": "abc"}])
+def test_settings_that_do_not_read_are_damage_wherever_they_stand(record, settings: dict, tmp_path: Path):
+    kind = {RoundManifest: {"round": 0}, Snapshot: {"shards": []}, Trained: {"kind": "sft", "steps": 1, "files": {}}}
+    fields = {"version": 1, "settings": settings, **kind.get(record, {"step": 1})}
+    (tmp_path / "r.json").write_text(json.dumps(fields))
+    with pytest.raises(DamagedError, match="settings: Value error"):
+        read_record(record, tmp_path / "r.json")

@@ -287,7 +287,7 @@ def test_a_file_of_a_user_is_read_whole_without_its_mark_and_never_if_it_may_not
     os.mkfifo(tmp_path / "pipe")
     for path, message in [
         (tmp_path / "pipe", "recipe .*pipe is no regular file"),
-        (tmp_path, "no regular file but a directory"),
+        (tmp_path, "no regular file but a folder"),
         (tmp_path / "none", "none cannot be read: No such file"),
     ]:
         with pytest.raises(UsageError, match=message):

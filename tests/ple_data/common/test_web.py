@@ -1,6 +1,7 @@
 """Servers that do everything wrong: each is one sentence, soon, and in little memory."""
 
 import gzip
+import os
 import socket
 import threading
 import time
@@ -153,10 +154,38 @@ def test_a_wrong_answer_is_one_sentence(serve, talk, message: str):
     assert "\n" not in str(caught.value)
 
 
-def test_a_proxy_that_cannot_be_used_is_said(serve, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HTTP_PROXY", "gopher://h:1")
-    with pytest.raises(UsageError, match="correct HTTP_PROXY"):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HTTP_PROXY", "gopher://me:sesame@h:1"),
+        ("http_proxy", "http://me:ses/ame@h:1"),
+        ("ALL_PROXY", "http://a..sesame:1"),
+        ("NO_PROXY", "[::sesame"),
+        ("SSL_CERT_FILE", "/sesame"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_said_by_the_name_of_its_variable(serve, monkeypatch, name: str, value: str):
+    for known in [known for known in os.environ if "_PROXY" in known.upper() or "SSL_CERT" in known]:
+        monkeypatch.delenv(known)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"correct {name}$") as caught:
         ask(serve(answer(GOOD)))
+    assert "ses" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["a..b", "." + "a" * 70, "a" * 70, "xn--a", ".", "999.1.1.1", "[::1", "h:x"])
+def test_an_address_whose_host_no_connection_can_spell_is_refused_at_once(host: str):
+    with pytest.raises(UsageError, match=r"its address is not of the form http://host:port/path"):
+        HttpReward(f"http://{host}/")
+
+
+def test_a_server_that_never_answers_is_given_up(serve):
+    began = time.monotonic()
+    peer = serve(lambda connection: time.sleep(60))
+    with pytest.raises(PleError, match="failed 3 times, the last with ReadTimeout"):
+        ask(peer, tries=3, timeout=0.2)
+    assert peer.asked == 3
+    assert time.monotonic() - began < 5
 
 
 def test_a_key_in_the_path_is_neither_shown_nor_recorded(serve):

@@ -15,6 +15,7 @@ from ple_data.inputs.principles import load_principle
 from ple_data.inputs.queries import Query, load_queries
 from ple_data.sampling.plan import default_unit_size, make_prompts, make_units
 from schemas.errors import UsageError
+from schemas.files import sha256_file
 from schemas.options import Queries, Reading
 from schemas.records import RoundManifest
 from tests import tiny
@@ -314,8 +315,34 @@ def test_what_no_file_of_ours_can_keep_is_found_early(tmp_path: Path, name: str,
 def test_parquet_text_that_is_no_utf8_is_named(tmp_path: Path) -> None:
     bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
     pq.write_table(pa.table({"x": bad}), tmp_path / "q.parquet")
-    with pytest.raises(UsageError, match=r"q\.parquet is no whole Parquet file"):
+    with pytest.raises(UsageError, match=r"q\.parquet: column x holds what Python does not"):
         load_queries(tmp_path / "q.parquet")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([3_000_000], pa.date32()),
+        pa.array([2**62], pa.timestamp("ms")),
+        pa.array([2**62], pa.timestamp("us", "Nowhere/Land")),
+        pa.array([2**62], pa.duration("s")),
+        pa.array([[3_000_000]], pa.list_(pa.date32())),
+        pa.array([{"a": 3_000_000}], pa.struct([("a", pa.date32())])),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_a_value_that_python_cannot_hold_is_named_with_its_column(tmp_path: Path, column: pa.Array) -> None:
+    pq.write_table(pa.table({"x": ["one"], "when": column}), tmp_path / "q.parquet")
+    with pytest.raises(
+        UsageError, match=r"q\.parquet: column when holds what Python does not .*; correct or remove the column$"
+    ):
+        load_queries(tmp_path / "q.parquet")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_the_digest_is_of_the_bytes_that_were_read(tmp_path: Path, mark: bytes) -> None:
+    (tmp_path / "q.jsonl").write_bytes(mark + b'{"x": "one"}\n')
+    assert load_queries(tmp_path / "q.jsonl").digest == sha256_file(tmp_path / "q.jsonl")
 
 
 def test_a_text_that_begins_like_a_deep_chat_is_a_text() -> None:

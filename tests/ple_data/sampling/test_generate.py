@@ -449,7 +449,7 @@ def test_dry_run_shows_the_prompts_where_the_responses_would_be_too_long(run: An
         ({"max_new_tokens": 2040}, "over the 2048 positions of .*; lower --max-new-tokens"),
         ({"samples": 0}, "--samples must be at least 1"),
         ({"limit": 0}, "--limit must be at least 1"),
-        ({"seed": 2**63}, "--seed must fit 64 bits"),
+        ({"seed": 2**63}, "--seed must be below 9223372036854775808"),
         ({"engine_arg": ["batchsize=1"]}, "did you mean batch_size"),
         ({"model": "/none"}, "does not exist"),
         ({"adapter": "/none"}, "no adapter directory"),

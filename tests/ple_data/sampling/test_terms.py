@@ -14,7 +14,7 @@ from ple_data.inputs.templates import Response
 from ple_data.sampling import terms
 from ple_data.sampling.generate import generate
 from ple_data.storage.store import Store
-from schemas.errors import UsageError
+from schemas.errors import DamagedError, UsageError
 from schemas.options import Gen
 from tests import tiny
 
@@ -53,11 +53,10 @@ def rows(data: Path) -> pl.DataFrame:
 def begun_before(data: Path, *names: str) -> None:
     """As an older version would have left the settings of round 0: without these."""
     path = Store(data).manifest_path(0)
-    manifest = json.loads(path.read_text())
+    manifest = {name: value for name, value in json.loads(path.read_text()).items() if name != "seal"}
     for name in names:
         del manifest["settings"][name]
-    manifest = {"version": 1} | {name: value for name, value in manifest.items() if name not in ("version", "seal")}
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps({**manifest, "version": 1}))
 
 
 @pytest.mark.parametrize(("model", "stop"), [("turns", ()), ("plain", ("<|over|>",)), ("plain", (" <|over|>\n",))])
@@ -154,6 +153,19 @@ def test_a_round_of_an_older_version_has_the_day_of_its_first_start(run, tmp_pat
     on(date(2031, 1, 2), monkeypatch)
     assert "Jan 2000" in run("dated", dry_run=True).dry_run
     run("dated")
+
+
+@pytest.mark.parametrize(("name", "value"), [("template_date", "abc"), ("template_date", 5), ("sampling", "abc")])
+@pytest.mark.parametrize("again", [{}, {"data": "new", "reuse": True}])
+def test_a_setting_of_a_round_that_does_not_read_is_damage(run, tmp_path, name, value, again):
+    run("dated")
+    begun_before(tmp_path / "data")
+    path = Store(tmp_path / "data").manifest_path(0)
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"settings": manifest["settings"] | {name: value}}))
+    more = {"reuse": [tmp_path / "data"]} if again else {}
+    with pytest.raises(DamagedError, match=r"round=000\.json: not a readable RoundManifest.*run `ple verify`"):
+        run("dated", again.get("data", "data"), **more)
 
 
 @pytest.mark.parametrize(

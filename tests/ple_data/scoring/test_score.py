@@ -30,6 +30,7 @@ class Words:
     """A reward model for tests: the words of y, and a record of what it was asked."""
 
     truncated = 0
+    runs_on = False
 
     def __init__(self, name: str = "words@1", reward: Callable[[str, str], float] | None = None) -> None:
         self.name = name

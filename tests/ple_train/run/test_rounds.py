@@ -278,6 +278,21 @@ def test_the_users_own_recipe_in_the_run_directory_works_again(bench: Bench) -> 
     assert bench.calls()[-2][-1] == SECRET
 
 
+def test_a_run_of_0_1_0_whose_address_holds_what_may_be_a_key_goes_on(bench: Bench) -> None:
+    """It recorded the path as it stands: the same address, and another one is another."""
+    bench.values |= {"reward_model": "http://h/v1/8f434346648f/score?token=sesame", "rounds": 1}
+    rounds.run(bench.recipe)
+    for path in (bench.run_dir / "stages.json", bench.run_dir / "recipe.yaml"):
+        path.write_text(path.read_text().replace(f"[{text_digest('8f434346648f')}]", "8f434346648f"))
+    assert "8f434346648f" in bench.records()[1]["command"][-1]
+    bench.values["rounds"] = 2
+    rounds.run(bench.recipe)
+    assert [call[0] for call in bench.calls()] == 2 * ["gen", "score", "train"]
+    bench.values["reward_model"] = "http://h/v1/8f434346648e/score?token=sesame"
+    with pytest.raises(UsageError, match="round 0 score was done with another recipe"):
+        rounds.run(bench.recipe)
+
+
 def test_recipe_may_change_where_no_finished_stage_depends_on_it(
     bench: Bench, capfd: pytest.CaptureFixture[str]
 ) -> None:
