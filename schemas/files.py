@@ -61,10 +61,15 @@ def explained(path: Path | str, doing: str = "write") -> Iterator[None]:
         raise PleError(f"{path}: cannot {doing} ({what}): {advice}") from error
 
 
-def refuse_no_file(path: Path | str) -> None:
-    """Raises DamagedError for a pipe, a device (neither may ever end) or a folder, PleError where nothing is."""
+def refuse_no_file(path: Path | str, missing: str = "the file is missing: restore it from a copy") -> None:
+    """Raises DamagedError for a pipe, a device (neither may ever end), a folder, or where nothing is; PleError where
+    the system does not say."""
     with explained(path, "read"):
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        try:
+            found = os.stat(path)
+        except FileNotFoundError as error:
+            raise DamagedError(f"{path}: {missing}") from error
+        if not stat.S_ISREG(found.st_mode):
             raise DamagedError(f"{path}: it is no file: move it away, and restore the file from a copy")
 
 
@@ -210,10 +215,15 @@ def open_lock(path: Path) -> int:
     with explained(path):
         make_dirs(path.parent)
         fd = unfollowed(path, os.O_RDWR | os.O_CREAT)
-    if stat.S_ISREG(os.fstat(fd).st_mode) and _HOLDER.fullmatch(read_holder(fd) or "pid 0 on "):
+    if stat.S_ISREG(os.fstat(fd).st_mode) and _is_ours(read_holder(fd)):
         return fd
     os.close(fd)
     raise DamagedError(f"{path}: it stands where a lock file belongs and is none of ours: move it away")
+
+
+def _is_ours(text: str) -> bool:
+    """Whether a lock file's text is what `note_holder` writes, or as much of it as a full disk took."""
+    return bool(_HOLDER.fullmatch(text)) or "pid 0 on ".startswith(re.sub("[0-9]{1,9}", "0", text, count=1))
 
 
 def read_holder(fd: int) -> str:
@@ -225,7 +235,9 @@ def note_holder(fd: int, path: Path) -> None:
     """Write into a lock file that this process holds it."""
     with explained(path):
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        text, written = f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0
+        while written < len(text):
+            written += os.pwrite(fd, text[written:], written)
 
 
 @contextmanager
@@ -307,9 +319,11 @@ def read_given(path: Path, what: str = "") -> bytes:
     end: a pipe, a device.
     """
     name = f"{what} {path}".strip()
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{name} is no regular file but a directory, pipe or device, which may never end; give a file")
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(
+                f"{name} is no regular file but a directory, pipe or device, which may never end; give a file"
+            )
         return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror}") from error

@@ -16,6 +16,7 @@ from schemas.errors import DamagedError, NewerError
 from schemas.files import read_file
 
 TRAINED = "ple.json"
+VERIFY = "run `ple verify` on its data directory"
 """The record in the directory of a training command. It is written last: where it is, the training is finished."""
 
 Round = Annotated[int, Field(ge=0, lt=2**31)]
@@ -113,7 +114,7 @@ class RoundManifest(Sealed):
 R = TypeVar("R", bound=Record)
 
 
-def read_record(model: type[R], path: Path, advice: str = "run `ple verify` on its data directory") -> R:
+def read_record(model: type[R], path: Path, advice: str = VERIFY) -> R:
     """The record in a JSON file. Raises DamagedError that lists every fault and ends with the advice; PleError if it
     cannot be read.
     """
@@ -124,6 +125,9 @@ def read_record(model: type[R], path: Path, advice: str = "run `ple verify` on i
         for fault in error.errors():
             if fault["loc"] == ("version",) and isinstance(fault["input"], int) and fault["input"] > known:
                 raise NewerError(f"{path} has version {fault['input']}; this ple reads {known}: update it") from error
-        faults = "; ".join(f"{'.'.join(map(str, f['loc'])) or 'text'}: {f['msg']}" for f in error.errors())
+        faults = "; ".join(
+            f"{'.'.join(map(str, f['loc'])) or 'text'}: {f['msg'].removeprefix('Value error, ')}"
+            for f in error.errors()
+        )
         what = f"not a readable {model.__name__} record ({faults})"
         raise DamagedError(f"{path}: {what}: {advice}") from error

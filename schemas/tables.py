@@ -290,9 +290,7 @@ RESTORE = "restore it from a copy, or run `ple verify` on its directory and foll
 @contextmanager
 def _opened(path: Path | str) -> Iterator[pq.ParquetFile]:
     """The Parquet file, open; whatever Arrow says of it becomes a DamagedError."""
-    if not os.path.exists(path):
-        raise DamagedError(f"{path}: the file is missing: {RESTORE}")
-    refuse_no_file(path)
+    refuse_no_file(path, f"the file is missing: {RESTORE}")
     try:
         with explained(path, "read"), pa.OSFile(os.fsencode(path)) as source:
             yield pq.ParquetFile(source, page_checksum_verification=True)

@@ -136,7 +136,8 @@ def log_sampled_units(log: int) -> None:
 
     def logged(units: Any) -> Any:
         for unit in units:
-            os.write(log, f"unit {unit[0].key[0]}\n".encode())
+            if unit[0].key:  # else the engine tries itself
+                os.write(log, f"unit {unit[0].key[0]}\n".encode())
             yield unit
 
     HfEngine.sample = lambda self, units, sampling: sample(self, logged(units), sampling)  # type: ignore[method-assign]

@@ -280,9 +280,9 @@ def test_every_loader_puts_the_weights_straight_where_they_compute(policy, adapt
     asked = []
     load = devices.load_weights
 
-    def loading(kind, model, device, **options):
+    def loading(kind, model, device, *words, **options):
         asked.append(device.type)
-        return load(kind, model, device, **options)
+        return load(kind, model, device, *words, **options)
 
     for room in ("ple_data.engines.hf", "ple_train.model.policy", "ple_data.common.device"):
         monkeypatch.setattr(f"{room}.load_weights", loading)
@@ -292,18 +292,23 @@ def test_every_loader_puts_the_weights_straight_where_they_compute(policy, adapt
     assert asked == ["cpu", "cpu", "cpu"]
 
 
-def test_weights_go_straight_to_a_gpu_whose_attention_knows_any_length(monkeypatch):
+def test_weights_go_straight_to_a_gpu_whose_attention_knows_any_length(policy, monkeypatch):
     """cuDNN's attention makes a plan for every length that it has not seen, 120 ms each on an H100."""
-    cudnn = []
+    cudnn, asked = [], []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnn.append)
-    kind = SimpleNamespace(from_pretrained=lambda model, **options: options)
-    safe = {"use_safetensors": True, "trust_remote_code": False}
-    assert devices.load_weights(kind, "m", torch.device("cpu"), dtype=1) == safe | {"dtype": 1}
-    assert cudnn == []
+
+    def from_pretrained(model, **options):
+        asked.append(options)
+        nothing = dict.fromkeys(("missing_keys", "mismatched_keys", "unexpected_keys"), ())
+        return SimpleNamespace(base_model_prefix="model", state_dict=dict), nothing
+
+    kind = SimpleNamespace(from_pretrained=from_pretrained)
+    devices.load_weights(kind, str(policy), torch.device("cpu"), "m", dtype=1)
+    assert {"use_safetensors": True, "trust_remote_code": False, "dtype": 1}.items() <= asked[1].items()
+    assert ([how.get("device_map") for how in asked], cudnn) == ([{"": META}, None], [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    on_gpu = devices.load_weights(kind, "m", torch.device("cuda", 1))
-    assert on_gpu == safe | {"device_map": {"": torch.device("cuda", 1)}}
-    assert cudnn == [False]
+    devices.load_weights(kind, str(policy), torch.device("cuda", 1), "m")
+    assert ([how["device_map"][""] for how in asked[2:]], cudnn) == ([META, torch.device("cuda", 1)], [False])
 
 
 def test_kernels_get_one_number_type_without_autocast_too(kernels_on_meta, monkeypatch):

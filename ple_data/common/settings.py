@@ -67,7 +67,7 @@ class Settings:
                 continue
             default = as_json(option.default) if option is not None else None
             now, before = self.values.get(name, default), then.get(name, default)
-            if name == "weights" and now and before:
+            if name == "weights" and isinstance(now, str) and isinstance(before, str):
                 now, before = digests_of(now), digests_of(before)
             if now != before and not (name == "precision" and before == "auto" and self.chosen):  # as 0.1.0 kept it
                 found.append(f"{name}: {before!r} then, {now!r} now")

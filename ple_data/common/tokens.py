@@ -25,11 +25,13 @@ def ids_after(tokenizer: Any, befores: Sequence[Sequence[int]], texts: Sequence[
 
     lead: white space that stands before a text which begins without any.
     """
-    alone = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    if not texts:
+        return []
+    given = [text if not text or text[0].isspace() else lead + text for text in texts]
     probe = tokenizer("a", add_special_tokens=False)["input_ids"]
-    if text_after(tokenizer, probe, probe) == "a":
-        return alone  # nothing is put in front
-    given = (text if text[:1].isspace() else lead + text for text in texts)
+    if text_after(tokenizer, probe, probe) == "a":  # nothing is put in front
+        return tokenizer(given, add_special_tokens=False)["input_ids"]
+    alone = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [_ids_after(tokenizer, *row) for row in zip(befores, given, alone, strict=True)]
 
 

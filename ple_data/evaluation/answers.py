@@ -20,10 +20,10 @@ from ple_data.evaluation.policies import NamedPolicy
 from ple_data.inputs.queries import load_queries
 from ple_data.inputs.templates import uses_chat
 from ple_data.sampling.generate import generate
-from ple_data.storage.store import Store, collect
+from ple_data.storage.store import Store, asked_as_chat, collect, scan_shards
 from schemas.errors import UsageError
 from schemas.files import refuse_outside
-from schemas.options import Asked, Gen, PromptFormat
+from schemas.options import Asked, Gen
 
 _COLUMNS = ["query_id", "round", "sample", "x", "y", "x_ids", "reference", "policy"]
 KEPT_APART = (
@@ -64,7 +64,7 @@ def sample_answers(policies: Sequence[NamedPolicy], output: Path, source: str, a
     """
     found = []
     for policy in policies:
-        chat = _is_chat(policy, asked.prompt_format)
+        chat = uses_chat(load_tokenizer(policy.model, policy.revision, note=lambda _: None), asked.prompt_format)
         queries = load_queries(source, asked, chat=chat)
         key = json_digest([digests_of(policy.name), _told_apart(asked) | {"queries": queries.asked_digest}])
         data = output / "answers" / key
@@ -72,7 +72,7 @@ def sample_answers(policies: Sequence[NamedPolicy], output: Path, source: str, a
         print(f"{policy.label}: answers of {policy.name} in {data}", file=sys.stderr, flush=True)
         start: dict[str, Any] = {"model": policy.model, "revision": policy.revision, "adapter": policy.adapter}
         generate(Gen(**start, **asked.part(Asked).values(), queries=source, data=data, principles=None, round=0))
-        rows = collect(_answers(Store(data), "answers")).to_dicts()
+        rows = collect(_answers(Store(data), "answers").drop("chat")).to_dicts()
         references = {query.id: query.reference for query in queries.queries}
         told = {"label": policy.label, "policy": policy.name}
         found.append(Answers(policy, [row | told | {"reference": references[row["query_id"]]} for row in rows], chat))
@@ -115,15 +115,15 @@ def stored_answers(policies: Sequence[NamedPolicy], stores: Sequence[Path], roun
                 f"--policy {policy.label}: {places} holds no responses of {policy.name}; it holds those of {there}"
             )
         told = {"label": policy.label, "policy": policy.name}
-        found.append(Answers(policy, [row | told for row in own.to_dicts()], _is_chat(policy)))
+        chat = own["chat"].any()
+        found.append(Answers(policy, [row | told for row in own.drop("chat").to_dicts()], chat))
     return found
 
 
-def _is_chat(policy: NamedPolicy, prompt_format: PromptFormat = "auto") -> bool:
-    return uses_chat(load_tokenizer(policy.model, policy.revision, note=lambda _: None), prompt_format)
-
-
 def _answers(store: Store, kind: str, round: int | None = None) -> pl.LazyFrame:
-    """The rows of `Answers` in one table of a store."""
+    """The rows of `Answers` in one table of a store; chat: x was asked as one."""
+    shards = store.shards(kind, round=round)
+    as_one = {chat: [shard for shard in shards if asked_as_chat(shard) == chat] for chat in (False, True)}
+    rows = pl.concat([scan_shards(kind, own).with_columns(chat=pl.lit(chat)) for chat, own in as_one.items()])
     tokens = pl.col("y_ids").list.len().cast(pl.Int32).alias("tokens")
-    return store.scan(kind, round=round).select(*_COLUMNS, tokens, pl.col("y_finish").alias("finish"))
+    return rows.select(*_COLUMNS, tokens, pl.col("y_finish").alias("finish"), "chat")

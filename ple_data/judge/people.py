@@ -11,7 +11,7 @@ from ple_data.judge.page import Item, arrange, page_digest, render_page, resourc
 from ple_data.judge.results import PAGE_RECORD, PEOPLE, VALUES, Outcome, Verdict
 from ple_data.judge.sources import Pairs, choose, load_pairs
 from schemas.errors import DamagedError, UsageError
-from schemas.files import locked, read_given, write_atomic
+from schemas.files import locked, write_atomic
 from schemas.judging import AnnotationExport, AnnotationPage, Choice
 from schemas.records import read_record
 
@@ -120,7 +120,6 @@ def _read(exports: Sequence[Path], page: str, query_ids: Set[str]) -> list[Annot
         raise UsageError(f"no .json files in {', '.join(map(str, exports))}: give annotators' exports")
     read: dict[str, tuple[Path, AnnotationExport]] = {}
     for file in files:
-        read_given(file)  # refuses what is no file
         try:
             export = read_record(AnnotationExport, file, "give a file that an annotation page exported")
         except DamagedError as error:

@@ -10,9 +10,9 @@ from typing import Any
 
 from ple_data.inputs.chat import CHAT_START, as_chat, to_messages
 from ple_data.inputs.readers import Rows, read_rows
-from ple_data.storage.store import Store, collect
-from schemas import tables
+from ple_data.storage.store import Store, asked_as_chat, collect
 from schemas.errors import UsageError
+from schemas.tables import ARMS
 
 _NAMED = 5  # query ids that a message names
 
@@ -112,7 +112,7 @@ def _parse(spec: str) -> tuple[str, dict[str, str]]:
     path, _, text = spec.partition("#")
     choices = dict(part.partition("=")[::2] for part in text.split(",")) if text else {}
     known = choices.keys() <= {"round", "arm", "label"}
-    if not known or not choices.get("round", "0").isdigit() or choices.get("arm", "y") not in tables.ARMS:
+    if not known or not choices.get("round", "0").isdigit() or choices.get("arm", "y") not in ARMS:
         raise UsageError(
             f"{spec}: after # expected round=N, arm=y or arm=y_prompt, with a comma between two, or label=NAME"
         )
@@ -140,10 +140,7 @@ def _from_store(spec: str, root: Path, choices: dict[str, str]) -> list[Response
     first = found.unique("query_id", keep="first", maintain_order=True)
     if first.height < found.height:
         print(f"{spec}: {found.height - first.height} further samples of the same queries left out", file=sys.stderr)
-    chat = any(
-        tables.read_metadata(shard.path, kind).get("prompts") == "chat"
-        for shard in store.shards(kind, round=int(choices.get("round", rounds[0])))
-    )
+    chat = any(map(asked_as_chat, store.shards(kind, round=int(choices.get("round", rounds[0])))))
     return [Response(row["query_id"], row["x"], row["y"], chat=chat) for row in first.iter_rows(named=True)]
 
 

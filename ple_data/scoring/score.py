@@ -67,7 +67,7 @@ def score(
                 f"{counts.texts_cut} texts are longer than the reward model takes: the beginning of x was cut"
             )
     for number in {shard.round for shard in shards}:
-        if store.is_finished("responses", number):  # some may have come meanwhile
+        if store.finished_units("responses", number):  # some may have come meanwhile
             units = [shard.unit for shard in store.shards("responses", round=number)]
             if all(target.is_committed("pairs", number, unit) for unit in units):
                 target.finish("pairs", number)

@@ -13,6 +13,7 @@ Nothing here is ever overwritten, and nothing is unpickled. Links that lead out 
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ POLL_SECONDS = 0.5
 """How often a unit that another process holds is looked at again."""
 OWNER = Path(".ple") / "reward_model"
 """Where a store holds the name of the model that its pairs are scored by."""
+_SCAN = re.compile(rf"Parquet SCAN \[(.*?)/({'|'.join(tables.STORED)})/round=\d+/part-[^/]*\.parquet")
 _CLAIM_ATTEMPTS = 3  # `holder` takes the lock for an instant; a claim must not mistake that for a holder
 _CLAIM_PAUSE = 0.01  # seconds
 
@@ -245,14 +247,27 @@ class Store:
         return self._placed(RoundManifest, path, lambda found: self.manifest_path(found.round))
 
     def finish(self, kind: str, round: int) -> None:
-        """Keep that all units of a round are committed: one that is missing later was lost."""
-        if not self.is_finished(kind, round):
-            self._prepare()
-            files.write_new(self._finished_path(kind, round), "", self._tmp)
+        """Keep how many units of a round are committed, which are all: one that is missing later was lost.
 
-    def is_finished(self, kind: str, round: int) -> bool:
-        """Whether all units of a round were committed once; 0.1.0 did not say so."""
-        return self._finished_path(kind, round).exists()
+        What killed writers left is removed.
+        """
+        files.remove_stale(self._tmp)
+        units = len(self.shards(kind, round=round))
+        if self.finished_units(kind, round) < units:
+            files.write_atomic(self._finished_path(kind, round), str(units))
+
+    def finished_units(self, kind: str, round: int) -> int:
+        """How many units a round had when it was finished; 0 where it was not, or by 0.1.0. Raises DamagedError."""
+        path = self._finished_path(kind, round)
+        text = files.read_file(path) if path.exists() else b"0"
+        if not re.fullmatch(rb"[0-9]{1,9}", text):
+            raise DamagedError(f"{path}: it holds no number of units: remove it, and run the command again")
+        return int(text)
+
+    def finished_rounds(self, kind: str) -> list[int]:
+        """The rounds of which it is kept how many units they have."""
+        names = (path.name.removeprefix(f"{kind}-round=") for path in (self._state / "finished").glob(f"{kind}-*"))
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def unfinished(self, shards: Iterable[Shard]) -> list[tuple[int, int, int]]:
         """(round, rows, rows asked for) of the rounds of which `shards` hold fewer rows than were asked for."""
@@ -315,8 +330,12 @@ def scan_shards(kind: str, shards: Sequence[Shard]) -> "pl.LazyFrame":
         tables.read_metadata(shard.path, kind)
     if not shards:
         return pl.LazyFrame(schema=schema)
-    _scanned.update((shard.path, shard) for shard in shards)
     return scan_files([shard.path for shard in shards], schema=schema, missing_columns="insert")
+
+
+def asked_as_chat(shard: Shard) -> bool:
+    """Whether the queries of a shard were asked as chats, as its writer noted; 0.1.0 did not."""
+    return tables.read_metadata(shard.path, shard.kind).get("prompts") == "chat"
 
 
 def scan_files(paths: Iterable[Path], **how: Any) -> "pl.LazyFrame":
@@ -343,26 +362,29 @@ class Waits:
         time.sleep(POLL_SECONDS)
 
 
-_scanned: dict[Path, Shard] = {}
-"""The shards of the frames that were made: polars does not say in which file a fault is."""
-
-
 def collect(rows: "pl.LazyFrame") -> "pl.DataFrame":
     """The rows of a lazy frame over shards, streamed. Raises DamagedError when a file cannot be decoded, PleError when
     the system does not give it.
     """
     from polars.exceptions import PolarsError
 
-    folder = next((path.parents[2] for path in _scanned), Path())
     try:
-        with files.explained(folder, "read"):
+        with files.explained("a shard", "read"):
             return rows.collect(engine="streaming")
     except (PolarsError, OSError, PleError) as error:
-        for path, shard in _scanned.items():
-            Store(path.parents[2]).read(shard)
+        roots = _read_by(rows)
+        for store, kind in roots:  # polars does not say in which file a fault is
+            for shard in store.shards(kind):
+                store.read(shard)
         if isinstance(error, PleError):
             raise
-        raise DamagedError(f"{folder}: a shard cannot be read ({first_line(error)}): run `ple verify` there") from error
+        where = ", ".join(str(store.root) for store, _ in roots)
+        raise DamagedError(f"{where}: a shard cannot be read ({first_line(error)}): run `ple verify` there") from error
+
+
+def _read_by(rows: "pl.LazyFrame") -> list[tuple[Store, str]]:
+    """The stores and kinds of table whose files a frame reads, from its plan."""
+    return [(Store(root), kind) for root, kind in sorted(set(_SCAN.findall(rows.explain(optimized=False))))]
 
 
 def _lock(fd: int, path: Path) -> bool:

@@ -3,6 +3,7 @@
 Every shard is hashed and read whole, one at a time; keys are compared one round at a time.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from ple_data.storage.store import Shard, Store, scan_files
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
 from schemas.files import TMP_SUFFIX, is_stale, refuse_outside, sha256_file
+from schemas.records import VERIFY
 
 _NAMED = 5  # doubled keys that one problem names
 
@@ -143,16 +145,27 @@ def _faults(shard: Shard, owner: str | None) -> Iterator[str]:
 
 
 def _counts(store: Store, kind: str, shards: Sequence[Shard], asked: Mapping[int, int]) -> Iterator[Problem]:
-    """Rounds with more rows than they were asked for, or with fewer: once they were finished, a unit was lost."""
+    """Rounds with fewer units than they were finished with, or other than as many rows as they were asked for."""
+    recorded = Counter(round for round, _ in _recorded(store, kind))
+    finished: dict[int, int] = {}
+    for round in store.finished_rounds(kind):
+        try:
+            finished[round] = store.finished_units(kind, round)
+        except DamagedError as error:
+            yield Problem(store.root, *str(error).rsplit(": ", 1))
+    for round, units in finished.items():
+        if units > recorded[round]:
+            what = f"round {round} was finished with {units} units of {kind}, and {recorded[round]} are there"
+            todo = f"one was lost with its record: restore both from a copy, or {_REMAKE[kind]}"
+            yield Problem(store.root / kind, what, todo)
+    if kind == "pairs":  # those of several stores may be scored into one
+        return
     for round, rows in asked.items():
         held = [shard.rows for shard in shards if shard.round == round]
         what = f"round {round} holds {sum(held)} rows of {kind} in {len(held)} units, but was asked for {rows} rows"
-        if sum(held) > rows and kind != "pairs":  # those of several stores may be scored into one
+        if sum(held) > rows:
             yield Problem(store.root / kind, what, "units were put there by hand: remove their files and records")
-        elif sum(held) < rows and store.is_finished(kind, round):
-            todo = f"a unit was lost with its record: restore both from a copy, or {_REMAKE[kind]}"
-            yield Problem(store.root / kind, what, todo)
-        elif held and sum(held) < rows and kind != "pairs":
+        elif held and sum(held) < rows and round not in finished:
             yield Problem(store.root / kind, what, "if it has not come to its end, run the command again", "info")
 
 
@@ -219,4 +232,4 @@ def _unscored(store: Store) -> Iterator[Problem]:
 
 
 def _without_path(error: DamagedError, path: Path) -> str:
-    return str(error).removeprefix(f"{path}: ")
+    return str(error).removeprefix(f"{path}: ").removesuffix(f": {VERIFY}")

@@ -73,7 +73,8 @@ def ppo(options: Ppo) -> None:
             )
         chat = uses_chat(tokenizer, options.prompt_format)
         texts = dict(zip(texts, as_read(rewards, list(texts.values()), chat=chat), strict=True))
-        scorer = RewardScorer(rewards, session.load_tokenizer(), texts)
+        end = response_form(tokenizer, options.prompt_format).end
+        scorer = RewardScorer(rewards, session.load_tokenizer(), end, texts)
         batching = trl_tools.micro_batching(options.batch_size, options.microbatch_tokens // longest)
         scratch = session.private / "trl"
         arguments = trl_tools.training_arguments(scratch, options) | batching
@@ -90,7 +91,7 @@ def ppo(options: Ppo) -> None:
         with trl_tools.quiet_trl():
             value = value_model(options)
             ended = copy.deepcopy(tokenizer)  # TRL knows one end of a response: the EOS
-            ended.eos_token = ended.convert_ids_to_tokens(response_form(tokenizer, options.prompt_format).end)
+            ended.eos_token = ended.convert_ids_to_tokens(end)
             history = _train(policy, value, scorer, ended, options.sampled_tokens, arguments)
         shutil.rmtree(scratch, ignore_errors=True)
         trained = options.ppo_epochs * scorer.tokens
@@ -107,10 +108,10 @@ class RewardScorer(nn.Module):
 
     base_model_prefix = "backbone"
 
-    def __init__(self, rewards: RewardModel, tokenizer: Any, texts: Mapping[tuple[int, ...], str]) -> None:
-        """texts: x as the reward model reads it, by the token ids of x."""
+    def __init__(self, rewards: RewardModel, tokenizer: Any, end: int, texts: Mapping[tuple[int, ...], str]) -> None:
+        """end: the id that ends a response; texts: x as the reward model reads it, by the token ids of x."""
         super().__init__()
-        self.rewards, self.tokenizer, self.texts = rewards, tokenizer, texts
+        self.rewards, self.tokenizer, self.end, self.texts = rewards, tokenizer, end, texts
         self.lengths = sorted({len(ids) for ids in texts})
         self.tokens = 0
         self.score = nn.Identity()
@@ -124,8 +125,9 @@ class RewardScorer(nn.Module):
         for (ids, mask), start in zip(rows, starts, strict=True):
             end = mask.index(False, width) if False in mask[width:] else len(mask)
             self.tokens += end - width
-            x_ids = tuple(ids[start:width])
-            pairs.append((self.texts[x_ids], text_after(self.tokenizer, x_ids, ids[width:end])))
+            x_ids, y_ids = tuple(ids[start:width]), ids[width:end]
+            said = y_ids[:-1] if y_ids and y_ids[-1] == self.end else y_ids
+            pairs.append((self.texts[x_ids], text_after(self.tokenizer, x_ids, said)))
         values = self.rewards.score(pairs)
         for (x, _), value in zip(pairs, values, strict=True):
             if not math.isfinite(value):

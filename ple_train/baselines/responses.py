@@ -14,7 +14,7 @@ import polars as pl
 from ple_data import selection
 from ple_data.common.tokens import ids_after
 from ple_data.inputs.templates import response_form
-from ple_data.storage.store import scan_shards
+from ple_data.storage.store import asked_as_chat, scan_shards
 from ple_train import snapshot as snapshots
 from ple_train.engine.session import Session
 from ple_train.engine.tabular import file_digest
@@ -26,7 +26,6 @@ from ple_train.stream import Limits, checked_ids
 from ple_train.train import note_principle
 from schemas.errors import UsageError
 from schemas.options import Baseline, BaselineSft, PromptFormat
-from schemas.tables import read_metadata
 
 CHOOSERS = {"context-distillation": selection.guided, "raft": selection.best_of_n}
 SAMPLED_FOR = {"context-distillation": ("y_prompt_ids",), "raft": ("y_ids", "y_prompt_ids"), "sft": ()}
@@ -124,8 +123,7 @@ def with_reference_ids(snapshot: list[snapshots.SnapshotShard], tokenizer: Any) 
     frames = []
     for part in snapshot:
         found = selection.references(snapshots.read_rows(part, REFERENCE_COLUMNS, None))
-        chat = read_metadata(part.shard.path, "pairs").get("prompts") == "chat"
-        frames.append(found.with_columns(chat=chat))
+        frames.append(found.with_columns(chat=asked_as_chat(part.shard)))
     rows = selection.first_of_each_query(pl.concat(frames))
     ids_of = {
         chat: reference_ids(rows.filter(pl.col("chat") == chat), tokenizer, "auto" if chat else "plain")

@@ -96,9 +96,9 @@ class Checkpoints:
         if state.command not in (None, self.settings.kind.__name__):
             raise UsageError(f"{newest} is another command's ({state.command}): use another --output, or --no-resume")
         self.settings.refuse_other(resolved(state), newest)
-        shapes = ({name: value.shape for name, value in values.items()} for values in (weights, parameters))
+        held, wanted = ({name: value.shape for name, value in of.items()} for of in (weights, parameters))
         known = {name.rpartition("|")[0] for name in moments} <= parameters.keys()
-        if next(shapes) != next(shapes) or not known or len(metrics) != state.step:
+        if held != wanted or not known or len(metrics) != state.step:
             raise DamagedError(f"{newest} does not hold what is trained here: {_advice(newest)}")
         with torch.no_grad():
             for name, parameter in parameters.items():

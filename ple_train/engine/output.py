@@ -162,7 +162,7 @@ class Output:
     def _take_lock(self, lock: ExitStack) -> None:
         try:
             lock.enter_context(locked(self.private / "lock", f"--output {self.directory}"))
-        except LockedError:
+        except (LockedError, DamagedError):
             raise
         except PleError as error:
             raise PleError(f"--output {self.directory} cannot be written: {error}") from error

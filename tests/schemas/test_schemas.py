@@ -301,7 +301,7 @@ def test_a_file_of_a_user_is_read_whole_without_its_mark_and_never_if_it_may_not
     ("text", "message"),
     [
         ("a: " + "[" * 10**5, "nested too deep"),
-        ("rounds: " + "9" * 5000, "not valid YAML: Exceeds the limit"),
+        ("rounds: " + "9" * 5000, "longer than 4,096 characters"),
         ("model: 2024-99-99", "not valid YAML: month must be"),
     ],
 )

@@ -297,8 +297,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, content: bytes)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("q.jsonl", b'{"x": "1"}\n{"x": ' + b"[" * 10**6, r"line 2 is no valid JSON for us: nested too deep"),
-        ("q.json", b"[" * 10**6, r"q\.json is no valid JSON for us: nested too deep"),
+        ("q.jsonl", b'{"x": "1"}\n{"x": ' + b"[" * 10**6, r"line 2 is no valid JSON: it is nested too deeply"),
+        ("q.json", b"[" * 10**6, r"q\.json is no valid JSON: it is nested too deeply"),
         ("q.jsonl", b'{"x": "1", "id": ' + b"9" * 5000 + b"}", r"line 1 .* a number of thousands of digits"),
         ("q.jsonl", b'{"x": "1", "id": 1}\n{"x": "2", "id": NaN}', r"NaN\) in line 2"),
         ("q.jsonl", b'{"messages": [{"role": "user", "content": "a"}], "reference": 7}', r"line 1: reference must be"),

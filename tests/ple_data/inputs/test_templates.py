@@ -53,6 +53,14 @@ def test_white_space_before_an_answer_is_the_templates() -> None:
     form, prompt = response_form(found), found("Q: x").input_ids
     [ids] = ids_after(found, [prompt], ["was"], form.lead)
     assert [*prompt, *ids] == found("Q: x was").input_ids
+    assert ids_after(found, [prompt], [""], form.lead) == [[]]
+
+
+def test_white_space_before_an_answer_is_written_by_byte_level_tokenizers_too() -> None:
+    found = tokenizer(tiny.TURNS)
+    [bare, spaced] = ids_after(found, [[1], [1]], ["was", " was"], " ")
+    assert found.decode(bare) == found.decode(spaced) == " was"
+    assert found.decode(ids_after(found, [[1]], ["was"], "")[0]) == "was"
 
 
 def texts(template: str, form: str = "add", **more) -> tuple[str, str]:

@@ -264,7 +264,7 @@ def test_an_export_may_begin_with_a_byte_order_mark_and_is_no_pipe(page, tmp_pat
     read_exports(a, b, [path], folder)
     assert read_record(JudgeReport, folder / "judge.json").annotators == 1
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UsageError, match="no regular file"):
+    with pytest.raises(UsageError, match="it is no file"):
         read_exports(a, b, [tmp_path / "pipe"], folder)
 
 

@@ -563,13 +563,11 @@ def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
 def test_vllm_that_cannot_start_is_one_clear_line(
     vllm_python: str, policy: Path, queries: Path, tmp_path: Path
 ) -> None:
-    """The weights do not fit the configuration, which a process of the engine finds out."""
-    broken = Path(shutil.copytree(policy, tmp_path / "broken"))
-    config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
+    """There is no room for a cache, which a process of the engine finds out."""
     arguments = [
-        "--model", str(broken), "--queries", str(queries), "--principles", "hh", "--data", str(tmp_path / "data"),
+        "--model", str(policy), "--queries", str(queries), "--principles", "hh", "--data", str(tmp_path / "data"),
         "--round", "0", "--engine", "vllm", "--max-new-tokens", "8", "--engine-arg", "enforce_eager=true",
+        "--engine-arg", "num_gpu_blocks_override=0",
     ]  # fmt: skip
     failing = Vllm(vllm_python, arguments, tmp_path / "log")
     assert failing.process.wait(timeout=300) == 1

@@ -56,6 +56,7 @@ def begun_before(data: Path, *names: str) -> None:
     manifest = json.loads(path.read_text())
     for name in names:
         del manifest["settings"][name]
+    manifest = {"version": 1} | {name: value for name, value in manifest.items() if name not in ("version", "seal")}
     path.write_text(json.dumps(manifest))
 
 

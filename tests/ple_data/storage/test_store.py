@@ -6,17 +6,19 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
 from ple_data.storage.store import OWNER, Store, collect
 from ple_data.storage.verify import Problem, verify
-from schemas import tables
+from schemas import files, tables
 from schemas.errors import DamagedError, NewerError, PleError, UsageError
 from schemas.records import RoundManifest
 from tests.conftest import FIXTURES, ROOT
@@ -576,6 +578,21 @@ def test_a_folder_that_is_a_link_elsewhere_is_neither_read_nor_written(store, tm
     assert files_of(tmp_path, "elsewhere") == before
 
 
+@pytest.mark.parametrize("text", ["", "p", "pid 12", "pid 12 o", "pid 12 on host"])
+def test_a_lock_whose_text_was_cut_short_is_a_lock(tmp_path, text):
+    (tmp_path / "lock").write_text(text)
+    with files.locked(tmp_path / "lock"):
+        assert (tmp_path / "lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+@pytest.mark.parametrize("text", ["mine", "pid x on host", "pidfile", "12"])
+def test_what_is_no_text_of_a_lock_is_none(tmp_path, text):
+    (tmp_path / "lock").write_text(text)
+    with pytest.raises(DamagedError, match="none of ours"), files.locked(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "lock").read_text() == text
+
+
 def test_a_file_in_place_of_a_lock_is_left_as_it_is(store, tmp_path):
     fill(store)
     kept = tmp_path / "kept.txt"
@@ -626,7 +643,40 @@ def test_verify_misses_a_unit_that_is_lost_with_its_record(store, kind):
     store.path(kind, 0, unit).unlink()
     store.record_path(kind, 0, unit).unlink()
     (found,) = errors(store)
-    assert f"round 0 holds 6 rows of {kind} in 2 units, but was asked for 9 rows: a unit was lost" in str(found)
+    assert f"round 0 was finished with 3 units of {kind}, and 2 are there: one was lost with its record" in str(found)
+
+
+def test_verify_misses_a_whole_round_also_without_its_settings(store):
+    for unit in finished(store):
+        for kind in ("responses", "pairs"):
+            store.path(kind, 0, unit).unlink()
+            store.record_path(kind, 0, unit).unlink()
+    store.manifest_path(0).unlink()
+    assert [found.what for found in errors(store)] == [
+        f"round 0 was finished with 3 units of {kind}, and 0 are there" for kind in ("responses", "pairs")
+    ]
+
+
+def test_a_mark_of_a_finished_round_that_is_damaged_is_said(store):
+    finished(store)
+    (store.root / ".ple" / "finished" / "pairs-round=000").write_text("three")
+    (found,) = errors(store)
+    assert ("no number of units" in found.what, "remove it" in found.todo) == (True, True)
+
+
+def test_units_that_come_to_a_finished_round_count_too(store):
+    finished(store)
+    fill(store, unit="00009-ff", kind="pairs")
+    store.finish("pairs", 0)
+    assert (store.finished_units("pairs", 0), store.finished_units("responses", 0)) == (4, 3)
+
+
+def test_a_round_that_is_finished_keeps_nothing_of_killed_writers(store):
+    finished(store)
+    left = store.root / ".ple" / "tmp" / "00000-aa.json.0123.tmp"
+    left.write_text("{")
+    store.finish("pairs", 0)
+    assert not left.exists()
 
 
 def test_verify_finds_a_unit_of_another_reward_model(store):
@@ -700,6 +750,17 @@ def test_a_shard_that_polars_cannot_read_is_named(store):
         collect(rows)
 
 
+def test_the_store_that_is_blamed_is_the_one_that_was_read(store, tmp_path):
+    """Another one, scanned before and damaged since, has nothing to do with it."""
+    other = Store(tmp_path / "other")
+    lost = fill(other)
+    other.scan("pairs")
+    lost.path.unlink()
+    fill(store)
+    with pytest.raises(DamagedError, match=rf"^{store.root}: a shard cannot be read"):
+        collect(store.scan("pairs").select(pl.col("x").cast(pl.Int64)))
+
+
 # Settings of a round
 
 
@@ -723,7 +784,6 @@ def two_rounds(store) -> Path:
 
 
 def test_polars_reads_pairs_unaided(two_rounds):
-    import polars as pl
 
     rows = pl.scan_parquet(f"{two_rounds}/pairs/**/*.parquet").collect()
     assert rows.columns == tables.PAIRS.names

@@ -28,6 +28,7 @@ from ple_train.baselines import dpo as dpo_room
 from ple_train.baselines import ppo as ppo_room
 from ple_train.baselines import responses as baselines
 from ple_train.baselines.trl_tools import VERSIONS, require_trl
+from ple_train.engine.session import Session
 from ple_train.objectives.responses import SftObjective
 from ple_train.run import rounds
 from ple_train.snapshot import freeze
@@ -384,6 +385,21 @@ def test_dpo_measures_against_the_start_policy_when_it_goes_on_from_an_adapter(r
     assert first_loss(output) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
+def test_dpo_does_not_need_a_pad_token_with_a_row_in_the_embedding(run, monkeypatch):
+    load = Session.load_tokenizer
+
+    def widened(session, **how):
+        tokenizer = load(session, **how)
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        return tokenizer
+
+    plain = run("dpo", "plain", batch_size=5)
+    monkeypatch.setattr(Session, "load_tokenizer", widened)
+    other = run("dpo", "other", batch_size=5)
+    for name, expected in load_file(plain / "adapter_model.safetensors").items():
+        torch.testing.assert_close(load_file(other / "adapter_model.safetensors")[name], expected, rtol=0, atol=1e-5)
+
+
 def test_dpo_in_micro_batches_learns_the_same(run):
     once, often = run("dpo", "once", batch_size=5), run("dpo", "often", batch_size=5, microbatch_tokens=8)
     for name, expected in load_file(once / "adapter_model.safetensors").items():
@@ -709,14 +725,15 @@ def test_the_scorer_reads_query_and_response_out_of_padded_ids(policy, trl_with_
     from trl.experimental.utils import get_reward
 
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    tokenizer.add_tokens("<|over|>")  # a mark that ends turns, and no special token
+    pad, end = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|over|>")
     short, long = (tuple(tokenizer(text).input_ids) for text in ("the film", "the film was great"))
     good, bad = (tokenizer(text).input_ids for text in (" great.", " very bad."))
     rows = [[pad] * (len(long) - len(short)) + [*short, *long[len(short) :], *good, end], [*long, *bad]]
     width = max(map(len, rows))
     ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in rows])
     rewards = Recorder()
-    scorer = ppo_room.RewardScorer(rewards, tokenizer, {short: "X short", long: "X long"})
+    scorer = ppo_room.RewardScorer(rewards, tokenizer, end, {short: "X short", long: "X long"})
     _, scores, _ = get_reward(scorer, ids, pad, len(long))
     tail = tokenizer.decode(long[len(short) :])
     assert rewards.rows == [("X short", f"{tail} great."), ("X long", " very bad.")]
@@ -729,7 +746,7 @@ def test_a_row_alone_is_read_as_the_longest_query_that_it_begins_with(policy):
     short, long = (tuple(tokenizer(text).input_ids) for text in ("the film", "the film was great"))
     row = torch.tensor([[*long, *tokenizer(" and funny.").input_ids]])
     rewards = Recorder()
-    scorer = ppo_room.RewardScorer(rewards, tokenizer, {short: "X short", long: "X long"})
+    scorer = ppo_room.RewardScorer(rewards, tokenizer, tokenizer.eos_token_id, {short: "X short", long: "X long"})
     scorer.backbone(row, torch.ones_like(row))
     assert rewards.rows == [("X long", " and funny.")]
 
@@ -749,3 +766,15 @@ def test_a_tokenizer_that_pads_with_its_end_gets_another_pad(tmp_path):
         *(i for ids in queries for i in ids),
     }
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_pad_token_without_a_row_in_the_embedding_is_replaced_for_ppo(policy):
+    from ple_data.common.models import load_tokenizer
+    from ple_train.model.policy import load_trainable
+
+    tokenizer = load_tokenizer(policy)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    model = load_trainable(str(policy), Trainable())
+    rows = model.get_input_embeddings().weight.shape[0]
+    assert tokenizer.pad_token_id >= rows
+    assert ppo_room.with_own_pad(tokenizer, model, [(5, 6)]).pad_token_id < rows

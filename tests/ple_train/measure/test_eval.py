@@ -572,7 +572,7 @@ def test_policies_are_compared_on_the_queries_that_both_answered(policy: Path, a
     store = Store(tmp_path / "data")
     for label, ids in ((policy_name(policy), "abc"), (policy_name(policy, adapter), "bcd")):
         rows = [{"policy": label, "query_id": id, "x": id, "y_ids": [ord(id)] * ord(id)} for id in ids]
-        store.commit("answers", 0, label.replace("+", "-"), table("answers", rows), {})
+        store.commit("answers", 0, f"00000-{ids}", table("answers", rows), {})
     given = {"policy": [f"a={policy}", f"b={policy},{adapter}"], "data": [store.root], "output": tmp_path / "out"}
     found = evaluate(Evaluate(**given))
     assert "2 queries left out, which not every policy answered; 2 are compared" in capsys.readouterr().err
