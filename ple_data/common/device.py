@@ -140,10 +140,10 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False) ->
     nothing takes."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    lacking, left = set[str](), set[str]()
+    missing, left = set[str](), set[str]()
 
     def note(_: Any, keys: Any) -> None:  # peft itself tells of some of them alone
-        lacking.update(keys.missing_keys)
+        missing.update(keys.missing_keys)
         left.update(keys.unexpected_keys)
 
     device = "cpu" if model.device == META else str(model.device)
@@ -153,9 +153,9 @@ def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False) ->
         options: dict[str, Any] = {"use_safetensors": True, "torch_device": device}
         tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, **options)
         own: dict[str, Any] = {name: name for name in tuned.state_dict()}
-        lacking &= set(get_peft_model_state_dict(tuned, own, save_embedding_layers=False).values())
+        held = get_peft_model_state_dict(tuned, own, save_embedding_layers=False)  # names in its file: in the model
     hook.remove()
-    if lacking:
+    if lacking := [name for name, there in held.items() if there in missing]:
         raise UsageError(f"--adapter {adapter} lacks {_few(sorted(lacking))}, which would be made up: get it again")
     if left:
         raise UsageError(f"--adapter {adapter} holds {_few(sorted(left))}, for which its configuration has no place")
