@@ -89,23 +89,29 @@ HEAD = """# Models
 What holds for every model directory and hub id, in every command. Each rule ends in one sentence, before the first
 step.
 
-- **No weight is made up.** A weight that the files lack, or have in another shape, is named and refused; so is half an
-  adapter. The head that `ple reward` and PPO's critic add is new.
+- **No weight is made up, and none is left out.** A weight that the files lack, or have in another shape, is named and
+  refused; so is one of a layer that the configuration has no place for. For adapters the same holds, biases included,
+  before `--engine vllm` starts too. The head that `ple reward` and PPO's critic add is new, and one that a command has
+  no use for may be there.
 - **Safetensors alone.** An index that names a pickle or a file elsewhere is refused before anything is opened. Code of
   a model's repository is never run. GGUF is not read. Quantized weights (GPTQ, AWQ) are read by `--engine vllm` alone.
 - **One attention.** Sampling with `hf`, scoring and training run with the same one. Where attention has a cap (Gemma 2)
   that is `eager`: `sdpa` leaves the cap out.
 - **One count of positions**, in sampling, scoring and training. RoBERTa's two rows that are no positions are not
-  counted. What YaRN or linear scaling stretch counts as stretched. With longrope or dynamic NTK the limit is the
-  original length: beyond it the numbers of a row would depend on the longest row of its batch.
+  counted. With YaRN the limit is the original length times the factor, where `max_position_embeddings` is not larger;
+  with linear scaling too, where the configuration names the original length, and else `max_position_embeddings`. With
+  longrope or dynamic NTK the limit is the original length: beyond it the numbers of a row would depend on the longest
+  row of its batch.
 - **Sampling is tried** when the `hf` engine starts: its log-probabilities against those that the model gives to the
-  whole sequence. Where rows of a batch disturb one another, they are sampled one by one. Where that is not enough, the
-  model is refused.
+  whole sequence. Where rows of a batch disturb one another, they are sampled one by one, which is said. Where that is
+  not enough, the model is refused.
 - **Padding is masked**, so a pad token without a row in the embedding does no harm.
-- **Adapters** are plain LoRA. One that trained biases, or whose `init_lora_weights` rewrote the base (PiSSA, OLoRA,
-  LoftQ), samples with `hf`, but training does not go on from it: with it off, the model is not the start policy.
-  `--full` merges it. Where the base cannot be made again (`pissa_niter`, CorDA, LoRA-GA), it is refused. An adapter on
-  an embedding that is the output layer too is merged into the embedding alone.
+- **Adapters** are plain LoRA (rsLoRA and DoRA too): a setting of `adapter_config.json` that is not known to be
+  harmless, such as `kasa_config` or `layer_replication`, is refused. One that trained biases, or whose
+  `init_lora_weights` rewrote the base (PiSSA, OLoRA, LoftQ), samples with `hf`, but training does not go on from it:
+  with it off, the model is not the start policy. `--full` merges it. Where the base cannot be made again
+  (`pissa_niter`, CorDA, LoRA-GA), it is refused. An adapter on an embedding that is the output layer too is merged into
+  the embedding alone.
 
 ## Which architectures
 

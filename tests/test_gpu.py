@@ -299,16 +299,16 @@ def test_weights_go_straight_to_a_gpu_whose_attention_knows_any_length(policy, m
 
     def from_pretrained(model, **options):
         asked.append(options)
-        return SimpleNamespace(base_model_prefix="model"), {"missing_keys": [], "mismatched_keys": []}
+        nothing = dict.fromkeys(("missing_keys", "mismatched_keys", "unexpected_keys"), ())
+        return SimpleNamespace(base_model_prefix="model", state_dict=dict), nothing
 
     kind = SimpleNamespace(from_pretrained=from_pretrained)
     devices.load_weights(kind, str(policy), torch.device("cpu"), "m", dtype=1)
-    assert {"use_safetensors": True, "trust_remote_code": False, "dtype": 1}.items() <= asked[0].items()
-    assert (cudnn, "device_map" in asked[0]) == ([], False)
+    assert {"use_safetensors": True, "trust_remote_code": False, "dtype": 1}.items() <= asked[1].items()
+    assert ([how.get("device_map") for how in asked], cudnn) == ([{"": META}, None], [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     devices.load_weights(kind, str(policy), torch.device("cuda", 1), "m")
-    assert asked[1]["device_map"] == {"": torch.device("cuda", 1)}
-    assert cudnn == [False]
+    assert ([how["device_map"][""] for how in asked[2:]], cudnn) == ([META, torch.device("cuda", 1)], [False])
 
 
 def test_kernels_get_one_number_type_without_autocast_too(kernels_on_meta, monkeypatch):

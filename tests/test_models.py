@@ -115,6 +115,9 @@ def test_a_pad_token_without_a_row_in_the_embedding_does_no_harm(reward, queries
     assert found["y_ids"].to_list() == expected["y_ids"].to_list()
     assert found["s"].to_list() == pytest.approx(expected["s"].to_list(), abs=1e-5)
     train_reward(Reward(model=str(policy), data=preferences, output=tmp_path / "trained"))
+    adapter = tiny.tiny_adapter(policy, tmp_path / "adapter")
+    words = gen_words(policy, queries, tmp_path / "tuned", "--engine-arg", "batch_size=8", "--adapter", adapter)
+    assert ple(*words).exit_code == 0
 
 
 @pytest.mark.parametrize("command", ["gen", "sft", "reward", "score"])

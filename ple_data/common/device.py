@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ from schemas.errors import UsageError
 
 META = torch.device("meta")
 """For models that are wanted for their names and shapes alone."""
+WEIGHT = re.compile(r"weight$|(?<!attn)(?<!attention)\.bias$")
+"""How the names of weights end; old files also hold masks and rotations (`attn.bias`, `inv_freq`), which are none."""
+STACK = re.compile(r"((?:[^.]+\.)*?)\d+\.")
+"""A weight's name up to its first number: the layers, or blocks, that it belongs to."""
 AMPERE = (8, 0)
 """The first compute capability of NVIDIA that multiplies bfloat16 by itself; older cards emulate it, slowly."""
 
@@ -70,8 +76,6 @@ def load_weights(
     config = options.pop("config", None) or load_config(model, options.get("revision"))
     with loading(what, advice):
         _refuse_unsafe(model, options.get("revision"), config)
-    if device.type != "cpu":
-        options["device_map"] = {"": device}
     if torch.cuda.is_available():  # cuDNN's makes a plan for every new length: 120 ms on an H100, for 1 ms of work
         torch.backends.cuda.enable_cudnn_sdp(False)
     options |= {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
@@ -82,9 +86,11 @@ def load_weights(
         if (getattr(part, "pad_token_id", None) or 0) >= getattr(part, "vocab_size", math.inf):
             part.pad_token_id = None
     logging.disable_progress_bar()
-    with loading(what, advice):
-        loaded, info = kind.from_pretrained(model, config=config, output_loading_info=True, **options)
-    _refuse_made_up(model, loaded, info, head)
+    for place in dict.fromkeys((META, device)):  # nothing is made of sizes that do not fit the files
+        there = {} if place.type == "cpu" else {"device_map": {"": place}}
+        with loading(what, advice):
+            loaded, info = kind.from_pretrained(model, config=config, output_loading_info=True, **options, **there)
+        _refuse_made_up(model, loaded, info, head)
     return loaded
 
 
@@ -102,30 +108,58 @@ def _refuse_unsafe(model: str, revision: str | None, config: Any) -> None:
 
 
 def _refuse_made_up(model: str, loaded: Any, info: dict[str, Any], head: bool) -> None:
-    """Raise UsageError for weights that no file holds, or in another shape: they would be random numbers."""
+    """Raise UsageError for weights that no file holds, or in another shape: they would be random numbers. Likewise for
+    weights of layers that the files hold and the model has no place for."""
     body = f"{loaded.base_model_prefix}."
     shapes = {name: f" ({list(held)} instead of {list(wanted)})" for name, held, wanted in info["mismatched_keys"]}
     names = sorted({*info["missing_keys"], *shapes})
     if head:
         names = [name for name in names if name.startswith(body) and ".pooler." not in name]
     if names:
-        first = ", ".join(name + shapes.get(name, "") for name in names[:3])
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UsageError(
-            f"{model} is no trained {type(loaded).__name__}: its files lack {first}{more}, which would be random "
-            "numbers; get the files again, or name a model that was trained as one"
+            f"{model} is no trained {type(loaded).__name__}: its files lack "
+            f"{_few([name + shapes.get(name, '') for name in names])}, which would be random numbers; get the files "
+            "again, or name a model that was trained as one"
         )
+
+    def stack(name: str) -> str | None:
+        found = STACK.match(name.removeprefix(body))
+        return found and found[1]
+
+    stacks = {stack(name) for name in loaded.state_dict()} - {None}
+    if left := sorted(name for name in info["unexpected_keys"] if WEIGHT.search(name) and stack(name) in stacks):
+        raise UsageError(f"{model} holds {_few(left)}, for which its config.json has no place: give the one that fits")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_adapter(model: Any, adapter: str | Path, *, trainable: bool = False) -> Any:
-    """`PeftModel` over a causal language model. Raises UsageError where it does not fit or lacks a weight."""
-    from peft import PeftModel
+    """`PeftModel` over a causal language model. Raises UsageError where it does not fit, lacks a weight or has one that
+    nothing takes."""
+    from peft import PeftModel, get_peft_model_state_dict
 
-    options: dict[str, Any] = {"use_safetensors": True, "torch_device": str(model.device)}
-    advice = "it is damaged or does not fit this --model"
-    with loading(f"--adapter {adapter}", advice), warnings.catch_warnings():
-        warnings.filterwarnings("error", "Found missing adapter keys")
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, **options)
+    missing, left = set[str](), set[str]()
+
+    def note(_: Any, keys: Any) -> None:  # peft itself tells of some of them alone
+        missing.update(keys.missing_keys)
+        left.update(keys.unexpected_keys)
+
+    device = "cpu" if model.device == META else str(model.device)
+    hook = model.register_load_state_dict_post_hook(note)
+    with loading(f"--adapter {adapter}", "it is damaged or does not fit this --model"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys|for .* is a no-op")
+        options: dict[str, Any] = {"use_safetensors": True, "torch_device": device}
+        tuned = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, **options)
+        own: dict[str, Any] = {name: name for name in tuned.state_dict()}
+        held = get_peft_model_state_dict(tuned, own, save_embedding_layers=False)  # names in its file: in the model
+    hook.remove()
+    if lacking := [name for name, there in held.items() if there in missing]:
+        raise UsageError(f"--adapter {adapter} lacks {_few(sorted(lacking))}, which would be made up: get it again")
+    if left:
+        raise UsageError(f"--adapter {adapter} holds {_few(sorted(left))}, for which its configuration has no place")
+    return tuned
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 
 from schemas.errors import PleError, UsageError, first_line
 
-_MOST = {"size|dim|embd|d_model|d_ff|heads|vocab": 10_000_000, "expert": 10_000, "layers?$|depth$|blocks?$": 1_000}
+_SIZES, _LAYERS = "size|dim|embd|d_model|d_ff|heads|vocab", "layers?$|depth$|blocks?$"
+_MOST = {"position|seq_len|n_ctx": 10**8, _SIZES: 10**7, "labels": 10**5, "expert": 10**4, _LAYERS: 1000}
 """What a model's configuration may ask for, by its name: building more would take minutes or all memory."""
 DAMAGED = "check that its files are whole and of a kind that transformers reads, or save it again"
 

@@ -24,13 +24,20 @@ COUNTED_FROM_PAD = {
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 }
 """Kinds of models whose positions begin behind the pad id: the embedding has rows that are no positions."""
-REWRITES = re.compile("pissa|olora|corda|loftq|lora_ga")
-"""Ways of peft to begin an adapter (init_lora_weights) that change the weights below it too."""
+KEEPING = ("none", "true", "false", "gaussian", "eva", "orthogonal", "mica")
+"""Ways of peft to begin an adapter (init_lora_weights) that leave the weights below it alone."""
 REBUILT = ("pissa", "olora", "loftq")
-"""Those of them whose change peft makes again, the same, each time it loads the adapter."""
+"""Others, whose change to those weights peft makes again, the same, each time it loads the adapter."""
 CONVERT = "save it as a plain LoRA adapter: peft's save_pretrained with path_initial_model_for_weight_conversion"
-UNSUPPORTED = ("alora_invocation_tokens", "layer_replication", "megatron_config")
-"""Settings of adapters under which a row's numbers, or the code that runs, are not those of a LoRA adapter."""
+PLAIN = re.compile(
+    "auto_mapping|base_model_name_or_path|inference_mode|peft_type|peft_version|revision|task_type|target_(modules|"
+    "parameters)|exclude_modules|layers_to_transform|layers_pattern|modules_to_save|trainable_token_indices|"
+    "ensure_weight_tying|fan_in_fan_out|runtime_config|(r|alpha|rank)(_pattern)?|lora_(alpha|dropout|bias)|bias|"
+    "use_(rslora|dora)|init_lora_weights|(loftq|eva|corda|lora_ga)_config|megatron_core|qalora_group_size"
+)
+"""Settings of adapters under which numbers, and the code that runs, are those of a LoRA adapter."""
+PEFT_DEFAULT = 8
+"""Rank and alpha of an adapter that does not name them."""
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 
@@ -42,13 +49,14 @@ class AdapterInfo:
     path: Path
     rank: int
     config: dict[str, Any]
+    alpha: Any = PEFT_DEFAULT
 
     @property
     def changes_base(self) -> str | None:
         """The setting under which training changed weights of the base, so that with the adapter off the model is
         another than its start policy."""
         init = self.config.get("init_lora_weights")
-        if isinstance(init, str) and REWRITES.match(init.lower()):
+        if str(init).lower() not in KEEPING:
             return f"init_lora_weights {init}"
         bias = self.config.get("bias") or "none"
         return None if bias == "none" else f"bias {bias}"
@@ -79,7 +87,7 @@ def check_model(model: str | Path, *, quantized: bool = False) -> None:
         refuse_quantized(model, config)
     refuse_foreign_files(directory / "config.json", [config.get("transformers_weights")])
     held = len(_tensor_shapes(directory))
-    for part in (config, config.get("text_config") or {}):
+    for part in [part for part in (config, config.get("text_config")) if isinstance(part, dict)]:
         layers = next((part[name] for name in LAYERS if isinstance(part.get(name), int)), 0)
         if layers > held:
             raise UsageError(f"{directory}: config.json speaks of {layers} layers, but there are {held} weights in all")
@@ -147,7 +155,9 @@ def load_config(model: str | Path, revision: str | None = None, **changes: Any) 
     from transformers import AutoConfig
 
     with loading(f"the configuration of {model}"):
-        return AutoConfig.from_pretrained(str(model), revision=revision, trust_remote_code=False, **changes)
+        config = AutoConfig.from_pretrained(str(model), revision=revision, trust_remote_code=False, **changes)
+        positions_of(config)  # some faults show when it is asked
+    return config
 
 
 def end_ids(model: str | Path, tokenizer: Any, revision: str | None = None) -> tuple[int, ...]:
@@ -171,8 +181,9 @@ def end_ids(model: str | Path, tokenizer: Any, revision: str | None = None) -> t
 def positions_of(config: Any) -> int | None:
     """The longest sequence in tokens that a model takes; None where its configuration does not say.
 
-    Stretched positions (YaRN, linear) count. Where a row's scaling depends on the longest row of its batch (longrope,
-    dynamic NTK), the limit is where that begins, so that no row depends on others.
+    Positions count as stretched where the configuration says what they are stretched from. Where a row's scaling
+    depends on the longest row of its batch (longrope, dynamic NTK), the limit is where that begins, so that no row
+    depends on others. Raises ValueError for a scaling that is none, which `load_config` finds.
     """
     config = config.get_text_config()
     limit = next((n for n in (getattr(config, name, None) for name in POSITIONS) if isinstance(n, int) and n > 0), None)
@@ -182,13 +193,21 @@ def positions_of(config: Any) -> int | None:
         pad = config.pad_token_id
         return limit - 1 - (1 if pad is None else pad)
     scaling = getattr(config, "rope_parameters", None) or {}
-    if scaling.get("rope_type") in ("yarn", "linear"):
-        original = scaling.get("original_max_position_embeddings") or limit
-        return max(limit, int(original * (scaling.get("factor") or 1)))
     for part in (scaling, *scaling.values()):  # some have one for each kind of layer
-        if isinstance(part, dict) and part.get("rope_type") in ("longrope", "dynamic"):
-            limit = min(limit, part.get("original_max_position_embeddings") or limit)
+        if isinstance(part, dict):
+            factor, original = (_rope_number(part, name) for name in ("factor", "original_max_position_embeddings"))
+            if original and part.get("rope_type") in ("yarn", "linear"):
+                limit = max(limit, int(original * (factor or 1)))
+            if original and part.get("rope_type") in ("longrope", "dynamic"):
+                limit = min(limit, int(original))
     return limit
+
+
+def _rope_number(rope: dict[str, Any], name: str) -> float | None:
+    value = rope.get(name)
+    if value is None or (type(value) in (int, float) and 0 < value < 10**9):
+        return value
+    raise ValueError(f"{name} of rope_parameters is {str(value)[:40]!r}, which is no number above 0")
 
 
 def vocabulary_of(config: Any) -> int | None:
@@ -216,17 +235,17 @@ def check_adapter(adapter: str | Path, model: str | Path) -> AdapterInfo:
         raise UsageError(f"adapter {adapter} is unfinished: it has no adapter_model.safetensors")
     if config.get("peft_type") != "LORA":
         raise UsageError(f"adapter {adapter} is of type {config.get('peft_type')}; only LoRA adapters are supported")
-    if unsupported := next((name for name in UNSUPPORTED if config.get(name)), None):
-        raise UsageError(f"adapter {adapter} has {unsupported}: only plain LoRA adapters are supported")
+    if special := next((name for name, value in config.items() if value and not PLAIN.fullmatch(name)), None):
+        raise UsageError(f"adapter {adapter} has {special}: only plain LoRA adapters are supported")
     shapes = _header(directory / "adapter_model.safetensors")
-    _check_base_name(adapter, config.get("base_model_name_or_path"), model)
-    if Path(model).is_dir():
-        _check_base_shapes(adapter, shapes, model)
     with loading(f"the adapter {adapter}"):
-        rank = max(map(int, [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]))
-        info = AdapterInfo(directory.resolve(), rank, config)
+        _check_base_name(adapter, config.get("base_model_name_or_path"), model)
+        rank = max(map(int, [config.get("r", PEFT_DEFAULT), *(config.get("rank_pattern") or {}).values()]))
+        info = AdapterInfo(directory.resolve(), rank, config, config.get("lora_alpha", PEFT_DEFAULT))
         changed = info.changes_base
         rebuilt = str(config.get("init_lora_weights")).lower() in REBUILT
+    if Path(model).is_dir():
+        _check_base_shapes(adapter, shapes, model)
     if changed and "init" in changed and not rebuilt:
         raise UsageError(f"adapter {adapter} has {changed}, which changed weights that it does not hold; {CONVERT}")
     return info

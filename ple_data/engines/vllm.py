@@ -183,16 +183,19 @@ def resolve_machine(dtype: str, engine_args: Mapping[str, Any]) -> tuple[str, st
 
 
 def _refuse_made_up(spec: EngineSpec) -> None:
-    """Raise UsageError where weights are missing: vLLM does not see it where it fuses several into one (q, k and v)."""
+    """Raise UsageError where weights of model or adapter are missing: vLLM does not see it where it fuses several into
+    one (q, k and v), nor where an adapter lacks a module."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
 
-    from ple_data.common.device import META, load_weights
+    from ple_data.common.device import META, load_adapter, load_weights
 
     config = load_config(spec.model, spec.revision)
     if config.model_type in known and not getattr(config, "quantization_config", None):
-        what = f"cannot load the model {spec.model}"
-        load_weights(AutoModelForCausalLM, spec.model, META, what, revision=spec.revision, config=config)
+        what, options = f"the model {spec.model}", {"revision": spec.revision, "config": config}
+        model = load_weights(AutoModelForCausalLM, spec.model, META, what, **options)
+        if spec.adapter is not None:
+            load_adapter(model, spec.adapter.path)
 
 
 def _engine_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[str, Any]:

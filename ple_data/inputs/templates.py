@@ -13,6 +13,8 @@ from schemas.options import PromptFormat
 
 STANDING_DATE = date(2024, 7, 26)
 """What a template that writes today's date writes outside of a round: in SFT and to reward models."""
+LONGEST = 10**7
+"""Characters of a dialogue at most: no model takes more, and their ids would fill memory."""
 _PROBE = "a text to look for"
 _ASK = {"role": "user", "content": "x"}
 
@@ -33,9 +35,12 @@ def rendered(tokenizer: Any, messages: list[Message], *, today: date | None = No
     now = datetime.combine(today or STANDING_DATE, time())
     clock = {"strftime_now": now.strftime} if writes_date(tokenizer) else {}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **clock)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **clock)
     except (TypeError, AttributeError, ValueError, KeyError, OverflowError, RecursionError) as error:
         raise TemplateError(f"{type(error).__name__}: {error}") from error  # a template computes what it likes
+    if len(text) > LONGEST:
+        raise TemplateError(f"it makes {len(text):,} characters of them, more than {LONGEST:,}")
+    return text
 
 
 def writes_date(tokenizer: Any) -> bool:

@@ -92,7 +92,7 @@ def refuse_unfit(adapter: AdapterInfo, options: Lora) -> None:
             f"--adapter {adapter.path} has {adapter.changes_base}: it changed weights of the model itself, so with it "
             f"off the model is not its start policy; {CONVERT}, or train all weights with --full"
         )
-    own, asked = (adapter.rank, adapter.config["lora_alpha"]), (options.lora_rank, options.lora_alpha)
+    own, asked = (adapter.rank, adapter.alpha), (options.lora_rank, options.lora_alpha)
     if own != asked:
         raise UsageError(
             f"--adapter {adapter.path} has rank {own[0]} and alpha {own[1]}, --lora-rank is {asked[0]} and "

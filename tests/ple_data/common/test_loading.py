@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ple_data.common.loading import check_sizes, loading
-from ple_data.common.models import check_adapter, check_model, end_ids, load_config, load_tokenizer, positions_of
+from ple_data.common.models import check_adapter, check_model, end_ids, load_config, load_tokenizer
 from ple_data.engines import EngineSpec
 from ple_data.engines.hf import HfEngine
 from ple_data.rewards import load_reward_model
@@ -66,7 +66,19 @@ def test_the_first_line_of_an_error_takes_what_its_heading_announces() -> None:
         ("config.json", {"whole": '{"vocab_size": ' + "9" * 5000 + "}"}, check_model),
         ("config.json", {"hidden_act": "x"}, load_causal_lm),
         ("config.json", {"num_key_value_heads": -1}, load_causal_lm),
-        ("config.json", {"max_position_embeddings": "x"}, lambda copy: positions_of(load_config(copy))),
+        ("config.json", {"max_position_embeddings": "x"}, load_config),
+        *(
+            ("config.json", {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4} | more}, load_config)
+            for kind, more in (
+                ("yarn", {"factor": float("inf")}),
+                ("yarn", {"factor": 2.0, "original_max_position_embeddings": "x"}),
+                ("linear", {"factor": "x"}),
+                ("linear", {"factor": -2.0}),
+                ("dynamic", {"factor": 2.0, "original_max_position_embeddings": "x"}),
+                ("dynamic", {"factor": 2.0, "original_max_position_embeddings": float("nan")}),
+                ("longrope", {"factor": True, "short_factor": [1.0] * 16, "long_factor": [1.0] * 16}),
+            )
+        ),
         ("tokenizer_config.json", {"tokenizer_class": 1.0}, load_tokenizer),
         ("tokenizer_config.json", {"eos_token": 7}, load_tokenizer),
         ("tokenizer_config.json", {"model_max_length": "x"}, load_tokenizer),

@@ -1,5 +1,6 @@
 """What is refused of a model or an adapter before it is loaded, how long its sequences may be, what pads."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,9 @@ import pytest
 from transformers import AutoConfig, GPT2Config, LlamaConfig, MptConfig
 
 from ple_data.common.models import check_adapter, check_model, load_tokenizer, pad_id, positions_of
+from ple_train.engine.session import refuse_unfit
 from schemas.errors import UsageError
+from schemas.options import Lora
 from tests import tiny
 
 
@@ -26,7 +29,8 @@ def scaled(kind: str, **more):
         (MptConfig(max_seq_len=128), 128),
         (scaled("yarn", factor=4.0, original_max_position_embeddings=128), 512),
         (scaled("yarn", factor=4.0, original_max_position_embeddings=32), 128),
-        (scaled("linear", factor=2.0), 256),
+        (scaled("linear", factor=4.0), 128),  # deepseek-coder: it was trained at what it names
+        (scaled("linear", factor=2.0, original_max_position_embeddings=128), 256),
         (scaled("dynamic", factor=2.0), 128),
         (
             scaled(
@@ -79,6 +83,10 @@ def test_what_pads_has_a_row_in_the_embedding(policy):
         ({"transformers_weights": "own.safetensors.index.json"}, ["own.safetensors.index.json"]),
         ({"num_hidden_layers": 10**12}, ["num_hidden_layers is more than 1000"]),
         ({"num_hidden_layers": 900}, ["900 layers", "there are 21 weights"]),
+        ({"text_config": {"num_hidden_layers": 900}}, ["900 layers", "there are 21 weights"]),
+        ({"num_labels": 10**9}, ["num_labels is more than 100000"]),
+        ({"n_positions": 10**12}, ["n_positions is more than 100000000"]),
+        ({"max_position_embeddings": 10**30}, ["max_position_embeddings is more than"]),
     ],
 )
 def test_configurations_that_are_refused(policy: Path, tmp_path: Path, settings, facts):
@@ -90,6 +98,13 @@ def test_configurations_that_are_refused(policy: Path, tmp_path: Path, settings,
     assert all(fact in str(found.value) for fact in [str(model), *facts])
     if "quantization_config" in settings:
         check_model(model, quantized=True)
+
+
+def test_a_text_config_that_is_no_object_is_not_looked_into(policy: Path, tmp_path: Path):
+    model = Path(shutil.copytree(policy, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"text_config": [1]}))
+    check_model(model)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"weight_map": []}', "[" * 100_000])
@@ -160,22 +175,71 @@ def test_half_a_lora_pair_is_refused(policy: Path, adapter: Path, tmp_path: Path
         ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),
         ({"init_lora_weights": "olora"}, "init_lora_weights olora"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights loftq"),
+        *(
+            (settings, None)
+            for settings in (
+                {"init_lora_weights": False},
+                {"use_dora": True},
+                {"use_rslora": True},
+                {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 4}},
+                {"modules_to_save": ["lm_head"], "trainable_token_indices": [1]},
+                {"layers_to_transform": [0, 1], "layers_pattern": "layers", "exclude_modules": ["lm_head"]},
+                {"qalora_group_size": 16, "megatron_core": "megatron.core", "kasa_config": None, "arrow_config": {}},
+            )
+        ),
     ],
+    ids=str,
 )
 def test_adapters_that_changed_the_base_are_known(policy: Path, adapter: Path, tmp_path: Path, settings, changed):
     assert check_adapter(with_settings(adapter, tmp_path, **settings), policy).changes_base == changed
 
 
-@pytest.mark.parametrize("way", ["pissa_niter_4", "corda", "lora_ga"])
+def test_every_setting_of_peft_that_has_a_default_is_taken(policy: Path, adapter: Path, tmp_path: Path):
+    from peft import LoraConfig
+
+    check_adapter(with_settings(adapter, tmp_path, **LoraConfig(peft_type="LORA").to_dict()), policy)
+
+
+@pytest.mark.parametrize("way", ["pissa_niter_4", "corda", "lora_ga", "of_next_year"])
 def test_adapters_whose_base_cannot_be_made_again_are_refused(policy: Path, adapter: Path, tmp_path: Path, way):
     with pytest.raises(UsageError, match=f"init_lora_weights {way}.* path_initial_model_for_weight_conversion"):
         check_adapter(with_settings(adapter, tmp_path, init_lora_weights=way), policy)
 
 
-@pytest.mark.parametrize("name", ["alora_invocation_tokens", "layer_replication", "megatron_config"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "alora_invocation_tokens",
+            "layer_replication",
+            "megatron_config",
+            "kasa_config",
+            "arrow_config",
+            "use_bdlora",
+        ),
+        *("velora_config", "use_qalora", "monteclora_config", "a_setting_of_next_year"),
+    ],
+)
 def test_adapters_that_are_no_plain_lora_are_refused(policy: Path, adapter: Path, tmp_path: Path, name):
     with pytest.raises(UsageError, match=name):
         check_adapter(with_settings(adapter, tmp_path, **{name: [[1]]}), policy)
+
+
+@pytest.mark.parametrize("name", [[1], {"a": 1}, "x" * 300, "a\0b"], ids=["list", "object", "long", "NUL"])
+def test_a_name_of_the_base_that_is_none_is_at_most_one_sentence(policy: Path, adapter: Path, tmp_path: Path, name):
+    with contextlib.suppress(UsageError):  # some versions of Python say of the last two that there is no such directory
+        check_adapter(with_settings(adapter, tmp_path, base_model_name_or_path=name), policy)
+
+
+def test_an_adapter_that_does_not_name_rank_and_alpha_has_those_of_peft(policy: Path, adapter: Path, tmp_path: Path):
+    copy = with_settings(adapter, tmp_path)
+    config = json.loads((copy / "adapter_config.json").read_text())
+    del config["lora_alpha"], config["r"]
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    info = check_adapter(copy, policy)
+    assert (info.rank, info.alpha) == (8, 8)
+    with pytest.raises(UsageError, match="has rank 8 and alpha 8, --lora-rank is 8 and --lora-alpha 16"):
+        refuse_unfit(info, Lora(lora_rank=8, lora_alpha=16))
 
 
 def with_settings(adapter: Path, tmp_path: Path, **settings) -> Path:

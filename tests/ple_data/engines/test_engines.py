@@ -29,6 +29,7 @@ from ple_data.engines import (
     make_engine,
     parse_engine_args,
     response_text,
+    vllm,
 )
 from ple_data.engines.hf import HfEngine
 from ple_train.model.policy import load_causal_lm
@@ -405,7 +406,62 @@ def test_adapters_of_another_base(tmp_path: Path, policy: Path, adapter: Path) -
         check_adapter(orphan, "owner/another")
 
 
+# What hf tries when it starts
+
+
+def test_rows_that_disturb_one_another_are_sampled_one_by_one_and_it_is_said(
+    policy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = HfEngine._error
+    monkeypatch.setattr(HfEngine, "_error", lambda engine, *row: (engine._batch_size - 1.0, alone(engine, *row)[1]))
+    engine = HfEngine(spec_of(policy, dtype="float32"), {})
+    assert engine._batch_size == 1
+    assert (
+        capsys.readouterr().err.count("rows of a batch disturb one another in LlamaForCausalLM: sampled one by one")
+        == 1
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [("float32", 4), ("bfloat16", 16)])
+def test_short_number_types_are_tried_on_more_tokens(
+    policy: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, tokens: int
+) -> None:
+    asked = []
+    sampled = HfEngine.sample
+    monkeypatch.setattr(HfEngine, "sample", lambda engine, *how: asked.append(how[1]) or sampled(engine, *how))
+    HfEngine(spec_of(policy, dtype=dtype), {})
+    assert [sampling.max_new_tokens for sampling in asked] == [tokens]
+
+
+def test_too_little_memory_when_it_is_tried_is_said_as_that(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(HfEngine, "_sample_batch", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        HfEngine(spec_of(policy), {})
+
+
 # vLLM
+
+
+def test_vllm_is_not_started_with_half_a_model_or_adapter(policy: Path, adapter: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    module = "base_model.model.model.layers.1.self_attn.k_proj"
+    half = Path(shutil.copytree(adapter, tmp_path / "half"))
+    weights = load_file(half / "adapter_model.safetensors")
+    for part in "AB":
+        del weights[f"{module}.lora_{part}.weight"]
+    save_file(weights, half / "adapter_model.safetensors")
+    vllm._refuse_made_up(spec_of(policy, adapter))
+    with pytest.raises(UsageError, match=rf"--adapter {half} lacks {module}"):
+        vllm._refuse_made_up(spec_of(policy, half))
+    broken = Path(shutil.copytree(policy, tmp_path / "broken"))
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"hidden_act": "x"}))
+    with pytest.raises(UsageError, match=f"^cannot load the model {broken}: "):
+        vllm._refuse_made_up(spec_of(broken))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 from ple_data.common.tokens import ids_after
 from ple_data.inputs.principles import Form, Principle, render_all
 from ple_data.inputs.templates import own_system, rendered, response_form
+from schemas.errors import UsageError
 from tests import tiny
 
 SPECIAL = ("<|turn|>", "<|over|>")
@@ -86,3 +87,8 @@ def test_a_date_is_that_which_is_given() -> None:
     assert rendered(found, ask, today=date(2031, 2, 3)).startswith("03 Feb 2031 00\n")
     assert rendered(found, ask) == rendered(found, ask, today=date(2024, 7, 26))
     assert all(text.startswith("03 Feb 2031") for text in texts(DATED, today=date(2031, 2, 3)))
+
+
+def test_a_template_that_writes_without_end_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"refuses the query .* more than 10,000,000"):
+        render_all(tokenizer("{{ messages[0]['content'] * 2000000 }}"), ["a text"])

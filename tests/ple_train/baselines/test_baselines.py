@@ -28,6 +28,7 @@ from ple_train.baselines import dpo as dpo_room
 from ple_train.baselines import ppo as ppo_room
 from ple_train.baselines import responses as baselines
 from ple_train.baselines.trl_tools import VERSIONS, require_trl
+from ple_train.engine.session import Session
 from ple_train.objectives.responses import SftObjective
 from ple_train.run import rounds
 from ple_train.snapshot import freeze
@@ -382,6 +383,21 @@ def test_dpo_measures_against_the_start_policy_when_it_goes_on_from_an_adapter(r
         ratios = [sum(logps(begun, x, y)) - sum(logps(plain, x, y)) for y in (chosen, rejected)]
         losses.append(math.log1p(math.exp(-0.3 * (ratios[0] - ratios[1]))))
     assert first_loss(output) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_dpo_does_not_need_a_pad_token_with_a_row_in_the_embedding(run, monkeypatch):
+    load = Session.load_tokenizer
+
+    def widened(session, **how):
+        tokenizer = load(session, **how)
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        return tokenizer
+
+    plain = run("dpo", "plain", batch_size=5)
+    monkeypatch.setattr(Session, "load_tokenizer", widened)
+    other = run("dpo", "other", batch_size=5)
+    for name, expected in load_file(plain / "adapter_model.safetensors").items():
+        torch.testing.assert_close(load_file(other / "adapter_model.safetensors")[name], expected, rtol=0, atol=1e-5)
 
 
 def test_dpo_in_micro_batches_learns_the_same(run):
@@ -750,3 +766,15 @@ def test_a_tokenizer_that_pads_with_its_end_gets_another_pad(tmp_path):
         *(i for ids in queries for i in ids),
     }
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_pad_token_without_a_row_in_the_embedding_is_replaced_for_ppo(policy):
+    from ple_data.common.models import load_tokenizer
+    from ple_train.model.policy import load_trainable
+
+    tokenizer = load_tokenizer(policy)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    model = load_trainable(str(policy), Trainable())
+    rows = model.get_input_embeddings().weight.shape[0]
+    assert tokenizer.pad_token_id >= rows
+    assert ppo_room.with_own_pad(tokenizer, model, [(5, 6)]).pad_token_id < rows
