@@ -499,3 +499,22 @@ def test_interrupted_command_goes_on(
     assert before.items() <= tree(out).items()
     done = "done before" if command == "gen" else "training: "
     assert done in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("gen", "samples", 10**20),
+        ("gen", "samples", 10**9),
+        ("train", "lora-rank", 10**20),
+        ("train", "lora-alpha", 1e300),
+        ("train", "learning-rate", 1e300),
+        ("train", "weight-decay", 1e300),
+        ("judge", "concurrency", 10**9),
+        ("demo", "rounds", 10**12),
+    ],
+)
+def test_numbers_that_no_machine_could_follow_are_refused(command, option, value):
+    found = ple(command, f"--{option}", value)
+    assert found.exit_code == 2
+    assert re.search(rf"Error: Invalid value for '--{option}': \S+ is not in the range", found.stderr)

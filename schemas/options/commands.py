@@ -80,7 +80,7 @@ class Sft(Model, Prompting, Loop, Trainable, Tracked):
 class Reward(Model, Loop, Tracked):
     data: Path = option(MISSING, "Rows with text and label, or with prompt, chosen and rejected.", place=True)
     output: Path = option(MISSING, "Folder of the reward model.", machine=True)
-    learning_rate: float = option(5e-5, "AdamW's learning rate.", TRAINING, above=0)
+    learning_rate: float = option(5e-5, "AdamW's learning rate.", TRAINING, above=0, most=1000)
     batch_size: int = option(32, "Rows of one step, over all processes.", TRAINING, least=1)
     max_length: int = option(512, "Keep the last N token ids.", TRAINING, least=1)
 
@@ -155,7 +155,7 @@ class Judge(Rewards):
         None, "Address of an OpenAI-compatible or Anthropic-compatible server, up to and with /v1.", LLM
     )
     template: Path | None = option(None, "File of the question with {query}, {response_1} and {response_2}.", LLM)
-    concurrency: int = option(8, "Requests in flight at once.", LLM, least=1)
+    concurrency: int = option(8, "Requests in flight at once.", LLM, least=1, most=1000)
     request_args: tuple[str, ...] = option(
         (),
         "Put a field into every request, e.g. reasoning_effort=low; null leaves one out; may be repeated.",
@@ -218,7 +218,7 @@ class Evaluate(Answering, Judged, Computing):
     references: str | None = option(
         None, "File with id and reference, or a column of the queries; else what the reader finds beside a query."
     )
-    samples: int = option(1, "Responses a query.", RESPONSES, least=1)
+    samples: int = option(1, "Responses a query.", RESPONSES, least=1, most=10_000)
     precision: Precision = option(
         "auto", "Of the perplexity; auto: bf16 on a GPU that computes in it, else float32.", MACHINE
     )
@@ -269,4 +269,4 @@ class Report(Options):
 
 class Demo(Options):
     output: Path = option(Path("demo"), "Folder of everything that the demo makes.")
-    rounds: int = option(3, "Rounds of PLE.", least=1)
+    rounds: int = option(3, "Rounds of PLE.", least=1, most=10_000)

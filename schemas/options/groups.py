@@ -93,7 +93,7 @@ class Engine(Options):
 class Asked(Seed, Queries, Sampling, Engine):
     """All that decides which responses are sampled, beside the policy, the principle and the round."""
 
-    samples: int = option(1, "Pairs of responses a query.", RESPONSES, least=1)
+    samples: int = option(1, "Pairs of responses a query.", RESPONSES, least=1, most=10_000)
 
 
 class Rewards(Options):
@@ -109,8 +109,8 @@ class Rewards(Options):
 
 
 class Lora(Options):
-    lora_rank: int = option(8, "Rank of the LoRA adapter.", MODEL, least=1)
-    lora_alpha: float = option(16, "Scale of the LoRA adapter.", MODEL, above=0)
+    lora_rank: int = option(8, "Rank of the LoRA adapter.", MODEL, least=1, most=65_536)
+    lora_alpha: float = option(16, "Scale of the LoRA adapter.", MODEL, above=0, most=1_000_000)
 
 
 class Trainable(Lora):
@@ -127,7 +127,7 @@ class Trainable(Lora):
 
 
 class Steps(Options):
-    learning_rate: float = option(1e-4, "AdamW's learning rate.", TRAINING, above=0)
+    learning_rate: float = option(1e-4, "AdamW's learning rate.", TRAINING, above=0, most=1000)
     batch_size: int = option(16, "Pairs of one step, over all processes.", TRAINING, least=1)
     max_grad_norm: float = option(1.0, "Gradient clipping.", TRAINING, above=0)
 
@@ -140,7 +140,7 @@ class Passes(Steps):
 class Schedule(Options):
     warmup_steps: int = option(0, "Steps of linear warm-up.", TRAINING, least=0)
     schedule: Literal["constant", "cosine"] = option("constant", "Learning rate after the warm-up.", TRAINING)
-    weight_decay: float = option(0.0, "AdamW's weight decay.", TRAINING, least=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay.", TRAINING, least=0, most=1000)
 
 
 class Safeguards(Options):
