@@ -5,6 +5,7 @@ Most commands run in this process (click's runner); where a process matters (sig
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
