@@ -73,7 +73,7 @@ def check_model(model: str | Path, *, quantized: bool = False) -> None:
     if ".gguf" in files and ".safetensors" not in files:
         raise UsageError(f"{model} is in GGUF format, which is not read: give the safetensors that it was made of")
     if not directory.is_dir():
-        raise UsageError(f"{model} is a file; --model takes a directory written by save_pretrained, or a hub id")
+        raise UsageError(f"{model} is a file; a model is a directory written by save_pretrained, or a hub id")
     _refuse_endless(directory)
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():

@@ -141,9 +141,7 @@ def _load(model: str, *, dtype: Any, device: Any) -> tuple[Any, Any]:
 
     from ple_data.common.device import load_weights
 
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise UsageError(f"reward model {model}: the directory has no config.json, so it is no model")
-    if Path(model).is_dir():
+    if Path(model).exists():
         check_model(model)
     advice = "neither a URL, nor file.py:function, nor a model that transformers can load as a sequence classifier"
     with loading(f"the reward model {model}", advice):

@@ -100,10 +100,11 @@ class Store:
     def holder(self, kind: str, round: int, unit: str) -> str | None:
         """Who has claimed the unit, as 'pid 12 on host'; None when nobody (alive) has."""
         path = self._lock_path(kind, round, unit)
-        if not os.path.exists(path):
-            return None
         with files.explained(path, "read"):
-            fd = files.unfollowed(path, os.O_RDONLY)
+            try:
+                fd = files.unfollowed(path, os.O_RDONLY)
+            except FileNotFoundError:
+                return None
         try:
             if files.try_lock(fd, path, fcntl.LOCK_SH):
                 return None

@@ -4,6 +4,7 @@ import http.server
 import json
 import math
 import re
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -633,3 +634,13 @@ def test_what_a_function_prints_is_no_data(tmp_path: Path, capfd: pytest.Capture
     assert load_reward_model(f"{file}:f").score([("x", "y")]) == [1.0]
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", "loaded\ncalled\n")
+
+
+def test_a_reward_model_in_another_format_is_named_by_it(reward: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    gptq = Path(shutil.copytree(reward, tmp_path / "gptq"))
+    config = json.loads((gptq / "config.json").read_text())
+    (gptq / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    for model, format in ((tmp_path, "GGUF"), (tmp_path / "model.gguf", "GGUF"), (gptq, "GPTQ")):
+        with pytest.raises(UsageError, match=format):
+            load_reward_model(str(model))
