@@ -85,7 +85,7 @@ def test_the_first_line_of_an_error_takes_what_its_heading_announces() -> None:
         ("tokenizer_config.json", {"whole": "null"}, load_tokenizer),
         ("tokenizer_config.json", {"whole": DEEP}, load_tokenizer),
     ],
-    ids=lambda value: str(value)[:50],
+    ids=lambda value: getattr(value, "__name__", str(value)[:50]),
 )
 def test_a_model_that_no_library_expects(tmp_path: Path, policy: Path, file: str, values: dict, load: Any) -> None:
     copy = changed(policy, tmp_path, file, **values)
