@@ -165,7 +165,7 @@ class LanguageModelJudge:
                 query_id=asked[0],
                 order=asked[1],
                 text=text.encode("utf-8", "replace").decode(),
-                finish=finish,
+                finish=finish and finish.encode("utf-8", "replace").decode(),
                 prompt_tokens=prompt_tokens,
                 completion_tokens=completion_tokens,
             )

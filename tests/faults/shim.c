@@ -150,3 +150,27 @@ ssize_t writev(int file, const struct iovec *parts, int count) {
     for (int i = 0; i < count; i++) size += parts[i].iov_len;
     WRITES(writev, size, real(file, parts, count), write(file, parts[0].iov_base, parts[0].iov_len));
 }
+
+/* A read fails, or is cut short, which is allowed: whoever reads must go on. A lost one is one that fails. */
+#define READS(name, whole, half) do { \
+    if (!is_ours(file)) return whole; \
+    int fate = meets(#name); \
+    if (fate == FAIL || fate == LOST) return errno = EIO, -1; \
+    if (fate == SHORT) return size > 1 ? half : whole; \
+    ssize_t result = whole; \
+    if (fate == KILL_AFTER) raise(SIGKILL); \
+    return result; \
+} while (0)
+
+ssize_t read(int file, void *data, size_t size) {
+    REAL(ssize_t, read, int, void *, size_t);
+    READS(read, real(file, data, size), real(file, data, size / 2));
+}
+ssize_t pread(int file, void *data, size_t size, off_t at) {
+    REAL(ssize_t, pread, int, void *, size_t, off_t);
+    READS(pread, real(file, data, size, at), real(file, data, size / 2, at));
+}
+ssize_t pread64(int file, void *data, size_t size, off_t at) {
+    REAL(ssize_t, pread64, int, void *, size_t, off_t);
+    READS(pread64, real(file, data, size, at), real(file, data, size / 2, at));
+}

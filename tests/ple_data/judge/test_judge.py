@@ -526,7 +526,7 @@ def test_an_answer_in_another_format_is_an_error(serve, tmp_path, found):
 
 
 def test_half_characters_and_missing_usage_are_taken(serve, tmp_path, capsys):
-    found = json.dumps({"choices": [{"message": {"content": "\ud800 [[1]]"}, "finish_reason": "length"}]})
+    found = json.dumps({"choices": [{"message": {"content": "\ud800 [[1]]"}, "finish_reason": "\ud800"}]})
     nothing = json.dumps({"choices": [{"message": {"content": None}, "finish_reason": "length"}]})
     a, b = sources(tmp_path, MIXED[:1])
     judge(a, b, "openai:m", tmp_path / "out", endpoint=serve([found, nothing]).url, concurrency=1)
