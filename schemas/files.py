@@ -96,7 +96,7 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
     Raises PleError when the disk cannot be written.
     """
     with writing_atomic(path) as file:
-        file.write(_bytes(data))
+        _write(file, data)
 
 
 @contextmanager
@@ -126,13 +126,18 @@ def write_new(path: Path | str, data: bytes | str, tmp_dir: Path | str) -> bool:
     with explained(path):
         make_dirs(path.parent)
         with _temporary(Path(tmp_dir), f"{path.name}.") as file:
-            file.write(_bytes(data))
+            _write(file, data)
             _flush(file)
             return link_new(file.name, path)
 
 
-def _bytes(data: bytes | str) -> bytes:
-    return data.encode() if isinstance(data, str) else data
+def _write(file: BinaryIO, data: bytes | str) -> None:
+    """All of it is in the file afterwards: a disk may say so of a write that it loses."""
+    given = data.encode() if isinstance(data, str) else data
+    file.write(given)
+    file.flush()
+    if os.fstat(file.fileno()).st_size != len(given):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def _flush(file: BinaryIO) -> None:

@@ -119,7 +119,7 @@ class Output:
             with saving(writing):
                 save_model(model, writing)
                 tokenizer.save_pretrained(writing)
-                (writing / "README.md").write_text(model_card(title, self.settings.values, history))
+                write_atomic(writing / "README.md", model_card(title, self.settings.values, history))
             names = sorted((p.name for p in writing.iterdir() if p.is_file()), key=lambda name: (name in LAST, name))
             hashes = {name: sha256_file(writing / name) for name in names}
             for name in names:

@@ -131,6 +131,10 @@ def reads(path: Path) -> bool:
     return True
 
 
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def contents(directory: Path) -> dict[str, Any]:
     """What a stage left: the digest of every file that its users read, records and metrics without their timings."""
     found: dict[str, Any] = {}
@@ -138,10 +142,11 @@ def contents(directory: Path) -> dict[str, Any]:
         inside = path.relative_to(directory)
         if path.is_dir() or path.name.endswith("lock") or (inside.parts[0] == ".ple" and "commits" not in inside.parts):
             continue
-        found[str(inside)] = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[str(inside)] = digest(path)
         if reads(path) and path.name == "ple.json":
             record = json.loads(path.read_text())
             record["cost"].pop("seconds", None)
+            record["files"] = {name: digest(directory / name) == held for name, held in record["files"].items()}
             found[str(inside)] = record
         elif reads(path) and path.name == "metrics.parquet":
             table = pq.read_table(path)

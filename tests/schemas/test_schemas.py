@@ -314,3 +314,12 @@ def test_a_recipe_that_python_cannot_take_is_one_sentence(tmp_path, text, messag
     assert load_recipe(path).model == "m"
     with pytest.raises(UsageError, match=message):
         load_recipe(path, [f"model={text.partition(': ')[2]}"])
+
+
+@pytest.mark.parametrize("write", [files.write_atomic, lambda path, data: files.write_new(path, data, path.parent)])
+def test_a_write_that_the_disk_loses_is_noticed(tmp_path, monkeypatch, write):
+    with monkeypatch.context() as losing:
+        losing.setattr("os.fstat", lambda fd: os.stat_result((0o100644, 0, 0, 1, 0, 0, 3, 0, 0, 0)))
+        with pytest.raises(PleError, match="Input/output error"):
+            write(tmp_path / "record.json", "{}")
+    assert list(tmp_path.iterdir()) == []
