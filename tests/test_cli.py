@@ -213,7 +213,7 @@ def test_debug_shows_the_traceback_and_nothing_else_does(run_ple, tmp_path: Path
     ("words", "message"),
     [
         (["train", "--alpha", "1"], "Invalid value for '--alpha': 1.0 is not in the range 0<x<1."),
-        (["gen", "--samples", "0"], "Invalid value for '--samples': 0 is not in the range x>=1."),
+        (["gen", "--samples", "0"], "Invalid value for '--samples': 0 is not in the range 1<=x<=10000."),
         (["gen", "--modle", "m"], "No such option '--modle'."),
         (["score", "--data", "d"], "Missing option '--reward-model'."),
         (["genn"], "No such command 'genn'."),

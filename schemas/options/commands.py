@@ -80,7 +80,7 @@ class Sft(Model, Prompting, Loop, Trainable, Tracked):
 class Reward(Model, Loop, Tracked):
     data: Path = option(MISSING, "Rows with text and label, or with prompt, chosen and rejected.", place=True)
     output: Path = option(MISSING, "Folder of the reward model.", machine=True)
-    learning_rate: float = option(5e-5, "AdamW's learning rate.", TRAINING, above=0, most=1000)
+    learning_rate: float = option(5e-5, "AdamW's learning rate.", TRAINING, above=0, most=1e30)
     batch_size: int = option(32, "Rows of one step, over all processes.", TRAINING, least=1)
     max_length: int = option(512, "Keep the last N token ids.", TRAINING, least=1)
 

@@ -127,7 +127,7 @@ class Trainable(Lora):
 
 
 class Steps(Options):
-    learning_rate: float = option(1e-4, "AdamW's learning rate.", TRAINING, above=0, most=1000)
+    learning_rate: float = option(1e-4, "AdamW's learning rate.", TRAINING, above=0, most=1e30)
     batch_size: int = option(16, "Pairs of one step, over all processes.", TRAINING, least=1)
     max_grad_norm: float = option(1.0, "Gradient clipping.", TRAINING, above=0)
 

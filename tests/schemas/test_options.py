@@ -181,5 +181,5 @@ def test_settings_that_do_not_read_are_damage_wherever_they_stand(record, settin
     kind = {RoundManifest: {"round": 0}, Snapshot: {"shards": []}, Trained: {"kind": "sft", "steps": 1, "files": {}}}
     fields = {"version": 1, "settings": settings, **kind.get(record, {"step": 1})}
     (tmp_path / "r.json").write_text(json.dumps(fields))
-    with pytest.raises(DamagedError, match="settings: Value error"):
+    with pytest.raises(DamagedError, match="settings: "):
         read_record(record, tmp_path / "r.json")
