@@ -2,12 +2,12 @@
 
     python -m tests.forkserver
 
-A line of JSON on stdin starts one command: {"argv": [...], "log": FILE, "watch": DIR} and, to kill it with -9, either
-"kill_after": SECONDS or "kill_at": N, which is just before the N-th change under DIR (a file opened for writing,
-linked, renamed, removed, a directory made). "fault": [N, KIND, ERRNO] is for a server that has tests/faults/shim.c
-preloaded. When it has ended, a line of JSON on stdout says so: {"exit": CODE, "seconds": S}; -9 is killed, 124 took
-more than "limit" seconds. The log gets its output, a line `unit ID` for each unit that it samples and, at the end,
-`changes N`.
+A line of JSON on stdin starts one command: {"argv": [...], "log": FILE, "cwd": DIR} and, to kill it with -9, either
+"kill_after": SECONDS or "kill_at": N and "watch": DIR, which is just before the N-th change under DIR (a file opened
+for writing, linked, renamed, removed, a directory made). "fault": [N, KIND, ERRNO] is for a server that has
+tests/faults/shim.c preloaded. When it has ended, a line of JSON on stdout says so: {"exit": CODE, "seconds": S}; -9 is
+killed, 124 took more than "limit" seconds. The log gets its output, a line `unit ID` for each unit that it samples and,
+at the end, `changes N`.
 
 The server never runs torch itself: a fork is safe only while there are no threads.
 """
@@ -89,10 +89,11 @@ def run(request: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    os.chdir(request.get("cwd", "."))
     if "fault" in request:
         counted = arm(request["watch"], *request["fault"])
     else:
-        counted = count_changes(request["watch"], request.get("kill_at"))
+        counted = count_changes(request.get("watch", request["log"]), request.get("kill_at"))
         log_sampled_units(log)
     code = 70
     try:

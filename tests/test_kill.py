@@ -8,7 +8,6 @@ bit-identical to an uninterrupted run.
 
 import hashlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -23,21 +22,14 @@ import pytest
 
 from ple_data.storage.store import Store
 from ple_data.storage.verify import verify
+from tests.forks import ENVIRONMENT, ROOT, ForkServer
 
-ROOT = Path(__file__).resolve().parent.parent
 KILLS = {"gen": 20, "score": 16, "train": 20}
 """Kills in forked processes; those of FRESH_KILLS come on top for each command."""
 FRESH_KILLS = [(0.2, 3.0), (2.0, 8.0)]
 """From and to, in seconds after the start: the imports, and the work."""
 MOST_KILLS_IN_A_ROW = 4
 QUERIES = 150
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-}
 TIMINGS = {"seconds", "tokens_per_second"}
 """Metrics that differ from run to run."""
 
@@ -57,36 +49,6 @@ class Command:
     """The contents that an uninterrupted run left, in how many seconds and changes of the file system."""
     seconds: float
     changes: int
-
-
-class ForkServer:
-    """tests/forkserver.py, one command at a time."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.forkserver"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=ENVIRONMENT,
-        )
-        assert self._answer() == "ready"
-
-    def run(self, argv: list[str], **request: Any) -> tuple[int, float]:
-        """Exit code (-9: killed) and seconds of one command."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"argv": argv, **request}) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._answer())
-        return answer["exit"], answer["seconds"]
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-    def close(self) -> None:
-        self._process.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +111,7 @@ def as_options(options: dict[str, Any]) -> list[str]:
 def run_to_the_end(forks: ForkServer, argv: list[str], place: Path, watched: str) -> tuple[float, int]:
     """Seconds and number of file-system changes of a run that nobody kills."""
     log = place / "log"
-    code, seconds = forks.run(argv, log=str(log), watch=str(place / watched))
+    code, seconds = forks.run(argv, log=log, watch=str(place / watched))
     assert code == 0, log.read_text()
     return seconds, int(log.read_text().rsplit("changes ", 1)[1])
 
@@ -207,7 +169,7 @@ def test_killed_at_random_points(name: str, commands: dict[str, Command], forks:
             before = committed(place)
             point = random_point(chance, command)
             log = place / f"log-{link}"
-            code, _ = forks.run(command.argv(place), log=str(log), watch=str(place / command.watched), **point)
+            code, _ = forks.run(command.argv(place), log=log, watch=str(place / command.watched), **point)
             assert code in (0, -signal.SIGKILL), f"{point}: {log.read_text()}"
             assert before.items() <= committed(place).items(), f"{point}: a committed unit was lost or replaced"
             assert not {file_unit(path) for path in before} & set(sampled_units(log)), f"{point}: sampled again"

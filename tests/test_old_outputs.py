@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import polars as pl
@@ -18,6 +19,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.fixtures.make import COMMANDS, QUERIES
+from tests.forks import ForkServer
 
 VERSIONS = sorted(path for path in (ROOT / "tests" / "fixtures").glob("v*") if path.is_dir())
 FINISHED = ("round 0", "scores", "training", "sft", "eval", "judge", "purity")
@@ -33,13 +35,26 @@ def old(request, tmp_path) -> Path:
     return Path(shutil.copytree(request.param, tmp_path / "moved"))
 
 
-def ple(folder: Path, name: str, *more: str) -> str:
-    """Start one of the old commands there again; what it says."""
-    command = [sys.executable, "-m", "cli", *COMMANDS[name].split(), *more]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stderr
+@pytest.fixture(scope="module")
+def forks() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def ple(old, tmp_path, forks) -> Callable[..., str]:
+    """Starts a command in the copied folder, or by its name one of the old ones again; what it says."""
+
+    def start(*words: str) -> str:
+        argv = COMMANDS[words[0]].split() if len(words) == 1 else [*words]
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        code, _ = forks.run(argv, log, cwd=str(old))
+        assert code == 0, log.read_text()
+        return log.read_text()
+
+    return start
 
 
 WITH_ANOTHER_OPTION = """
@@ -103,36 +118,35 @@ def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_what_was_finished_stays_as_it_is(old):
+def test_what_was_finished_stays_as_it_is(old, ple):
     """Each command, started again, has nothing to sample, score, train or judge, and changes no table or weight; the
     part of round 1 that had come when it was killed is scored."""
     before = content(old)
     for name in FINISHED:
-        ple(old, name)
+        ple(name)
     after = content(old)
     reports = {path for path in before if path.endswith((".json", "eval.parquet", "purity.parquet"))}
     assert all(path.startswith("data/pairs/round=001/") for path in after.keys() - before.keys())
     assert {path for path in before if after[path] != before[path]} <= reports
 
 
-def test_a_round_that_was_killed_goes_on_with_what_was_committed(old):
+def test_a_round_that_was_killed_goes_on_with_what_was_committed(old, ple):
     committed = content(old / "data")
-    said = ple(old, "round 1, killed")
+    said = ple("round 1, killed")
     assert "12 pairs sampled" in said or "pairs done before" in said
     rows = pl.read_parquet(old / "data/responses/**/*.parquet", hive_partitioning=False)
     assert sorted(rows["round"].to_list()) == [0] * QUERIES + [1] * QUERIES
     assert len(rows.select("round", "query_id").unique()) == 2 * QUERIES
     kept = content(old / "data")
     assert all(kept[path] == digest for path, digest in committed.items() if "round=000" in path)
-    verified = subprocess.run([sys.executable, "-m", "cli", "verify", str(old / "data")], cwd=ROOT, capture_output=True)
-    assert verified.returncode == 0, verified.stderr
+    ple("verify", "data")
 
 
-def test_a_training_that_was_killed_goes_on_from_its_checkpoint(old):
+def test_a_training_that_was_killed_goes_on_from_its_checkpoint(old, ple):
     """The first steps are those of the older version, number by number."""
     checkpoint = max((old / "killed/.ple/checkpoints").glob("checkpoint-*"))
     before = pl.read_parquet(checkpoint / "metrics.parquet")
-    ple(old, "training, killed")
+    ple("training, killed")
     metrics = pl.read_parquet(old / "killed/metrics.parquet")
     assert metrics["step"].to_list() == list(range(1, 181))
     assert metrics["loss"].to_list()[: len(before)] == before["loss"].to_list()
@@ -140,8 +154,8 @@ def test_a_training_that_was_killed_goes_on_from_its_checkpoint(old):
     assert (record["steps"], record["settings"]["epochs"]) == (180, 60)
 
 
-def test_a_run_that_was_stopped_between_stages_goes_on(old):
-    said = ple(old, "run, stopped")
+def test_a_run_that_was_stopped_between_stages_goes_on(old, ple):
+    said = ple("run, stopped")
     assert "[1/3] round 0 gen: done before" in said
     assert "[2/3] round 0 score: done before" in said
     assert (old / "run/policy/round=000/ple.json").exists()
@@ -149,19 +163,15 @@ def test_a_run_that_was_stopped_between_stages_goes_on(old):
     assert [stage["stage"] for stage in stages if stage["exit_code"] == 0] == ["gen", "score", "train"]
 
 
-def test_what_was_trained_by_an_older_version_starts_the_next_round(old):
+def test_what_was_trained_by_an_older_version_starts_the_next_round(ple):
     """Its adapter samples a round, and is trained on."""
     gen = COMMANDS["round 0"].replace("--round 0", "--round 2").split()
     train = COMMANDS["training"].replace("--output trained", "--output next --adapter trained").split()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for words in ([*gen, "--adapter", "trained"], train):
-        ended = subprocess.run(
-            [sys.executable, "-m", "cli", *words], cwd=old, env=environment, capture_output=True, text=True
-        )
-        assert ended.returncode == 0, ended.stderr
+    ple(*gen, "--adapter", "trained")
+    ple(*train)
 
 
-def test_folders_that_were_moved_or_renamed_are_the_same_ones(old):
+def test_folders_that_were_moved_or_renamed_are_the_same_ones(old, ple):
     """Model, data and adapter count by what is in them: a killed training goes on, a finished one stays."""
     for name in ("policy", "data", "sft.jsonl"):
         (old / name).rename(old / f"new-{name}")
@@ -171,12 +181,7 @@ def test_folders_that_were_moved_or_renamed_are_the_same_ones(old):
         "sft": ("policy", "sft.jsonl"),
     }.items():
         words = [f"new-{word}" if word in moved else word for word in COMMANDS[name].split()]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(
-            [sys.executable, "-m", "cli", *words], cwd=old, env=environment, capture_output=True, text=True
-        )
-        assert ended.returncode == 0, ended.stderr
-        assert ("is complete already" in ended.stderr) == (name != "training, killed")
+        assert ("is complete already" in ple(*words)) == (name != "training, killed")
 
 
 def test_a_training_begun_in_float32_is_never_gone_on_with_in_bf16_unasked(old):

@@ -1,20 +1,17 @@
 """Commands of ours on a disk that fails: children of a warm process (tests/forkserver.py), with `shim.c` preloaded."""
 
 import errno
-import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from tests.conftest import ROOT
+from tests.forks import ForkServer
 
 SHIM = Path(__file__).with_name("shim.c")
 KINDS = {"fail": 1, "short": 2, "lost": 3, "kill before": 4, "kill after": 5}
@@ -65,44 +62,19 @@ class Disk:
     """Runs commands one after another; their file operations under one directory are counted, and may fail."""
 
     def __init__(self, library: Path) -> None:
-        environment = {
-            **os.environ,
-            "LD_PRELOAD": str(library),
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            "MPLCONFIGDIR": str(library.parent),
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.forkserver"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
-        assert self._answer() == "ready"
+        self._server = ForkServer(LD_PRELOAD=str(library), MPLCONFIGDIR=str(library.parent))
 
     def run(self, argv: list[str], watch: Path, log: Path, fault: Fault | None = None) -> Ended:
         """One command; `watch`: the directory whose operations count."""
         log.unlink(missing_ok=True)
-        given: dict[str, Any] = {"argv": argv, "log": str(log), "watch": str(watch), "limit": 120}
-        given["fault"] = [fault.n, KINDS[fault.kind], fault.error] if fault else [0, 0, 0]
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(given) + "\n")
-        self._process.stdin.flush()
-        code = json.loads(self._answer())["exit"]
+        meets = [fault.n, KINDS[fault.kind], fault.error] if fault else [0, 0, 0]
+        code, _ = self._server.run(argv, log, watch=str(watch), limit=120, fault=meets)
         said, _, counted = log.read_text(errors="replace").partition("\noperations ")
         operations, _, met = counted.strip().partition(" ")
         return Ended(code, said, int(operations or 0), met)
 
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
     def close(self) -> None:
-        self._process.communicate(timeout=30)
+        self._server.close()
 
 
 class Disks:
