@@ -7,7 +7,7 @@ import pytest
 from tests.faults.__main__ import run
 from tests.faults.disk import compiler
 
-MOST = 6
+MOST = 4
 """Faults of each stage."""
 
 
