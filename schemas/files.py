@@ -74,7 +74,7 @@ def refuse_no_file(path: Path | str, missing: str = "the file is missing: restor
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file. Raises DamagedError where it is none, PleError where it is not there or cannot be read."""
+    """The bytes of a file. Raises DamagedError where it is none or is not there, PleError where it cannot be read."""
     refuse_no_file(path)
     with explained(path, "read"):
         return path.read_bytes()

@@ -45,6 +45,15 @@ def without_a_weight(model: Path, directory: Path) -> Path:
     return copy
 
 
+def words_of(command: str, model: Path, given: Path | None, place: Path) -> list:
+    """The command line that loads `model`; score takes the rows that lie in `place` already."""
+    if command == "gen":
+        return gen_words(model, given, place / "data")
+    if command == "score":
+        return ["score", "--reward-model", model, "--data", place / "data"]
+    return [command, "--model", model, "--data", given, "--output", place / "out"]
+
+
 @pytest.mark.parametrize("command", ["gen", "sft", "reward", "score"])
 def test_every_command_names_a_weight_that_is_missing(policy, reward, queries, preferences, tmp_path, command):
     model = without_a_weight(reward if command == "score" else policy, tmp_path / "model")
@@ -52,13 +61,14 @@ def test_every_command_names_a_weight_that_is_missing(policy, reward, queries, p
     rows.write_text('{"x": "the film", "y": " was great"}\n')
     if command == "score":
         assert ple(*gen_words(policy, queries, tmp_path / "data")).exit_code == 0
-    words = {
-        "gen": gen_words(model, queries, tmp_path / "data"),
-        "sft": ["sft", "--model", model, "--data", rows, "--output", tmp_path / "out"],
-        "reward": ["reward", "--model", model, "--data", preferences, "--output", tmp_path / "out"],
-        "score": ["score", "--reward-model", model, "--data", tmp_path / "data"],
-    }
-    refused(ple(*words[command]), 2, model, "model.layers.1.mlp.up_proj.weight", "random numbers")
+    inputs = {"gen": queries, "sft": rows, "reward": preferences, "score": None}
+    refused(
+        ple(*words_of(command, model, inputs[command], tmp_path)),
+        2,
+        model,
+        "model.layers.1.mlp.up_proj.weight",
+        "random numbers",
+    )
 
 
 def test_capped_attention_samples_scores_and_trains_with_its_cap(queries, tmp_path):
@@ -132,13 +142,7 @@ def test_a_text_with_a_token_that_the_model_has_no_row_for_is_refused(policy, re
     odd.write_text(json.dumps({name: row[name] for name in row if (name in "xy") != (command == "reward")}) + "\n")
     if command == "score":
         assert ple(*gen_words(policy, odd, tmp_path / "data")).exit_code == 0
-    words = {
-        "gen": gen_words(model, odd, tmp_path / "data"),
-        "sft": ["sft", "--model", model, "--data", odd, "--output", tmp_path / "out"],
-        "reward": ["reward", "--model", model, "--data", odd, "--output", tmp_path / "out"],
-        "score": ["score", "--reward-model", model, "--data", tmp_path / "data"],
-    }
-    refused(ple(*words[command]), 2, "token", "embedding of", "resize_token_embeddings")
+    refused(ple(*words_of(command, model, odd, tmp_path)), 2, "token", "embedding of", "resize_token_embeddings")
 
 
 def test_a_long_text_is_cut_to_the_positions_of_a_roberta(tmp_path):

@@ -125,13 +125,11 @@ def with_reference_ids(snapshot: list[snapshots.SnapshotShard], tokenizer: Any) 
         found = selection.references(snapshots.read_rows(part, REFERENCE_COLUMNS, None))
         frames.append(found.with_columns(chat=asked_as_chat(part.shard)))
     rows = selection.first_of_each_query(pl.concat(frames))
-    ids_of = {
-        chat: reference_ids(rows.filter(pl.col("chat") == chat), tokenizer, "auto" if chat else "plain")
-        for chat in (False, True)
-    }
-    return pl.concat(
-        [rows.filter(pl.col("chat") == chat).with_columns(ids.alias("ids")) for chat, ids in ids_of.items()]
-    )
+    parts = []
+    for chat in (False, True):
+        own = rows.filter(pl.col("chat") == chat)
+        parts.append(own.with_columns(reference_ids(own, tokenizer, "auto" if chat else "plain").alias("ids")))
+    return pl.concat(parts)
 
 
 def reference_ids(rows: pl.DataFrame, tokenizer: Any, prompt_format: PromptFormat) -> pl.Series:

@@ -1,24 +1,17 @@
 """python -m tests.faults [--most N] [--seed S] [--jobs N] [--stage NAME ...]: all faults of every stage, in figures."""
 
-import argparse
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from tests.faults.disk import Disk, Disks, Fault, build
+from tests.faults.disk import Disk, Disks, Fault, arguments, build
 from tests.faults.faults import Finding, all_faults, drawn, tally, try_fault, uninterrupted
 from tests.faults.stages import World
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--most", type=int, default=10**9, help="faults of each stage, drawn by --seed")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="tried at once; default: cores")
-    parser.add_argument("--stage", action="append", help="this one only; may be repeated")
-    given = parser.parse_args()
+    given = arguments("faults", __doc__, "stage")
     with tempfile.TemporaryDirectory() as folder:
         findings = run(Path(folder), given.most, given.seed, given.jobs, given.stage)
     sys.exit(bool(findings))

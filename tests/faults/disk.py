@@ -1,6 +1,8 @@
 """Commands of ours on a disk that fails: children of a warm process (tests/forkserver.py), with `shim.c` preloaded."""
 
+import argparse
 import errno
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
@@ -44,6 +46,16 @@ class Ended:
     said: str
     operations: int
     met: str
+
+
+def arguments(module: str, about: str | None, one: str) -> argparse.Namespace:
+    """What the command line of `python -m tests.MODULE` says; one: what it goes through, of which some are chosen."""
+    parser = argparse.ArgumentParser(prog=f"python -m tests.{module}", description=about)
+    parser.add_argument("--most", type=int, default=10**9, help=f"of each {one}, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="tried at once; default: cores")
+    parser.add_argument(f"--{one}", action="append", help="this one only; may be repeated")
+    return parser.parse_args()
 
 
 def compiler() -> str | None:

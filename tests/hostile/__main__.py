@@ -1,7 +1,5 @@
 """python -m tests.hostile [--most N] [--seed S] [--jobs N] [--family NAME ...]: all hostile inputs, in figures."""
 
-import argparse
-import os
 import random
 import shutil
 import sys
@@ -10,7 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.faults.disk import Disk, Disks, build
+from tests.faults.disk import Disk, Disks, arguments, build
 from tests.faults.faults import uninterrupted
 from tests.faults.stages import World
 from tests.hostile.families import all_inputs as of_files
@@ -19,12 +17,7 @@ from tests.hostile.rule import Input, Verdict, tried
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.hostile", description=__doc__)
-    parser.add_argument("--most", type=int, default=10**9, help="inputs of each family, drawn by --seed")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="tried at once; default: cores")
-    parser.add_argument("--family", action="append", help="this one only; may be repeated")
-    given = parser.parse_args()
+    given = arguments("hostile", __doc__, "family")
     with tempfile.TemporaryDirectory() as folder:
         wrong = run(Path(folder), given.most, given.seed, given.jobs, given.family)
     sys.exit(bool(wrong))

@@ -13,6 +13,7 @@ import pytest
 from ple_data.common import web
 from ple_data.rewards.endpoint import HttpReward
 from schemas.errors import PleError, UsageError
+from tests.hostile.peers import endless
 
 ROWS = [("x", "y")]
 GOOD = b'{"scores": [1.5]}'
@@ -71,16 +72,6 @@ def answer(body: bytes, *headers: str, status: str = "200 OK", sized: bool = Tru
     return lambda connection: connection.sendall(head.encode() + body)
 
 
-def forever(first: bytes, again: bytes, pause: float = 0.0) -> Callable[[socket.socket], None]:
-    def talk(connection: socket.socket) -> None:
-        connection.sendall(first)
-        while True:
-            connection.sendall(again)
-            time.sleep(pause)
-
-    return talk
-
-
 def ask(peer: Peer, **options: float) -> list[float]:
     return HttpReward(peer.url, **{"tries": 2, "first_wait": 0.01, "timeout": 0.4, **options}).score(ROWS)
 
@@ -88,12 +79,12 @@ def ask(peer: Peer, **options: float) -> list[float]:
 @pytest.mark.parametrize(
     ("talk", "message"),
     [
-        (forever(b"HTTP/1.1 200 OK\r\nX: ", b"a", 0.02), "gave no whole answer in 1 seconds"),
-        (forever(b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", 0.02), "gave no whole answer"),
-        (forever(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b" ", 0.02), "gave no whole answer"),
-        (forever(b"HTTP/1.1 200 OK\r\n\r\n", b" ", 0.02), "gave no whole answer"),
-        (forever(b"HTTP/1.1 200 OK\r\n", b"X-More: " + b"a" * 2000 + b"\r\n"), "failed 2 times"),
-        (forever(b"", b"a" * 4096), "failed 2 times"),
+        (endless(b"HTTP/1.1 200 OK\r\nX: ", b"a", 0.02), "gave no whole answer in 1 seconds"),
+        (endless(b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", 0.02), "gave no whole answer"),
+        (endless(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b" ", 0.02), "gave no whole answer"),
+        (endless(b"HTTP/1.1 200 OK\r\n\r\n", b" ", 0.02), "gave no whole answer"),
+        (endless(b"HTTP/1.1 200 OK\r\n", b"X-More: " + b"a" * 2000 + b"\r\n"), "failed 2 times"),
+        (endless(b"", b"a" * 4096), "failed 2 times"),
     ],
     ids=["headers drip", "informational", "body drips", "body drips to the end", "headers", "no HTTP"],
 )
@@ -106,7 +97,7 @@ def test_an_answer_without_end_is_given_up(serve, talk, message: str):
 
 def test_a_large_answer_is_given_up_packed_or_not(serve, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(web, "MOST_BYTES", 2**20)
-    plain = serve(forever(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 65536))
+    plain = serve(endless(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 65536))
     with pytest.raises(PleError, match="gave an answer of more than 1048576 bytes"):
         ask(plain, timeout=20.0)
     assert plain.asked == 1
