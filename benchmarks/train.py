@@ -397,7 +397,7 @@ def peer(bench: Bench, trainer_name: str, output: Path, rows: dict[str, list[str
     import trl
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
 
     class Clock(TrainerCallback):
         began = ended = 0.0
@@ -413,6 +413,8 @@ def peer(bench: Bench, trainer_name: str, output: Path, rows: dict[str, list[str
             self.ended = time.perf_counter()
 
     clock = Clock()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(bench.model)  # AutoTokenizer takes a Qwen2's own rules
+    assert tokenizer(text([2, 3])).input_ids == [2, 3]
     settings = getattr(trl, f"{trainer_name}Config")(
         output_dir=str(output), num_train_epochs=1, learning_rate=RATE, logging_steps=1000, save_strategy="no",
         report_to=[], use_cpu=not bench.gpu, bf16=bench.precision == "bf16", disable_tqdm=True,
@@ -423,7 +425,7 @@ def peer(bench: Bench, trainer_name: str, output: Path, rows: dict[str, list[str
         model=bench.load(),
         args=settings,
         train_dataset=Dataset.from_dict(rows),
-        processing_class=AutoTokenizer.from_pretrained(bench.model),
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[clock],
     )

@@ -59,15 +59,15 @@ def measure(results: Results, setting: Setting) -> None:
                     results.attempt(f"{world.name}: {name}, float32", partial(call, words))
             for name, work in on_gpu_alone(world).items() if not few else ():
                 results.attempt(f"{world.name}: {name}", work)
-        for name, future in beside.items():
-            results.attempt(f"{first.name}: {name}", future.result)
-        alike = partial(kills.same_as_unkilled, first)
-        results.attempt(f"{first.name}: ple-train resumed as if never killed", alike)
         for world in whole:
             results.attempt(f"{world.name}: the CPU's side", cpu_sides[world.name].result)
             for name in reference.commands(world, "gpu"):
                 work = partial(reference.compare, name, world)
                 results.attempt(f"{world.name}: {name} as on the CPU", work)
+        for name, future in beside.items():
+            results.attempt(f"{first.name}: {name}", future.result)
+        alike = partial(kills.same_as_unkilled, first)
+        results.attempt(f"{first.name}: ple-train resumed as if never killed", alike)
 
 
 def machine() -> dict[str, Any]:
