@@ -4,6 +4,7 @@ Gives text and prints nothing. Model text is data: what is not printable is esca
 """
 
 import json
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,17 @@ _ARM_FLAGS = ["y_finish", "y_prompt_finish", "len_y", "len_y_prompt"]
 
 
 def inspect(
-    data: Path, tau0: float = 0.2, alpha: float = 0.9, sort: str | None = None, rows: int = 0, as_json: bool = False
+    data: Path,
+    tau0: float = 0.2,
+    alpha: float = 0.9,
+    sort: str | None = None,
+    rows: int = 0,
+    as_json: bool = False,
+    beta: float | None = None,
 ) -> str:
     """The text (or one JSON object) about a data directory: counts, statistics by round at tau_t, and some pairs.
 
+    With `beta`, where the median pair of a round comes to rest under an objective that stops by itself.
     With `rows` that many pairs follow, with `sort` = "margin" those of the largest margin first.
     Raises UsageError where nothing is committed, DamagedError on a shard that cannot be read.
     """
@@ -51,7 +59,7 @@ def inspect(
     pairs = store.scan("pairs")
     statistics = round_statistics(pairs, tau0, alpha)
     rows = rows or (DEFAULT_ROWS if sort else 0)
-    found = {"data": str(data), "tau0": tau0, "alpha": alpha, "counts": counts}
+    found = {"data": str(data), "tau0": tau0, "alpha": alpha, "counts": counts, "beta": beta}
     found |= {
         "rounds": statistics.to_dicts(),
         "warnings": warnings(statistics),
@@ -107,6 +115,15 @@ def format_statistics(statistics: pl.DataFrame, *, tau0: float, alpha: float, at
     return "\n".join([*lines, *[f"warning: {message}" for message in warnings(statistics)]])
 
 
+def rest(medians: Iterable[tuple[int, float]], beta: float) -> str:
+    """The line that says at which Delta a pair of the median margin stops; medians: by round, in the reward's units."""
+    places = ", ".join(f"{_number(median / beta)} in round {round}" for round, median in medians)
+    return (
+        f"beta = {beta:g}: the median margin comes to rest where Delta = margin / beta is {places} (nats a token with "
+        "--form means, a response with sums)"
+    )
+
+
 def _statistics_lines(rounds: list[dict[str, Any]], tau0: float, alpha: float, at_round: int | None) -> list[str]:
     which = "its own round" if at_round is None else f"round {at_round}"
     quantiles = [f"{round(100 * q)} %" for q in QUANTILES.values()]
@@ -136,6 +153,8 @@ def _format(found: dict[str, Any]) -> str:
     parts = [[f"{printable(found['data'])}: committed rows"], _count_lines(found["counts"])]
     if found["rounds"]:
         parts += [[""], _statistics_lines(found["rounds"], found["tau0"], found["alpha"], None)]
+        if found["beta"] is not None:
+            parts += [["", rest([(r["round"], r["margin_q50"]) for r in found["rounds"]], found["beta"])]]
         parts += [[""], _histogram_lines(found["histogram"]), [""], _source_lines(found["sources"])]
         parts += [[f"warning: {message}" for message in found["warnings"]]]
     else:

@@ -95,6 +95,21 @@ def token_logps(
     return logps
 
 
+@torch.no_grad()
+def token_entropies(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: float = 1.0, softcap: float = 0.0
+) -> Tensor:
+    """Entropy of the distribution over the vocabulary at each place, [n] in nats; arguments as of `token_logps`."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    entropies = hidden.new_empty(len(hidden), dtype=_at_least_float32(hidden))
+    with torch.autocast(device, enabled=False):
+        for rows, _, log_softmax in _chunks(hidden, weight.to(hidden.dtype), bias, scale, softcap):
+            entropies[rows] = -(log_softmax.exp() * log_softmax).sum(1)
+    return entropies
+
+
 def sum_by_response(values: Tensor, responses: Tensor, count: int) -> Tensor:
     """Sum token values [n] into their responses (responses [n] int64 in [0, count)) → [count]."""
     return values.new_zeros(count).index_add(0, responses, values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,9 +203,19 @@ def warn_of_another_sampler(parts: list[SnapshotShard], round: int, policy: str)
             )
 
 
-def read_rows(part: SnapshotShard, columns: list[str], max_length: int | None) -> pl.DataFrame:
-    """The rows of a shard that fit `max_length`, in the stored order; columns must hold the ids of x and both arms."""
+def read_rows(
+    part: SnapshotShard,
+    columns: list[str],
+    max_length: int | None,
+    beside: Callable[[SnapshotShard], pl.DataFrame] | None = None,
+) -> pl.DataFrame:
+    """The rows of a shard that fit `max_length`, in the stored order; columns must hold the ids of x and both arms.
+
+    beside: gives more columns of all its rows.
+    """
     frame = pl.DataFrame(pl.from_arrow(Store(part.store).read(part.shard, columns=columns)))
+    if beside is not None:
+        frame = frame.hstack(beside(part))
     return frame if max_length is None else frame.filter(fits(max_length))
 
 

@@ -6,7 +6,7 @@ window are permuted. Memory holds one window. The partition (set, coefficients) 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,25 +27,42 @@ STREAMED = ["query_id", "round", "s", "s_prompt", *ID_COLUMNS]
 
 @dataclass(frozen=True)
 class Response:
-    """What the PLE objective knows of a sequence: its arm, its pair's set and age in rounds, and its coefficient."""
+    """What an objective knows of a sequence: its arm, its pair's set and age in rounds, and its coefficient of Eq. 6.
+
+    margin: s_prompt - s of its pair. start: log pi_0(response | x) in nats, where it is kept. quantile: the share of
+    the plain responses to its query in its round whose reward is at most its own, where the objective asks for it.
+    """
 
     arm: str
     set: str
     age: int
     coefficient: float
+    margin: float = 0.0
+    start: float | None = None
+    quantile: float = 0.0
 
 
 class PairStream:
     """Global batches of `batch_size` pairs (two sequences each); the last of an epoch is short, never dropped.
 
-    In an ablation (`without`) responses with the coefficient 0 stay out: they would cost and teach nothing.
+    beside: more columns of a shard's rows, in their order: `start_y` and `start_y_prompt`, log pi_0 of both arms in
+    nats. In an ablation of the printed loss (`without`) responses with the coefficient 0 stay out: they would cost and
+    teach nothing. Raises UsageError where quantiles are asked for and a query has one plain response in its round.
     """
 
     def __init__(
-        self, snapshot: list[SnapshotShard], options: Train, limits: Limits, window_rows: int = WINDOW_ROWS
+        self,
+        snapshot: list[SnapshotShard],
+        options: Train,
+        limits: Limits,
+        window_rows: int = WINDOW_ROWS,
+        beside: Callable[[SnapshotShard], pl.DataFrame] | None = None,
+        quantiles: bool = False,
     ) -> None:
-        self.snapshot, self.limits, self.window_rows = snapshot, limits, window_rows
-        self.round, self.without, self.max_length = options.round, options.without, options.max_length
+        self.snapshot, self.limits, self.window_rows, self.beside = snapshot, limits, window_rows, beside
+        self._plain_rewards = plain_rewards(snapshot) if quantiles else None
+        self.round, self.max_length = options.round, options.max_length
+        self.skip_zeros = options.without is not None and options.objective == "ple"
         self.batch_size, self.seed = options.batch_size, options.seed
         threshold = tau(options.tau0, options.alpha, options.round)
         self.partition = partition(
@@ -83,7 +100,7 @@ class PairStream:
                 continue
             if skip < rows:
                 shuffle = np.random.default_rng([self.seed, epoch, number]).permutation(rows)[skip:]
-                frames = [read_rows(part, STREAMED, self.max_length) for part in window]
+                frames = [read_rows(part, STREAMED, self.max_length, self.beside) for part in window]
                 yield pl.concat(frames)[shuffle].with_columns(self.partition)
             skip = max(0, skip - rows)
             window, number = [], number + 1
@@ -91,15 +108,38 @@ class PairStream:
     def _sequences(self, rows: pl.DataFrame) -> tuple[list[Sequence], int]:
         sequences = []
         for number, row in enumerate(rows.iter_rows(named=True)):
-            for arm, coefficient in zip(ARMS, (row["c"], row["c_prompt"]), strict=True):
-                if self.without and coefficient == 0:
+            for arm, coefficient, reward in zip(
+                ARMS, (row["c"], row["c_prompt"]), (row["s"], row["s_prompt"]), strict=True
+            ):
+                if self.skip_zeros and coefficient == 0:
                     continue
                 ids = checked_ids(row, f"{arm}_ids", arm, self.limits)
-                tag = Response(arm, row["set"], self.round - row["round"], coefficient)
+                start, quantile = row.get(f"start_{arm}"), self._quantile(row, reward)
+                age = self.round - row["round"]
+                tag = Response(arm, row["set"], age, coefficient, row["margin"], start, quantile)
                 sequence = Sequence(ids, len(row["x_ids"]), tag, query=number)
                 if sequence.response > 0:
                     sequences.append(sequence)
         return sequences, rows.height
+
+    def _quantile(self, row: dict[str, Any], reward: float) -> float:
+        if self._plain_rewards is None:
+            return 0.0
+        rewards = self._plain_rewards[row["round"], row["query_id"]]
+        return float(np.mean(rewards <= np.float32(reward)))
+
+
+def plain_rewards(snapshot: list[SnapshotShard]) -> dict[tuple[int, str], np.ndarray]:
+    """Rewards of the plain responses by round and query. Raises UsageError where there is one alone."""
+    rows = scan_shards("pairs", [part.shard for part in snapshot])
+    found = collect(rows.group_by("round", "query_id").agg(pl.col("s")))
+    alone = found.filter(pl.col("s").list.len() < 2)
+    if alone.height:
+        raise UsageError(
+            f"--objective qrpo compares a response with others to its query, and {alone.height} of {found.height} "
+            "queries have one plain response alone: sample more with ple-gen --samples 4, or take another objective"
+        )
+    return {(round, query): np.array(rewards, dtype=np.float32) for round, query, rewards in found.iter_rows()}
 
 
 class Limits(Protocol):

@@ -5,8 +5,11 @@ Reads committed pairs and a model; never samples and never scores.
 
 from __future__ import annotations
 
+import math
+
 import polars as pl
 
+from ple_data.common.digests import policy_name
 from ple_data.partition import rank_shares, round_statistics, tau
 from ple_data.partition import warnings as partition_warnings
 from ple_data.storage.store import Store, collect, scan_shards
@@ -14,10 +17,15 @@ from ple_train import snapshot as snapshots
 from ple_train.engine.checkpoint import newest_checkpoint
 from ple_train.engine.session import Session
 from ple_train.log import print_to_log
-from ple_train.objectives import make_objective
+from ple_train.measure.pair_logps import StartLogps
+from ple_train.objectives import loss_on_pairs, make_objective
+from ple_train.objectives.pair_loss import Knobs
 from ple_train.stream import PairStream, refuse_unfit_pairs
 from schemas.errors import UsageError
-from schemas.options import Train
+from schemas.options import Form, Train
+
+STABLE_DELTA = 0.3
+"""Nats a token: the trust region of --stable."""
 
 
 def train(options: Train) -> None:
@@ -28,10 +36,12 @@ def train(options: Train) -> None:
     DamagedError (a shard), LockedError (another process writes `output`), PleError (NaN).
     """
     snapshots.refuse_doubled_stores(options.data)
-    if options.trust_region is not None and options.full:
-        raise UsageError(
-            "--trust-region needs the start policy at hand: the model with its adapter off, so not with --full"
-        )
+    options = settled(options)
+    how = loss_on_pairs(options.objective)
+    needs_start = how.start or options.trust_region is not None
+    if needs_start and options.full:
+        asked = f"--objective {options.objective}" if how.start else "--trust-region"
+        raise UsageError(f"{asked} needs the start policy at hand: the model with its adapter off, so not with --full")
     with Session("ple", options, elsewhere=["data"]) as session:
         if session.finished:
             snapshots.check_finished(session, options.data, options.round)
@@ -44,20 +54,66 @@ def train(options: Train) -> None:
         policy = session.load_policy()
         if not newest_checkpoint(session.checkpoints.directory):
             refuse_unfit_pairs(snapshot, policy, options.max_length, session.weights)
-        stream = PairStream(snapshot, options, policy)
-        history = session.fit(policy, stream, make_objective("ple", policy, options.trust_region))
+        beside = None
+        if needs_start:
+            name = policy_name(options.model, None, options.revision)
+            start = StartLogps(name, session.options.precision, session.private)
+            start.fill(policy, snapshot, options.microbatch_tokens, session.accelerator)
+            beside = start.of
+        stream = PairStream(snapshot, options, policy, beside=beside, quantiles=how.quantiles)
+        objective = make_objective("pairs", policy, options.trust_region, how, knobs(options), options.form or "sums")
+        history = session.fit(policy, stream, objective)
         what = f"PLE round {options.round}" + (f" without {options.without}" if options.without else "")
+        if options.objective != "ple":
+            what = f"{options.objective}, round {options.round}"
         sampled = snapshots.sampled_by_round(snapshot, ("y_ids", "y_prompt_ids"))
         session.finish(policy.model, history, what, sampled=sampled)
 
 
+def settled(options: Train) -> Train:
+    """The options with what `stable` and an objective's own defaults stand for written out.
+
+    Raises UsageError for an option that the objective does not have.
+    """
+    if options.stable:
+        delta = STABLE_DELTA if options.trust_region is None else options.trust_region
+        options = options.but(stable=False, normalize_wsft=True, trust_region=delta)
+    how = loss_on_pairs(options.objective)
+    form: Form = options.form if options.form is not None else next(iter(how.betas))
+    given = {
+        "--beta": options.beta is not None and how.betas.get(form) is None,
+        f"--form {form}": form not in how.betas or (options.form is not None and how.linear),
+        "--label-smoothing": bool(options.label_smoothing) and options.objective != "dpo",
+        "--normalize-wsft": options.normalize_wsft and options.objective != "ple",
+        "--sft-anchor": bool(options.sft_anchor) and options.objective != "ple",
+        "--without": bool(options.without) and options.objective not in ("ple", "ple-residual"),
+    }
+    if wrong := [name for name, is_wrong in given.items() if is_wrong]:
+        raise UsageError(f"--objective {options.objective} has no {wrong[0]}: leave it out, or take another objective")
+    if how.linear:
+        return options
+    return options.but(form=form, beta=how.betas[form] if options.beta is None else options.beta)
+
+
+def knobs(options: Train) -> Knobs:
+    """How the objective is set, of settled options."""
+    threshold = math.inf if options.without == "rank" else tau(options.tau0, options.alpha, options.round)
+    beta = 1.0 if options.beta is None else options.beta
+    return Knobs(threshold, beta, options.label_smoothing, weighted=options.without != "wsft")
+
+
 def dry_run(options: Train) -> str:
     """What training would see, by round, at this round's threshold: a table to print, with warnings."""
-    from ple_data.inspection import format_statistics
+    from ple_data.inspection import format_statistics, rest
 
     snapshots.refuse_doubled_stores(options.data)
+    options = settled(options)
     snapshots.freeze(options.data, options.round, options.max_length)
-    return format_statistics(statistics(options), tau0=options.tau0, alpha=options.alpha, at_round=options.round)
+    found = statistics(options)
+    text = format_statistics(found, tau0=options.tau0, alpha=options.alpha, at_round=options.round)
+    if options.beta is not None and loss_on_pairs(options.objective).stops:
+        text += "\n" + rest(found.select("round", "margin_q50").iter_rows(), options.beta)
+    return text
 
 
 def statistics(options: Train) -> pl.DataFrame:

@@ -68,6 +68,7 @@ class BaselineStage(_stage(options.Baseline, "ple", "baseline")):  # type: ignor
 
     method: Literal["sft", "context-distillation", "raft", "dpo"]
     beta: float = _field(options.Dpo.__dataclass_fields__["beta"])
+    via: Literal["ple", "trl"] | None = None
 
     @model_validator(mode="after")
     def _options_of_the_method(self) -> "BaselineStage":

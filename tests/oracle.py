@@ -94,3 +94,78 @@ def sft_loss(logps: list[list[float]]) -> float:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+# Objectives beside the printed loss: each the loss of one pair and its slopes by log pi of y and of y_prompt.
+# d, d_prompt: log pi - log pi_0 of a response, already divided by its length where the form is means.
+
+
+def sigmoid(z: float) -> float:
+    return 1 / (1 + math.exp(-z)) if z > 0 else math.exp(z) / (1 + math.exp(z))
+
+
+def residual(margin: float, d: float, d_prompt: float, tau: float, beta: float) -> tuple[float, float, float]:
+    """The pull (1 above tau, tanh(m / 2) below) added up from where the pair rests, by Simpson's rule."""
+
+    def pull(m: float) -> float:
+        return math.tanh(m / 2)
+
+    def area(end: float) -> float:
+        steps = 2000
+        width = end / steps
+        ends = pull(0) + pull(end)
+        inner = sum((4 if n % 2 else 2) * pull(n * width) for n in range(1, steps))
+        return (ends + inner) * width / 3
+
+    m = margin - beta * (d_prompt - d)
+    value = area(m) if m <= tau else area(tau) + (m - tau)
+    slope = 1.0 if m > tau else pull(m)
+    return value / beta, slope, -slope
+
+
+def dpo(margin: float, d: float, d_prompt: float, beta: float, wrong: float) -> tuple[float, float, float]:
+    if margin == 0:
+        return 0.0, 0.0, 0.0
+    sign = math.copysign(1, margin)
+    h = beta * sign * (d_prompt - d)
+    value = -(1 - wrong) * math.log(sigmoid(h)) - wrong * math.log(sigmoid(-h))
+    slope = (-(1 - wrong) * sigmoid(-h) + wrong * sigmoid(h)) * beta * sign
+    return value, -slope, slope
+
+
+def ipo(margin: float, d: float, d_prompt: float, beta: float) -> tuple[float, float, float]:
+    if margin == 0:
+        return 0.0, 0.0, 0.0
+    sign = math.copysign(1, margin)
+    error = sign * (d_prompt - d) - 1 / (2 * beta)
+    return error**2, -2 * error * sign, 2 * error * sign
+
+
+def rebel(margin: float, d: float, d_prompt: float, beta: float) -> tuple[float, float, float]:
+    error = beta * (d_prompt - d) - margin
+    return error**2, -2 * error * beta, 2 * error * beta
+
+
+def apo(margin: float, d: float, d_prompt: float, beta: float) -> tuple[float, float, float]:
+    if margin == 0:
+        return 0.0, 0.0, 0.0
+    better, worse = (d_prompt, d) if margin > 0 else (d, d_prompt)
+    value = 1 - sigmoid(beta * better) + sigmoid(beta * worse)
+    up = -beta * sigmoid(beta * better) * (1 - sigmoid(beta * better))
+    down = beta * sigmoid(beta * worse) * (1 - sigmoid(beta * worse))
+    return value, (down if margin > 0 else up), (up if margin > 0 else down)
+
+
+def topr(margin: float, d: float, d_prompt: float) -> tuple[float, float, float]:
+    value, slopes = 0.0, []
+    for advantage, ratio in ((-margin / 2, d), (margin / 2, d_prompt)):
+        tapered = ratio if ratio > 0 else math.exp(ratio) - 1
+        value -= advantage * (ratio if advantage > 0 else tapered)
+        slopes.append(-advantage * (1 if advantage > 0 else min(1.0, math.exp(ratio))))
+    return value, slopes[0], slopes[1]
+
+
+def qrpo(q: float, q_prompt: float, d: float, d_prompt: float, beta: float) -> tuple[float, float, float]:
+    log_partition = math.log(beta * (math.exp(1 / beta) - 1))
+    errors = [quantile - beta * log_partition - beta * ratio for quantile, ratio in ((q, d), (q_prompt, d_prompt))]
+    return sum(error**2 for error in errors), -2 * beta * errors[0], -2 * beta * errors[1]

@@ -1,13 +1,16 @@
-"""`ple baseline dpo`: TRL's DPOTrainer on the pairs of a store, the response with the higher reward chosen.
+"""`ple baseline dpo`: Direct Preference Optimization on the pairs of a store, the response with the higher reward
+chosen.
 
-The token ids are the stored ones: TRL's own tokenising is left out, so nothing drifts. The reference is the start
-policy, that is the model with its adapter off, in every round. Never samples. A killed run starts over: TRL's
-checkpoints are pickles, which this project does not read.
+On our own loop it is `ple-train --objective dpo`. By TRL's DPOTrainer the token ids are the stored ones: its own
+tokenising is left out, so nothing drifts. The reference is the start policy, that is the model with its adapter off, in
+every round. Never samples. A run of TRL that is killed starts over: its checkpoints are pickles, which this project
+does not read.
 """
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,11 +23,13 @@ from ple_train import snapshot as snapshots
 from ple_train.baselines import trl_tools
 from ple_train.baselines.responses import CHOSEN_FROM
 from ple_train.engine.checkpoint import History
+from ple_train.engine.output import read_record
 from ple_train.engine.session import Session
 from ple_train.log import print_to_log
 from ple_train.stream import checked_ids
+from ple_train.train import train
 from schemas.errors import UsageError
-from schemas.options import Dpo
+from schemas.options import Dpo, Train
 
 IDS = {"x_ids": "prompt_ids", "chosen_ids": "chosen_ids", "rejected_ids": "rejected_ids"}
 """Columns of token ids, and TRL's names of them."""
@@ -33,9 +38,19 @@ IDS = {"x_ids": "prompt_ids", "chosen_ids": "chosen_ids", "rejected_ids": "rejec
 def dpo(options: Dpo) -> None:
     """Direct Preference Optimization (Rafailov et al. 2023) on the pairs of all rounds ≤ `round`; writes `output`.
 
-    Pairs with equal rewards are left out, and counted on stderr. `batch_size` is in pairs. `beta` scales the
-    log-ratio to the start policy. Raises UsageError, DamagedError (a shard), LockedError, PleError (NaN).
+    Pairs with equal rewards teach nothing. `batch_size` is in pairs. `beta` scales the log-ratio to the start policy.
+    Raises UsageError, DamagedError (a shard), LockedError, PleError (NaN).
     """
+    made = read_record(options.output) if options.resume else None
+    if options.via == "trl" or (options.via is None and made is not None and made.kind == "baseline"):
+        via_trl(options)
+        return
+    shared = {known.name for known in fields(Train)} & {known.name for known in fields(Dpo)}
+    train(Train(objective="dpo", **{name: getattr(options, name) for name in shared}))
+
+
+def via_trl(options: Dpo) -> None:
+    """By TRL's trainer: ties are left out, and counted on stderr."""
     version = trl_tools.require_trl("dpo")
     snapshots.refuse_doubled_stores(options.data)
     with Session("baseline", options, more={"method": "dpo", "trl": version}, elsewhere=["data"]) as session:

@@ -130,9 +130,8 @@ def train_loop(
             for sequences, divisor in stream.batches(epoch, start):
                 began = time.perf_counter()
                 torch.manual_seed(_step_seed(settings.seed, done, process))  # dropout, if any
-                mine = micro_batches(
-                    sequences, divisor, settings.microbatch_tokens, processes, process, layout=objective.layout
-                )
+                how: dict[str, Any] = {"layout": objective.layout, "together": objective.together}
+                mine = micro_batches(sequences, divisor, settings.microbatch_tokens, processes, process, **how)
                 rate = learning_rate_at(done, total, settings)
                 for group in optimizer.param_groups:
                     group["lr"] = rate

@@ -1,7 +1,8 @@
 """`ple purity`: log pi(y_prompt|x) and log pi(y|x) of every stored pair under the policies of a run, given x alone.
 
-Log-probabilities are kept by policy and shard in OUTPUT/logps, so that nothing is computed twice; the mathematics of
-Section 5 is in `ple_data.evaluation.purity`. It samples nothing, trains nothing and never changes DATA.
+Log-probabilities are kept by policy and shard in OUTPUT/logps, so that nothing is computed twice, and those of the
+start policy that a training has kept beside DATA are taken. The mathematics of Section 5 is in
+`ple_data.evaluation.purity`. It samples nothing, trains nothing and never changes DATA.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,20 +23,14 @@ from ple_data.evaluation.purity_text import format_purity
 from ple_data.storage.parquet import parquet_bytes
 from ple_data.storage.store import Shard, Store
 from ple_train.log import print_to_log
-from ple_train.measure.perplexity import negative_log_likelihoods
-from ple_train.model.batches import Sequence
-from ple_train.model.policy import Policy, load_policy, resolve_precision
-from schemas import tables
-from schemas.errors import DamagedError, UsageError
+from ple_train.measure.pair_logps import FOLDER, KIND, MEASURED, StartLogps, file_name, measured, read_kept
+from ple_train.model.policy import load_policy, resolve_precision
+from schemas.errors import UsageError
 from schemas.files import refuse_outside, write_atomic
 from schemas.options import Purity
 from schemas.recipe import load_recipe
 from schemas.reports import PurityBound, PurityPolicy, PurityReport
-from schemas.tables import ARMS
 
-PAIRS_AT_ONCE = 256
-KIND = "purity_logps"
-MEASURED = ["query_id", "round", "sample", "s", "s_prompt", "x_ids", "y_ids", "y_prompt_ids"]
 _ROUND = re.compile(r"round=(\d+)$")
 
 
@@ -125,10 +119,12 @@ def _policies_given(model: str, adapters: tuple[str, ...], revision: str | None)
 def _measure(
     source: NamedPolicy, shards: list[tuple[Store, Shard]], output: Path, precision: str, microbatch_tokens: int
 ) -> pa.Table:
-    """The rows of every shard under one policy, computed where they are not kept yet."""
-    directory = output / "logps" / json_digest([source.name, precision])
-    refuse_outside(output, directory)
-    paths = [directory / f"{shard.sha256[:16]}.parquet" for _, shard in shards]
+    """The rows of every shard under one policy, computed where neither a training nor purity has kept them."""
+    own = output / FOLDER / json_digest([source.name, precision])
+    refuse_outside(output, own)
+    start = StartLogps(source.name, precision, output)
+    beside = [start.path(store.root, shard) for store, shard in shards]
+    paths = [path if path.exists() else own / file_name(shard) for path, (_, shard) in zip(beside, shards, strict=True)]
     to_do = [(path, *where) for path, where in zip(paths, shards, strict=True) if not path.exists()]
     total = sum(shard.rows for _, shard in shards)
     done = total - sum(shard.rows for *_, shard in to_do)
@@ -138,58 +134,10 @@ def _measure(
             progress.restart_clock()
         for path, store, shard in to_do:
             rows = store.read(shard, columns=MEASURED)
-            scored = _score(policy, source.name, rows, shard.path, microbatch_tokens)
-            write_atomic(path, parquet_bytes(KIND, scored, {}))
+            found = measured(policy, source.name, precision, rows, shard.path, microbatch_tokens)
+            write_atomic(path, parquet_bytes(KIND, found, {}))
             progress.advance(shard.rows)
-    return pa.concat_tables([_read_piece(path, shard) for path, (_, shard) in zip(paths, shards, strict=True)])
-
-
-def _read_piece(path: Path, shard: Shard) -> pa.Table:
-    table = tables.read_table(path, KIND)
-    if table.num_rows != shard.rows:
-        raise DamagedError(
-            f"{path}: {table.num_rows} rows instead of {shard.rows}: remove it and run the command again"
-        )
-    return table
-
-
-def _score(policy: Policy, name: str, rows: pa.Table, path: Path, microbatch_tokens: int) -> pa.Table:
-    """The rows of a shard in the columns of `purity_logps`."""
-    found = []
-    records = rows.to_pylist()
-    for first in range(0, len(records), PAIRS_AT_ONCE):
-        part = records[first : first + PAIRS_AT_ONCE]
-        for record, sums in zip(part, _sum_logps(policy, part, path, microbatch_tokens), strict=True):
-            row = record | {"policy": name, "margin": record["s_prompt"] - record["s"]}
-            for arm, total in zip(ARMS, sums, strict=True):
-                row[f"sum_logps_{arm}"] = total
-                row[f"mean_logps_{arm}"] = None if total is None else total / len(record[f"{arm}_ids"])
-            found.append({column: row[column] for column in tables.PURITY_LOGPS.names})
-    return pa.Table.from_pylist(found, schema=tables.PURITY_LOGPS)
-
-
-def _sum_logps(
-    policy: Policy, records: list[dict[str, Any]], path: Path, microbatch_tokens: int
-) -> Iterator[tuple[float | None, float | None]]:
-    """log pi(y|x) and log pi(y_prompt|x) of each pair in nats; equal responses get the very same number."""
-    sequences = []
-    for index, record in enumerate(records):
-        for arm in ARMS if record["y_ids"] != record["y_prompt_ids"] else ARMS[:1]:
-            ids = np.array(record["x_ids"] + record[f"{arm}_ids"], dtype=np.int32)
-            if ids.size and ids.max() >= policy.vocabulary:
-                raise UsageError(
-                    f"{path}: query {record['query_id']!r} of round {record['round']}: {arm}_ids holds token "
-                    f"{ids.max()}, but the model's vocabulary has {policy.vocabulary}; these pairs were made with "
-                    "another tokenizer"
-                )
-            sequence = Sequence(ids, len(record["x_ids"]), (index, arm), query=index)
-            if sequence.response > 0 and (policy.positions is None or ids.size <= policy.positions):
-                sequences.append(sequence)
-    nats = negative_log_likelihoods(policy, sequences, microbatch_tokens)
-    sums = {sequences[place].tag: -value for place, value in nats}
-    for index, record in enumerate(records):
-        same = record["y_ids"] == record["y_prompt_ids"]
-        yield sums.get((index, "y")), sums.get((index, "y" if same else "y_prompt"))
+    return pa.concat_tables([read_kept(path, shard) for path, (_, shard) in zip(paths, shards, strict=True)])
 
 
 def _policies_and_bound(

@@ -140,13 +140,23 @@ def _neighbours(order: list[int], lengths: ListLike[int], budget: int) -> list[l
 
 
 def micro_batches(
-    sequences: list[Sequence], total: int, budget: int, processes: int, process: int, *, layout: Layout
+    sequences: list[Sequence],
+    total: int,
+    budget: int,
+    processes: int,
+    process: int,
+    *,
+    layout: Layout,
+    together: bool = False,
 ) -> list[MicroBatch]:
-    """This process's micro-batches of one global batch."""
+    """This process's micro-batches of one global batch; together: neighbours of one query lie in the same one."""
     if not sequences:
         return []
-    units = _units_within(budget, sequences) if layout == "shared" else [[s] for s in sequences]
-    lengths = [_positions(unit) for unit in units]
+    if together:
+        units = [list(unit) for _, unit in groupby(sequences, key=lambda s: s.query)]
+    else:
+        units = _units_within(budget, sequences) if layout == "shared" else [[s] for s in sequences]
+    lengths = [_positions(unit, layout) for unit in units]
     mine = deal(lengths, budget, processes, packed=layout != "padded")[process]
     shortest = units[lengths.index(min(lengths))]
     return [
@@ -159,12 +169,15 @@ def _units_within(budget: int, sequences: list[Sequence]) -> list[list[Sequence]
     """Units of sequences that share a prompt; one that is over the budget is taken apart, and its prompt repeated."""
     units = []
     for unit in units_of(sequences):
-        units += [unit] if _positions(unit) <= budget else [[s] for s in unit]
+        units += [unit] if _positions(unit, "shared") <= budget else [[s] for s in unit]
     return units
 
 
-def _positions(unit: list[Sequence]) -> int:
-    return sum(s.positions for s in unit) - (len(unit) - 1) * unit[0].prompt
+def _positions(unit: list[Sequence], layout: Layout) -> int:
+    """Positions that a unit takes in a micro-batch."""
+    if layout == "padded":
+        return len(unit) * max(s.positions for s in unit)
+    return sum(s.positions for s in unit) - (len(unit) - 1) * unit[0].prompt * (layout == "shared")
 
 
 def units_of(sequences: list[Sequence]) -> list[list[Sequence]]:

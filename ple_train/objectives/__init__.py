@@ -1,19 +1,25 @@
 """The math on responses: what a micro-batch costs, and what is logged about it. An objective is known by its name."""
 
+from __future__ import annotations
+
 import importlib
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from ple_train.model.batches import Layout, MicroBatch
+from schemas.options import ObjectiveName
+
+if TYPE_CHECKING:
+    from ple_train.objectives.pair_loss import PairLoss
 
 OBJECTIVES = {
-    "ple": "pairs:PairObjective",
+    "pairs": "pairs:PairObjective",
     "sft": "responses:SftObjective",
     "label": "rewards:LabelObjective",
     "preference": "rewards:PreferenceObjective",
 }
-"""By name: the module here and its class."""
+"""By name: the module here and its class. What pairs are trained on by is a `PairLoss`, in a module of its own name."""
 
 
 class Objective(Protocol):
@@ -24,6 +30,7 @@ class Objective(Protocol):
 
     sums: tuple[str, ...]
     layout: Layout  # how the sequences of a micro-batch lie
+    together: bool  # whether sequences of one query must lie in one micro-batch
     remedy: str  # what may help when the loss stops being finite
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]: ...
@@ -36,3 +43,9 @@ def make_objective(name: str, *given: Any) -> Objective:
     module, kind = OBJECTIVES[name].split(":")
     objective: Objective = getattr(importlib.import_module(f"{__name__}.{module}"), kind)(*given)
     return objective
+
+
+def loss_on_pairs(name: ObjectiveName) -> PairLoss:
+    """The objective on pairs of that name."""
+    found: PairLoss = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").OBJECTIVE
+    return found

@@ -15,6 +15,7 @@ class SftObjective:
     """Eq. 1, divided by the response tokens of the global batch."""
 
     sums: tuple[str, ...] = ("response_tokens", "positions", "padding")
+    together = False
     remedy = "Lower --learning-rate."
 
     def __init__(self, policy: Policy) -> None:

@@ -16,6 +16,7 @@ class LabelObjective:
 
     sums: tuple[str, ...] = ("right", "rows")
     layout: Layout = "padded"
+    together = False
     remedy = "Lower --learning-rate."
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]:
@@ -34,6 +35,7 @@ class PreferenceObjective:
 
     sums: tuple[str, ...] = ("right", "rows", "margin")
     layout: Layout = "padded"
+    together = False
     remedy = "Lower --learning-rate."
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ class Score(Rewards):
     )
 
 
-class Train(Policy, Stores, Threshold, Safeguards, Loop, Trainable, Tracked):
+class Train(Policy, Stores, Threshold, PairObjectives, Safeguards, Loop, Trainable, Tracked):
     without: Without | None = option(
         None,
         "Ablation: leave out a term of equation 6. rank: every pair is weighted SFT; wsft: rank pairs alone.",
@@ -99,7 +99,13 @@ class BaselineSft(Prompting, Baseline):
 
 
 class Dpo(Policy, Stores, Seed, Passes, Lora, Computing, Written):
-    resume: bool = option(True, "Keep a finished --output, or start over.", MACHINE, machine=True)
+    via: Literal["ple", "trl"] | None = option(
+        None,
+        "ple: our own loop, as ple-train --objective dpo; trl: TRL's DPOTrainer, which starts over after a kill.  "
+        "[default: ple, or what --output was made with]",
+        METHOD,
+        machine=True,
+    )
     beta: float = option(0.1, "Weight of the log-ratio to the start policy.", METHOD, above=0)
     batch_size: int = option(16, "Pairs of one step.", TRAINING, least=1)
     gradient_checkpointing: bool = option(False, "Less memory, more time.", MACHINE, machine=True)
@@ -132,6 +138,9 @@ class Inspect(Threshold):
     sort: Literal["margin"] | None = option(None, "Show pairs, the largest margin first.")
     rows: int = option(0, "Show this many pairs.", least=0)
     as_json: bool = option(False, "Print one JSON object.", names="--json")
+    beta: float | None = option(
+        None, "Say where the median margin comes to rest under ple-residual and rebel.", METHOD, above=0, most=1e6
+    )
 
 
 class Judge(Rewards):

@@ -12,6 +12,8 @@ PrincipleForm = Literal["add", "replace"]
 Reader = Literal["auto", "hh", "imdb", "tldr"]
 Join = Literal["auto", "text", "pair", "chat"]
 Without = Literal["rank", "wsft"]
+ObjectiveName = Literal["ple", "ple-residual", "dpo", "ipo", "rebel", "apo", "topr", "qrpo"]
+Form = Literal["sums", "means"]
 EngineName = Literal["vllm", "hf"]
 ENGINES: dict[EngineName, str] = {"vllm": "vllm", "hf": "transformers"}
 """Modules of `ple_data.engines` and the package that each needs; the first whose package is there is the default."""
@@ -143,7 +145,31 @@ class Schedule(Options):
     weight_decay: float = option(0.0, "AdamW's weight decay.", TRAINING, least=0, most=1000)
 
 
+class PairObjectives(Options):
+    """What pairs are trained by."""
+
+    objective: ObjectiveName = option(
+        "ple",
+        "The loss on pairs; ple: as the paper prints it. The others stay near the start policy by --beta.",
+        METHOD,
+    )
+    beta: float | None = option(
+        None,
+        "The objective's brake; larger: nearer the start policy. Of ple-residual and rebel: units of the reward a nat.",
+        METHOD,
+        above=0,
+        most=1e6,
+    )
+    form: Form | None = option(
+        None, "Whether an objective with --beta sees log-probabilities of responses or of a token.", METHOD
+    )
+    label_smoothing: float = option(
+        0.0, "Conservative dpo: the share of preferences that may be wrong.", METHOD, least=0, below=0.5
+    )
+
+
 class Safeguards(Options):
+    stable: bool = option(False, "Short for --normalize-wsft --trust-region 0.3.", SAFEGUARDS)
     trust_region: float | None = option(
         None,
         "Stop pushing a response whose mean log-probability has drifted this many nats a token.",

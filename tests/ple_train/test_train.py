@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import polars as pl
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from ple_data.common.digests import policy_name
@@ -32,38 +31,8 @@ from schemas.options import Sft, Train
 from schemas.records import RoundManifest
 from tests import oracle
 from tests.conftest import ROOT
+from tests.ple_train.small_training import ROWS_PER_SHARD, stop_in_step, weights, write_pairs
 from tests.tables import table
-
-ROWS_PER_SHARD = 7
-
-
-def write_pairs(root: Path, rounds: int = 2, shards: int = 3, seed: int = 0) -> Path:
-    """A store of random pairs: margins on both sides of tau, responses of 1 to 24 tokens."""
-    numbers = np.random.default_rng(seed)
-
-    def ids(low: int, high: int) -> list[int]:
-        return numbers.integers(3, 300, numbers.integers(low, high)).tolist()
-
-    for round in range(rounds):
-        for index in range(shards):
-            rows = [
-                {
-                    "query_id": f"q{seed}-{index}-{n}",
-                    "x_ids": ids(2, 9),
-                    "y_ids": ids(1, 24),
-                    "y_prompt_ids": ids(1, 24),
-                    "s": float(numbers.normal()),
-                    "s_prompt": float(numbers.normal()),
-                }
-                for n in range(ROWS_PER_SHARD)
-            ]
-            Store(root).commit("pairs", round, f"{index:05d}-{seed:012x}", table("pairs", rows, round), {})
-    return root
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "data")
 
 
 def stream(data: Path, window_rows: int = WINDOW_ROWS, **more) -> PairStream:
@@ -74,22 +43,6 @@ def stream(data: Path, window_rows: int = WINDOW_ROWS, **more) -> PairStream:
 
 def asked(data: Path, round: int, **more) -> Train:
     return Train(model="m", data=[data], round=round, output="none", **more)
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "adapter_model.safetensors")
-
-
-@pytest.fixture
-def run(policy, pairs, tmp_path):
-    """Train into tmp_path/NAME with small defaults → the directory."""
-
-    def run(name: str, **more) -> Path:
-        options = {"model": str(policy), "data": [pairs], "round": 1, "learning_rate": 1e-3, "batch_size": 8, **more}
-        training.train(Train(output=tmp_path / name, **options))
-        return tmp_path / name
-
-    return run
 
 
 # --- the gradient, whatever the batching ---------------------------------------------------------------------------
@@ -277,17 +230,6 @@ def test_pairs_over_max_length_are_left_out_and_counted(run, pairs, capsys):
 
 
 # --- interruption --------------------------------------------------------------------------------------------------
-
-
-def stop_in_step(patch: pytest.MonkeyPatch, number: int) -> None:
-    original = PairObjective.__call__
-
-    def stop(self, model, batch, step):
-        if step == number - 1:
-            raise KeyboardInterrupt
-        return original(self, model, batch, step)
-
-    patch.setattr(PairObjective, "__call__", stop)
 
 
 @pytest.mark.parametrize("checkpoint_every", [1, 4])

@@ -60,7 +60,7 @@ def default(option: click.Parameter) -> object:
 def test_the_recipe_has_the_options_of_the_stages_command_and_its_defaults(stage: str):
     kinds = {**COMMANDS, "baseline": options.Baseline}
     own = {known.name: known for known in kinds[stage].in_order()}
-    own |= {"beta": Dpo.__dataclass_fields__["beta"]} if stage == "baseline" else {}
+    own |= {name: Dpo.__dataclass_fields__[name] for name in ("beta", "via")} if stage == "baseline" else {}
     for name, field in STAGES[stage].model_fields.items():
         if name in ("command", "method") or field.is_required():
             continue

@@ -118,7 +118,7 @@ def run(policy, pairs, tmp_path):
     def run(method: str, name: str = "out", **more) -> Path:
         options = {"model": str(policy), "data": [pairs], "round": 1, "learning_rate": 1e-3, **more}
         if method == "dpo":
-            dpo_room.dpo(Dpo(output=tmp_path / name, **options))
+            dpo_room.dpo(Dpo(output=tmp_path / name, **{"via": "trl"} | options))
         else:
             kind = BaselineSft if method == "sft" else Baseline
             baselines.baseline(method, kind(output=tmp_path / name, **options))
@@ -778,3 +778,17 @@ def test_a_pad_token_without_a_row_in_the_embedding_is_replaced_for_ppo(policy):
     rows = model.get_input_embeddings().weight.shape[0]
     assert tokenizer.pad_token_id >= rows
     assert ppo_room.with_own_pad(tokenizer, model, [(5, 6)]).pad_token_id < rows
+
+
+def test_dpo_is_our_own_loop_but_where_an_output_was_made_by_trl(run, pairs, policy, tmp_path, monkeypatch):
+    ours = run("dpo", "ours", via=None, batch_size=5)
+    assert record(ours)["kind"] == "ple"
+    assert record(ours)["settings"]["objective"] == "dpo"
+    same = {"model": str(policy), "data": [pairs], "round": 1, "learning_rate": 1e-3, "batch_size": 5, "beta": 0.1}
+    training.train(Train(output=tmp_path / "same", objective="dpo", **same))
+    found, expected = (load_file(path / "adapter_model.safetensors") for path in (ours, tmp_path / "same"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    by_trl = run("dpo", "by trl", batch_size=5)
+    assert record(by_trl)["kind"] == "baseline"
+    monkeypatch.setattr(dpo_room, "train", None)
+    run("dpo", "by trl", via=None, batch_size=5)  # finished: there is nothing to do

@@ -324,8 +324,8 @@ def test_nothing_is_computed_twice_and_rounds_restrict_the_pairs(policy, adapter
     import ple_train.measure.purity as room
 
     scored = []
-    score = room._score
-    monkeypatch.setattr(room, "_score", lambda *words: scored.append(words[3].parent.name) or score(*words))
+    score = room.measured
+    monkeypatch.setattr(room, "measured", lambda *words: scored.append(words[4].parent.name) or score(*words))
     options = {"model": str(policy), "adapter": adapters[:1], "data": (data,), "output": tmp_path}
     purity(Purity(**options, round=(0,)))
     assert read_record(PurityReport, tmp_path / "purity.json").rounds == [0]
@@ -362,20 +362,20 @@ def test_an_interrupted_measurement_goes_on_where_it_was(policy, data, tmp_path,
     """Stopped in the second shard: the first is kept, and the results appear only when everything is measured."""
     import ple_train.measure.purity as room
 
-    score = room._score
+    score = room.measured
 
     def stop_at_round_1(*words):
-        if words[3].parent.name == "round=001":
+        if words[4].parent.name == "round=001":
             raise KeyboardInterrupt
         return score(*words)
 
-    monkeypatch.setattr(room, "_score", stop_at_round_1)
+    monkeypatch.setattr(room, "measured", stop_at_round_1)
     options = {"model": str(policy), "data": (data,), "output": tmp_path}
     with pytest.raises(KeyboardInterrupt):
         purity(Purity(**options))
     assert [path.name for path in tmp_path.iterdir()] == ["logps"]
     scored = []
-    monkeypatch.setattr(room, "_score", lambda *words: scored.append(words[3].parent.name) or score(*words))
+    monkeypatch.setattr(room, "measured", lambda *words: scored.append(words[4].parent.name) or score(*words))
     purity(Purity(**options))
     assert scored == ["round=001"]
 
