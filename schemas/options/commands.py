@@ -229,11 +229,11 @@ class Evaluate(Answering, Judged, Computing):
     )
     samples: int = option(1, "Responses a query.", RESPONSES, least=1, most=10_000)
     precision: Precision = option(
-        "auto", "Of the perplexity; auto: bf16 on a GPU that computes in it, else float32.", MACHINE
+        "auto", "Of perplexity and KL; auto: bf16 on a GPU that computes in it, else float32.", MACHINE
     )
     microbatch_tokens: int = option(
         8192,
-        "Tokens of the perplexity in memory at once; its value does not depend on it.",
+        "Tokens of perplexity and KL in memory at once; their values do not depend on it.",
         MACHINE,
         least=1,
         machine=True,
