@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 from tests.test_imports import sources
 
 FILE_LINES = 450
-ALL_LINES = 16_600
+ALL_LINES = 16_790
 """Of Python in the product. Raised from 15,535 for what is refused in words of every model and file: docs/safety.md."""
 PARAMETERS = 8
 
