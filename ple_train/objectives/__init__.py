@@ -10,6 +10,7 @@ from ple_train.model.batches import Layout, MicroBatch
 OBJECTIVES = {
     "ple": "pairs:PairObjective",
     "sft": "responses:SftObjective",
+    "distillation": "distillation:DistillationObjective",
     "label": "rewards:LabelObjective",
     "preference": "rewards:PreferenceObjective",
 }
