@@ -89,6 +89,14 @@ class Baseline(Policy, Stores, Loop, Trainable, Tracked):
     batch_size: int = option(16, "Responses of one step, over all processes.", TRAINING, least=1)
 
 
+class ContextDistillation(Baseline):
+    on_policy: bool = option(
+        False,
+        "Reverse KL to the start policy under the principle on the plain responses of round T, or SFT on y_prompt.",
+        METHOD,
+    )
+
+
 class BaselineSft(Prompting, Baseline):
     data: tuple[Path, ...] = option(
         MISSING,
