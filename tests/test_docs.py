@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import cli
 from ple_train.run import rounds
+from ple_train.run.child import Ended
 from schemas.recipe import Recipe, parse_recipe
 from tests.conftest import ROOT
 from tests.judgeserver import JudgeServer
@@ -51,7 +52,7 @@ def examples(page: str) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def world(policy: Path, adapter: Path, reward: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(policy: Path, adapter: Path, reward: Path, run_forked: Callable[..., Ended], tmp_path_factory) -> Path:
     """Models, queries, responses, a run of one round and its store."""
     root = tmp_path_factory.mktemp("world")
     for name, source in {"M": policy, "sft": policy, "run/sft": policy, "R": reward, "reward": reward}.items():
@@ -78,7 +79,9 @@ def world(policy: Path, adapter: Path, reward: Path, tmp_path_factory: pytest.Te
         "gen": {"engine": "hf", "max_new_tokens": 8},
         "train": {"learning_rate": 0.01, "batch_size": 3},
     }
-    rounds.run(parse_recipe(run, "test"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "run_child", run_forked)
+        rounds.run(parse_recipe(run, "test"))
     for place in (root / "data", root / "run" / "data"):
         shutil.copytree(root / "runs" / "hh-qwen" / "data", place)
     for place in (root / "policy", root / "run" / "policy"):

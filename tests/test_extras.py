@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -121,13 +122,9 @@ def test_a_demo_without_matplotlib_says_where_its_picture_is(without, tmp_path):
     assert demo._draw(tmp_path / "curve.png", [], []) == sentence("it is drawn with", "matplotlib")
 
 
-def test_nothing_of_the_extras_is_needed_to_generate_score_and_train(run_ple, policy, chat_policy, reward, tmp_path):
-    """Every one of them is missing, in every process: a run of a recipe, with an unguided chat besides."""
-    (tmp_path / "missing").mkdir()
+def test_nothing_of_the_extras_is_needed_to_generate_score_and_train(policy, chat_policy, reward, tmp_path):
+    """Every one of them is missing from the start: the stages of a round, with an unguided chat besides."""
     blocked = sorted((EXTRAS.keys() | {"scipy"}) - {"vllm"})
-    code = f"import sys\nsys.modules.update(dict.fromkeys({blocked}))\n"
-    (tmp_path / "missing" / "sitecustomize.py").write_text(code)
-    environment = {"PYTHONPATH": f"{tmp_path / 'missing'}:{ROOT}"}
     queries = tmp_path / "queries.jsonl"
     queries.write_text("".join(json.dumps({"id": str(n), "x": f"The film {n}"}) + "\n" for n in range(4)))
     sampling = ["--engine", "hf", "--queries", queries, "--principles", "imdb", "--max-new-tokens", "4", "--round", "0"]
@@ -139,9 +136,13 @@ def test_nothing_of_the_extras_is_needed_to_generate_score_and_train(run_ple, po
         ["inspect", data],
         ["gen", "--model", chat_policy, "--data", tmp_path / "chat", *sampling],
     ]
-    for words in commands:
-        found = run_ple(*words, env=environment)
-        assert found.returncode == 0, found.stderr
+    code = (
+        f"import json, sys; sys.modules.update(dict.fromkeys({blocked})); import cli\n"
+        "for words in json.loads(sys.argv[1]): cli.ple(words, standalone_mode=False)"
+    )
+    words = json.dumps(commands, default=str)
+    found = subprocess.run([sys.executable, "-c", code, words], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 

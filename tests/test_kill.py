@@ -12,7 +12,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,6 @@ class Command:
     """The contents that an uninterrupted run left, in how many seconds and changes of the file system."""
     seconds: float
     changes: int
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +194,11 @@ def test_fresh_processes_killed_at_random_points(
     command.prepare(tmp_path)
     for earliest, latest in FRESH_KILLS:
         assert run_fresh(command.argv(tmp_path), kill_after=chance.uniform(earliest, latest)) in (0, -signal.SIGKILL)
-    assert run_fresh(command.argv(tmp_path)) == 0
+    run_to_the_end(forks, command.argv(tmp_path), tmp_path, command.watched)
     assert command.contents(tmp_path) == command.expected
 
 
-def run_fresh(argv: list[str], kill_after: float | None = None) -> int:
+def run_fresh(argv: list[str], kill_after: float) -> int:
     """Exit code of a command in a new Python, -9 where it was killed."""
     process = subprocess.Popen(
         [sys.executable, "-m", "cli", *argv], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL

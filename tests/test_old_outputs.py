@@ -6,12 +6,9 @@ afterwards). Every later version must pass with all of them.
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -19,7 +16,6 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.fixtures.make import COMMANDS, QUERIES
-from tests.forks import ForkServer
 
 VERSIONS = sorted(path for path in (ROOT / "tests" / "fixtures").glob("v*") if path.is_dir())
 FINISHED = ("round 0", "scores", "training", "sft", "eval", "judge", "purity")
@@ -35,23 +31,17 @@ def old(request, tmp_path) -> Path:
     return Path(shutil.copytree(request.param, tmp_path / "moved"))
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.close()
-
-
 @pytest.fixture
 def ple(old, tmp_path, forks) -> Callable[..., str]:
-    """Starts a command in the copied folder, or by its name one of the old ones again; what it says."""
+    """Starts a command in the copied folder, or by its name one of the old ones again; what it says. first: see
+    tests/forkserver.py."""
 
-    def start(*words: str) -> str:
-        argv = COMMANDS[words[0]].split() if len(words) == 1 else [*words]
+    def start(*words: str, more: Sequence[str] = (), code: int = 0, first: str = "") -> str:
+        argv = [*(COMMANDS[words[0]].split() if len(words) == 1 else words), *more]
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
-        code, _ = forks.run(argv, log, cwd=str(old))
-        assert code == 0, log.read_text()
+        ended, _ = forks.run(argv, log, cwd=str(old), first=first)
+        assert ended == code, log.read_text()
         return log.read_text()
 
     return start
@@ -59,6 +49,8 @@ def ple(old, tmp_path, forks) -> Callable[..., str]:
 
 WITH_ANOTHER_OPTION = """
 import sys
+for name in [name for name in sys.modules if name.split(".")[0] in ("schemas", "ple_data", "ple_train", "cli")]:
+    del sys.modules[name]
 from importlib.machinery import SourceFileLoader
 from importlib.util import spec_from_loader
 
@@ -80,35 +72,24 @@ class Finder:
             return spec_from_loader(name, Loader(name, path[0] + "/groups.py"))
 
 sys.meta_path.insert(0, Finder())
-from cli import ple
-ple(prog_name="ple")
 """
-"""This program as a later version that has one more option of training and one of sampling."""
+"""Makes this program a later version that has one more option of training and one of sampling."""
 
 
 @pytest.mark.parametrize("name", ["training", "round 0", "training, killed", "round 1, killed", "run, stopped", "eval"])
-def test_an_option_that_an_older_output_does_not_know_counts_as_its_default(old, name):
+def test_an_option_that_an_older_output_does_not_know_counts_as_its_default(old, ple, name):
     """So that every later version may add one: nothing is refused, nothing is sampled or trained anew."""
     committed = content(old / "data")
-    later(old, name)
+    ple(name, first=WITH_ANOTHER_OPTION)
     kept = content(old / "data")
     assert all(kept[path] == digest for path, digest in committed.items())
 
 
-def test_an_option_that_an_older_output_does_not_know_is_refused_at_another_value(old):
-    ended = later(old, "training, killed", "--thrown-away-ste", "4", code=2)
+def test_an_option_that_an_older_output_does_not_know_is_refused_at_another_value(ple):
+    ended = ple("training, killed", more=("--thrown-away-ste", "4"), code=2, first=WITH_ANOTHER_OPTION)
     assert "thrown_away_ste: 3 then, 4 now" in ended
-    ended = later(old, "round 1, killed", "--thrown-away-sam", "4", code=2)
+    ended = ple("round 1, killed", more=("--thrown-away-sam", "4"), code=2, first=WITH_ANOTHER_OPTION)
     assert "thrown_away_sam: 4, there 3" in ended
-
-
-def later(folder: Path, name: str, *more: str, code: int = 0) -> str:
-    """One of the old commands by the later version; what it says."""
-    command = [sys.executable, "-c", WITH_ANOTHER_OPTION, *COMMANDS[name].split(), *more]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert ended.returncode == code, ended.stderr
-    return ended.stderr
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -188,21 +169,11 @@ def test_folders_that_were_moved_or_renamed_are_the_same_ones(old, ple):
         assert ("is complete already" in ple(*words)) == (name != "training, killed")
 
 
-def test_a_training_begun_in_float32_is_never_gone_on_with_in_bf16_unasked(old):
+def test_a_training_begun_in_float32_is_never_gone_on_with_in_bf16_unasked(old, ple):
     """`auto` goes on in what it was begun with, wherever it is started again."""
     state = max((old / "killed/.ple/checkpoints").glob("checkpoint-*/state.json"))
     state.write_text(state.read_text().replace('"precision": "auto"', '"precision": "float32"'))
     gpu = "import torch; from ple_train.model import policy; policy.natural_dtype = lambda _: torch.bfloat16"
-    gpu += "; import cli; cli.ple()"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def start(*more: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", gpu, *COMMANDS["training, killed"].split(), *more]
-        return subprocess.run(command, cwd=old, env=environment, capture_output=True, text=True)
-
-    asked = start("--precision", "bf16")
-    assert asked.returncode == 2
-    assert re.search("precision: '(auto|float32)' then, 'bf16' now", asked.stderr)
-    ended = start()
-    assert ended.returncode == 0, ended.stderr
-    assert "in float32" in ended.stderr
+    asked = ple("training, killed", more=("--precision", "bf16"), code=2, first=gpu)
+    assert re.search("precision: '(auto|float32)' then, 'bf16' now", asked)
+    assert "in float32" in ple("training, killed", first=gpu)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.on_gpu.reference import STEPS, TOLERANCE, trained, training
+from benchmarks.on_gpu.reference import TOLERANCE, trained, training
 from benchmarks.on_gpu.worlds import World
 
 PATIENCE = 120.0
@@ -47,12 +47,13 @@ def run_again(world: World) -> dict[str, Any]:
     """A recipe of two rounds with SFT, `ple run` killed in its first training, run again."""
     recipe, run_dir = world.folder / "recipe.yaml", world.folder / "run"
     half = world.queries // 2
+    epochs = -(-2 * world.steps // half)
     values = {
         "model": world.model, "queries": world.file("queries"), "principles": "hh", "reward_model": world.reward,
         "run_dir": str(run_dir), "rounds": 2, "queries_per_round": half,
         "sft": {"data": world.file("sft"), "batch_size": 8},
         "gen": {"engine": "hf", "max_new_tokens": world.new_tokens},
-        "train": {"batch_size": 2, "epochs": -(-2 * STEPS // half), "checkpoint_every": 1, "normalize_wsft": True},
+        "train": {"batch_size": 2, "epochs": epochs, "checkpoint_every": 1, "normalize_wsft": True},
     }  # fmt: skip
     recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
     command = [program("ple"), "run", recipe]

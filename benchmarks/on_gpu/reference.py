@@ -21,8 +21,6 @@ TOLERANCE = 1e-4
 ALL_BUT_FEW = 0.9999
 """Share of the weights that must be within it. AdamW moves a weight whose gradient is near 0 by its sign, which
 rounding turns: with another --microbatch-tokens on one CPU, the furthest weight of an adapter was 1.3e-4 apart."""
-STEPS = 30
-"""Of the training that is killed after its first checkpoint: enough to be alive then."""
 TRAINED = ("train", "train with trust region", "sft", "reward")
 COLUMNS = {
     "score": ("pairs/**/*.parquet", ["round", "query_id", "sample"], ["s", "s_prompt"]),
@@ -35,7 +33,7 @@ COLUMNS = {
 def training(world: World) -> list[str]:
     """The training that is compared, killed and resumed, without its --output."""
     words = f"train --model {world.model} --data {world.data} --round 0 --batch-size 4 --precision float32"
-    return [*words.split(), "--epochs", str(-(-STEPS * 4 // world.queries))]
+    return [*words.split(), "--epochs", str(-(-world.steps * 4 // world.queries))]
 
 
 def commands(world: World, side: str) -> dict[str, list[str]]:

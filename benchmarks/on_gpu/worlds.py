@@ -22,12 +22,16 @@ PIECE = 1 << 24
 
 @dataclass(frozen=True)
 class World:
-    """A folder with all that is needed; `queries` of them are in its file."""
+    """A folder with all that is needed; `queries` of them are in its file.
+
+    steps: at least so many of a training that is killed after its first checkpoint: enough to be alive then.
+    """
 
     name: str
     folder: Path
     queries: int
     new_tokens: int
+    steps: int
 
     @property
     def model(self) -> str:
@@ -47,7 +51,8 @@ class World:
 
 def make_world(name: str, folder: Path, *, small: bool, given: Path | None = None) -> World:
     """A `llama` with grouped heads, a `qwen2` with tied embeddings, or the `given` model."""
-    world = World(name, folder, 12 if small else 48, 6 if small else 32)
+    sizes = {"queries": 12, "new_tokens": 6, "steps": 12} if small else {"queries": 48, "new_tokens": 32, "steps": 30}
+    world = World(name, folder, **sizes)
     folder.mkdir(parents=True)
     if given is None:
         write_random(name, Path(world.model), SMALL_SIZES if small else SIZES)

@@ -470,7 +470,8 @@ def probe(vllm_python: str, trap: Path, tmp_path_factory: pytest.TempPathFactory
     job = tmp_path_factory.mktemp("probe") / "job.json"
     prompts = [list(request.prompt_ids) for request in requests_for(trap)]
     job.write_text(json.dumps({"model": str(trap), "prompts": prompts, "stop": ["e", "zzz"]}))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # else two more processes import vLLM
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", **one_process}
     done = subprocess.run(
         [vllm_python, "-m", "tests.vllm_probe", str(job)],
         capture_output=True,

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from ple_train.demo import demo as demo_room
 from ple_train.demo import toyworld
 from ple_train.measure.perplexity import perplexity
 from ple_train.measure.sample import sample_responses
+from ple_train.run import rounds
 from ple_train.run.child import Ended
 
 
@@ -79,7 +81,9 @@ def test_responses_do_not_depend_on_their_company(policy: Path) -> None:
     assert every != sample_responses(str(policy), queries, engine="hf", max_new_tokens=6, seed=1)
 
 
-def test_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_demo_in_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_forked: Callable[..., Ended], capfd: pytest.CaptureFixture[str]
+) -> None:
     """Too small to learn anything: that every step runs, is measured, and is not run twice."""
     sizes = {"PRETRAINING": 64, "LABELLED": 64, "FINE_TUNING": 32, "HELD_OUT": 16, "UNSEEN": 8, "QUERIES_PER_ROUND": 8}
     for name, size in sizes.items():
@@ -87,6 +91,7 @@ def test_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     monkeypatch.setattr(
         demo_room, "run_child", lambda command: Ended(CliRunner().invoke(cli.ple, command[1:]).exit_code, 0)
     )
+    monkeypatch.setattr(rounds, "run_child", run_forked)
     output = tmp_path / "demo"
     report = demo_room.demo(output, rounds=1)
     assert (output / "learning-curve.png").read_bytes().startswith(b"\x89PNG")

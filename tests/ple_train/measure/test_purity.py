@@ -30,7 +30,6 @@ from schemas.records import read_record
 from schemas.reports import PureSet, PurityBound, PurityReport
 from tests.run_dir import purity_report
 from tests.tables import table
-from tests.test_kill import ForkServer
 from tests.tiny import tiny_adapter
 
 # Level sets
@@ -380,7 +379,7 @@ def test_an_interrupted_measurement_goes_on_where_it_was(policy, data, tmp_path,
     assert scored == ["round=001"]
 
 
-def test_killed_with_sigkill_and_run_again_is_the_uninterrupted_measurement(policy, adapters, data, tmp_path):
+def test_killed_with_sigkill_and_run_again_is_the_uninterrupted_measurement(policy, adapters, data, tmp_path, forks):
     """Killed just before a change of the file system, in the middle and then early again; what was kept stays."""
 
     def contents(place: Path) -> dict[str, bytes]:
@@ -405,18 +404,14 @@ def test_killed_with_sigkill_and_run_again_is_the_uninterrupted_measurement(poli
         return forks.run(words, log=str(log), watch=str(place), **kill)[0]
 
     log, whole, killed = tmp_path / "log", tmp_path / "whole", tmp_path / "killed"
-    forks = ForkServer()
-    try:
-        assert run(whole) == 0, log.read_text()
-        changes = int(log.read_text().rsplit("changes ", 1)[1])
-        assert run(killed, kill_at=changes // 2) == -signal.SIGKILL
-        before = kept(killed)
-        assert 0 < len(before) < len(kept(whole))
-        assert run(killed, kill_at=3) == -signal.SIGKILL
-        assert not (killed / "purity.json").exists()
-        assert run(killed) == 0, log.read_text()
-    finally:
-        forks.close()
+    assert run(whole) == 0, log.read_text()
+    changes = int(log.read_text().rsplit("changes ", 1)[1])
+    assert run(killed, kill_at=changes // 2) == -signal.SIGKILL
+    before = kept(killed)
+    assert 0 < len(before) < len(kept(whole))
+    assert run(killed, kill_at=3) == -signal.SIGKILL
+    assert not (killed / "purity.json").exists()
+    assert run(killed) == 0, log.read_text()
     assert before.items() <= kept(killed).items()
     assert contents(killed) == contents(whole)
 

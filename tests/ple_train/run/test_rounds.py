@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ import yaml
 
 from ple_data.common.digests import text_digest
 from ple_train.run import rounds
-from ple_train.run.child import GRACE_SECONDS, run_child
+from ple_train.run.child import GRACE_SECONDS, Ended, run_child
 from schemas.errors import LockedError, PleError, UsageError
 from schemas.recipe import differences, load_recipe, parse_recipe
 from tests.conftest import ROOT
@@ -513,7 +515,27 @@ def test_shipped_recipes_parse(path: Path) -> None:
 # The same work by hand
 
 
-def test_shell_loop_does_the_same_as_run(policy: Path, reward: Path, tmp_path: Path) -> None:
+def answer_stand_ins(folder: Path, run: Callable[..., Ended], calls: int) -> dict[str, str]:
+    """GEN and TRAIN of examples/loop.sh: scripts that have their commands run by `run`, so many times in all."""
+    asked, answered = folder / "asked", folder / "answered"
+    for pipe in (asked, answered):
+        os.mkfifo(pipe)
+    programs = {"GEN": folder / "ple-gen", "TRAIN": folder / "ple-train"}
+    for program in programs.values():
+        program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$0" "$@" >{asked}\nexit "$(cat {answered})"\n')
+        program.chmod(0o755)
+
+    def answer() -> None:
+        for _ in range(calls):
+            answered.write_text(str(run(asked.read_text().splitlines()).code))
+
+    threading.Thread(target=answer, daemon=True).start()
+    return {name: str(program) for name, program in programs.items()}
+
+
+def test_shell_loop_does_the_same_as_run(
+    policy: Path, reward: Path, tmp_path: Path, run_forked: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """examples/loop.sh and `ple run`, which is killed on the way: the same pairs and adapters."""
     queries = tmp_path / "queries.jsonl"
     queries.write_text("".join(json.dumps({"x": f"the story of scene {n} was"}) + "\n" for n in range(6)))
@@ -536,11 +558,11 @@ def test_shell_loop_does_the_same_as_run(policy: Path, reward: Path, tmp_path: P
     killed.wait()
     eventually(lambda: not processes_with(marked["PLE_TEST_MARK"]), "a stage outlived the run", GRACE_SECONDS)
     assert not (tmp_path / "run" / "policy" / "round=001").exists()
+    monkeypatch.setattr(rounds, "run_child", run_forked)
     rounds.run(parse_recipe(values, "test"))
     environment = {
         **os.environ,
-        "GEN": rounds.find_program("ple-gen"),
-        "TRAIN": rounds.find_program("ple-train"),
+        **answer_stand_ins(tmp_path, run_forked, calls=4),
         "MODEL": str(policy),
         "QUERIES": str(queries),
         "PRINCIPLES": "imdb",
@@ -559,10 +581,12 @@ def test_shell_loop_does_the_same_as_run(policy: Path, reward: Path, tmp_path: P
 
 @pytest.mark.vllm
 def test_run_with_generation_from_another_environment(
-    policy: Path, reward: Path, vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    policy: Path, reward: Path, vllm_python: str, tmp_path: Path, run_forked: Callable[..., Ended], monkeypatch
 ) -> None:
     """ple-gen on vLLM in one environment, ple-score and ple-train without vLLM in this one."""
+    monkeypatch.setattr(rounds, "run_child", run_forked)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: vLLM is imported once, not three times
     queries = tmp_path / "queries.jsonl"
     queries.write_text("".join(json.dumps({"x": f"the story of scene {n} was"}) + "\n" for n in range(6)))
     values = {
