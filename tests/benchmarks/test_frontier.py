@@ -95,6 +95,7 @@ def test_points_are_named() -> None:
 def write_evaluation(place: Path, label: str, kl: float, judge: float, seed: int) -> None:
     """Of the start policy, and of a policy at `kl` with the mean reward `judge`; its training reward is half of that.
     Twelve queries, which differ in both."""
+    policies = {BASE: (0.0, 0.0), label: (kl, judge)}
     queries = np.random.default_rng(seed).normal(size=(12, 2))
     queries -= queries.mean(axis=0)
     rows = [
@@ -103,7 +104,7 @@ def write_evaluation(place: Path, label: str, kl: float, judge: float, seed: int
             "tokens": 4, "finish": "stop", "rewards": [at_judge + own, (at_judge + own) / 2], "reference": "r",
             "reference_nll": 2.0, "reference_tokens": 2, "own_logps": -4.0, "first_logps": -4.0 - at_kl - at_kl * other,
         }
-        for name, at_kl, at_judge in ((BASE, 0.0, 0.0), (label, kl, judge))
+        for name, (at_kl, at_judge) in policies.items()
         for n, (own, other) in enumerate(queries.tolist())
     ]  # fmt: skip
     models = [{"name": "unseen", "trained": False}, {"name": "seen", "trained": True}]
@@ -113,11 +114,11 @@ def write_evaluation(place: Path, label: str, kl: float, judge: float, seed: int
         return {"mean": mean, "low": mean, "high": mean, "count": 12}
 
     metrics = {name: told(1.0) for name in ("perplexity", "entropy", "distinct_1", "length", "truncated")}
-    policies = [
+    reports = [
         {"label": name, "metrics": metrics | {"kl": told(k), "reward:unseen": told(j), "reward:seen": told(j / 2)}}
-        for name, k, j in ((BASE, 0.0, 0.0), (label, kl, judge))
+        for name, (k, j) in policies.items()
     ]
-    (place / "eval.json").write_text(json.dumps({"reward_models": models, "policies": policies}))
+    (place / "eval.json").write_text(json.dumps({"reward_models": models, "policies": reports}))
 
 
 def write_points(height: dict[str, float]) -> list[Run]:
