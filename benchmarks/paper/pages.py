@@ -59,8 +59,8 @@ def write_pages(task: Task, results: Path, runs: list[Run], rates: dict[str, flo
         "",
         f"![rewards against KL and against perplexity]({name}.png)",
         "",
-        "Lines are means over seeds of each seed's curve, bands the lowest and highest seed. A curve joins the start "
-        "policy and a method's points. It ends where the first seed's ends. Higher and further left is better.",
+        "Lines are means over seeds, bands the lowest and highest seed. A seed's curve joins the start policy and the "
+        "method's points; the shortest one ends the line. Higher and further left is better.",
         *(line for level, found in levels.items() for line in table(f"At a KL of {level:g}", found, curves, level)),
         "",
         "Intervals are 95 % over queries (bootstrap) and seeds (Student's t), added in quadrature. Single seeds stand "
@@ -155,8 +155,7 @@ def ablations(curves: Curves) -> list[dict[str, Any]]:
         of = {curve.seed: curve for curve in curves.get(whole, ())}
         own = [curve for curve in curves.get(name, ()) if curve.seed in of]
         inside = {
-            curve.seed: [p for p in curve.points.values() if goes(of[curve.seed], p.metrics["kl"]["mean"])]
-            for curve in own
+            curve.seed: [p for p in curve.points.values() if goes(of[curve.seed], p.draws["kl"][0])] for curve in own
         }
         if own and all(inside.values()):
             less = {
