@@ -105,7 +105,9 @@ baseline = group(
     {
         "sft": command("baseline sft", options.BaselineSft, partial(_baseline, method="sft")),
         "context-distillation": command(
-            "baseline context-distillation", options.Baseline, partial(_baseline, method="context-distillation")
+            "baseline context-distillation",
+            options.ContextDistillation,
+            partial(_baseline, method="context-distillation"),
         ),
         "raft": command("baseline raft", options.Baseline, partial(_baseline, method="raft")),
         "dpo": command("baseline dpo", options.Dpo, "ple_train.baselines.dpo:dpo"),

@@ -46,7 +46,7 @@ from benchmarks.side_by_side import (
     seconds_of,
     timed_in_turns,
 )
-from schemas.options import Loop, Trainable
+from schemas.options import Loop, ObjectiveName, Trainable
 
 RESPONSE_SPREAD, PROMPT_SPREAD = 0.7, 0.6
 """Standard deviations of the logarithm of a length."""
@@ -346,13 +346,28 @@ def our_policy(bench: Bench, *, gradient_checkpointing: bool = False) -> Any:
         )
 
 
-def train_ours(bench: Bench, policy: Any, output: Path, delta: float | None = None, *, saved: bool = True) -> float:
+def residual(bench: Bench, output: Path, *, kept: bool) -> float:
+    """Ours by `ple-residual`, the start policy's log-probabilities kept, or computed in every step."""
+    return train_ours(bench, our_policy(bench), output, objective="ple-residual", kept=kept)
+
+
+def train_ours(
+    bench: Bench,
+    policy: Any,
+    output: Path,
+    delta: float | None = None,
+    *,
+    saved: bool = True,
+    objective: ObjectiveName = "ple",
+    kept: bool = False,
+) -> float:
     """One epoch of our loop, with a trust region where `delta` is given → its seconds. saved: the last step writes a
-    checkpoint, as `ple-train` does."""
+    checkpoint, as `ple-train` does. kept: the start policy's log-probabilities are there (any numbers will do)."""
     from ple_data.common.settings import Settings
     from ple_train.engine.checkpoint import Checkpoints
     from ple_train.engine.loop import make_accelerator, train_loop
     from ple_train.model.batches import Sequence
+    from ple_train.objectives import loss_on_pairs
     from ple_train.objectives.pairs import PairObjective
     from ple_train.stream import Response
 
@@ -368,7 +383,8 @@ def train_ours(bench: Bench, policy: Any, output: Path, delta: float | None = No
                 for at, (x, *both) in list(enumerate(bench.pairs))[first : first + BATCH]:
                     for arm, y in zip(("y", "y_prompt"), both, strict=True):
                         sign = 1.0 if (arm == "y_prompt") == (margins[at] > 0) else -1.0
-                        tag = Response(arm, "rank" if abs(margins[at]) > 1 else "wsft", 0, sign / len(y))
+                        known = (margins[at], -3.0 * len(y) if kept else None)
+                        tag = Response(arm, "rank" if abs(margins[at]) > 1 else "wsft", 0, sign / len(y), *known)
                         sequences.append(Sequence(np.array(x + y, dtype=np.int32), len(x), tag, query=at))
                 bench.note_step_end()
                 yield sequences, BATCH
@@ -379,12 +395,12 @@ def train_ours(bench: Bench, policy: Any, output: Path, delta: float | None = No
         microbatch_tokens=bench.options.microbatch_tokens, max_grad_norm=1.0,
         checkpoint_every=10**9,
     )  # fmt: skip
-    objective = PairObjective(policy, delta)
+    how = PairObjective(policy, delta, loss_on_pairs(objective))
     checkpoints = Checkpoints(output, Settings(Loop, {}))
     accelerator = make_accelerator(None, output)
     began = time.perf_counter()
     with contextlib.nullcontext() if saved else mock.patch.object(Checkpoints, "save"):
-        train_loop(accelerator, policy, policy.trainable(), Stream(), objective, settings, checkpoints)
+        train_loop(accelerator, policy, policy.trainable(), Stream(), how, settings, checkpoints)
     return time.perf_counter() - began
 
 
@@ -467,6 +483,8 @@ def sft_packed(bench: Bench, output: Path) -> float:
 CONTENDERS: dict[str, Callable[[Bench, Path], float]] = {
     "ours": ours,
     "ours-unshared": lambda bench, output: ours(bench, output, shared=False),
+    "residual": partial(residual, kept=False),
+    "residual-kept": partial(residual, kept=True),
     "dpo": dpo,
     "sft": sft,
     "sft-packed": sft_packed,

@@ -22,8 +22,9 @@ COMMANDS: dict[str, type[Options]] = {
     "ple reward": options.Reward, "ple run": options.Run, "ple eval": options.Evaluate, "ple cases": options.Cases,
     "ple judge": options.Judge, "ple purity": options.Purity, "ple report": options.Report,
     "ple inspect": options.Inspect, "ple export": options.Export, "ple verify": options.Verify,
-    "ple baseline sft": options.BaselineSft, "ple baseline context-distillation, raft": options.Baseline,
-    "ple baseline dpo": options.Dpo, "ple baseline ppo": options.Ppo, "ple demo": options.Demo,
+    "ple baseline sft": options.BaselineSft, "ple baseline context-distillation": options.ContextDistillation,
+    "ple baseline raft": options.Baseline, "ple baseline dpo": options.Dpo, "ple baseline ppo": options.Ppo,
+    "ple demo": options.Demo,
 }  # fmt: skip
 INTRODUCTION = """\
 # Options

@@ -1,8 +1,9 @@
-"""The math on tokens (Eqs. 1, 3, 4, 6): pure functions, tensors in, tensors out.
+"""The math on tokens (Eqs. 1, 3, 4, 6; reverse KL): pure functions, tensors in, tensors out.
 
 Every term of the PLE loss is linear in log-probabilities, with one coefficient per response that depends on the
 stored row alone (`ple_data.partition` computes it). So the loss is one weighted sum of response log-probabilities.
-This module never reads rows, never logs, and never holds the logits of more than one chunk of tokens.
+Reverse KL compares whole distributions. This module never reads rows, never logs, and never holds the logits of more
+than one chunk of tokens.
 """
 
 from __future__ import annotations
@@ -87,10 +88,8 @@ def token_logps(
     Works on `LOGITS_PER_CHUNK` logits (or those of `ROWS_PER_CHUNK` tokens) at a time, forward and backward, in two to
     four buffers of that size. Under autocast the products run in the autocast type. Differentiable once.
     """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
+    hidden = _in_autocast_type(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
         logps: Tensor = _TokenLogps.apply(hidden, weight, bias, targets, scale, softcap)  # type: ignore[no-untyped-call]
     return logps
 
@@ -100,14 +99,61 @@ def token_entropies(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: float = 1.0, softcap: float = 0.0
 ) -> Tensor:
     """Entropy of the distribution over the vocabulary at each place, [n] in nats; arguments as of `token_logps`."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    hidden = _in_autocast_type(hidden)
     entropies = hidden.new_empty(len(hidden), dtype=_at_least_float32(hidden))
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         for rows, _, log_softmax in _chunks(hidden, weight.to(hidden.dtype), bias, scale, softcap):
             entropies[rows] = -(log_softmax.exp() * log_softmax).sum(1)
     return entropies
+
+
+class _ReverseKl(torch.autograd.Function):
+    """KL(student || teacher) of the next token, chunk by chunk; slopes as in `_TokenLogps`, of a frozen output layer.
+
+    d KL / d logits of the student = p (log p - log q - KL), p and q being the two distributions.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float
+    ) -> Tensor:
+        kl = hidden.new_empty(len(hidden), dtype=_at_least_float32(hidden))
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_used = weight.to(hidden.dtype)
+        student_and_teacher = (_chunks(states, weight_used, bias, scale, softcap) for states in (hidden, teacher))
+        for (rows, logits, log_p), (_, _, log_q) in zip(*student_and_teacher, strict=True):
+            terms = log_q.neg_().add_(log_p)
+            p = log_p.exp_()
+            kl[rows] = terms.mul_(p).sum(1)
+            if slopes is not None:
+                slope = _through_cap(terms.sub_(p.mul_(kl[rows, None])), logits, scale, softcap)
+                torch.mm(slope.to(hidden.dtype), weight_used, out=slopes[rows])
+        ctx.save_for_backward(slopes)
+        return kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return (slopes * grad_kl[:, None]).to(slopes.dtype), None, None, None, None, None
+
+
+def reverse_kl(
+    hidden: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: float = 1, softcap: float = 0
+) -> Tensor:
+    """KL(student || teacher) of the next token over the whole vocabulary, fused with the output layer they share.
+
+    hidden, teacher [n, d]: hidden states of both at the same tokens; weight, bias, scale and softcap as in
+    `token_logps` → [n], in nats, at least 0 up to rounding, float32 (float64 for float64 inputs). Works on as many
+    logits at a time as `token_logps`, in twice the buffers. Differentiable once, in `hidden` alone: raises ValueError
+    where the output layer is trained.
+    """
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("reverse_kl has no gradient for the output layer: freeze it")
+    hidden, teacher = _in_autocast_type(hidden), _in_autocast_type(teacher)
+    with torch.autocast(hidden.device.type, enabled=False):
+        kl: Tensor = _ReverseKl.apply(hidden, teacher.detach(), weight, bias, scale, softcap)  # type: ignore[no-untyped-call]
+    return kl
 
 
 def sum_by_response(values: Tensor, responses: Tensor, count: int) -> Tensor:
@@ -144,6 +190,11 @@ def preference_loss(chosen: Tensor, rejected: Tensor, pairs: int) -> Tensor:
     return -torch.nn.functional.logsigmoid(chosen - rejected).sum() / pairs
 
 
+def _in_autocast_type(hidden: Tensor) -> Tensor:
+    device = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+
 def _chunks(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -174,6 +225,11 @@ def _d_logits(logits: Tensor, log_softmax: Tensor, targets: Tensor, scale: float
     """d log_softmax[target] / d (logits before scale and softcap), [n, V]; it takes the place of log_softmax."""
     grad = log_softmax.exp_().neg_()
     grad.scatter_add_(1, targets[:, None], grad.new_ones(len(targets), 1))
+    return _through_cap(grad, logits, scale, softcap)
+
+
+def _through_cap(grad: Tensor, logits: Tensor, scale: float, softcap: float) -> Tensor:
+    """A slope at the logits, carried in place to those before scale and softcap."""
     if softcap:
         grad.mul_(1 - (logits / softcap).square())
     return grad if scale == 1 else grad.mul_(scale)

@@ -198,8 +198,8 @@ def warn_of_another_sampler(parts: list[SnapshotShard], round: int, policy: str)
         sampler = Store(root).provenance(shard).get("policy")
         if sampler and digests_of(sampler) != digests_of(policy):
             print_to_log(
-                f"warning: round {round} of {root} was sampled by {sampler}, but training starts from {policy}; PLE "
-                "goes on with the policy that sampled the newest round: is --adapter missing, or of another round?"
+                f"warning: round {round} of {root} was sampled by {sampler}, but training starts from {policy}; it "
+                "should go on with the policy that sampled the newest round: is --adapter missing, or of another round?"
             )
 
 

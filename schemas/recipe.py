@@ -69,11 +69,13 @@ class BaselineStage(_stage(options.Baseline, "ple", "baseline")):  # type: ignor
     method: Literal["sft", "context-distillation", "raft", "dpo"]
     beta: float = _field(options.Dpo.__dataclass_fields__["beta"])
     via: Literal["ple", "trl"] | None = None
+    on_policy: bool = _field(options.ContextDistillation.__dataclass_fields__["on_policy"])
 
     @model_validator(mode="after")
     def _options_of_the_method(self) -> "BaselineStage":
         kind = options.Dpo if self.method == "dpo" else options.Baseline
         own = {known.name for known in kind.in_order()} | {"command", "method"}
+        own |= {"on_policy"} if self.method == "context-distillation" else set()
         for name, field in type(self).model_fields.items():
             if name not in own and getattr(self, name) != field.get_default(call_default_factory=True):
                 raise ValueError(f"{name} is no option of {self.method}")

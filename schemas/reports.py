@@ -51,12 +51,15 @@ class Comparison(_Part):
 
 
 class EvalReport(Record):
-    """`eval.json` of `ple eval`. Metrics: perplexity, bleu, length, truncated, distinct_1, distinct_2, reward:NAME.
+    """`eval.json` of `ple eval`. Metrics: reward:NAME, kl (to the first policy, in nats a response), entropy and
+    mean_logps_first (of the policy's own responses, in nats a token), perplexity, bleu, length, truncated, distinct_1,
+    distinct_2.
 
-    settings: the options with which it was made, as they came to count; empty in files of older programs.
+    settings: the options with which it was made, as they came to count; empty in files of older programs. left_out:
+    sentences that say why metrics of log-probabilities are missing.
     """
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     kind: Literal["eval"] = "eval"
     queries: str
     seed: int
@@ -65,6 +68,7 @@ class EvalReport(Record):
     policies: list[PolicyResult]
     comparisons: list[Comparison]
     settings: dict[str, JsonValue] = Field(default_factory=dict)
+    left_out: list[str] = Field(default_factory=list)
 
     def differences(self) -> dict[str, dict[str, dict[str, Estimate]]]:
         """The comparisons by baseline, label and metric."""

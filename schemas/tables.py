@@ -103,6 +103,8 @@ EVALUATION = pa.schema(
         pa.field("reference", pa.string()),
         pa.field("reference_nll", pa.float64()),  # - log pi(reference|x) in nats, summed over its tokens
         pa.field("reference_tokens", pa.int32()),
+        _since(2, "own_logps", pa.float64()),  # log pi(y|x) in nats of the policy itself, summed over y's tokens
+        _since(2, "first_logps", pa.float64()),  # that of the evaluation's first policy, given the same x
     ]
 )
 CASES = pa.schema([*_ANSWER, pa.field("kind", pa.string())])  # kind of query, such as harmful

@@ -92,6 +92,18 @@ def sft_loss(logps: list[list[float]]) -> float:
     return -math.fsum(sum(sequence) for sequence in logps)
 
 
+def reverse_kl(student: list[float], teacher: list[float]) -> float:
+    """KL(student || teacher) = sum p log(p / q) of one token, from the logits of both over the whole vocabulary."""
+    log_p, log_q = _log_softmax(student), _log_softmax(teacher)
+    return math.fsum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True))
+
+
+def _log_softmax(logits: list[float]) -> list[float]:
+    top = max(logits)
+    total = top + math.log(math.fsum(math.exp(logit - top) for logit in logits))
+    return [logit - total for logit in logits]
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 

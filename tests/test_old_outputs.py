@@ -120,13 +120,17 @@ def content(folder: Path) -> dict[str, str]:
 
 def test_what_was_finished_stays_as_it_is(old, ple):
     """Each command, started again, has nothing to sample, score, train or judge, and changes no table or weight; the
-    part of round 1 that had come when it was killed is scored."""
+    part of round 1 that had come when it was killed is scored, and the KL of the evaluation, which 0.1.0 did not have,
+    is measured beside what there was."""
     before = content(old)
     for name in FINISHED:
         ple(name)
     after = content(old)
     reports = {path for path in before if path.endswith((".json", "eval.parquet", "purity.parquet"))}
-    assert all(path.startswith("data/pairs/round=001/") for path in after.keys() - before.keys())
+    added = ("data/pairs/round=001/", "evaluation/logps/")
+    assert all(path.startswith(added) for path in after.keys() - before.keys())
+    metrics = json.loads((old / "evaluation/eval.json").read_text())["policies"][1]["metrics"]
+    assert metrics["kl"]["count"] == 6
     assert {path for path in before if after[path] != before[path]} <= reports
 
 

@@ -4,6 +4,7 @@ Each policy's answers lie in a store of their own, OUTPUT/answers/DIGEST, whose 
 the same question is never sampled twice, and another one never meets them.
 """
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from ple_data.evaluation.policies import NamedPolicy
 from ple_data.inputs.queries import load_queries
 from ple_data.inputs.templates import uses_chat
 from ple_data.sampling.generate import generate
-from ple_data.storage.store import Store, asked_as_chat, collect, scan_shards
+from ple_data.storage.store import Shard, Store, asked_as_chat, collect, scan_shards
 from schemas.errors import UsageError
 from schemas.files import refuse_outside
 from schemas.options import Asked, Gen
+from schemas.tables import read_metadata
 
-_COLUMNS = ["query_id", "round", "sample", "x", "y", "x_ids", "reference", "policy"]
+_COLUMNS = ["query_id", "round", "sample", "x", "y", "x_ids", "y_ids", "reference", "policy"]
 KEPT_APART = (
     *("samples", "seed", "shuffle", "skip", "limit", "unit_size", "dtype", "prompt_format", "max_query_tokens"),
     *("reader", "query_column", "prefix_words", "split", "max_new_tokens", "temperature", "top_p", "stop", "logprobs"),
@@ -41,13 +43,15 @@ _ONLY_FASTER = {
 
 @dataclass(frozen=True)
 class Answers:
-    """One policy's answers. A row is a dict of query_id, sample, x, x_ids, y, tokens, finish, reference, and label and
-    policy (its name); what is measured of an answer is put there too. chat: the queries were asked as chats.
+    """One policy's answers. A row is a dict of query_id, sample, x, x_ids, y, y_ids (an array), tokens, finish,
+    reference, and label and policy (its name); what is measured of an answer is put there too. chat: the queries were
+    asked as chats. as_is: all were drawn at temperature 1 and top_p 1, so from the policy itself.
     """
 
     policy: NamedPolicy
     rows: list[dict[str, Any]]
     chat: bool
+    as_is: bool
 
     def by_query(self) -> dict[str, list[dict[str, Any]]]:
         """The rows of each query, queries and rows in the order in which they were asked."""
@@ -72,10 +76,10 @@ def sample_answers(policies: Sequence[NamedPolicy], output: Path, source: str, a
         print(f"{policy.label}: answers of {policy.name} in {data}", file=sys.stderr, flush=True)
         start: dict[str, Any] = {"model": policy.model, "revision": policy.revision, "adapter": policy.adapter}
         generate(Gen(**start, **asked.part(Asked).values(), queries=source, data=data, principles=None, round=0))
-        rows = collect(_answers(Store(data), "answers").drop("chat")).to_dicts()
         references = {query.id: query.reference for query in queries.queries}
-        told = {"label": policy.label, "policy": policy.name}
-        found.append(Answers(policy, [row | told | {"reference": references[row["query_id"]]} for row in rows], chat))
+        rows = _rows(collect(_answers(Store(data), "answers")), policy)
+        rows = [row | {"reference": references[row["query_id"]]} for row in rows]
+        found.append(Answers(policy, rows, chat, asked.temperature == asked.top_p == 1))
     return found
 
 
@@ -114,16 +118,30 @@ def stored_answers(policies: Sequence[NamedPolicy], stores: Sequence[Path], roun
             raise UsageError(
                 f"--policy {policy.label}: {places} holds no responses of {policy.name}; it holds those of {there}"
             )
-        told = {"label": policy.label, "policy": policy.name}
-        chat = own["chat"].any()
-        found.append(Answers(policy, [row | told for row in own.drop("chat").to_dicts()], chat))
+        found.append(Answers(policy, _rows(own, policy), own["chat"].any(), own["as_is"].all()))
     return found
 
 
+def _rows(frame: pl.DataFrame, policy: NamedPolicy) -> list[dict[str, Any]]:
+    """The rows of `Answers`; as lists, the ids of long responses would take ten times the memory."""
+    told = {"label": policy.label, "policy": policy.name}
+    rows = frame.drop("y_ids", "chat", "as_is").to_dicts()
+    return [row | told | {"y_ids": ids.to_numpy()} for row, ids in zip(rows, frame["y_ids"], strict=True)]
+
+
 def _answers(store: Store, kind: str, round: int | None = None) -> pl.LazyFrame:
-    """The rows of `Answers` in one table of a store; chat: x was asked as one."""
-    shards = store.shards(kind, round=round)
-    as_one = {chat: [shard for shard in shards if asked_as_chat(shard) == chat] for chat in (False, True)}
-    rows = pl.concat([scan_shards(kind, own).with_columns(chat=pl.lit(chat)) for chat, own in as_one.items()])
+    """The rows of `Answers` in one table of a store, with `chat` and `as_is` of each."""
+    shards = [(shard, (asked_as_chat(shard), _drawn_as_is(shard))) for shard in store.shards(kind, round=round)]
+    parts = []
+    for how in itertools.product((False, True), repeat=2):
+        rows = scan_shards(kind, [shard for shard, own in shards if own == how])
+        parts.append(rows.with_columns(chat=pl.lit(how[0]), as_is=pl.lit(how[1])))
+    rows = pl.concat(parts)
     tokens = pl.col("y_ids").list.len().cast(pl.Int32).alias("tokens")
-    return rows.select(*_COLUMNS, tokens, pl.col("y_finish").alias("finish"), "chat")
+    return rows.select(*_COLUMNS, tokens, pl.col("y_finish").alias("finish"), "chat", "as_is")
+
+
+def _drawn_as_is(shard: Shard) -> bool:
+    """Whether the responses of a shard were drawn at temperature 1 and top_p 1, as its writer noted."""
+    sampling = read_metadata(shard.path, shard.kind).get("sampling")
+    return isinstance(sampling, dict) and sampling.get("temperature") == sampling.get("top_p") == 1

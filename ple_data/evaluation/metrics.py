@@ -45,10 +45,10 @@ class SumMetric(ABC):
 
 
 class Mean(SumMetric):
-    """Sum of a value over the number of responses: sums are [value, responses]."""
+    """Sum of a value over the number of responses or tokens: sums are [value, number]; 0 where there are none."""
 
     def of(self, totals: np.ndarray) -> np.ndarray:
-        return totals[:, 0] / totals[:, 1]
+        return totals[:, 0] / np.maximum(totals[:, 1], 1)
 
 
 class Perplexity(Mean):

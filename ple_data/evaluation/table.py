@@ -6,6 +6,9 @@ from ple_data.common.terminal import WIDTH, display_width, printable, text_table
 from schemas.reports import Estimate, EvalReport
 
 _COLUMNS = {
+    "entropy": ("entropy", 3),
+    "kl": ("KL", 2),
+    "mean_logps_first": ("logp first", 3),
     "perplexity": ("perplexity", 2),
     "bleu": ("BLEU", 2),
     "length": ("tokens", 1),
@@ -46,6 +49,12 @@ def format_report(report: EvalReport) -> str:
 
 def _legend(report: EvalReport, counts: Mapping[str, int]) -> list[str]:
     lines = []
+    first = report.policies[0].label
+    if "entropy" in counts:
+        lines.append(f"{'entropy':<11} in nats a token, of the policy's own responses")
+    if "kl" in counts:
+        lines.append(f"{'KL':<11} to {first}, in nats a response, of the same")
+        lines.append(f"{'logp first':<11} mean log-probability of a token of the same under {first}")
     if report.bleu_signature:
         lines.append(f"{'BLEU':<11} sacrebleu, 0 to 100: {report.bleu_signature}")
     if "perplexity" in counts:
@@ -53,6 +62,7 @@ def _legend(report: EvalReport, counts: Mapping[str, int]) -> list[str]:
     lines.append(f"{'tokens, cut':<11} mean length of a response, and the share that --max-new-tokens cut")
     if "bleu" not in counts:
         lines.append("No references, so neither perplexity nor BLEU: --references names them.")
+    lines += map(printable, report.left_out)
     for name in ("perplexity", "bleu"):
         if counts.get(name, counts["length"]) < counts["length"]:
             lines.append(f"{_COLUMNS[name][0]} is over the {counts[name]} queries that have a reference for it.")

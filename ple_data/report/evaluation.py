@@ -11,6 +11,8 @@ from ple_data.report.section import WIDE, Section, Table, label, side
 from ple_data.report.sources import RewardModel
 from schemas.reports import Estimate, EvalReport, JudgePart, JudgeReport
 
+KL = "KL to the first policy, of each policy's own responses; 95 % intervals over queries."
+
 
 def evaluations(reports: Sequence[tuple[str, EvalReport]], reward_models: Mapping[str, RewardModel]) -> Section:
     """Tables of values and of differences; `reward_models` by name, of all these reports."""
@@ -18,10 +20,16 @@ def evaluations(reports: Sequence[tuple[str, EvalReport]], reward_models: Mappin
     if not reports:
         section.missing.append("No evaluation given: ple eval … --output DIR, then ple report RUN --eval DIR.")
     titles = {f"reward:{name}": model.title for name, model in reward_models.items()}
-    for folder, report in [(label(name, WIDE), report) for name, report in reports]:
+    for place, (name, report) in enumerate(reports, start=1):
+        folder = label(name, WIDE)
         signature = f" BLEU: {visible(report.bleu_signature)}." if report.bleu_signature else ""
         section.words.append(f"{folder}: queries {visible(report.queries)}.{signature}")
+        section.missing += [f"{folder}: {visible(sentence)}." for sentence in report.left_out]
         found = {policy.label: policy.metrics for policy in report.policies}
+        far = [(label(policy), own) for policy, own in found.items() if "kl" in own]
+        if rewards := {name: title for name, title in titles.items() if any(name in own for _, own in far)}:
+            picture = figures.rewards_by_kl(far, rewards)
+            section.draw(f"rewards-by-kl-{place}", f"{folder}: reward against KL", KL, picture)
         section.tables.append(_metrics_table(f"{folder}: values with 95 % intervals over queries", found, titles))
         for baseline, differences in report.differences().items():
             what = f"{folder}: differences from {label(baseline, WIDE)}, paired on the same queries"

@@ -5,7 +5,7 @@ Colours: blue is y (without the principle), orange y_prompt (with it); see `svg.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ple_data.report.round_tables import Histogram, wilson
 from ple_data.report.svg import PALETTE
-from schemas.reports import JudgeReport, PurityPolicy
+from schemas.reports import Estimate, JudgeReport, PurityPolicy
 
 SIZE = (4.6, 3.0)
 MOST_ROWS = 10
@@ -206,6 +206,25 @@ def smallest_pure(policies: Sequence[PurityPolicy]) -> Figure:
     axes.set_xlabel("policy")
     axes.set_ylabel("smallest pure e (margin)")
     return _legend(figure, 3)
+
+
+def rewards_by_kl(policies: Sequence[tuple[str, Mapping[str, Estimate]]], rewards: Mapping[str, str]) -> Figure:
+    """A panel for each reward (its title by its name): a policy's mean against its KL, with 95 % intervals."""
+    figure = Figure(figsize=(SIZE[0], 0.6 + 2.2 * len(rewards)), layout="constrained")
+    panels = figure.subplots(len(rewards), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (reward, title) in zip(panels, rewards.items(), strict=True):
+        for name, found in [(name, found) for name, found in policies if reward in found]:
+            x, y = found["kl"], found[reward]
+            axes.errorbar(x.mean, y.mean, _sides(y), _sides(x), fmt="o", color=PALETTE["blue"], capsize=3)
+            axes.annotate(name, (x.mean, y.mean), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.margins(0.15)
+        axes.set_ylabel(title)
+    panels[-1].set_xlabel("KL to the first policy, nats a response")
+    return figure
+
+
+def _sides(value: Estimate) -> list[list[float]]:
+    return [[max(0.0, value.mean - value.low)], [max(0.0, value.high - value.mean)]]
 
 
 def win_rates(reports: Sequence[tuple[str, JudgeReport]]) -> Figure:

@@ -4,14 +4,16 @@ They come from the tokenizer's chat template and are fixed when a round first st
 began goes on as it was made. Only where a model is concerned do they count in what a round is.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from ple_data.common.digests import text_digest
 from ple_data.common.models import end_ids
-from ple_data.inputs.principles import Form, Principle
+from ple_data.inputs.chat import stored_chat
+from ple_data.inputs.principles import Form, Principle, render_all
 from ple_data.inputs.templates import own_system, response_form, uses_chat, writes_date
 from ple_data.storage.store import Store
 from schemas.options import Gen
@@ -62,6 +64,21 @@ def terms_of(
         new = fixed("principle_form", form, "the principle replaces the template's own system message")
         form = form if new else "replace"
     return Terms(Form(prompt_format, form, today), chat, ends, identity)
+
+
+def rendered_again(
+    tokenizer: Any, xs: list[str], principle: str, made: Mapping[str, Any]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of x and of [p, x], from the texts of a committed file's rows and its metadata `made`.
+
+    What 0.1.0 did not keep counts as plain text: whether the ids of x are those in the file tells whether all is right.
+    """
+    chat, day = made.get("prompts") == "chat", made.get("template_date")
+    how = made.get("principle_form", IN_OLDER["principle_form"])
+    form = Form("auto" if chat else "plain", how, date.fromisoformat(day) if day else None)
+    queries = [(stored_chat(x) if chat else None) or x for x in xs]
+    p = Principle("of these rows", principle, text_digest(principle))
+    return render_all(tokenizer, queries, how=form), render_all(tokenizer, queries, p, form)
 
 
 def _stop_ids(tokenizer: Any, stop: Iterable[str], say: Callable[[str], None]) -> list[int]:

@@ -1,4 +1,4 @@
-"""`ple eval`: several policies on the same queries, in rewards, perplexity, BLEU, length and distinct words.
+"""`ple eval`: several policies on the same queries, in rewards, KL, perplexity, BLEU, length and distinct words.
 
 Answers, rewards and likelihoods are kept in the output directory as they come, so that a rerun computes what is
 missing and no more. Every number has a 95 % interval over queries. Never trains.
@@ -20,7 +20,8 @@ from ple_data.evaluation.rewards import check_reward_models, score_answers
 from ple_data.judge.sources import named, same_query
 from ple_data.storage.parquet import save_rows
 from ple_train.log import print_to_log
-from ple_train.measure.perplexity import score_references
+from ple_train.measure.divergence import score_responses
+from ple_train.measure.perplexity import Likelihoods, score_references
 from ple_train.model.policy import resolve_precision
 from schemas.errors import UsageError
 from schemas.files import write_atomic
@@ -55,8 +56,13 @@ def evaluate(options: Evaluate) -> EvalReport:
         refuse_strangers(where, given, answers[0].by_query())
     known = references_beside(answers) if given is None else [given] * len(answers)
     precision = resolve_precision(options.precision)
-    for each, references in zip(answers, known, strict=True):
-        score_references(each, references, output, precision, options.microbatch_tokens)
+    left_out: list[str] = []
+    for at, (each, references) in enumerate(zip(answers, known, strict=True)):
+        likelihoods = Likelihoods(each.policy, output, precision, options.microbatch_tokens)
+        score_references(each, references, likelihoods)
+        left_out += score_responses(answers, at, likelihoods)
+    for sentence in left_out:
+        print_to_log(sentence)
     uses = score_answers(answers, options, output)
     metrics, signature = _metrics([each.by_query() for each in answers], uses)
     _note_unequal_tokens(answers)
@@ -82,6 +88,7 @@ def evaluate(options: Evaluate) -> EvalReport:
             "reward_options": options.part(Rewards).values(),
             **(asked_settings(options, source) if source is not None else {}),
         },
+        left_out=left_out,
     )
     reward_models = [use.model_dump() for use in uses]
     provenance = {"queries": report.queries, "seed": seed, "reward_models": reward_models}
@@ -123,11 +130,14 @@ def _metrics(
     found: list[dict[str, Metric]] = []
     signature = None
     scored = [id for id in policies[0] if all(own[id][0]["reference_nll"] is not None for own in policies)]
+    every = [row for own in policies for query in own.values() for row in query]
+    kept = {name for name in ("own_logps", "first_logps") if all(row.get(name) is not None for row in every)}
     for queries in policies:
         rows = list(queries.values())
         own: dict[str, Metric] = {
             f"reward:{use.name}": _mean(rows, lambda row, at=at: row["rewards"][at]) for at, use in enumerate(uses)
         }
+        own |= _divergence(rows, kept)
         if scored:
             likelihoods = [(queries[id][0]["reference_nll"], queries[id][0]["reference_tokens"]) for id in scored]
             own["perplexity"] = Perplexity(np.array(likelihoods, dtype=np.float64))
@@ -144,8 +154,22 @@ def _texts(rows: list[list[Row]]) -> list[list[str]]:
     return [[row["y"] for row in query] for query in rows]
 
 
-def _mean(rows: list[list[Row]], value: Any) -> Mean:
-    return Mean(np.array([[sum(map(value, query)), len(query)] for query in rows], dtype=np.float64))
+def _mean(rows: list[list[Row]], value: Any, over: Any = lambda row: 1) -> Mean:
+    """Sum of a value over all rows, by their number or by the sum of what else is given."""
+    return Mean(np.array([[sum(map(value, query)), sum(map(over, query))] for query in rows], dtype=np.float64))
+
+
+def _divergence(rows: list[list[Row]], kept: set[str]) -> dict[str, Metric]:
+    """KL to the first policy in nats a response; entropy, and mean log-probability under the first policy, in nats a
+    token: all estimated on the policy's own draws. kept: the log-probabilities that every row has.
+    """
+    found: dict[str, Metric] = {}
+    if "own_logps" in kept:
+        found["entropy"] = _mean(rows, lambda row: -row["own_logps"], lambda row: row["tokens"])
+    if len(kept) == 2:
+        found["kl"] = _mean(rows, lambda row: row["own_logps"] - row["first_logps"])
+        found["mean_logps_first"] = _mean(rows, lambda row: row["first_logps"], lambda row: row["tokens"])
+    return found
 
 
 def _comparisons(labels: Sequence[str], metrics: Sequence[Mapping[str, Metric]], seed: int) -> list[Comparison]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ple_data.common.device import default_device, load_adapter, load_weights, natural_dtype
 from ple_data.common.models import check_adapter, check_model, positions_of
 from ple_train.log import print_to_log
-from ple_train.loss import token_entropies, token_logps
+from ple_train.loss import reverse_kl, token_entropies, token_logps
 from ple_train.model import attention as packed
 from ple_train.model import probe
 from ple_train.model.batches import Layout, Sequence, Tokens, collate_packed, collate_padded, collate_shared
@@ -63,19 +63,23 @@ class Policy(nn.Module):
         """The sequences as tensors, in the layout that `prepare` found this model's attention to keep."""
         return COLLATE[self.layout](sequences, self.device)
 
-    def forward(self, tokens: Tokens, *, entropies: bool = False) -> Any:
+    def forward(self, tokens: Tokens, teacher: Tensor | None = None, *, entropies: bool = False) -> Any:
         """Log-probability of each response token, [n] in nats, in the order of `tokens.targets`.
 
+        teacher [n, d]: `predicting` states of another policy at these tokens; then the reverse KL to it at each, [n].
         entropies: give those of the distributions that the tokens were drawn from as well, [n] in nats.
         """
-        base = self._base[0]
-        hidden = base.get_decoder()(**tokens.inputs, use_cache=False).last_hidden_state
-        predicting = hidden.flatten(0, 1).index_select(0, tokens.rows)
-        head = base.get_output_embeddings()
-        bias = getattr(head, "bias", None)
-        how = {"scale": self.scale, "softcap": self.softcap}
-        logps = token_logps(predicting, head.weight, tokens.targets, bias, **how)
-        return (logps, token_entropies(predicting.detach(), head.weight, bias, **how)) if entropies else logps
+        states, head = self.predicting(tokens), self._base[0].get_output_embeddings()
+        how: dict[str, Any] = {"bias": getattr(head, "bias", None), "scale": self.scale, "softcap": self.softcap}
+        if teacher is not None:
+            return reverse_kl(states, teacher, head.weight, **how)
+        logps = token_logps(states, head.weight, tokens.targets, **how)
+        return (logps, token_entropies(states.detach(), head.weight, **how)) if entropies else logps
+
+    def predicting(self, tokens: Tokens) -> Tensor:
+        """Hidden states that each response token is predicted from, [n, d]."""
+        hidden = self._base[0].get_decoder()(**tokens.inputs, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, tokens.rows)
 
     @property
     def has_start_policy(self) -> bool:

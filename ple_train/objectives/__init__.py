@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 OBJECTIVES = {
     "pairs": "pairs:PairObjective",
     "sft": "responses:SftObjective",
+    "distillation": "distillation:DistillationObjective",
     "label": "rewards:LabelObjective",
     "preference": "rewards:PreferenceObjective",
 }

@@ -89,6 +89,14 @@ class Baseline(Policy, Stores, Loop, Trainable, Tracked):
     batch_size: int = option(16, "Responses of one step, over all processes.", TRAINING, least=1)
 
 
+class ContextDistillation(Baseline):
+    on_policy: bool = option(
+        False,
+        "Reverse KL to the start policy under the principle on the plain responses of round T, or SFT on y_prompt.",
+        METHOD,
+    )
+
+
 class BaselineSft(Prompting, Baseline):
     data: tuple[Path, ...] = option(
         MISSING,
@@ -229,11 +237,11 @@ class Evaluate(Answering, Judged, Computing):
     )
     samples: int = option(1, "Responses a query.", RESPONSES, least=1, most=10_000)
     precision: Precision = option(
-        "auto", "Of the perplexity; auto: bf16 on a GPU that computes in it, else float32.", MACHINE
+        "auto", "Of perplexity and KL; auto: bf16 on a GPU that computes in it, else float32.", MACHINE
     )
     microbatch_tokens: int = option(
         8192,
-        "Tokens of the perplexity in memory at once; its value does not depend on it.",
+        "Tokens of perplexity and KL in memory at once; their values do not depend on it.",
         MACHINE,
         least=1,
         machine=True,

@@ -99,6 +99,83 @@ def test_a_frozen_output_layer_gets_no_gradient():
     assert weight.grad is None
 
 
+def plain_reverse_kl(hidden, teacher, weight, bias=None, scale=1.0, softcap=0.0):
+    """The definition, all logits at once, in float64."""
+
+    def log_softmax(states):
+        logits = states.double() @ weight.double().T
+        logits = (logits if bias is None else logits + bias.double()) * scale
+        return (softcap * torch.tanh(logits / softcap) if softcap else logits).log_softmax(-1)
+
+    log_p, log_q = log_softmax(hidden), log_softmax(teacher.detach())
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@pytest.mark.parametrize("extra", [{}, {"scale": 0.3}, {"softcap": 2.0}, {"scale": 1.7, "softcap": 3.0}])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("logits_per_chunk", [1, 37 * 5, 1 << 24])
+def test_reverse_kl_and_its_gradient_equal_the_definition(extra, with_bias, logits_per_chunk, monkeypatch):
+    """Token by token, in five chunks of which one is short, and at once."""
+    monkeypatch.setitem(loss.LOGITS_PER_CHUNK, "cpu", logits_per_chunk)
+    monkeypatch.setattr(loss, "ROWS_PER_CHUNK", 1)
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher = (torch.randn(23, 16, generator=generator, dtype=torch.float64) for _ in range(2))
+    hidden.requires_grad_()
+    weight = torch.randn(37, 16, generator=generator, dtype=torch.float64)
+    bias = torch.randn(37, generator=generator, dtype=torch.float64) if with_bias else None
+    coefficients = torch.randn(23, generator=generator, dtype=torch.float64)
+
+    found = loss.reverse_kl(hidden, teacher, weight, bias, **extra)
+    expected = plain_reverse_kl(hidden, teacher, weight, bias, **extra)
+
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    (found_grad,) = torch.autograd.grad((coefficients * found).sum(), hidden)
+    (expected_grad,) = torch.autograd.grad((coefficients * expected).sum(), hidden)
+    torch.testing.assert_close(found_grad, expected_grad, rtol=1e-10, atol=1e-12)
+
+
+def test_reverse_kl_equals_the_oracle():
+    generator = torch.Generator().manual_seed(3)
+    hidden, teacher, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64) * 3 for n in (5, 5, 29))
+    logits = zip((hidden @ weight.T).tolist(), (teacher @ weight.T).tolist(), strict=True)
+    expected = [oracle.reverse_kl(*both) for both in logits]
+    assert loss.reverse_kl(hidden, teacher, weight).tolist() == pytest.approx(expected, rel=1e-10)
+
+
+def test_reverse_kl_is_0_where_both_are_one_and_moves_nothing():
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8)
+    found = loss.reverse_kl(hidden, hidden, weight)
+    found.sum().backward()
+    assert found.tolist() == [0.0] * 6
+    assert hidden.grad.abs().max() == 0
+
+
+def test_reverse_kl_in_bf16_is_as_near_to_float64_as_the_plain_loss():
+    generator = torch.Generator().manual_seed(2)
+    hidden, teacher = (torch.randn(64, 32, generator=generator) for _ in range(2))
+    hidden.requires_grad_()
+    weight = torch.randn(500, 32, generator=generator) * 0.3
+
+    def plain(hidden, teacher, weight):
+        log_p, log_q = (torch.nn.functional.linear(x, weight).float().log_softmax(-1) for x in (hidden, teacher))
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    def gradient(kl):
+        return torch.autograd.grad(kl(hidden, teacher, weight).mean(), hidden)[0]
+
+    exact = gradient(plain_reverse_kl)
+    with torch.autocast("cpu", torch.bfloat16):
+        own, other = gradient(loss.reverse_kl), gradient(plain)
+        assert loss.reverse_kl(hidden, teacher, weight).dtype == torch.float32
+    assert (own - exact).norm() <= 1.2 * (other - exact).norm()
+
+
+def test_reverse_kl_refuses_an_output_layer_that_is_trained():
+    hidden, weight = torch.randn(4, 8), torch.randn(11, 8, requires_grad=True)
+    with pytest.raises(ValueError, match="no gradient for the output layer: freeze it"):
+        loss.reverse_kl(hidden, hidden, weight)
+
+
 def test_weighted_loss_equals_the_oracle_of_eqs_3_4_6():
     """Three pairs at tau = 0.2: margin 1.0 (rank), margin exactly 0.2 and -0.7 (weighted SFT)."""
     pairs = [

@@ -24,7 +24,7 @@ COMMANDS = {
     "demo": options.Demo,
 }
 BASELINES = {
-    **{"sft": options.BaselineSft, "context-distillation": options.Baseline, "raft": options.Baseline},
+    **{"sft": options.BaselineSft, "context-distillation": options.ContextDistillation, "raft": options.Baseline},
     **{"dpo": Dpo, "ppo": options.Ppo},
 }
 CASES = [
@@ -60,7 +60,8 @@ def default(option: click.Parameter) -> object:
 def test_the_recipe_has_the_options_of_the_stages_command_and_its_defaults(stage: str):
     kinds = {**COMMANDS, "baseline": options.Baseline}
     own = {known.name: known for known in kinds[stage].in_order()}
-    own |= {name: Dpo.__dataclass_fields__[name] for name in ("beta", "via")} if stage == "baseline" else {}
+    of_methods = {"beta": Dpo, "via": Dpo, "on_policy": options.ContextDistillation} if stage == "baseline" else {}
+    own |= {name: kind.__dataclass_fields__[name] for name, kind in of_methods.items()}
     for name, field in STAGES[stage].model_fields.items():
         if name in ("command", "method") or field.is_required():
             continue

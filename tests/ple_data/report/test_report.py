@@ -22,7 +22,7 @@ from ple_data.report.evaluation import evaluations, judged
 from ple_data.report.page import report
 from ple_data.report.pairs import LONGEST_TEXT, clipped, sample_pairs, visible, word_difference
 from ple_data.report.section import side
-from ple_data.report.sources import Sources
+from ple_data.report.sources import RewardModel, Sources
 from ple_data.storage.parquet import save_rows
 from schemas.errors import DamagedError, UsageError
 from schemas.reports import EvalReport, JudgeReport
@@ -501,6 +501,35 @@ def test_differences_are_a_row_a_policy_and_huge_values_are_short(tmp_path):
     assert [row[0] for row in values.rows] == ["base", *policies]
     assert differences.head == ["policy", "perplexity", "length"]
     assert differences.rows == [[name, *["2.50e+12 [1.00e+12, 4.00e+12]"] * 2] for name in policies]
+
+
+def test_rewards_are_drawn_against_kl_where_both_were_measured():
+    """A panel a reward model, a point a policy that has both, at its means and with its intervals."""
+
+    def estimate(mean: float) -> dict:
+        return {"mean": mean, "low": mean - 0.5, "high": mean + 0.25, "count": 4}
+
+    measured = {
+        "start": {"kl": estimate(0), "reward:a": estimate(1)},
+        "ple": {"kl": estimate(7), "reward:a": estimate(2), "reward:b": estimate(3)},
+        "other": {"reward:a": estimate(4)},
+    }
+    found = EvalReport(
+        queries="q", seed=0, reward_models=[], bleu_signature=None, comparisons=[], left_out=["No KL: <why>"],
+        policies=[{"label": name, "policy": name, "metrics": metrics} for name, metrics in measured.items()],
+    )  # fmt: skip
+    far = [(policy.label, policy.metrics) for policy in found.policies if "kl" in policy.metrics]
+    with svg.style():
+        figure = figures.rewards_by_kl(far, {"reward:a": "R1", "reward:b": "R2"})
+        models = {f"reward:{name}": RewardModel(f"R{name}", f"R{name}", name) for name in "ab"}
+        section = evaluations([("eval", found)], {name.removeprefix("reward:"): use for name, use in models.items()})
+    points = [[tuple(float(v[0]) for v in c.lines[0].get_data()) for c in axes.containers] for axes in figure.axes]
+    assert points == [[(0, 1), (7, 2)], [(7, 3)]]
+    across, up = (bars.get_segments()[0].tolist() for bars in figure.axes[1].containers[0].lines[2])
+    assert (across, up) == ([[6.5, 3], [7.25, 3]], [[7, 2.5], [7, 3.25]])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["start", "ple"]
+    assert [chart.name for chart in section.charts] == ["rewards-by-kl-1"]
+    assert section.missing == ["eval: No KL: <why>."]
 
 
 def test_every_colour_of_the_style_is_one_of_the_palette():

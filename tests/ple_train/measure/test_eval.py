@@ -287,7 +287,7 @@ def test_a_mean_of_one_query_has_no_interval() -> None:
 def test_files_of_the_result(report, rows, inputs: dict) -> None:
     assert read_record(EvalReport, inputs["output"] / "eval.json") == report
     metadata = read_metadata(inputs["output"] / "eval.parquet", "evaluation")
-    assert metadata["version"] == 1
+    assert metadata["version"] == 2
     assert [use["name"] for use in metadata["reward_models"]] == [use.name for use in report.reward_models]
     assert [len(own) for own in rows.values()] == [14, 14]
     assert rows["base"][0]["policy"] == report.policies[0].policy
