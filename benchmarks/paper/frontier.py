@@ -32,10 +32,15 @@ def along(x: np.ndarray, y: np.ndarray, level: np.ndarray | float) -> np.ndarray
 
     Beyond the curve's end it is that of its end: ask `reaches` first.
     """
-    order = np.argsort(x, axis=0, kind="stable")
-    x, y = np.take_along_axis(x, order, 0), np.take_along_axis(y, order, 0)
-    levels = np.broadcast_to(level, x.shape[1:])
-    return np.array([np.interp(at, own, value) for at, own, value in zip(levels, x.T, y.T, strict=True)])
+    first, left, width, rise = _steps(x, y)
+    return first + (_passed(left, width, level) * rise).sum(axis=0)
+
+
+def area(x: np.ndarray, y: np.ndarray, upto: float) -> np.ndarray:
+    """Mean height of the curve from x = 0, its first point, to `upto`: its area divided by `upto` → [draws]."""
+    first, left, width, rise = _steps(x, y)
+    under = _passed(left, width, upto) ** 2 * width / 2 + np.maximum(upto - left - width, 0)
+    return first + (under * rise).sum(axis=0) / upto
 
 
 def reaches(x: np.ndarray, level: float) -> bool:
@@ -43,14 +48,17 @@ def reaches(x: np.ndarray, level: float) -> bool:
     return bool(x[:, 0].max() >= level)
 
 
-def area(x: np.ndarray, y: np.ndarray, upto: float) -> np.ndarray:
-    """Mean height of the curve from x = 0 to `upto`: its area, divided by `upto`. [points, draws] → [draws]."""
-    found = []
-    for end, own, value in zip(along(x, y, upto), x.T, y.T, strict=True):
-        inside = own < upto
-        order = np.argsort(own[inside], kind="stable")
-        found.append(np.trapezoid([*value[inside][order], end], [*own[inside][order], upto]) / upto)
-    return np.array(found)
+def _steps(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The height at the first point, and of each step from point to point its left end, width and rise, by rising x."""
+    order = np.argsort(x, axis=0, kind="stable")
+    x, y = np.take_along_axis(x, order, 0), np.take_along_axis(y, order, 0)
+    return y[0], x[:-1], np.diff(x, axis=0), np.diff(y, axis=0)
+
+
+def _passed(left: np.ndarray, width: np.ndarray, level: np.ndarray | float) -> np.ndarray:
+    """The share of each step, 0 to 1, that lies below `level`."""
+    share = np.divide(level - left, width, out=np.where(level >= left, 1.0, 0.0), where=width > 0)
+    return np.clip(share, 0, 1)
 
 
 def estimate(seeds: Sequence[np.ndarray]) -> Estimate:

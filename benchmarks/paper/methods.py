@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ UPDATES = 160
 """Of PLE in all rounds, whatever the queries of a round."""
 PASSES = sum(range(1, ROUNDS + 1))
 """PLE trains on all rows so far: as many passes over the pairs of one round. SFT and RAFT make as many updates."""
-ALPHA = 0.9
+TAU0, ALPHA = 0.2, 0.9
 RATE = "learning_rate"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 WARM = ["-S", "-m", "benchmarks.paper.warm"]
@@ -43,7 +44,7 @@ class Method:
     learned from or chosen among: where they are more than PLE's two there are fewer queries, and the other way round.
     `brake`: the option that bounds the distance; `brakes`: its values, tightest first; `usual`: its value in the tables
     of one point, None for the learning rate. `ablates`: the method that this one is without something; it has that
-    one's learning rate. `newest`: each round trains on its own rows alone.
+    one's learning rate. `newest`: each round trains on its own rows alone, as round 0 of a store of its own.
     """
 
     name: str
@@ -234,9 +235,14 @@ class Run:
         recipe = self.write_recipe(task)
         if not self.method.newest:
             return [["run", str(recipe)]]
-        data = str(self.directory / "data")
-        stages = [(stage.round, stage.command[1 + len(WARM) :]) for stage in plan(load_recipe(recipe))]
-        return [[f"{data}/round={t}" if word == data else word for word in words] for t, words in stages]
+        commands = []
+        for stage in plan(load_recipe(recipe)):
+            t = stage.round or 0
+            own = {"--data": str(self.directory / "data" / f"round={t}"), "--round": "0"}
+            own |= {"--tau0": str(TAU0 * self.method.alpha**t)}
+            words = stage.command[len(WARM) :]
+            commands.append([own.get(option, word) for option, word in pairwise(words)])
+        return commands
 
     def write_recipe(self, task: Task) -> Path:
         """The recipe of a method that alternates."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from benchmarks.paper.methods import ALPHA, LEARNING_RATES, METHODS, ROUNDS, Method, Run
+from benchmarks.paper.methods import ALPHA, LEARNING_RATES, METHODS, ROUNDS, TAU0, Method, Run
 from benchmarks.paper.tasks import Task
 from benchmarks.side_by_side import made_with
 from ple_data.evaluation.metrics import Mean, Perplexity, SumMetric, bleu
@@ -27,7 +27,6 @@ from schemas.files import write_atomic
 from schemas.reports import Estimate
 from schemas.tables import read_metadata
 
-TAU0 = 0.2
 COLUMNS = {
     "reward": "second judge",
     "trained": "training reward",

@@ -51,15 +51,17 @@ def without_command(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_rounds_that_see_their_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands of `ple run`, but for a store a round."""
+    """The commands of `ple run`, but each round is round 0 of a store of its own, with the threshold of its number."""
     monkeypatch.chdir(tmp_path)
     method = next(method for method in FRONTIER if method.newest)
     commands = Run(method, 1e-3, 0, method.brakes[0]).commands(TASKS["imdb"])
     assert [words[0] for words in commands] == ["gen", "score", "train"] * ROUNDS
     for at, words in enumerate(commands):
         assert words[words.index("--data") + 1].endswith(f"data/round={at // 3}")
-        assert words[words.index("--round") + 1] == str(at // 3)
+        assert words[words.index("--round") + 1] == "0"
         assert not set(WARM) & set(words)
+    assert commands[-1][commands[-1].index("--tau0") + 1] == str(0.2 * 0.9**3)
+    assert commands[-1][commands[-1].index("--adapter") + 1].endswith("policy/round=002")
 
 
 def test_no_two_points_share_a_directory() -> None:
