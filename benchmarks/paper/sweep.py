@@ -49,8 +49,8 @@ def sweep(
         for run in runs if only else ():
             if place := evaluated(run, "unseen"):
                 print(json.dumps({"point": run.label, "seed": run.seed, **metrics(place, run.label)}))
-    if not only:
-        write_pages(task, results, points, rates, tried)
+        if not only:
+            write_pages(task, results, points, rates, tried)
 
 
 def select(only: list[str] | None) -> list[tuple[Method, float]]:
@@ -67,7 +67,9 @@ def point(method: Method, brake: float, seed: int, rates: dict[str, float]) -> R
     """The run of a point; an ablation has the learning rate of what it ablates."""
     if method.brake == RATE:
         return Run(method, brake, seed)
-    return Run(method, rates[method.ablates or method.name], seed, brake)
+    if (name := method.ablates or method.name) not in rates:
+        raise SystemExit(f"--rates has no learning rate of {name}: leave it out, and some are tried")
+    return Run(method, rates[name], seed, brake)
 
 
 def try_rates(task: Task, methods: list[Method], seed: int, workers: int) -> Tried:

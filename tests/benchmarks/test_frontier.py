@@ -90,6 +90,8 @@ def test_points_are_named() -> None:
     assert point(dpo, 0.1, 2, {"dpo": 3e-4}) == Run(dpo, 3e-4, 2, 0.1)
     assert point(NAMED["stable-ple-sums"], 0.6, 0, {"stable-ple": 3e-3}).learning_rate == 3e-3
     assert point(NAMED["sft"], 0.01, 0, {}) == Run(NAMED["sft"], 0.01, 0)
+    with pytest.raises(SystemExit, match="--rates has no learning rate of dpo"):
+        point(dpo, 0.1, 0, {})
 
 
 def write_evaluation(place: Path, label: str, kl: float, judge: float, seed: int) -> None:
