@@ -1,11 +1,16 @@
 """The paper's tables on real data, at a size for two CPU cores: one command a task, resumable, in pieces if need be.
 
+    python -m benchmarks.paper imdb --data imdb.parquet --output runs/paper/imdb --frontier
     python -m benchmarks.paper imdb --data imdb.parquet --output runs/paper/imdb
     python -m benchmarks.paper tldr --data tldr.parquet --preferences tldr_preferences.parquet --output runs/paper/tldr
     python -m benchmarks.paper hh   --data hh.parquet --output runs/paper/hh --seeds 0 --rates docs/results/imdb.json
 
-Each step is a `ple` command in a process of its own, and a finished one does nothing: run the same command again
-after any stop. The tables and the figure go to --results (docs/results by default).
+--frontier moves every method's brake and compares at equal KL; without it there is one point a method. Each step is a
+`ple` command in a process of its own, and a finished one does nothing: run the same command again after any stop. The
+tables and the figures go to --results (docs/results by default). One point of the frontier again, from nothing:
+
+    python -m benchmarks.paper imdb --data imdb.parquet --output runs/point --frontier --seeds 0 \\
+        --only ple-residual:1.5 --rates docs/results/imdb-frontier.json
 """
 
 from __future__ import annotations
@@ -13,31 +18,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
-from benchmarks.paper.methods import LEARNING_RATES, METHODS, ROUNDS, START, Run
+from benchmarks.paper.commands import (
+    THREADS,
+    evaluate,
+    make_models,
+    train,
+    warm_commands,
+    write_references,
+    write_round0,
+)
+from benchmarks.paper.methods import LEARNING_RATES, METHODS, Run
+from benchmarks.paper.sweep import sweep
 from benchmarks.paper.tables import write_results
-from benchmarks.paper.tasks import ROOT, TASKS, Task, start_rows
-from ple_data.rewards import load_reward_model
-from schemas.files import write_atomic
+from benchmarks.paper.tasks import ROOT, TASKS, Task
 
-PLE = [sys.executable, "-m", "cli"]
-SCRATCH = ["--warmup-steps", 50, "--schedule", "cosine", "--batch-size", 32, "--microbatch-tokens", 4096]
-THREADS = 2
 PREPARED = Path("prepared")
 """There once every input file is whole."""
-DIVERGED = re.compile(r"the loss is -?(nan|inf)\b|gradient's norm (nan|inf)\b")
-"""In the messages of a run whose loss or gradient left the numbers."""
-TOLD_SECONDS = 20
-"""A run that took less was done before."""
 
 
 def main() -> None:
@@ -50,6 +50,10 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="of sampling and training; the first one tunes")
     parser.add_argument("--rates", type=Path, help="a task's JSON in --results: its learning rates, none tried here")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, each on its share of two threads")
+    parser.add_argument("--frontier", action="store_true", help="every method with several values of its brake")
+    parser.add_argument(
+        "--only", action="append", metavar="METHOD[:BRAKE]", help="of the frontier; may be repeated; writes no tables"
+    )
     arguments = parser.parse_args()
     task, results = TASKS[arguments.task], arguments.results.absolute()
     inputs = {name: getattr(arguments, name) for name in task.inputs}
@@ -61,79 +65,44 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     os.chdir(arguments.output)  # every name below is relative, so that the whole directory may move
     os.environ |= {"IMDB_JUDGE": "judge.json", "OMP_NUM_THREADS": str(THREADS // arguments.workers or 1)}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
     if not PREPARED.exists():
         task.prepare(inputs, Path())
         PREPARED.touch()
     make_models(task, arguments.workers)
     write_references(task, seeds)
+    with warm_commands():
+        write_round0(task, seeds)
+        if arguments.frontier:
+            sweep(task, results, seeds, arguments.workers, rates, arguments.only)
+        else:
+            one_point(task, results, seeds, arguments.workers, rates, arguments.rates)
+
+
+def one_point(
+    task: Task, results: Path, seeds: list[int], workers: int, rates: dict[str, float] | None, rates_of: Path | None
+) -> None:
+    """Every method once for each seed at its usual brake, and the tables; without `rates`, after trying them."""
     if rates is None:
-        tuning = [Run(method, rate, seeds[0]) for method in METHODS for rate in LEARNING_RATES]
-        rates = tuned_rates(task, train_all(task, tuning, arguments.workers))
-    chosen = [Run(method, rates[method.name], seed) for seed in seeds for method in METHODS]
-    lasting = train_all(task, chosen, arguments.workers)
+        tuning = [Run(method, rate, seeds[0], method.usual) for method in METHODS for rate in LEARNING_RATES]
+        rates = tuned_rates(task, train_all(task, tuning, workers))
+    chosen = [Run(method, rates[method.name], seed, method.usual) for seed in seeds for method in METHODS]
+    lasting = train_all(task, chosen, workers)
     if diverged := [str(run.directory) for run in chosen if run not in lasting]:
         raise SystemExit(f"diverged at the learning rate that was chosen: {', '.join(diverged)}")
     for seed in seeds:
         runs = [run for run in chosen if run.seed == seed]
         evaluate(task, runs, "unseen.parquet", Path("eval", f"seed={seed}"), seed=seed)
-    write_results(task, results, chosen, arguments.rates)
-
-
-def make_models(task: Task, workers: int) -> None:
-    """Base model, reward models, start policy; each finished one is left alone."""
-    full = ["sft", "--full", "--max-length", 512, *SCRATCH]
-    base = ["--model", "init", "--data", "pretrain.parquet", "--output", "base"]
-    ple(*full, *base, "--weight-decay", 0.1, "--learning-rate", 3e-3, log=Path("base.log"), threads=THREADS)
-    rewards = {}
-    for name, seed in (("reward", 0), ("second", 1)):
-        if Path(f"{name}.parquet").exists():
-            words = ["--model", "base", "--data", f"{name}.parquet", "--output", name, "--seed", seed]
-            words += ["--learning-rate", 1e-3, "--max-length", 256, "--epochs", task.reward_epochs]
-            rewards[name] = ["reward", *words, *SCRATCH]
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda name: ple(*rewards[name], log=Path(f"{name}.log")), rewards))
-    if not Path("sft.jsonl").exists():
-        candidates = pl.read_parquet("candidates.parquet")
-        found = load_reward_model(task.reward).score(candidates.select("x", "y").rows())
-        write_atomic(Path("sft.jsonl"), start_rows(candidates, found, task.principle).write_ndjson())
-    start = ["--model", "base", "--data", "sft.jsonl", "--output", START, "--epochs", 2]
-    ple(*full, *start, "--learning-rate", 1e-3, log=Path("start.log"), threads=THREADS)
-
-
-def write_references(task: Task, seeds: list[int]) -> None:
-    """The (x, reference) rows of SFT: as many queries as the other methods see, drawn by the seed."""
-    references = pl.read_parquet("references.parquet")
-    for seed in seeds:
-        path = Path("references", f"seed={seed}.jsonl")
-        if not path.exists():
-            rows = references.sample(min(ROUNDS * task.queries_per_round, references.height), seed=seed)
-            path.parent.mkdir(exist_ok=True)
-            write_atomic(path, rows.select("x", pl.col("reference").alias("y")).write_ndjson())
+    write_results(task, results, chosen, rates_of)
 
 
 def train_all(task: Task, runs: list[Run], workers: int) -> list[Run]:
-    """Every run to its end, several at once → those that did not diverge. Any other failure ends the program."""
-
-    def train(run: Run) -> bool:
-        began, log = time.monotonic(), Path(f"{run.directory}.log")
-        try:
-            ple(*run.command(task), log=log)
-        except SystemExit:
-            if not DIVERGED.search(log.read_text().rpartition("\n$ ple ")[2]):  # of this attempt
-                raise
-            print(f"{run.directory}: diverged", file=sys.stderr, flush=True)
-            return False
-        if (seconds := time.monotonic() - began) > TOLD_SECONDS:
-            print(f"{run.directory}: {seconds:.0f} s", file=sys.stderr, flush=True)
-        return True
-
-    first = [run for run in runs if run.method.name == "ple"]  # PPO's budget is what these sampled
-    longest = [run for run in runs if run.method.name == "ppo"]
-    rest = [*longest, *(run for run in runs if run not in first + longest)]
+    """Every run to its end, several at once, the longest first → those that did not diverge."""
+    ordered = sorted(runs, key=lambda run: run.method.name != "ppo")
     with ThreadPoolExecutor(workers) as pool:
-        ended = [*pool.map(train, first), *pool.map(train, rest)]
-    return [run for run, well in zip([*first, *rest], ended, strict=True) if well]
+        ended = list(pool.map(lambda run: train(task, run), ordered))
+    return [run for run, well in zip(ordered, ended, strict=True) if well]
 
 
 def tuned_rates(task: Task, runs: list[Run]) -> dict[str, float]:
@@ -154,37 +123,11 @@ def best_rates(report: dict[str, Any], runs: list[Run]) -> dict[str, float]:
 
 
 def read_rates(results: Path) -> dict[str, float]:
-    """By method, the learning rate that another task chose."""
-    methods = json.loads(results.read_text())["methods"]
-    return {record["method"]: record["learning_rate"] for record in methods if record["learning_rate"]}
-
-
-def evaluate(
-    task: Task, runs: list[Run], queries: str, output: Path, *, second: bool = True, seed: int = 0
-) -> dict[str, Any]:
-    """`ple eval` of the start policy and the runs' policies."""
-    policies = [f"base={START}", *(f"{run.label}={START},{run.adapter}" for run in runs)]
-    words = [word for policy in policies for word in ("--policy", policy)]
-    words += ["--queries", queries, "--reward-model", task.reward, "--trained-with", task.reward]
-    words += ["--reward-model", task.second_judge] if second else []
-    words += ["--engine", "hf", "--engine-arg", "batch_size=256", "--unit-size", "256"]
-    words += ["--max-new-tokens", str(task.max_new_tokens), "--output", str(output)]
-    ple("eval", *words, "--seed", seed, log=Path(f"{output}.log"), threads=THREADS)
-    report: dict[str, Any] = json.loads((output / "eval.json").read_text())
-    return report
-
-
-def ple(*words: object, log: Path, threads: int | None = None) -> None:
-    """One `ple` command to its end, its messages in `log`."""
-    command = [*PLE, *map(str, words)]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as messages:
-        messages.write(f"$ ple {' '.join(map(str, words))}\n")
-        messages.flush()
-        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-        code = subprocess.run(command, stdout=messages, stderr=subprocess.STDOUT, env=environment).returncode
-    if code:
-        raise SystemExit(f"ple {words[0]} failed with exit code {code}; its messages are in {log.absolute()}")
+    """By method, the learning rate that a file of --results chose."""
+    record = json.loads(results.read_text())
+    if "rates" in record:
+        return dict(record["rates"])
+    return {one["method"]: one["learning_rate"] for one in record["methods"] if one["learning_rate"]}
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
 """The methods of the paper's tables as commands on one start policy: same queries, model, LoRA and sampled tokens.
 
-Each run is a recipe of `ple run` (PLE, its ablations, context distillation, RAFT-4, DPO) or one `ple baseline` command
-(SFT, PPO). Nothing is started here. Names are relative to the task's directory.
+Each run is a recipe of `ple run`, or a `ple baseline` command (SFT, PPO). What bounds a method's distance from the
+start policy, its brake, is moved in the frontier and stands still in the tables of one point. Nothing is started here.
+Names are relative to the task's directory.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.tasks import Task
+from ple_train.run.rounds import plan
 from schemas.files import write_atomic
+from schemas.recipe import load_recipe
 from schemas.records import TRAINED
 
 START = "start"
@@ -24,46 +29,126 @@ UPDATES = 160
 """Of PLE in all rounds, whatever the queries of a round."""
 PASSES = sum(range(1, ROUNDS + 1))
 """PLE trains on all rows so far: as many passes over the pairs of one round. SFT and RAFT make as many updates."""
+TAU0, ALPHA = 0.2, 0.9
+RATE = "learning_rate"
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+WARM = ["-S", "-m", "benchmarks.paper.warm"]
+"""Words after python that are `ple`, at once where a server runs."""
 
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """One row of a table.
+    """One row of a table, one curve of the frontier.
 
     `guided`: y_prompt is sampled under the principle, else it is a second plain response. `responses` to a query are
     learned from or chosen among: where they are more than PLE's two there are fewer queries, and the other way round.
+    `brake`: the option that bounds the distance; `brakes`: its values, tightest first; `usual`: its value in the tables
+    of one point, None for the learning rate. `ablates`: the method that this one is without something; it has that
+    one's learning rate. `newest`: each round trains on its own rows alone, as round 0 of a store of its own.
     """
 
     name: str
     title: str
-    guided: bool = True
-    responses: int = 2
+    brake: str = RATE
+    brakes: tuple[float, ...] = RATES
+    usual: float | None = None
     train: dict[str, Any] = field(default_factory=dict)
     baseline: str | None = None
+    guided: bool = True
+    responses: int = 2
+    alpha: float = ALPHA
+    newest: bool = False
+    ablates: str | None = None
+
+    @property
+    def tuned(self) -> bool:
+        """Whether it has a learning rate to choose beside its brake."""
+        return self.brake != RATE and self.ablates is None
 
 
-STABILISED = {"normalize_wsft": True, "trust_region": 0.3}
-"""What keeps PLE's loss in bounds and its two terms of one size; not in the paper, options of `ple-train`."""
-METHODS = (
+PRINTED = {"brakes": (1e-4, 2e-4, 3e-4, 1e-3)}
+STABLE = {"brake": "trust_region", "brakes": (0.15, 0.3, 0.6, 1.0), "usual": 0.3}
+BY_LENGTH = {"normalize_wsft": True}
+"""With a trust region, what keeps PLE's loss in bounds and its two terms of one size; not in the paper."""
+RESIDUAL = {"objective": "ple-residual", "form": "means"}
+WITHOUT_RANK, WITHOUT_WSFT = {"without": "rank"}, {"without": "wsft"}
+AGAIN = -(-PASSES // ROUNDS)
+"""Passes over the newest round that come to the updates of PLE's passes over all, or a few more."""
+MAIN = (
     Method("sft", "SFT", baseline="sft"),
     Method("context-distillation", "context distillation", responses=1, baseline="context-distillation"),
-    Method("dpo", "DPO", baseline="dpo"),
-    Method("ppo", "PPO", baseline="ppo"),
-    Method("raft", "RAFT-4", guided=False, responses=4, baseline="raft", train={"epochs": 2 * PASSES // ROUNDS}),
-    Method("ple", "PLE (printed loss)"),
-    Method("without-rank", "w/o rank and principle", guided=False, train={"without": "rank"}),
-    Method("without-wsft", "w/o weighted SFT", train={"without": "wsft"}),
-    Method("stable-ple", "PLE, stabilised", train=STABILISED),
     Method(
-        "stable-without-rank", "stabilised w/o rank and principle", guided=False, train=STABILISED | {"without": "rank"}
+        "on-policy-distillation",
+        "context distillation, on-policy",
+        responses=1,
+        baseline="context-distillation",
+        train={"on_policy": True, "epochs": AGAIN},
     ),
-    Method("stable-without-wsft", "stabilised w/o weighted SFT", train=STABILISED | {"without": "wsft"}),
+    Method("dpo", "DPO", "beta", (0.3, 0.1, 0.03, 0.01), 0.1, train={"objective": "dpo"}),
+    Method("dpo-means", "DPO by length", "beta", (10, 5, 3, 1.5), train={"objective": "dpo", "form": "means"}),
+    Method("ppo", "PPO", "kl_coef", (0.2, 0.05, 0.01, 0.003), 0.05, baseline="ppo"),
+    Method("raft", "RAFT-4", guided=False, responses=4, baseline="raft", train={"epochs": 2 * PASSES // ROUNDS}),
+    Method("ple", "PLE (printed loss)", **PRINTED),
+    Method("stable-ple", "PLE, stabilised", train=BY_LENGTH, **STABLE),
+    Method("ple-residual", "PLE, residual", "beta", (6, 3, 1.5, 1), train=RESIDUAL),
 )
+TABLES = (
+    Method("without-rank", "w/o rank and principle", guided=False, train=WITHOUT_RANK, ablates="ple", **PRINTED),
+    Method("without-wsft", "w/o weighted SFT", train=WITHOUT_WSFT, ablates="ple", **PRINTED),
+    Method(
+        "stable-without-rank",
+        "stabilised w/o rank and principle",
+        guided=False,
+        train=BY_LENGTH | WITHOUT_RANK,
+        ablates="stable-ple",
+        **STABLE,
+    ),
+    Method(
+        "stable-without-wsft",
+        "stabilised w/o weighted SFT",
+        train=BY_LENGTH | WITHOUT_WSFT,
+        ablates="stable-ple",
+        **STABLE,
+    ),
+)
+"""The paper's ablations, each with all its brakes."""
 
 
-PLE = next(method for method in METHODS if method.name == "ple")
+def _parts(of: str, title: str, brake: str, at: float, train: dict[str, Any]) -> tuple[Method, ...]:
+    """A method without each of its parts in turn, with one value of its brake."""
+    one: dict[str, Any] = {"brake": brake, "brakes": (at,), "ablates": of}
+    return (
+        Method(f"{of}-no-rank", f"{title} w/o rank set", train=train | WITHOUT_RANK, **one),
+        Method(f"{of}-no-principle", f"{title} w/o principle", train=train, guided=False, **one),
+        Method(f"{of}-no-decay", f"{title}, alpha 0.999", train=train, alpha=0.999, **one),
+        Method(f"{of}-newest", f"{title} w/o old rows", train=train | {"epochs": AGAIN}, newest=True, **one),
+    )
 
 
+PARTS = (
+    *_parts("ple-residual", "residual", "beta", 1.5, RESIDUAL),
+    Method(
+        "ple-residual-no-wsft",
+        "residual w/o weighted SFT",
+        "beta",
+        (1.5,),
+        train=RESIDUAL | WITHOUT_WSFT,
+        ablates="ple-residual",
+    ),
+    Method(
+        "ple-residual-sums",
+        "residual, sums for means",
+        "beta",
+        (0.03,),
+        train=RESIDUAL | {"form": "sums"},
+        ablates="ple-residual",
+    ),
+    *_parts("stable-ple", "stabilised", "trust_region", 0.6, BY_LENGTH),
+    Method("stable-ple-sums", "stabilised, sums in weighted SFT", "trust_region", (0.6,), ablates="stable-ple"),
+)
+FRONTIER = (*MAIN, *TABLES, *PARTS)
+METHODS = tuple(m for m in (*MAIN, *TABLES) if m.name not in ("on-policy-distillation", "dpo-means", "ple-residual"))
+"""Those of the tables of one point."""
 PPO_BATCH = 16
 """Responses of a PPO update; their advantages are whitened together."""
 
@@ -73,21 +158,41 @@ def batch_size(task: Task) -> int:
     return task.queries_per_round * PASSES // UPDATES
 
 
+def sampling(task: Task, queries: int) -> dict[str, Any]:
+    """Options of `ple gen` for a round of so many queries."""
+    return {
+        "engine": "hf",
+        "engine_arg": {"batch_size": task.queries_per_round},
+        "unit_size": queries,
+        "max_new_tokens": task.max_new_tokens,
+    }
+
+
 @dataclass(frozen=True)
 class Run:
-    """One training: a method with a learning rate and a seed, in a directory of its own."""
+    """One training: a method with a learning rate, a seed and, where its brake is another option, its value; in a
+    directory of its own.
+    """
 
     method: Method
     learning_rate: float
     seed: int
+    brake: float | None = None
+
+    @property
+    def braked(self) -> float:
+        """The brake's value, whichever option it is."""
+        return self.learning_rate if self.brake is None else self.brake
 
     @property
     def label(self) -> str:
-        return f"{self.method.name}-{self.learning_rate:g}"
+        brake = "" if self.brake is None else f"{self.brake:g}-"
+        return f"{self.method.name}-{brake}{self.learning_rate:g}"
 
     @property
     def directory(self) -> Path:
-        return Path("runs", self.method.name, f"lr={self.learning_rate:g}", f"seed={self.seed}")
+        brake = [] if self.brake is None else [f"{self.method.brake}={self.brake:g}"]
+        return Path("runs", self.method.name, *brake, f"lr={self.learning_rate:g}", f"seed={self.seed}")
 
     @property
     def adapter(self) -> Path:
@@ -95,6 +200,11 @@ class Run:
         if self.method.name in ("sft", "ppo"):
             return self.directory / "policy"
         return self.directory / "policy" / f"round={ROUNDS - 1:03d}"
+
+    @property
+    def common(self) -> Path:
+        """The store of responses of the start policy that every run with this seed and principle begins with."""
+        return Path("round0", "guided" if self.method.guided else "plain", f"seed={self.seed}")
 
     def cost(self, what: str) -> int:
         """`tokens_sampled` or `tokens_trained` in all, as the finished trainings say it; 0 where there are none."""
@@ -109,23 +219,38 @@ class Run:
         stages = json.loads((self.directory / "stages.json").read_text())["stages"]
         return float(sum(stage["seconds"] for stage in stages))
 
-    def command(self, task: Task) -> list[str]:
-        """The `ple` words that do it; the same words again do nothing twice."""
-        common = ["--model", START, "--output", str(self.adapter), "--seed", str(self.seed)]
-        common += ["--learning-rate", str(self.learning_rate)]
-        common += ["--batch-size", str(PPO_BATCH if self.method.name == "ppo" else batch_size(task))]
+    def commands(self, task: Task) -> list[list[str]]:
+        """The `ple` words that do it, one command after another; the same words again do nothing twice."""
+        given = ["--model", START, "--output", str(self.adapter), "--seed", str(self.seed)]
+        given += ["--learning-rate", str(self.learning_rate)]
+        given += ["--batch-size", str(PPO_BATCH if self.method.name == "ppo" else batch_size(task))]
         if self.method.name == "sft":
             data = f"references/seed={self.seed}.jsonl"
-            return ["baseline", "sft", *common, "--data", data, "--epochs", str(2 * PASSES // ROUNDS)]
+            return [["baseline", "sft", *given, "--data", data, "--epochs", str(2 * PASSES // ROUNDS)]]
         if self.method.name == "ppo":
-            tokens = max(Run(PLE, rate, self.seed).cost("tokens_sampled") for rate in LEARNING_RATES)
+            tokens = 2 * task.queries_per_round * ROUNDS * task.max_new_tokens  # what PLE samples at most
             words = ["--queries", "queries.parquet", "--reward-model", task.reward, "--sampled-tokens", str(tokens)]
-            return ["baseline", "ppo", *common, *words, "--max-new-tokens", str(task.max_new_tokens)]
-        return ["run", str(self.write_recipe(task))]
+            words += ["--kl-coef", f"{self.brake}", "--max-new-tokens", str(task.max_new_tokens)]
+            return [["baseline", "ppo", *given, *words]]
+        recipe = self.write_recipe(task)
+        if not self.method.newest:
+            return [["run", str(recipe)]]
+        commands = []
+        for stage in plan(load_recipe(recipe)):
+            t = stage.round or 0
+            own = {"--data": str(self.directory / "data" / f"round={t}"), "--round": "0"}
+            own |= {"--tau0": str(TAU0 * self.method.alpha**t)}
+            words = stage.command[len(WARM) :]
+            commands.append([own.get(option, word) for option, word in pairwise(words)])
+        return commands
 
     def write_recipe(self, task: Task) -> Path:
         """The recipe of a method that alternates."""
         queries = 2 * task.queries_per_round // self.method.responses
+        stage = {RATE: self.learning_rate, "batch_size": batch_size(task)} | self.method.train
+        if self.brake is not None:
+            stage[self.method.brake] = self.brake
+        ple = [sys.executable, *WARM]
         recipe: dict[str, Any] = {
             "model": START,
             "queries": "queries.parquet",
@@ -135,19 +260,15 @@ class Run:
             "rounds": ROUNDS,
             "queries_per_round": queries,
             "seed": self.seed,
-            "gen": {
-                "engine": "hf",
-                "engine_arg": {"batch_size": task.queries_per_round},
-                "unit_size": queries,
-                "max_new_tokens": task.max_new_tokens,
-                "samples": max(1, self.method.responses // 2),
-            },
+            "alpha": self.method.alpha,
+            "reuse": [str(self.common)],
+            "gen": {"command": [*ple, "gen"], "samples": max(1, self.method.responses // 2), **sampling(task, queries)},
+            "score": {"command": [*ple, "score"]},
         }
-        stage = {"learning_rate": self.learning_rate, "batch_size": batch_size(task)}
         if self.method.baseline:
-            recipe["baseline"] = {"method": self.method.baseline, **stage, **self.method.train}
+            recipe["baseline"] = {"command": [*ple, "baseline"], "method": self.method.baseline, **stage}
         else:
-            recipe["train"] = stage | self.method.train
+            recipe["train"] = {"command": [*ple, "train"], **stage}
         path = Path(f"{self.directory}.yaml")
         write_atomic(path, json.dumps(recipe, indent=1) + "\n")  # JSON is YAML
         return path

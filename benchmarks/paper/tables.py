@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from benchmarks.paper.methods import LEARNING_RATES, METHODS, ROUNDS, Method, Run
+from benchmarks.paper.methods import ALPHA, LEARNING_RATES, METHODS, ROUNDS, TAU0, Method, Run
 from benchmarks.paper.tasks import Task
 from benchmarks.side_by_side import made_with
 from ple_data.evaluation.metrics import Mean, Perplexity, SumMetric, bleu
@@ -27,7 +27,6 @@ from schemas.files import write_atomic
 from schemas.reports import Estimate
 from schemas.tables import read_metadata
 
-TAU0, ALPHA = 0.2, 0.9
 COLUMNS = {
     "reward": "second judge",
     "trained": "training reward",
@@ -75,7 +74,7 @@ def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | N
     if rates_of:
         chosen = f"those that {rates_of.stem} chose for every method, none tried here"
     lines = [
-        f"# {task.title}: {task.tables} of the paper, small",
+        f"# {task.title}: one point a method ({task.tables} of the paper, small)",
         "",
         f"- Seeds: {', '.join(map(str, seeds))}",
         f"- Rounds: {ROUNDS} rounds of {task.queries_per_round} queries",
@@ -108,7 +107,7 @@ def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | N
     ]
     if not rates_of:
         report = Path("eval", "validation", "eval.json")
-        lines += ["", *tries(report, rates), "", *frontier(report, results / f"{task.name}-frontier.png")]
+        lines += ["", *tries(report, rates)]
     results.mkdir(parents=True, exist_ok=True)
     write_atomic(results / f"{task.name}.md", "\n".join(line for long in lines for line in wrapped(long)) + "\n")
     record = {"version": 4, "seeds": seeds, "methods": records}
@@ -264,7 +263,7 @@ def tried(report: Path) -> dict[Method, dict[float, tuple[float, float]]]:
         reward = next(value["mean"] for name, value in metrics.items() if name.startswith("reward:"))
         return reward, metrics["perplexity"]["mean"]
 
-    labels = {method: {rate: Run(method, rate, 0).label for rate in LEARNING_RATES} for method in METHODS}
+    labels = {method: {rate: Run(method, rate, 0, method.usual).label for rate in LEARNING_RATES} for method in METHODS}
     return {
         method: {rate: values(found[label]) for rate, label in own.items() if label in found}
         for method, own in labels.items()
@@ -288,40 +287,6 @@ def tries(report: Path, chosen: dict[str, float]) -> list[str]:
         cells[best] = f"**{cells[best]}**"
         lines.append(f"| {method.title} | {' | '.join(cells)} |")
     return lines
-
-
-FLUENT = 300.0
-"""Perplexity at which the picture of reward against fluency ends."""
-
-
-def frontier(report: Path, path: Path) -> list[str]:
-    """Reward against perplexity of every try: which method gives more reward at the same fluency? A picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
-    lost = []
-    for number, (method, own) in enumerate(tried(report).items()):
-        points = [own[rate] for rate in sorted(own)]
-        inside = [(perplexity, reward) for reward, perplexity in points if perplexity <= FLUENT]
-        if len(inside) < len(points):
-            lost.append(f"{method.title} {len(points) - len(inside)}")
-        style = {"marker": "osDv^<>PX*h"[number % 11], "color": f"C{number % 10}", "lw": 1}
-        axis.plot(*(zip(*inside, strict=True) if inside else ((), ())), label=method.title, **style)
-    axis.set(xlabel="perplexity of unseen references", ylabel="training reward on validation queries")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    save(figure, path)
-    beyond = f" Beyond a perplexity of {FLUENT:g} and not drawn: {', '.join(lost)}." if lost else ""
-    return [
-        "## Reward against fluency",
-        "",
-        f"![training reward against perplexity]({path.name})",
-        "",
-        f"The figure has every try above, joined by rising learning rate. Higher and further left is better.{beyond}",
-    ]
 
 
 def figure_3(path: Path, runs: list[Run]) -> list[str]:

@@ -3,41 +3,73 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 
 import cli
-from benchmarks.paper.__main__ import DIVERGED, best_rates, read_rates
-from benchmarks.paper.methods import METHODS, PLE, ROUNDS, Run
+from benchmarks.paper.__main__ import best_rates, read_rates
+from benchmarks.paper.commands import DIVERGED
+from benchmarks.paper.methods import FRONTIER, MAIN, METHODS, ROUNDS, TABLES, WARM, Run
 from benchmarks.paper.tables import compare, read_evaluation
 from benchmarks.paper.tasks import TASKS
 from ple_data.storage.parquet import save_rows
 from ple_train.engine.loop import _not_finite
+from ple_train.train import settled
+from schemas.options import Train
 from schemas.recipe import load_recipe
 
+PLE = next(method for method in METHODS if method.name == "ple")
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+
+@pytest.mark.parametrize("method", FRONTIER, ids=lambda method: method.name)
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 def test_every_run_is_a_command_of_ours(task, method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    sampled = Run(PLE, 1e-3, 0).adapter.parent
-    for t in range(ROUNDS):
-        (sampled / f"round={t:03d}").mkdir(parents=True)
-        (sampled / f"round={t:03d}" / "ple.json").write_text(json.dumps({"cost": {"tokens_sampled": 100}}))
-    (Run(PLE, 3e-4, 0).adapter.parent / "round=000" / ".ple").mkdir(parents=True)  # that one diverged
-    words = Run(method, 3e-3, 0).command(task)  # another rate than that of the run that sampled
-    if words[0] == "run":
-        recipe = load_recipe(Path(words[1]))
-        assert (recipe.rounds, recipe.seed) == (ROUNDS, 0)
-        assert recipe.queries_per_round * method.responses == 2 * task.queries_per_round
+    (tmp_path / "queries.parquet").touch()
+    brake = None if method.brake == "learning_rate" else method.brakes[-1]
+    run = Run(method, 3e-3, 1, brake)
+    commands = run.commands(task)
+    if method.baseline in ("sft", "ppo"):
+        ((_, name, *words),) = commands
+        options = cli.ple.commands["baseline"].commands[name].make_context(name, list(words)).params
+        assert (options["learning_rate"], options["seed"], options["output"]) == (3e-3, 1, run.adapter)
     else:
-        assert words[0] == "baseline"
-        command = cli.ple.commands["baseline"].commands[words[1]]
-        (tmp_path / "queries.parquet").touch()
-        options = command.make_context(words[1], list(words[2:])).params
+        recipe = load_recipe(Path(f"{run.directory}.yaml"))
+        assert (recipe.rounds, recipe.seed, recipe.alpha) == (ROUNDS, 1, method.alpha)
+        assert recipe.queries_per_round * method.responses == 2 * task.queries_per_round
+        options = (recipe.baseline or recipe.train).model_dump()
         assert options["learning_rate"] == 3e-3
-        assert options.get("sampled_tokens", 100 * ROUNDS) == 100 * ROUNDS
+        if recipe.baseline is None:
+            settled(Train(model="m", data=(), round=0, output=Path(), **without_command(options)))
+    assert brake is None or options[method.brake] == brake
+
+
+def without_command(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "command"}
+
+
+def test_rounds_that_see_their_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of `ple run`, but each round is round 0 of a store of its own, with the threshold of its number."""
+    monkeypatch.chdir(tmp_path)
+    method = next(method for method in FRONTIER if method.newest)
+    commands = Run(method, 1e-3, 0, method.brakes[0]).commands(TASKS["imdb"])
+    assert [words[0] for words in commands] == ["gen", "score", "train"] * ROUNDS
+    for at, words in enumerate(commands):
+        assert words[words.index("--data") + 1].endswith(f"data/round={at // 3}")
+        assert words[words.index("--round") + 1] == "0"
+        assert not set(WARM) & set(words)
+    assert commands[-1][commands[-1].index("--tau0") + 1] == str(0.2 * 0.9**3)
+    assert commands[-1][commands[-1].index("--adapter") + 1].endswith("policy/round=002")
+
+
+def test_no_two_points_share_a_directory() -> None:
+    runs = [Run(m, 1e-3, 0, None if m.brake == "learning_rate" else b) for m in FRONTIER for b in m.brakes]
+    assert all(len(method.brakes) in ((4,) if method in (*MAIN, *TABLES) else (1,)) for method in FRONTIER)
+    rates = [run for run in runs if run.brake is None]
+    assert len({run.directory for run in runs}) == len(runs) - len(rates) + len({run.method for run in rates})
+    assert {method.ablates for method in FRONTIER} <= {None, *(method.name for method in MAIN)}
 
 
 def test_a_diverged_run_is_known_by_its_message() -> None:
@@ -97,3 +129,5 @@ def test_rates_of_another_task(tmp_path: Path) -> None:
     methods = [{"method": "base", "learning_rate": None}, {"method": "ple", "learning_rate": 1e-3}]
     (tmp_path / "imdb.json").write_text(json.dumps({"methods": methods}))
     assert read_rates(tmp_path / "imdb.json") == {"ple": 1e-3}
+    (tmp_path / "frontier.json").write_text(json.dumps({"rates": {"dpo": 3e-4}}))
+    assert read_rates(tmp_path / "frontier.json") == {"dpo": 3e-4}
