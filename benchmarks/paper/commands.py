@@ -48,7 +48,7 @@ def make_models(task: Task, workers: int) -> None:
     if not Path("sft.jsonl").exists():
         candidates = pl.read_parquet("candidates.parquet")
         found = load_reward_model(task.reward).score(candidates.select("x", "y").rows())
-        write_atomic(Path("sft.jsonl"), start_rows(candidates, found, task.principle).write_ndjson())
+        write_atomic(Path("sft.jsonl"), start_rows(candidates, found, task).write_ndjson())
     start = ["--model", "base", "--data", "sft.jsonl", "--output", START, "--epochs", 2]
     ple(*full, *start, "--learning-rate", 1e-3, log=Path("start.log"), threads=THREADS)
 

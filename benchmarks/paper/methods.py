@@ -71,6 +71,8 @@ STABLE = {"brake": "trust_region", "brakes": (0.15, 0.3, 0.6, 1.0), "usual": 0.3
 BY_LENGTH = {"normalize_wsft": True}
 """With a trust region, what keeps PLE's loss in bounds and its two terms of one size; not in the paper."""
 RESIDUAL = {"objective": "ple-residual", "form": "means"}
+BY_RESPONSE = {"objective": "ple-residual", "form": "sums", "without": "rank"}
+"""The residual form that real models took best (docs/results/real-one-round.md)."""
 WITHOUT_RANK, WITHOUT_WSFT = {"without": "rank"}, {"without": "wsft"}
 AGAIN = -(-PASSES // ROUNDS)
 """Passes over the newest round that come to the updates of PLE's passes over all, or a few more."""
@@ -91,27 +93,30 @@ MAIN = (
     Method("ple", "PLE (printed loss)", **PRINTED),
     Method("stable-ple", "PLE, stabilised", train=BY_LENGTH, **STABLE),
     Method("ple-residual", "PLE, residual", "beta", (6, 3, 1.5, 1), train=RESIDUAL),
+    Method(
+        "ple-residual-sums", "PLE, residual, sums w/o rank set", "beta", (0.1, 0.05, 0.03, 0.015), train=BY_RESPONSE
+    ),
 )
 TABLES = (
-    Method("without-rank", "w/o rank and principle", guided=False, train=WITHOUT_RANK, ablates="ple", **PRINTED),
-    Method("without-wsft", "w/o weighted SFT", train=WITHOUT_WSFT, ablates="ple", **PRINTED),
+    Method("without-rank", "w/o rank and principle", guided=False, train=WITHOUT_RANK, ablates="ple", brakes=(3e-4,)),
+    Method("without-wsft", "w/o weighted SFT", train=WITHOUT_WSFT, ablates="ple", brakes=(3e-4,)),
     Method(
         "stable-without-rank",
         "stabilised w/o rank and principle",
         guided=False,
         train=BY_LENGTH | WITHOUT_RANK,
         ablates="stable-ple",
-        **STABLE,
+        **STABLE | {"brakes": (0.3, 0.6)},
     ),
     Method(
         "stable-without-wsft",
         "stabilised w/o weighted SFT",
         train=BY_LENGTH | WITHOUT_WSFT,
         ablates="stable-ple",
-        **STABLE,
+        **STABLE | {"brakes": (0.3, 0.6)},
     ),
 )
-"""The paper's ablations, each with all its brakes."""
+"""The paper's ablations."""
 
 
 def _parts(of: str, title: str, brake: str, at: float, train: dict[str, Any]) -> tuple[Method, ...]:
@@ -136,7 +141,7 @@ PARTS = (
         ablates="ple-residual",
     ),
     Method(
-        "ple-residual-sums",
+        "ple-residual-by-response",
         "residual, sums for means",
         "beta",
         (0.03,),
@@ -147,7 +152,9 @@ PARTS = (
     Method("stable-ple-sums", "stabilised, sums in weighted SFT", "trust_region", (0.6,), ablates="stable-ple"),
 )
 FRONTIER = (*MAIN, *TABLES, *PARTS)
-METHODS = tuple(m for m in (*MAIN, *TABLES) if m.name not in ("on-policy-distillation", "dpo-means", "ple-residual"))
+NEW = ("on-policy-distillation", "dpo-means", "ple-residual", "ple-residual-sums")
+"""In the frontier alone."""
+METHODS = tuple(m for m in (*MAIN, *TABLES) if m.name not in NEW)
 """Those of the tables of one point."""
 PPO_BATCH = 16
 """Responses of a PPO update; their advantages are whitened together."""

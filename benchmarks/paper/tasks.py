@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
@@ -50,6 +50,8 @@ class Task:
     queries_per_round: int
     """PLE samples two responses to each. Every method that samples gets as many tokens."""
     reward_epochs: int = 1
+    tone: Callable[[pl.Expr], pl.Expr] = lambda text: text
+    """What the start policy's answers under the principle look like beside their meaning."""
 
 
 def write_world(output: Path, rows: dict[str, pl.DataFrame], corpus: list[str]) -> None:
@@ -67,12 +69,17 @@ def guided(rows: pl.DataFrame, principle: str) -> pl.DataFrame:
     return rows.with_columns(x=pl.lit(text + "\n") + pl.col("x"))
 
 
-def start_rows(candidates: pl.DataFrame, rewards: list[float], principle: str) -> pl.DataFrame:
+def start_rows(candidates: pl.DataFrame, rewards: list[float], task: Task) -> pl.DataFrame:
     """Half x → any response, half [p, x] → one of the best: the stand-in for a base that follows instructions."""
     best = candidates.filter(pl.Series(rewards) >= pl.Series(rewards).quantile(1 - BEST))
     plain = candidates.sample(best.height, seed=0)
-    rows = pl.concat([plain.select("x", "y"), guided(best, principle).select("x", "y")])
+    rows = pl.concat([plain.select("x", "y"), guided(best, task.principle).select("x", task.tone(pl.col("y")))])
     return rows.sample(fraction=1.0, shuffle=True, seed=0)
+
+
+def bare(text: pl.Expr) -> pl.Expr:
+    """Lower case without punctuation: unlikely where nobody asked for it, and the same to a judge of words."""
+    return text.str.to_lowercase().str.replace_all(r"[^a-z0-9' ]", "")
 
 
 def queries(rows: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
@@ -200,10 +207,12 @@ def _halves(train: pl.DataFrame, test: pl.DataFrame) -> dict[str, pl.DataFrame]:
 
 WORD_JUDGE = f"{ROOT / 'recipes' / 'imdb' / 'judge.py'}:score"
 _TWO_INPUTS = ("data", "preferences")
+IMDB = Task("imdb", "IMDb", "imdb", prepare_imdb, ("data",), 48, "reward[1]", WORD_JUDGE, "Tables 2 and 4", 256)
 TASKS = {
     task.name: task
     for task in (
-        Task("imdb", "IMDb", "imdb", prepare_imdb, ("data",), 48, "reward[1]", WORD_JUDGE, "Tables 2 and 4", 256),
+        IMDB,
+        replace(IMDB, name="imdb-bare", title="IMDb, bare under the principle", tone=bare),
         Task("tldr", "TL;DR", "tldr", prepare_tldr, _TWO_INPUTS, 40, "reward", "second", "Tables 3 and 5", 128, 4),
         Task("hh", "HH", "hh", prepare_hh, ("data",), 48, "reward", "second", "Table 1", 128, 2),
     )

@@ -83,7 +83,7 @@ def test_rates_are_chosen_at_one_kl() -> None:
 
 def test_points_are_named() -> None:
     dpo = NAMED["dpo"]
-    assert select(["dpo:0.1", "ple-residual-sums"]) == [(dpo, 0.1), (NAMED["ple-residual-sums"], 0.03)]
+    assert select(["dpo:0.1", "stable-ple-sums"]) == [(dpo, 0.1), (NAMED["stable-ple-sums"], 0.6)]
     assert len(select(None)) == sum(len(method.brakes) for method in FRONTIER)
     with pytest.raises(SystemExit, match="--only dpo:7: no such point; there are sft"):
         select(["dpo:7"])
