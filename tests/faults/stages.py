@@ -59,6 +59,9 @@ class World:
                   ("gen/data",)),
             Stage("train", lambda at: ["train", *_words(model=self.policy, data=self.left / "score/data", round=0,
                                                         output=at / "adapter"), *training], "adapter"),
+            Stage("objective", lambda at: ["train", *_words(model=self.policy, data=at / "data", round=0,
+                                                            objective="ple-residual", output=at / "adapter"),
+                                           *training], ".", ("score/data",)),
             Stage("raft", lambda at: ["baseline", "raft", *_words(model=self.policy, data=self.left / "score/data",
                                                                   round=0, output=at / "raft"), *training], "raft"),
             Stage("eval", lambda at: ["eval", *_words(policy=f"base={self.policy}", output=at / "eval",
@@ -107,7 +110,12 @@ def differences(directory: Path, whole: Path) -> Iterator[tuple[str, str]]:
 def left_over(directory: Path, whole: Path) -> list[str]:
     """Files of ours beside the results that an uninterrupted run does not leave, such as half a write. No locks."""
     left, expected = ({str(p.relative_to(at)) for p in at.rglob("*") if p.is_file()} for at in (directory, whole))
-    return sorted(name for name in left - expected if name.startswith(".") and not name.endswith("lock"))
+    return sorted(name for name in left - expected if hidden(name) and not name.endswith("lock"))
+
+
+def hidden(name: str) -> bool:
+    """Whether a path has a part that begins with a dot."""
+    return any(part.startswith(".") for part in Path(name).parts)
 
 
 def _rows_differ(found: Path, expected: Path) -> str:
@@ -140,13 +148,16 @@ def contents(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(directory.rglob("*")):
         inside = path.relative_to(directory)
-        if path.is_dir() or path.name.endswith("lock") or (inside.parts[0] == ".ple" and "commits" not in inside.parts):
+        if path.is_dir() or path.name.endswith("lock") or (".ple" in inside.parts and "commits" not in inside.parts):
             continue
         found[str(inside)] = digest(path)
-        if reads(path) and path.name == "ple.json":
-            record = json.loads(path.read_text())
+        if path.name == "README.md":
+            found[str(inside)] = path.read_text().replace(str(directory), "")
+        elif reads(path) and path.name == "ple.json":
+            record = json.loads(path.read_text().replace(str(directory), ""))
             record["cost"].pop("seconds", None)
-            record["files"] = {name: digest(directory / name) == held for name, held in record["files"].items()}
+            record["files"].pop("README.md", None)  # it names the place
+            record["files"] = {name: digest(path.parent / name) == held for name, held in record["files"].items()}
             found[str(inside)] = record
         elif reads(path) and path.name == "metrics.parquet":
             table = pq.read_table(path)
