@@ -241,7 +241,7 @@ def draw(curves: Curves, path: Path) -> None:
                 ends = [(draws[against][0, 0], draws[against][:, 0].max()) for draws in own]
                 grid = np.linspace(max(start for start, _ in ends), min(most, *(end for _, end in ends)), 100)
                 lines = [along(draws[against][:, :1], draws[what][:, :1], grid) for draws in own]
-                style = {"color": f"C{number}", "label": method.title}
+                style = {"color": f"C{number}", "ls": "-" if number < 10 else "--", "label": method.title}
                 axis.plot(grid, np.mean(lines, axis=0), **style)
                 axis.fill_between(grid, np.min(lines, axis=0), np.max(lines, axis=0), color=f"C{number}", alpha=0.15)
             axis.set(
