@@ -61,6 +61,7 @@ class PairStream:
     ) -> None:
         self.snapshot, self.limits, self.window_rows, self.beside = snapshot, limits, window_rows, beside
         self._plain_rewards = plain_rewards(snapshot) if quantiles else None
+        self._columns = [*STREAMED, *(["reward_model"] if quantiles else [])]
         self.round, self.max_length = options.round, options.max_length
         self.skip_zeros = options.without is not None and options.objective == "ple"
         self.batch_size, self.seed = options.batch_size, options.seed
@@ -100,7 +101,7 @@ class PairStream:
                 continue
             if skip < rows:
                 shuffle = np.random.default_rng([self.seed, epoch, number]).permutation(rows)[skip:]
-                frames = [read_rows(part, STREAMED, self.max_length, self.beside) for part in window]
+                frames = [read_rows(part, self._columns, self.max_length, self.beside) for part in window]
                 yield pl.concat(frames)[shuffle].with_columns(self.partition)
             skip = max(0, skip - rows)
             window, number = [], number + 1
@@ -125,21 +126,21 @@ class PairStream:
     def _quantile(self, row: dict[str, Any], reward: float) -> float:
         if self._plain_rewards is None:
             return 0.0
-        rewards = self._plain_rewards[row["round"], row["query_id"]]
+        rewards = self._plain_rewards[row["round"], row["query_id"], row["reward_model"]]
         return float(np.mean(rewards <= np.float32(reward)))
 
 
-def plain_rewards(snapshot: list[SnapshotShard]) -> dict[tuple[int, str], np.ndarray]:
-    """Rewards of the plain responses by round and query. Raises UsageError where there is one alone."""
+def plain_rewards(snapshot: list[SnapshotShard]) -> dict[tuple[int, str, str], np.ndarray]:
+    """Rewards of the plain responses by round, query and reward model. Raises UsageError where there is one alone."""
     rows = scan_shards("pairs", [part.shard for part in snapshot])
-    found = collect(rows.group_by("round", "query_id").agg(pl.col("s")))
+    found = collect(rows.group_by("round", "query_id", "reward_model").agg(pl.col("s")))
     alone = found.filter(pl.col("s").list.len() < 2)
     if alone.height:
         raise UsageError(
             f"--objective qrpo compares a response with others to its query, and {alone.height} of {found.height} "
             "queries have one plain response alone: sample more with ple-gen --samples 4, or take another objective"
         )
-    return {(round, query): np.array(rewards, dtype=np.float32) for round, query, rewards in found.iter_rows()}
+    return {(t, query, by): np.array(rewards, dtype=np.float32) for t, query, by, rewards in found.iter_rows()}
 
 
 class Limits(Protocol):

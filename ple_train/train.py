@@ -75,6 +75,8 @@ def settled(options: Train) -> Train:
 
     Raises UsageError for an option that the objective does not have.
     """
+    if options.stable and options.objective != "ple":
+        raise UsageError(f"--stable is for the printed loss; --objective {options.objective} has its brake in --beta")
     if options.stable:
         delta = STABLE_DELTA if options.trust_region is None else options.trust_region
         options = options.but(stable=False, normalize_wsft=True, trust_region=delta)
@@ -130,7 +132,11 @@ def print_partition(snapshot: list[snapshots.SnapshotShard], options: Train) -> 
     rows = whole if options.max_length is None else whole.filter(snapshots.fits(options.max_length))
     shares = rank_shares(rows, threshold)
     rounds = f"{shares.height} round{'s' if shares.height > 1 else ''}"
-    print_to_log(f"{shares['rows'].sum()} pairs of {rounds}, tau_{options.round} = {threshold:.4g}")
+    has_sets = options.objective in ("ple", "ple-residual")
+    what = f", tau_{options.round} = {threshold:.4g}" if has_sets else f", by {options.objective}"
+    print_to_log(f"{shares['rows'].sum()} pairs of {rounds}{what}")
+    if not has_sets:
+        return
     if options.without == "rank":
         print_to_log("ablation without rank: every pair is weighted SFT")
         note_principle(whole)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,13 +24,15 @@ from ple_train import snapshot as snapshots
 from ple_train.baselines import trl_tools
 from ple_train.baselines.responses import CHOSEN_FROM
 from ple_train.engine.checkpoint import History
-from ple_train.engine.output import read_record
+from ple_train.engine.output import SNAPSHOT, START_AGAIN, read_record
 from ple_train.engine.session import Session
 from ple_train.log import print_to_log
 from ple_train.stream import checked_ids
 from ple_train.train import train
+from schemas import records
 from schemas.errors import UsageError
 from schemas.options import Dpo, Train
+from schemas.training import Snapshot
 
 IDS = {"x_ids": "prompt_ids", "chosen_ids": "chosen_ids", "rejected_ids": "rejected_ids"}
 """Columns of token ids, and TRL's names of them."""
@@ -41,12 +44,19 @@ def dpo(options: Dpo) -> None:
     Pairs with equal rewards teach nothing. `batch_size` is in pairs. `beta` scales the log-ratio to the start policy.
     Raises UsageError, DamagedError (a shard), LockedError, PleError (NaN).
     """
-    made = read_record(options.output) if options.resume else None
-    if options.via == "trl" or (options.via is None and made is not None and made.kind == "baseline"):
+    if options.via == "trl" or (options.via is None and options.resume and made_by_trl(options.output)):
         via_trl(options)
         return
     shared = {known.name for known in fields(Train)} & {known.name for known in fields(Dpo)}
     train(Train(objective="dpo", **{name: getattr(options, name) for name in shared}))
+
+
+def made_by_trl(output: Path) -> bool:
+    """Whether TRL has finished or begun this output. Raises DamagedError."""
+    record, begun = read_record(output), output / ".ple" / SNAPSHOT
+    if record is None and begun.exists():
+        return "method" in records.read_record(Snapshot, begun, START_AGAIN).settings
+    return record is not None and record.kind == "baseline"
 
 
 def via_trl(options: Dpo) -> None:

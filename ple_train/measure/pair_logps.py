@@ -26,7 +26,7 @@ from ple_train.model import batches
 from ple_train.model.policy import Policy
 from ple_train.snapshot import SnapshotShard
 from schemas import tables
-from schemas.errors import DamagedError, UsageError
+from schemas.errors import DamagedError, NewerError, UsageError
 from schemas.files import refuse_outside, write_atomic
 from schemas.tables import ARMS
 
@@ -54,15 +54,16 @@ class StartLogps:
         """Where they are kept of a shard of the store `root`."""
         place = Path(FOLDER, json_digest([digests_of(self.name), self.precision]), file_name(shard))
         beside = root / place
-        return beside if beside.exists() or os.access(root, os.W_OK) else self.spare / place
+        nearest = next(parent for parent in beside.parents if parent.exists())
+        return beside if beside.exists() or os.access(nearest, os.W_OK) else self.spare / place
 
     def fill(self, policy: Policy, shards: Sequence[SnapshotShard], batch_tokens: int, accelerator: Any) -> None:
         """Compute what is not kept yet, each process a part; `policy` answers as pi_0 with its adapter off.
 
         Raises UsageError for token ids that are not the model's, DamagedError (a shard), PleError (the disk).
         """
-        missing = [part for part in shards if not self.path(part.store, part.shard).exists()]
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        mine = shards[accelerator.process_index :: accelerator.num_processes]  # whatever others have written meanwhile
+        mine = [part for part in mine if not self.path(part.store, part.shard).exists()]
         if mine:
             total = sum(part.shard.rows for part in mine)
             with Progress("the start policy's log-probabilities", total, "pairs") as progress, policy.as_start_policy():
@@ -77,13 +78,19 @@ class StartLogps:
 
     def of(self, part: SnapshotShard) -> pl.DataFrame:
         """`start_y` and `start_y_prompt` of a shard's rows, in their order: sums in nats, null where empty."""
-        rows = read_kept(self.path(part.store, part.shard), part.shard)
+        rows = read_kept(self.path(part.store, part.shard), part.shard, [f"sum_logps_{arm}" for arm in ARMS])
         return pl.DataFrame({f"start_{arm}": pl.from_arrow(rows[f"sum_logps_{arm}"]) for arm in ARMS})
 
 
-def read_kept(path: Path, shard: Shard) -> pa.Table:
-    """What is kept of a shard. Raises DamagedError."""
-    table = tables.read_table(path, KIND)
+def read_kept(path: Path, shard: Shard, columns: list[str] | None = None) -> pa.Table:
+    """What is kept of a shard, of these columns alone where they are given. Raises DamagedError."""
+    try:
+        table = tables.read_table(path, KIND, columns)
+    except NewerError:
+        raise
+    except DamagedError as error:
+        what = str(error).split(": restore it", 1)[0]
+        raise DamagedError(f"{what}: remove it and run the command again, which computes it anew") from error
     if table.num_rows != shard.rows:
         raise DamagedError(
             f"{path}: {table.num_rows} rows instead of {shard.rows}: remove it and run the command again"
@@ -98,9 +105,8 @@ def measured(policy: Policy, name: str, precision: str, rows: pa.Table, path: Pa
     model's.
     """
     found = []
-    records = rows.to_pylist()
-    for first in range(0, len(records), PAIRS_AT_ONCE):
-        part = records[first : first + PAIRS_AT_ONCE]
+    for first in range(0, len(rows), PAIRS_AT_ONCE):
+        part = rows.slice(first, PAIRS_AT_ONCE).to_pylist()
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=precision == "bf16"):
             pairs = list(_sum_logps(policy, part, path, batch_tokens))
         for record, sums in zip(part, pairs, strict=True):

@@ -63,6 +63,8 @@ class PairObjective:
         self.layout, self.together = policy.layout, not how.linear
         self._places = {name: place for place, name in enumerate(self.sums)}
         self.warned = False
+        if not how.linear:
+            self.remedy = "Lower --learning-rate, or raise --beta where the objective has one."
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]:
         tokens = self.policy.collate(batch.sequences)
@@ -149,7 +151,9 @@ class PairObjective:
         """[sums]: what the host knows is counted there, what the device measured of each response is added there."""
         tags = [sequence.tag for sequence in batch.sequences]
         counted = dict.fromkeys(self.sums, 0.0)
-        counted["trained_tokens"] = sum(s.response for s in batch.sequences if s.tag.coefficient != 0)
+        counted["trained_tokens"] = sum(
+            s.response for s in batch.sequences if s.tag.coefficient != 0 or not self.how.linear
+        )
         counted["positions"], counted["padding"] = tokens.positions, tokens.padding
         counted["entropy_tokens"] = len(tokens.targets) if ["entropy"] in (names for _, names in measured) else 0
         for tag in tags:
@@ -191,7 +195,7 @@ class PairObjective:
         return metrics
 
     def _warn_of_runaway(self, drift: float | None) -> None:
-        if not self.warned and drift is not None and math.isfinite(drift) and drift < RUNAWAY_DRIFT:
+        if self.how.linear and not self.warned and drift is not None and math.isfinite(drift) and drift < RUNAWAY_DRIFT:
             self.warned = True
             print_to_log(
                 f"warning: pushed-down responses have fallen {-drift:.2f} nats/token below the start policy; the "

@@ -22,7 +22,7 @@ def loss(pairs: Pairs, knobs: Knobs) -> Tensor:
     half = pairs.margin / 2
     advantages = torch.stack([-half, half], dim=1)
     learned = pairs.learned
-    tapered = learned.clamp(max=0).exp() - 1 + learned.clamp(min=0)
+    tapered = torch.where(learned > 0, learned, learned.clamp(max=0).exp() - 1)
     return -(advantages * torch.where(advantages > 0, learned, tapered)).sum(1)
 
 

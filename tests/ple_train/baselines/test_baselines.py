@@ -792,3 +792,6 @@ def test_dpo_is_our_own_loop_but_where_an_output_was_made_by_trl(run, pairs, pol
     assert record(by_trl)["kind"] == "baseline"
     monkeypatch.setattr(dpo_room, "train", None)
     run("dpo", "by trl", via=None, batch_size=5)  # finished: there is nothing to do
+    (by_trl / "ple.json").unlink()
+    run("dpo", "by trl", via=None, batch_size=5)  # begun: TRL starts over
+    assert record(by_trl)["kind"] == "baseline"

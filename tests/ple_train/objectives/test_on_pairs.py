@@ -1,6 +1,7 @@
 """Every objective on our own loop: the same gradient however pairs are batched, kept start policy, resume, and TRL."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -134,8 +135,18 @@ def test_the_start_policy_is_asked_once_a_row_by_all_trainings_and_purity(run, p
     assert len(asked) == len(shards)
     (folder,) = (data / "logps").iterdir()
     next(folder.iterdir()).write_bytes(b"")
-    with pytest.raises(DamagedError, match="logps"):
+    with pytest.raises(DamagedError, match=r"logps.*remove it and run the command again"):
         run("d", data=[data], objective="dpo")
+
+
+def test_two_processes_ask_the_start_policy_of_every_shard_whoever_comes_first(policy, adapter, tmp_path):
+    data = write_pairs(tmp_path / "data", seed=3)
+    model, snapshot = load_policy(str(policy), adapter=str(adapter)), freeze([data], 1, None)
+    start = StartLogps("m@123", "float32", tmp_path)
+    for rank in (1, 0):  # the one begins when the other has ended
+        rank = SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=lambda: None)
+        start.fill(model, snapshot, 200, rank)
+    assert all(start.of(part).height == part.shard.rows for part in snapshot)
 
 
 def test_a_store_that_cannot_be_written_has_them_in_the_output(run, tmp_path, monkeypatch):
@@ -195,7 +206,7 @@ def test_quantiles_are_shares_of_the_plain_rewards_of_query_and_round(tmp_path):
     found = plain_rewards(snapshot)
     for row in rows.iter_rows(named=True):
         own = rows.filter((pl.col("query_id") == row["query_id"]) & (pl.col("round") == row["round"]))["s"].to_list()
-        assert sorted(found[row["round"], row["query_id"]].tolist()) == sorted(own)
+        assert sorted(found[row["round"], row["query_id"], row["reward_model"]].tolist()) == sorted(own)
 
 
 def test_qrpo_wants_several_responses_to_a_query(run):
@@ -210,7 +221,7 @@ def test_qrpo_wants_several_responses_to_a_query(run):
         ({"form": "means"}, "--objective ple has no --form means"),
         ({"objective": "topr", "form": "means"}, "--objective topr has no --form means"),
         ({"objective": "ipo", "label_smoothing": 0.1}, "--objective ipo has no --label-smoothing"),
-        ({"objective": "dpo", "stable": True}, "--objective dpo has no --normalize-wsft"),
+        ({"objective": "dpo", "stable": True}, "--stable is for the printed loss"),
         ({"objective": "dpo", "without": "rank"}, "--objective dpo has no --without"),
         ({"objective": "dpo", "full": True}, "--objective dpo needs the start policy at hand"),
     ],

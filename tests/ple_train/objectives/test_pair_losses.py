@@ -24,6 +24,7 @@ def random_pairs(form: str = "sums", seed: int = 0) -> Pairs:
     lengths = numbers.integers(1, 40, (N, 2))
     start = -numbers.gamma(2, 1.5, (N, 2)) * lengths
     moved = numbers.normal(0, 0.5, (N, 2)) * (lengths if form == "means" else 6)
+    moved[::10] = 0.0  # as where training begins
     margin = np.where(numbers.random(N) < 0.1, 0.0, numbers.normal(0, 2, N))
 
     def tensor(values) -> torch.Tensor:
