@@ -367,7 +367,6 @@ def train_ours(
     from ple_train.engine.checkpoint import Checkpoints
     from ple_train.engine.loop import make_accelerator, train_loop
     from ple_train.model.batches import Sequence
-    from ple_train.objectives import loss_on_pairs
     from ple_train.objectives.pairs import PairObjective
     from ple_train.stream import Response
 
@@ -395,7 +394,7 @@ def train_ours(
         microbatch_tokens=bench.options.microbatch_tokens, max_grad_norm=1.0,
         checkpoint_every=10**9,
     )  # fmt: skip
-    how = PairObjective(policy, delta, loss_on_pairs(objective))
+    how = PairObjective(policy, delta, objective)
     checkpoints = Checkpoints(output, Settings(Loop, {}))
     accelerator = make_accelerator(None, output)
     began = time.perf_counter()

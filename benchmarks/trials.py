@@ -9,7 +9,7 @@ both        more: the squares of both arms' `learned`, so that neither goes far
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from torch import Tensor
 from ple_data.storage.store import Store
 from ple_train import stream
 from ple_train.objectives import ple_residual
-from ple_train.objectives.pair_loss import Knobs, Pairs
+from ple_train.objectives.pair_loss import Knobs, PairLoss, Pairs
 
-Loss = Callable[[Pairs, Knobs], Tensor]
+RESIDUAL = ple_residual.loss
 
 
-def center(mean: float) -> Loss:
-    return lambda pairs, knobs: ple_residual.loss(replace(pairs, margin=pairs.margin - mean), knobs)
+def center(mean: float) -> PairLoss:
+    return lambda pairs, knobs: RESIDUAL(replace(pairs, margin=pairs.margin - mean), knobs)
 
 
 def split(pairs: Pairs, knobs: Knobs) -> Tensor:
@@ -41,11 +41,11 @@ def split(pairs: Pairs, knobs: Knobs) -> Tensor:
 def importance(pairs: Pairs, knobs: Knobs) -> Tensor:
     """The quantile of y_prompt holds mean log pi_0(y_prompt|p, x), nats a token."""
     log_ratio = pairs.start[:, 1] / pairs.lengths[:, 1] - pairs.quantiles[:, 1]
-    return ple_residual.loss(pairs, knobs) * log_ratio.clamp(max=0).exp()
+    return RESIDUAL(pairs, knobs) * log_ratio.clamp(max=0).exp()
 
 
 def both(pairs: Pairs, knobs: Knobs) -> Tensor:
-    return ple_residual.loss(pairs, knobs) + pairs.learned.square().sum(1)
+    return RESIDUAL(pairs, knobs) + pairs.learned.square().sum(1)
 
 
 def sampled_logp(_: Any, row: dict[str, Any], reward: float) -> float:
@@ -55,7 +55,7 @@ def sampled_logp(_: Any, row: dict[str, Any], reward: float) -> float:
 @contextlib.contextmanager
 def in_place(trial: str, data: Path) -> Iterator[None]:
     """Let --objective ple-residual of this process be the trial on the pairs in `data`; "": as it is."""
-    losses: dict[str, Loss] = {"split": split, "importance": importance, "both": both}
+    losses: dict[str, PairLoss] = {"split": split, "importance": importance, "both": both}
     with contextlib.ExitStack() as stack:
         if trial == "center":
             margins = Store(data).scan("pairs").select(pl.col("s_prompt") - pl.col("s")).collect()
@@ -64,6 +64,5 @@ def in_place(trial: str, data: Path) -> Iterator[None]:
             stack.enter_context(patch.object(stream, "STREAMED", [*stream.STREAMED, "y_prompt_logps"]))
             stack.enter_context(patch.object(stream.PairStream, "_quantile", sampled_logp))
         if trial:
-            form = replace(ple_residual.OBJECTIVE, loss=losses[trial])
-            stack.enter_context(patch.object(ple_residual, "OBJECTIVE", form))
+            stack.enter_context(patch.object(ple_residual, "loss", losses[trial]))
         yield

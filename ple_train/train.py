@@ -18,11 +18,11 @@ from ple_train.engine.checkpoint import newest_checkpoint
 from ple_train.engine.session import Session
 from ple_train.log import print_to_log
 from ple_train.measure.pair_logps import StartLogps
-from ple_train.objectives import loss_on_pairs, make_objective
+from ple_train.objectives import make_objective
 from ple_train.objectives.pair_loss import Knobs
 from ple_train.stream import PairStream, refuse_unfit_pairs
 from schemas.errors import UsageError
-from schemas.options import Form, Train
+from schemas.options import OBJECTIVE_KINDS, Train, misfit
 
 STABLE_DELTA = 0.3
 """Nats a token: the trust region of --stable."""
@@ -37,11 +37,8 @@ def train(options: Train) -> None:
     """
     snapshots.refuse_doubled_stores(options.data)
     options = settled(options)
-    how = loss_on_pairs(options.objective)
-    needs_start = how.start or options.trust_region is not None
-    if needs_start and options.full:
-        asked = f"--objective {options.objective}" if how.start else "--trust-region"
-        raise UsageError(f"{asked} needs the start policy at hand: the model with its adapter off, so not with --full")
+    kind = OBJECTIVE_KINDS[options.objective]
+    needs_start = kind.start or options.trust_region is not None
     with Session("ple", options, elsewhere=["data"]) as session:
         if session.finished:
             snapshots.check_finished(session, options.data, options.round)
@@ -60,8 +57,10 @@ def train(options: Train) -> None:
             start = StartLogps(name, session.options.precision, session.private)
             start.fill(policy, snapshot, options.microbatch_tokens, session.accelerator)
             beside = start.of
-        stream = PairStream(snapshot, options, policy, beside=beside, quantiles=how.quantiles)
-        objective = make_objective("pairs", policy, options.trust_region, how, knobs(options), options.form or "sums")
+        stream = PairStream(snapshot, options, policy, beside=beside, quantiles=kind.quantiles)
+        objective = make_objective(
+            "pairs", policy, options.trust_region, options.objective, knobs(options), options.form or kind.form
+        )
         history = session.fit(policy, stream, objective)
         what = f"PLE round {options.round}" + (f" without {options.without}" if options.without else "")
         if options.objective != "ple":
@@ -73,28 +72,18 @@ def train(options: Train) -> None:
 def settled(options: Train) -> Train:
     """The options with what `stable` and an objective's own defaults stand for written out.
 
-    Raises UsageError for an option that the objective does not have.
+    Raises UsageError for options that do not go together.
     """
-    if options.stable and options.objective != "ple":
-        raise UsageError(f"--stable is for the printed loss; --objective {options.objective} has its brake in --beta")
+    if found := misfit(options):
+        raise UsageError(found)
     if options.stable:
         delta = STABLE_DELTA if options.trust_region is None else options.trust_region
         options = options.but(stable=False, normalize_wsft=True, trust_region=delta)
-    how = loss_on_pairs(options.objective)
-    form: Form = options.form if options.form is not None else next(iter(how.betas))
-    given = {
-        "--beta": options.beta is not None and how.betas.get(form) is None,
-        f"--form {form}": form not in how.betas or (options.form is not None and how.linear),
-        "--label-smoothing": bool(options.label_smoothing) and options.objective != "dpo",
-        "--normalize-wsft": options.normalize_wsft and options.objective != "ple",
-        "--sft-anchor": bool(options.sft_anchor) and options.objective != "ple",
-        "--without": bool(options.without) and options.objective not in ("ple", "ple-residual"),
-    }
-    if wrong := [name for name, is_wrong in given.items() if is_wrong]:
-        raise UsageError(f"--objective {options.objective} has no {wrong[0]}: leave it out, or take another objective")
-    if how.linear:
+    kind = OBJECTIVE_KINDS[options.objective]
+    if kind.linear:
         return options
-    return options.but(form=form, beta=how.betas[form] if options.beta is None else options.beta)
+    form = options.form or kind.form
+    return options.but(form=form, beta=kind.betas[form] if options.beta is None else options.beta)
 
 
 def knobs(options: Train) -> Knobs:
@@ -113,7 +102,7 @@ def dry_run(options: Train) -> str:
     snapshots.freeze(options.data, options.round, options.max_length)
     found = statistics(options)
     text = format_statistics(found, tau0=options.tau0, alpha=options.alpha, at_round=options.round)
-    if options.beta is not None and loss_on_pairs(options.objective).stops:
+    if options.beta is not None and OBJECTIVE_KINDS[options.objective].stops:
         text += "\n" + rest(found.select("round", "margin_q50").iter_rows(), options.beta)
     return text
 
@@ -132,7 +121,7 @@ def print_partition(snapshot: list[snapshots.SnapshotShard], options: Train) -> 
     rows = whole if options.max_length is None else whole.filter(snapshots.fits(options.max_length))
     shares = rank_shares(rows, threshold)
     rounds = f"{shares.height} round{'s' if shares.height > 1 else ''}"
-    has_sets = options.objective in ("ple", "ple-residual")
+    has_sets = OBJECTIVE_KINDS[options.objective].sets
     what = f", tau_{options.round} = {threshold:.4g}" if has_sets else f", by {options.objective}"
     print_to_log(f"{shares['rows'].sum()} pairs of {rounds}{what}")
     if not has_sets:

@@ -59,6 +59,12 @@ class ScoreStage(_stage(options.Score, "ple-score")):  # type: ignore[misc]
 class TrainStage(_stage(options.Train, "ple-train")):  # type: ignore[misc]
     """Options of `ple-train`."""
 
+    @model_validator(mode="after")
+    def _go_together(self) -> "TrainStage":
+        if found := options.misfit(self):
+            raise ValueError(found)
+        return self
+
 
 class BaselineStage(_stage(options.Baseline, "ple", "baseline")):  # type: ignore[misc]
     """Options of `ple baseline METHOD`, which takes the place of `ple-train` in every round.
@@ -132,6 +138,14 @@ class Recipe(Strict):
     def _one_reward(self) -> "Recipe":
         if (self.reward_model is None) == (self.reward is None):
             raise ValueError("give either reward_model (one to use) or reward (one to train first)")
+        return self
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> "Recipe":
+        if options.OBJECTIVE_KINDS[self.train.objective].quantiles and self.baseline is None and self.gen.samples < 2:
+            raise ValueError(
+                f"train.objective {self.train.objective} compares responses to a query: set gen.samples: 4"
+            )
         return self
 
 

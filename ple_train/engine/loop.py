@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +39,8 @@ SHARDED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
 }
 """What `accelerate launch` sets for what no training here is made for."""
+WAIT = timedelta(hours=6)
+"""How long a process waits for the others: one may have a larger share of what is measured before the first step."""
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 Report = Callable[[dict[str, Any]], None]
 """What is done with the metrics of a step."""
@@ -59,7 +62,7 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
     report_to: `tensorboard` or `wandb`; the tracker writes below `directory`.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     if report_to:
         need(report_to, f"--report-to {report_to} writes with")
@@ -74,7 +77,10 @@ def make_accelerator(report_to: str | None = None, directory: Path | None = None
         accelerator = Accelerator(
             mixed_precision="no",  # autocast is the loop's own: one process may train in several precisions
             cpu=default_device().type == "cpu",
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=WAIT),
+            ],
             log_with=report_to,
             project_dir=directory,
         )

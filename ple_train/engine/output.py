@@ -29,7 +29,7 @@ from schemas.records import TRAINED
 from schemas.training import METRICS, Snapshot, Trained
 
 Kind = Literal["ple", "sft", "reward", "baseline"]
-SNAPSHOT = "snapshot.json"
+SNAPSHOT, LOGPS = "snapshot.json", "logps"
 START_AGAIN = "remove it, or rerun with --no-resume"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 LAST = ("adapter_config.json", "config.json")
@@ -59,9 +59,8 @@ class Output:
                     refuse_outside(self.directory, path)
                 self._take_lock(lock)
                 record = self._record()
-                if record is not None and record.kind != self.kind:
-                    what = f"the result of another command ({record.kind})"
-                    raise UsageError(f"{self.directory} is {what}: use another --output")
+                if record is not None:
+                    self._refuse_another(record)
                 if not self.resume:
                     self._forget(record)
             self.accelerator.wait_for_everyone()
@@ -146,6 +145,15 @@ class Output:
                 print_to_log(f"{self.directory}: {tokens}, {cost['seconds']:.1f} s")
         self.accelerator.wait_for_everyone()
 
+    def _refuse_another(self, record: Trained) -> None:
+        """Raise UsageError for another command's result; --no-resume makes a round's policy anew by another method."""
+        replaceable = {record.kind, self.kind} <= {"ple", "baseline"}
+        if record.kind != self.kind and (self.resume or not replaceable):
+            more = ", or rerun with --no-resume" if replaceable else ""
+            raise UsageError(
+                f"{self.directory} is the result of another command ({record.kind}): use another --output{more}"
+            )
+
     def _forget(self, record: Trained | None) -> None:
         """Remove what an earlier training left here: an old adapter beside a new model would be loaded with it."""
         for name in (TRAINED, *LAST, *(record.files if record else ())):
@@ -155,7 +163,7 @@ class Output:
 
     def _clear(self) -> None:
         """Remove what only an unfinished training needs."""
-        for folder in (self._writing, self.private / "trl"):
+        for folder in (self._writing, self.private / "trl", self.private / LOGPS):
             shutil.rmtree(folder, ignore_errors=True)
         self.checkpoints.clear()
 

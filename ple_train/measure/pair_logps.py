@@ -21,6 +21,7 @@ from ple_data.common.digests import digests_of, json_digest
 from ple_data.common.progress import Progress
 from ple_data.storage.parquet import parquet_bytes
 from ple_data.storage.store import Shard, Store
+from ple_train.engine.output import LOGPS
 from ple_train.measure.perplexity import negative_log_likelihoods
 from ple_train.model import batches
 from ple_train.model.policy import Policy
@@ -30,7 +31,6 @@ from schemas.errors import DamagedError, NewerError, UsageError
 from schemas.files import refuse_outside, write_atomic
 from schemas.tables import ARMS
 
-FOLDER = "logps"
 KIND = "purity_logps"
 PAIRS_AT_ONCE = 256
 MEASURED = ["query_id", "round", "sample", "s", "s_prompt", "x_ids", "y_ids", "y_prompt_ids"]
@@ -52,7 +52,7 @@ class StartLogps:
 
     def path(self, root: Path, shard: Shard) -> Path:
         """Where they are kept of a shard of the store `root`."""
-        place = Path(FOLDER, json_digest([digests_of(self.name), self.precision]), file_name(shard))
+        place = Path(LOGPS, json_digest([digests_of(self.name), self.precision]), file_name(shard))
         beside = root / place
         nearest = next(parent for parent in beside.parents if parent.exists())
         return beside if beside.exists() or os.access(nearest, os.W_OK) else self.spare / place

@@ -22,8 +22,9 @@ from ple_data.evaluation.purity import bin_edges, binned, count, theorem_bound
 from ple_data.evaluation.purity_text import format_purity
 from ple_data.storage.parquet import parquet_bytes
 from ple_data.storage.store import Shard, Store
+from ple_train.engine.output import LOGPS
 from ple_train.log import print_to_log
-from ple_train.measure.pair_logps import FOLDER, KIND, MEASURED, StartLogps, file_name, measured, read_kept
+from ple_train.measure.pair_logps import KIND, MEASURED, StartLogps, file_name, measured, read_kept
 from ple_train.model.policy import load_policy, resolve_precision
 from schemas.errors import UsageError
 from schemas.files import refuse_outside, write_atomic
@@ -120,7 +121,7 @@ def _measure(
     source: NamedPolicy, shards: list[tuple[Store, Shard]], output: Path, precision: str, microbatch_tokens: int
 ) -> pa.Table:
     """The rows of every shard under one policy, computed where neither a training nor purity has kept them."""
-    own = output / FOLDER / json_digest([source.name, precision])
+    own = output / LOGPS / json_digest([source.name, precision])
     refuse_outside(output, own)
     start = StartLogps(source.name, precision, output)
     beside = [start.path(store.root, shard) for store, shard in shards]

@@ -20,7 +20,7 @@ OBJECTIVES = {
     "label": "rewards:LabelObjective",
     "preference": "rewards:PreferenceObjective",
 }
-"""By name: the module here and its class. What pairs are trained on by is a `PairLoss`, in a module of its own name."""
+"""By name: the module here and its class. What pairs are trained on by is a `loss` in a module of its own name."""
 
 
 class Objective(Protocol):
@@ -47,6 +47,6 @@ def make_objective(name: str, *given: Any) -> Objective:
 
 
 def loss_on_pairs(name: ObjectiveName) -> PairLoss:
-    """The objective on pairs of that name."""
-    found: PairLoss = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").OBJECTIVE
-    return found
+    """The loss on pairs of that name."""
+    loss: PairLoss = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").loss
+    return loss

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ple_train.objectives.pair_loss import Knobs, PairLoss, Pairs
+from ple_train.objectives.pair_loss import Knobs, Pairs
 
 
 def loss(pairs: Pairs, knobs: Knobs) -> Tensor:
@@ -18,6 +18,3 @@ def loss(pairs: Pairs, knobs: Knobs) -> Tensor:
     sign = pairs.margin.sign()
     plain, prompted = (knobs.beta * sign[:, None] * pairs.learned).unbind(1)
     return ((-prompted).sigmoid() + plain.sigmoid()) * pairs.decided
-
-
-OBJECTIVE = PairLoss(loss, betas={"sums": 0.1, "means": 3.0})

@@ -13,13 +13,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ple_train.objectives.pair_loss import Knobs, PairLoss, Pairs
+from ple_train.objectives.pair_loss import Knobs, Pairs
 
 
 def loss(pairs: Pairs, knobs: Knobs) -> Tensor:
     """DPO's loss of each pair [n]; 0 for a tie."""
     right, wrong = (logsigmoid(sign * knobs.beta * pairs.preferred) for sign in (1, -1))
     return -((1 - knobs.label_smoothing) * right + knobs.label_smoothing * wrong) * pairs.decided
-
-
-OBJECTIVE = PairLoss(loss, betas={"sums": 0.1, "means": 3.0})

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ple_train.objectives.pair_loss import Knobs, PairLoss, Pairs
+from ple_train.objectives.pair_loss import Knobs, Pairs
 
 
 def loss(pairs: Pairs, knobs: Knobs) -> Tensor:
     """IPO's loss of each pair [n]; 0 for a tie."""
     return (pairs.preferred - 1 / (2 * knobs.beta)) ** 2 * pairs.decided
-
-
-OBJECTIVE = PairLoss(loss, betas={"sums": 0.1, "means": 3.0})

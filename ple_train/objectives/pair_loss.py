@@ -1,12 +1,12 @@
 """What an objective on pairs is: a pure function from what is known of pairs to their losses. Reads and trains nothing.
 
-Each is in a module of this room, under its name, as `OBJECTIVE`. Arms are in the order (y, y_prompt), both given x.
+Each is in a module of this room, under its name, as `loss`. Arms are in the order (y, y_prompt), both given x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -66,18 +66,5 @@ class Pairs:
         return self.margin.sign().abs()
 
 
-@dataclass(frozen=True)
-class PairLoss:
-    """An objective: `loss` gives the loss [n] of each pair.
-
-    betas: the forms that it has, the first one its own, each with the beta that is taken where none is given (None: it
-    has no beta). linear: its coefficients depend on the stored row alone. start: it needs the start policy. quantiles:
-    it needs several plain responses to a query. stops: a pair comes to rest where `delta` is its margin / beta.
-    """
-
-    loss: Callable[[Pairs, Knobs], Tensor]
-    betas: Mapping[Form, float | None] = field(default_factory=lambda: {"sums": None})
-    linear: bool = False
-    start: bool = True
-    quantiles: bool = False
-    stops: bool = False
+PairLoss = Callable[[Pairs, Knobs], Tensor]
+"""The loss [n] of each pair."""

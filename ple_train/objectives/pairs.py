@@ -1,4 +1,4 @@
-"""Training on pairs: a `PairLoss` on micro-batches, the optional trust region, and the metrics of both arms.
+"""Training on pairs: an objective's loss on micro-batches, the optional trust region, and the metrics of both arms.
 
 Whatever the loss, a step pushes log-probabilities by coefficients, - d loss / d log pi of each response: those of
 Eq. 6, or those of another loss where it stands. So one weighted sum is differentiated (`ple_train.loss.weighted_loss`),
@@ -21,9 +21,9 @@ from ple_train.log import print_to_log
 from ple_train.loss import sum_by_response, trust_region, weighted_loss
 from ple_train.model.batches import MicroBatch, Sequence, Tokens
 from ple_train.model.policy import Policy
-from ple_train.objectives.pair_loss import Knobs, PairLoss, Pairs
-from ple_train.objectives.ple import OBJECTIVE as PLE
-from schemas.options import Form
+from ple_train.objectives import loss_on_pairs
+from ple_train.objectives.pair_loss import Knobs, Pairs
+from schemas.options import OBJECTIVE_KINDS, Form, ObjectiveName
 from schemas.tables import ARMS
 
 DRIFT_EVERY = 10
@@ -57,13 +57,19 @@ class PairObjective:
     remedy = "Lower --learning-rate, or bound the loss with --trust-region 0.3 (docs/training.md, Stability)."
 
     def __init__(
-        self, policy: Policy, delta: float | None, how: PairLoss = PLE, knobs: Knobs | None = None, form: Form = "sums"
+        self,
+        policy: Policy,
+        delta: float | None,
+        name: ObjectiveName = "ple",
+        knobs: Knobs | None = None,
+        form: Form = "sums",
     ) -> None:
-        self.policy, self.delta, self.how, self.knobs, self.form = policy, delta, how, knobs or Knobs(), form
-        self.layout, self.together = policy.layout, not how.linear
+        self.policy, self.delta, self.knobs, self.form = policy, delta, knobs or Knobs(), form
+        self.pair_loss, self.kind = loss_on_pairs(name), OBJECTIVE_KINDS[name]
+        self.layout, self.together = policy.layout, not self.kind.linear
         self._places = {name: place for place, name in enumerate(self.sums)}
         self.warned = False
-        if not how.linear:
+        if not self.kind.linear:
             self.remedy = "Lower --learning-rate, or raise --beta where the objective has one."
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: int) -> tuple[Tensor, Tensor]:
@@ -92,14 +98,14 @@ class PairObjective:
         measured = [(gated[None], ["gated"])]
         if entropies is not None:
             measured.append((entropies.sum()[None], ["entropy"]))
-        return loss, self._sums(batch, tokens, losses / batch.total, means, drift, measured)
+        return loss, self._sums(batch, tokens, losses / batch.total, means, coefficients, drift, measured)
 
     def _start(self, batch: MicroBatch, tokens: Tokens, step: int, dtype: torch.dtype) -> Tensor | None:
         """log pi_0 of each response [r]: kept beside the store, or computed here where it is wanted."""
         kept = [sequence.tag.start for sequence in batch.sequences]
         if None not in kept:
             return upload(np.array(kept), tokens.lengths.device).to(dtype)
-        wanted = self.delta is not None or self.how.start or step % DRIFT_EVERY == 0
+        wanted = self.delta is not None or self.kind.start or step % DRIFT_EVERY == 0
         if not (wanted and self.policy.has_start_policy):
             return None
         with self.policy.as_start_policy():
@@ -112,7 +118,7 @@ class PairObjective:
         weighted sum itself."""
         device, tags = sum_logps.device, [sequence.tag for sequence in sequences]
         coefficients = upload(np.array([tag.coefficient for tag in tags]), device).to(sum_logps.dtype)
-        if self.how.linear:
+        if self.kind.linear:
             return coefficients, None
         numbers, pair, arms = np.unique([s.query for s in sequences], return_inverse=True, return_counts=True)
         at = pair * 2 + np.array([ARMS.index(tag.arm) for tag in tags])
@@ -134,7 +140,7 @@ class PairObjective:
             margin=upload(margins, device).to(sum_logps.dtype),
             form=self.form,
         )
-        losses = self.how.loss(pairs, self.knobs)
+        losses = self.pair_loss(pairs, self.knobs)
         (slopes,) = torch.autograd.grad(losses.sum(), logps)
         share = upload(1 / arms[pair], device).to(sum_logps.dtype)
         return -slopes.flatten()[places], losses.detach()[upload(pair, device)] * share
@@ -145,6 +151,7 @@ class PairObjective:
         tokens: Tokens,
         losses: Tensor,
         means: Tensor,
+        coefficients: Tensor,
         drift: Tensor | None,
         measured: list[tuple[Tensor, list[str]]],
     ) -> Tensor:
@@ -152,7 +159,7 @@ class PairObjective:
         tags = [sequence.tag for sequence in batch.sequences]
         counted = dict.fromkeys(self.sums, 0.0)
         counted["trained_tokens"] = sum(
-            s.response for s in batch.sequences if s.tag.coefficient != 0 or not self.how.linear
+            s.response for s in batch.sequences if s.tag.coefficient != 0 or not self.kind.linear
         )
         counted["positions"], counted["padding"] = tokens.positions, tokens.padding
         counted["entropy_tokens"] = len(tokens.targets) if ["entropy"] in (names for _, names in measured) else 0
@@ -164,12 +171,11 @@ class PairObjective:
         ]
         if drift is not None:
             aged = [f"{tag.set}_{tag.arm}_age{AGES[min(tag.age, 2)]}" for tag in tags]
-            down = np.array([at for at, tag in enumerate(tags) if tag.coefficient < 0], dtype=np.int64)
             for name in aged:
                 counted[f"drifted_{name}"] += 1
-            counted["pushed_down"] = len(down)
             measured.append((drift, [f"drift_{name}" for name in aged]))
-            measured.append((drift.index_select(0, upload(down, drift.device)), ["pushed_down_drift"] * len(down)))
+            down = coefficients < 0
+            measured += [(down * drift, ["pushed_down_drift"] * len(tags)), (down, ["pushed_down"] * len(tags))]
         sums = upload(np.array([*counted.values()], dtype=np.float64), losses.device)
         places = upload(np.array([self._places[name] for _, names in measured for name in names]), losses.device)
         return sums.index_add_(0, places, torch.cat([values.double() for values, _ in measured]))
@@ -195,7 +201,13 @@ class PairObjective:
         return metrics
 
     def _warn_of_runaway(self, drift: float | None) -> None:
-        if self.how.linear and not self.warned and drift is not None and math.isfinite(drift) and drift < RUNAWAY_DRIFT:
+        if (
+            self.kind.linear
+            and not self.warned
+            and drift is not None
+            and math.isfinite(drift)
+            and drift < RUNAWAY_DRIFT
+        ):
             self.warned = True
             print_to_log(
                 f"warning: pushed-down responses have fallen {-drift:.2f} nats/token below the start policy; the "

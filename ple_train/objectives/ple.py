@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ple_train.objectives.pair_loss import Knobs, PairLoss, Pairs
+from ple_train.objectives.pair_loss import Knobs, Pairs
 
 
 def loss(pairs: Pairs, knobs: Knobs) -> Tensor:
     """- c(y) log pi(y|x) - c(y_prompt) log pi(y_prompt|x), [n]."""
     return -(pairs.coefficients * pairs.logps).sum(1)
-
-
-OBJECTIVE = PairLoss(loss, linear=True, start=False)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ple_train.objectives.pair_loss import Knobs, PairLoss, Pairs
+from ple_train.objectives.pair_loss import Knobs, Pairs
 
 
 def loss(pairs: Pairs, knobs: Knobs) -> Tensor:
@@ -37,6 +37,3 @@ def log_cosh(x: Tensor) -> Tensor:
     """log cosh without overflow."""
     size = x.abs()
     return size + softplus(-2 * size) - math.log(2)
-
-
-OBJECTIVE = PairLoss(loss, betas={"means": 3.0, "sums": 0.05}, stops=True)

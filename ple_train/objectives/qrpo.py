@@ -13,7 +13,7 @@ import math
 
 from torch import Tensor
 
-from ple_train.objectives.pair_loss import Knobs, PairLoss, Pairs
+from ple_train.objectives.pair_loss import Knobs, Pairs
 
 
 def loss(pairs: Pairs, knobs: Knobs) -> Tensor:
@@ -21,6 +21,3 @@ def loss(pairs: Pairs, knobs: Knobs) -> Tensor:
     beta = knobs.beta
     log_partition = math.log(beta) + 1 / beta + math.log1p(-math.exp(-1 / beta))
     return ((pairs.quantiles - beta * log_partition - beta * pairs.learned) ** 2).sum(1)
-
-
-OBJECTIVE = PairLoss(loss, betas={"sums": 0.1, "means": 1.0}, quantiles=True)

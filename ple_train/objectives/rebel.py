@@ -10,12 +10,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ple_train.objectives.pair_loss import Knobs, PairLoss, Pairs
+from ple_train.objectives.pair_loss import Knobs, Pairs
 
 
 def loss(pairs: Pairs, knobs: Knobs) -> Tensor:
     """The squared error of each pair [n]."""
     return (knobs.beta * pairs.delta - pairs.margin) ** 2
-
-
-OBJECTIVE = PairLoss(loss, betas={"sums": 0.1, "means": 3.0}, stops=True)

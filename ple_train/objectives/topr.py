@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ple_train.objectives.pair_loss import Knobs, PairLoss, Pairs
+from ple_train.objectives.pair_loss import Knobs, Pairs
 
 
 def loss(pairs: Pairs, knobs: Knobs) -> Tensor:
@@ -24,6 +24,3 @@ def loss(pairs: Pairs, knobs: Knobs) -> Tensor:
     learned = pairs.learned
     tapered = torch.where(learned > 0, learned, learned.clamp(max=0).exp() - 1)
     return -(advantages * torch.where(advantages > 0, learned, tapered)).sum(1)
-
-
-OBJECTIVE = PairLoss(loss)

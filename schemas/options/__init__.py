@@ -8,3 +8,4 @@ A group is a small frozen dataclass; a command is a dataclass of the groups that
 from schemas.options.commands import *
 from schemas.options.form import *
 from schemas.options.groups import *
+from schemas.options.objectives import *

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from schemas.options.form import Options, option
+from schemas.options.objectives import Form, ObjectiveName
 
 Precision = Literal["auto", "float32", "bf16"]
 PromptFormat = Literal["auto", "plain", "chat"]
@@ -12,8 +13,6 @@ PrincipleForm = Literal["add", "replace"]
 Reader = Literal["auto", "hh", "imdb", "tldr"]
 Join = Literal["auto", "text", "pair", "chat"]
 Without = Literal["rank", "wsft"]
-ObjectiveName = Literal["ple", "ple-residual", "dpo", "ipo", "rebel", "apo", "topr", "qrpo"]
-Form = Literal["sums", "means"]
 EngineName = Literal["vllm", "hf"]
 ENGINES: dict[EngineName, str] = {"vllm": "vllm", "hf": "transformers"}
 """Modules of `ple_data.engines` and the package that each needs; the first whose package is there is the default."""

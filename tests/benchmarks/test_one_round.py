@@ -15,7 +15,7 @@ from benchmarks.one_round import JOBS, main, policy_row, read_jobs
 from ple_data.storage.store import Store
 from ple_train.model.policy import load_policy
 from ple_train.objectives import loss_on_pairs, ple_residual
-from ple_train.objectives.pair_loss import Knobs, Pairs
+from ple_train.objectives.pair_loss import Knobs, PairLoss, Pairs
 from ple_train.snapshot import freeze
 from ple_train.stream import PairStream
 from ple_train.train import settled
@@ -93,7 +93,7 @@ def test_importance_sees_what_sampled_y_prompt(policy: Path, output: Path) -> No
     with trials.in_place("importance", data):
         ((sequences, _),) = PairStream(freeze((data,), 0, None), options, limits).batches(0, 0)
     assert sorted(s.tag.quantile for s in sequences if s.tag.arm == "y_prompt") == pytest.approx(expected, rel=1e-6)
-    assert loss_on_pairs("ple-residual").loss is ple_residual.loss
+    assert loss_on_pairs("ple-residual") is ple_residual.loss
 
 
 def files(folder: Path) -> list[Path]:
@@ -128,7 +128,7 @@ def bowl(m: float, beta: float) -> float:
     ],
     ids=["center", "split", "importance", "both"],
 )
-def test_the_losses_of_the_trial_forms(loss: trials.Loss, expected: float) -> None:
+def test_the_losses_of_the_trial_forms(loss: PairLoss, expected: float) -> None:
     found = loss(pair(0.9, (-2.0, -4.0), (-1.0, -8.0)), Knobs(math.inf, beta=0.5))
     assert found.item() == pytest.approx(expected, rel=1e-12)
 

@@ -712,6 +712,11 @@ def test_an_output_that_is_something_else_is_left_alone(run, policy, tmp_path):
         with pytest.raises(UsageError, match=r"is the result of another command \(sft\): use another --output"):
             run("sft", resume=resume)
     assert (sft / "ple.json").exists()
+    baseline = json.loads((sft / "ple.json").read_text()) | {"kind": "baseline"}
+    (sft / "ple.json").write_text(json.dumps(baseline))
+    with pytest.raises(UsageError, match=r"another command \(baseline\): use another --output, or rerun with --no-res"):
+        run("sft")
+    assert json.loads((run("sft", resume=False) / "ple.json").read_text())["kind"] == "ple"
     model = shutil.copytree(policy, tmp_path / "model")
     before = sorted(model.iterdir())
     with pytest.raises(UsageError, match="is the --model itself"):

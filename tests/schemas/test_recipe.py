@@ -77,6 +77,21 @@ def test_overrides_are_held_to_the_same(tmp_path: Path) -> None:
         load_recipe(tmp_path / "r.yaml", [f"{'a.' * 5000}a=1"])
 
 
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("{objective: dpo, sft_anchor: 1.0}", "train: --objective dpo has no --sft-anchor"),
+        ("{objective: dpo, full: true}", "train: --objective dpo needs the start policy at hand"),
+        ("{stable: true, full: true}", "train: --stable needs the start policy at hand"),
+        ("{objective: qrpo}", "compares responses to a query: set gen.samples: 4"),
+    ],
+)
+def test_options_of_training_that_do_not_go_together_are_found_before_anything_starts(tmp_path, train, message) -> None:
+    (tmp_path / "r.yaml").write_text(f"{GOOD}train: {train}\n")
+    with pytest.raises(UsageError, match=message):
+        load_recipe(tmp_path / "r.yaml")
+
+
 def test_aliases_mark_and_many_rounds_are_no_fault(tmp_path: Path) -> None:
     text = f"\ufeff{GOOD}rounds: {MOST_ROUNDS}\ngen: &g {{max_new_tokens: &n 7}}\ntrain: {{batch_size: *n}}\n"
     (tmp_path / "r.yaml").write_text(text)

@@ -23,7 +23,7 @@ from ple_train.objectives.pairs import PairObjective
 from ple_train.snapshot import freeze
 from ple_train.stream import Response, plain_rewards
 from schemas.errors import DamagedError, UsageError
-from schemas.options import ObjectiveName, Purity, Train
+from schemas.options import OBJECTIVE_KINDS, ObjectiveName, Purity, Train
 from tests.ple_train.small_training import stop_in_step, weights, write_pairs
 from tests.tables import table
 
@@ -47,15 +47,14 @@ def batch(seed: int = 0, count: int = 7, empty: bool = True) -> list[Sequence]:
 
 
 def knobs_of(name: str) -> tuple[str, Knobs]:
-    how = loss_on_pairs(name)
-    form, beta = next(iter(how.betas.items()))
+    form, beta = next(iter(OBJECTIVE_KINDS[name].betas.items()))
     return form, Knobs(TAU, 1.0 if beta is None else beta)
 
 
 def gradient(name, policy, sequences, budget, layout):
     policy.layout = layout
     form, knobs = knobs_of(name)
-    objective = PairObjective(policy, None, loss_on_pairs(name), knobs, form)
+    objective = PairObjective(policy, None, name, knobs, form)
     policy.zero_grad()
     total, logged = 0.0, 0.0
     for part in micro_batches(sequences, 7, budget, 1, 0, layout=layout, together=objective.together):
@@ -89,7 +88,7 @@ def test_the_gradient_is_that_of_the_pairs_one_by_one_however_they_are_batched(p
             now[None], start[None], torch.tensor([lengths]), torch.zeros(1, 2), torch.tensor([quantiles]),
             torch.tensor([found["y_prompt"].tag.margin]), form,
         )  # fmt: skip
-        loss = loss_on_pairs(name).loss(pair, knobs).sum() / 7
+        loss = loss_on_pairs(name)(pair, knobs).sum() / 7
         loss.backward()
         expected += loss.item()
     slopes = {name: p.grad.clone() for name, p in model.trainable().items()}
@@ -154,6 +153,18 @@ def test_a_store_that_cannot_be_written_has_them_in_the_output(run, tmp_path, mo
     monkeypatch.setattr(pair_logps.os, "access", lambda *_: False)
     run("a", data=[data], objective="dpo")
     assert not (data / "logps").exists()
+    assert not (tmp_path / "a" / ".ple" / "logps").exists()  # needed until the training is finished
+
+
+def test_the_drift_of_what_is_pushed_down_is_that_of_the_loss_at_work(run, tmp_path):
+    """DPO pushes the response with the lower reward down; so does the printed loss, but not without its rank set."""
+    rows = [{"y_ids": [9] * 5, "y_prompt_ids": [7] * 5, "s": 0.0, "s_prompt": 20.0} for _ in range(16)]
+    Store(tmp_path / "data").commit("pairs", 0, "00000-0123456789ab", table("pairs", rows), {})
+    options = {"data": [tmp_path / "data"], "round": 0, "epochs": 8, "learning_rate": 1e-2, "objective": "dpo"}
+    metrics = pl.read_parquet(run("down", **options) / "metrics.parquet")
+    pushed, drift = metrics["drift_pushed_down"], metrics["drift_rank_y_age0"]
+    assert pushed.to_list() == pytest.approx(drift.to_list())
+    assert pushed[-1] < 0
 
 
 def test_stable_is_short_for_two_options(run, pairs):
@@ -252,7 +263,7 @@ def test_dpo_and_its_kin_are_trls(policy, adapter, tmp_path, kind):
     model = load_policy(str(policy), adapter=str(adapter))
     count = len(sequences) // 2
     form = "means" if kind == "ipo" else "sums"  # TRL's IPO is on means
-    objective = PairObjective(model, None, loss_on_pairs(name), Knobs(TAU, 0.1), form)
+    objective = PairObjective(model, None, name, Knobs(TAU, 0.1), form)
     (part,) = micro_batches(sequences, count, 10_000, 1, 0, layout=model.layout, together=True)
     found = objective(model, part, 1)[0].item()
     config = trl.DPOConfig(

@@ -9,7 +9,7 @@ import torch
 
 from ple_train.objectives import loss_on_pairs
 from ple_train.objectives.pair_loss import Knobs, Pairs
-from schemas.options import ObjectiveName
+from schemas.options import OBJECTIVE_KINDS, ObjectiveName
 from tests import oracle
 
 NAMES = get_args(ObjectiveName)
@@ -54,11 +54,11 @@ def expected(name: str, pairs: Pairs, at: int, knobs: Knobs) -> tuple[float, flo
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_value_and_slopes_are_those_of_the_formula(name):
-    found = loss_on_pairs(name)
-    for form, beta in found.betas.items():
+    loss = loss_on_pairs(name)
+    for form, beta in OBJECTIVE_KINDS[name].betas.items():
         pairs = random_pairs(form)
         knobs = Knobs(TAU, 1.0 if beta is None else beta, 0.1 if name == "dpo" else 0.0)
-        losses = found.loss(pairs, knobs)
+        losses = loss(pairs, knobs)
         (slopes,) = torch.autograd.grad(losses.sum(), pairs.logps)
         for at in range(N):
             value, *by_arm = expected(name, pairs, at, knobs)
@@ -68,7 +68,7 @@ def test_value_and_slopes_are_those_of_the_formula(name):
 
 def test_the_printed_loss_has_the_coefficients_as_its_slopes():
     pairs = random_pairs()
-    losses = loss_on_pairs("ple").loss(pairs, Knobs())
+    losses = loss_on_pairs("ple")(pairs, Knobs())
     (slopes,) = torch.autograd.grad(losses.sum(), pairs.logps)
     assert torch.equal(slopes, -pairs.coefficients)
     assert losses[3].item() == pytest.approx(-(pairs.coefficients[3] @ pairs.logps[3]).item())
@@ -77,29 +77,29 @@ def test_the_printed_loss_has_the_coefficients_as_its_slopes():
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_loss_is_bounded_below_where_the_printed_one_is_not(name):
     """Whatever a policy makes of the responses: log-probabilities from -1e4 to 0 a response."""
-    found = loss_on_pairs(name)
-    for form, beta in found.betas.items():
+    loss = loss_on_pairs(name)
+    for form, beta in OBJECTIVE_KINDS[name].betas.items():
         pairs = random_pairs(form)
         wild = torch.linspace(-1e4, 0, N, dtype=torch.float64)
         wild = torch.stack([wild, wild.flip(0)], 1)
         knobs = Knobs(TAU, 1.0 if beta is None else beta)
         for logps in (wild, wild.flip(1)):
-            losses = found.loss(Pairs(logps, *list(vars(pairs).values())[1:]), knobs)
+            losses = loss(Pairs(logps, *list(vars(pairs).values())[1:]), knobs)
             assert torch.isfinite(losses).all()
             room = (pairs.margin.abs() / 2 * -pairs.start.min(1).values) if name == "topr" else torch.zeros(N)
             assert (losses >= -room - 1e-9).all()
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if loss_on_pairs(name).stops])
+@pytest.mark.parametrize("name", [name for name in OTHERS if OBJECTIVE_KINDS[name].stops])
 def test_a_pair_rests_where_beta_times_delta_is_its_margin(name):
-    found = loss_on_pairs(name)
+    loss = loss_on_pairs(name)
     pairs = random_pairs("means")
     beta = 1.5
     prompted = pairs.start[:, 1] + pairs.lengths[:, 1] * (
         pairs.margin / beta + ((pairs.logps - pairs.start)[:, 0] / pairs.lengths[:, 0])
     )
     logps = torch.stack([pairs.logps[:, 0], prompted], 1).detach().requires_grad_()
-    losses = found.loss(Pairs(logps, *list(vars(pairs).values())[1:]), Knobs(TAU, beta))
+    losses = loss(Pairs(logps, *list(vars(pairs).values())[1:]), Knobs(TAU, beta))
     (slopes,) = torch.autograd.grad(losses.sum(), logps)
     assert slopes.abs().max() < 1e-9
     assert losses.abs().max() < 1e-9
@@ -109,7 +109,7 @@ def test_the_residual_loss_at_the_start_policy_is_eqs_3_to_5_by_token():
     """Rank set with the coefficients 1/len, weighted SFT with tanh(margin / 2) / len: the normalised printed loss."""
     pairs = random_pairs("means")
     start = Pairs(pairs.start.clone().requires_grad_(), *list(vars(pairs).values())[1:])
-    losses = loss_on_pairs("ple-residual").loss(start, Knobs(TAU, 3.0))
+    losses = loss_on_pairs("ple-residual")(start, Knobs(TAU, 3.0))
     (slopes,) = torch.autograd.grad(losses.sum(), start.logps)
     for at in range(N):
         lengths = [int(length) for length in pairs.lengths[at]]
@@ -120,7 +120,7 @@ def test_the_residual_loss_at_the_start_policy_is_eqs_3_to_5_by_token():
 @pytest.mark.parametrize(("tau", "weighted"), [(math.inf, True), (TAU, False)])
 def test_a_term_of_the_residual_loss_can_be_left_out(tau, weighted):
     pairs = random_pairs("means")
-    losses = loss_on_pairs("ple-residual").loss(pairs, Knobs(tau, 1.5, weighted=weighted))
+    losses = loss_on_pairs("ple-residual")(pairs, Knobs(tau, 1.5, weighted=weighted))
     (slopes,) = torch.autograd.grad(losses.sum(), pairs.logps)
     residual = pairs.margin - 1.5 * pairs.delta
     pull = torch.where(residual > tau, 1.0, torch.tanh(residual / 2) if weighted else torch.zeros(N)).detach()
@@ -129,13 +129,13 @@ def test_a_term_of_the_residual_loss_can_be_left_out(tau, weighted):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_far_log_ratios_make_no_nan_in_float32(name):
-    found = loss_on_pairs(name)
+    loss = loss_on_pairs(name)
     pairs = random_pairs()
     logps = torch.full((N, 2), -1e5)
     logps[::2, 0] = 0.0
     logps.requires_grad_()
     values = [v.float() if isinstance(v, torch.Tensor) else v for v in list(vars(pairs).values())[1:]]
-    losses = found.loss(Pairs(logps, *values), Knobs(TAU, found.betas["sums"] or 1.0))
+    losses = loss(Pairs(logps, *values), Knobs(TAU, OBJECTIVE_KINDS[name].betas["sums"] or 1.0))
     (slopes,) = torch.autograd.grad(losses.sum(), logps)
     assert torch.isfinite(losses).all()
     assert torch.isfinite(slopes).all()
