@@ -37,6 +37,20 @@ class Progress:
         elif self._done < self._total and time.monotonic() - self._last_line >= LINE_EVERY:
             self._line(self._state())  # the last one is written at the end
 
+    def skip(self, count: int) -> None:
+        """Count `count` more as what an earlier run left finished."""
+        self._done += count
+        self._start += count
+        if self._bar is not None:
+            self._bar.initial += count
+            self._bar.update(count)
+
+    def expect(self, total: int) -> None:
+        """Take another total: it was not known how much there is."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.total = total
+
     def restart_clock(self) -> None:
         """Count the rate from now on: what came before was preparation."""
         self._began, self._start = time.monotonic(), self._done

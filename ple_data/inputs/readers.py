@@ -166,16 +166,17 @@ def _check(row: Any, place: str) -> None:
 
 def _csv(path: Path, content: bytes) -> Iterator[_Row]:
     csv.field_size_limit(sys.maxsize)
-    number = 1
+    lines = 1
     try:
         reader = csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True)
-        for number, row in enumerate(reader, start=2):
+        for row in reader:
+            lines += 1
             if None in row or None in row.values():
                 fields = len(reader.fieldnames or [])
                 raise UsageError(f"{path} line {reader.line_num} does not have the {fields} fields of the header")
             yield row, f"line {reader.line_num}"
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} line {number + 1} is no valid CSV: {error}") from error
+        raise UsageError(f"{path} line {lines + 1} is no valid CSV: {error}") from error
 
 
 def _hub(source: str, split: str) -> Source:

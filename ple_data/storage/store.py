@@ -123,6 +123,10 @@ class Store:
         _check_size(self.read_record(record))
         return True
 
+    def committed(self, kind: str, round: int) -> set[str]:
+        """The units of a round that have a commit record, readable or not."""
+        return {path.stem for path in self.record_path(kind, round, "unit").parent.glob("*.json")}
+
     def commit(self, kind: str, round: int, unit: str, table: pa.Table, provenance: Mapping[str, Any]) -> Shard:
         """Puts the unit's rows on disk, whole or not at all, and records them; call it under `claim`.
 
@@ -247,12 +251,16 @@ class Store:
         """The settings in a file of `manifest_paths`. Raises DamagedError."""
         return self._placed(RoundManifest, path, lambda found: self.manifest_path(found.round))
 
-    def finish(self, kind: str, round: int) -> None:
+    def finish(self, kind: str, round: int, counts: Mapping[str, int] | None = None) -> None:
         """Keep how many units of a round are committed, which are all: one that is missing later was lost.
 
-        What killed writers left is removed.
+        counts: of its queries, for the round's settings where they were not known when it began. What killed writers
+        left is removed.
         """
         files.remove_stale(self._tmp)
+        begun = self.load_manifest(round) if counts else None
+        if begun and begun.rows is None:
+            files.write_atomic(self.manifest_path(round), begun.model_copy(update={"counts": counts}).to_json())
         units = len(self.shards(kind, round=round))
         if self.finished_units(kind, round) < units:
             files.write_atomic(self._finished_path(kind, round), str(units))

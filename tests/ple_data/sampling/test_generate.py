@@ -627,3 +627,25 @@ def test_other_queries_are_named_and_the_way_to_add_some_is_said(
     message = rf"queries: 21 of {more}, there 20 of {queries}; with more queries, give another --data and --reuse"
     with pytest.raises(UsageError, match=message):
         run(queries=str(more))
+
+
+def test_a_round_that_is_planned_while_it_is_sampled_is_the_same(
+    run: Any, rows: Any, tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    fake(window=2)
+    run(unit_size=2, shuffle=True)
+    counts = Store(tmp_path / "data").load_manifest(0).counts
+    for room in ("plan", "generate"):
+        monkeypatch.setattr(f"ple_data.sampling.{room}.AHEAD", 3)
+    monkeypatch.setattr("ple_data.sampling.plan.RENDERED_AT_ONCE", 2)
+    fake(fail_after=18, window=2)
+    with pytest.raises(PleError, match="died"):
+        run("other", unit_size=2, shuffle=True)
+    assert "so far, the others as they come" in capsys.readouterr().err
+    assert Store(tmp_path / "other").load_manifest(0).rows is None
+    fake(window=2)
+    summary = run("other", unit_size=2, shuffle=True)
+    assert summary.rows_done_before > 0
+    assert summary.rows == 20 == summary.rows_done_before + summary.rows_sampled
+    assert rows("other").equals(rows())
+    assert Store(tmp_path / "other").load_manifest(0).counts == counts == summary.counts
