@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ple_data.storage.listing import read_quickly, rounds_of
 from ple_data.storage.parquet import parquet_bytes
 from schemas import files, tables
 from schemas.errors import DamagedError, NewerError, PleError, UsageError, first_line
@@ -190,9 +191,15 @@ class Store:
 
         From the commit records alone; the files are not opened. Raises DamagedError on an unreadable record.
         """
-        committed = map(self.read_record, self.record_paths(kind))
-        wanted = (s for s in committed if round in (None, s.round) and (max_round is None or s.round <= max_round))
-        return sorted(wanted, key=lambda shard: (shard.round, shard.path.name))
+        found = []
+        for number, folder in rounds_of(self._state / "commits" / kind):
+            if number is None:
+                list(map(self.read_record, folder.glob("*.json")))  # says that they do not belong there
+            elif round in (None, number) and (max_round is None or number <= max_round):
+                data = self.root / kind / folder.name
+                for path, told in read_quickly(self.root, folder, data, kind, number):
+                    found.append(self.read_record(Path(path)) if told is None else Shard(kind, number, *told))
+        return sorted(found, key=lambda shard: (shard.round, shard.path.name))
 
     def read_record(self, path: Path) -> Shard:
         """The shard that the commit record at `path` describes. Raises DamagedError, also for another place or file

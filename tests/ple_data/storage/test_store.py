@@ -736,6 +736,7 @@ def test_what_the_system_says_is_no_damage(store, monkeypatch, number):
     for place, read in readings.items():
         with monkeypatch.context() as broken:
             broken.setattr(place, fails)
+            broken.setattr("ple_data.storage.store.read_quickly", lambda *_: [(store.record_paths("pairs")[0], None)])
             with pytest.raises(PleError, match=os.strerror(number)) as caught:
                 read()
         assert (caught.value.exit_code, UNIT in str(caught.value)) == (1, True)
