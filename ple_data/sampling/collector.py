@@ -13,6 +13,8 @@ from ple_data.inputs.chat import to_text
 from ple_data.sampling.plan import Plan, Prompt, Unit
 from ple_data.sampling.reuse import Reuse
 from ple_data.storage.store import Store
+from schemas.errors import ClaimLostError
+from schemas.leases import elsewhere
 from schemas.tables import SCHEMAS
 
 
@@ -61,8 +63,8 @@ class Collector:
 
     def units(self, todo: Iterable[Unit]) -> Iterator[list[Request]]:
         """The requests of each unit that is ours; a unit is claimed when it is asked for."""
-        store, plan = self.store, self.plan
-        for unit in todo:
+        store, plan, rest = self.store, self.plan, iter(todo)
+        for unit in rest:
             self.progress.expect(len(plan.arms) * plan.most_rows)
             if store.is_committed(plan.kind, plan.round, unit.id):
                 self._count(unit)
@@ -78,6 +80,9 @@ class Collector:
                 self._count(unit)
             else:
                 self.locked.append(unit)
+                if len(self.locked) == 1 and plan.taken.complete:
+                    yield from self.units(elsewhere(list(rest)))
+                    return
 
     def add(self, request: Request, completion: Completion) -> None:
         """Take in one response; the last one of a unit commits it."""
@@ -130,11 +135,17 @@ class Collector:
     def _commit(self, opened: _OpenUnit) -> None:
         plan, unit = self.plan, opened.unit
         table = pa.Table.from_pylist(opened.rows, schema=SCHEMAS[plan.kind])
-        self.store.commit(plan.kind, plan.round, unit.id, table, self.provenance)
+        del self._open[unit.id]
+        with opened.claim:
+            try:
+                self.store.commit(plan.kind, plan.round, unit.id, table, self.provenance)
+            except ClaimLostError as error:
+                self.progress.note(f"{error}: its rows are left to them")
+                self.progress.advance(-len(plan.arms) * len(opened.rows))
+                self.locked.append(unit)
+                return
         self.summary.rows_reused += opened.reused
         self.summary.rows_sampled += len(opened.rows) - opened.reused
-        del self._open[unit.id]
-        opened.claim.close()
 
     def _row(self, prompt: Prompt, sample: int) -> dict[str, Any]:
         return {

@@ -14,8 +14,9 @@ from ple_data.common.progress import Progress
 from ple_data.common.secrets import public
 from ple_data.rewards import RewardModel, as_read
 from ple_data.storage.store import OWNER, Shard, Store, Waits
-from schemas.errors import UsageError
+from schemas.errors import ClaimLostError, UsageError
 from schemas.files import write_new
+from schemas.leases import elsewhere
 from schemas.tables import PAIRS, read_metadata
 
 
@@ -52,12 +53,16 @@ def score(
     with Progress("score", total, "rows", done=counts.rows_done_before) as progress:
         waits = Waits(target, "pairs", progress.note)
         while pending:
-            held_by_others = []
-            for shard in pending:
+            held_by_others: list[Shard] = []
+            left = list(pending)
+            while left:
+                shard = left.pop(0)
                 if _score_unit(store, shard, reward_model, target, counts):
                     progress.advance(shard.rows)
-                else:
-                    held_by_others.append(shard)
+                    continue
+                held_by_others.append(shard)
+                if len(held_by_others) == 1:
+                    left = elsewhere(left)
             if len(held_by_others) == len(pending):
                 waits.a_moment((shard.round, shard.unit) for shard in held_by_others)
             pending = held_by_others
@@ -89,7 +94,10 @@ def _score_unit(store: Store, shard: Shard, reward_model: RewardModel, target: S
             columns = {name: table[name] for name in table.column_names} | added
             pairs = pa.table({name: columns[name] for name in PAIRS.names}, schema=PAIRS)
             _own_pairs(target, reward_model)
-            target.commit("pairs", shard.round, shard.unit, pairs, provenance)
+            try:
+                target.commit("pairs", shard.round, shard.unit, pairs, provenance)
+            except ClaimLostError:
+                return False
             counts.units += 1
             counts.rows += shard.rows
             return True
