@@ -77,8 +77,8 @@ def take(folder: Path, name: str, tmp: Path) -> Lease | None:
         if not _link(lease, tmp):
             return None
     # whoever came between our look and our link is seen now, above or below: then both may give up, and come again
-    *lower, _ = there = [folder / f"{name}.{number}" for number in _generations(folder, name)] or [lease.path]
-    if there[-1] != lease.path or not all(map(_is_over, lower)):
+    *lower, highest = [folder / f"{name}.{number}" for number in _generations(folder, name)] or [lease.path]
+    if highest != lease.path or not all(map(_is_over, lower)):
         lease.release()
         return None
     for path in lower:

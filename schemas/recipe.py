@@ -48,8 +48,26 @@ def _field(known: Any) -> Any:
     return Field(default=known.default, ge=told.least, gt=told.above, le=told.most, lt=told.below, allow_inf_nan=inf)
 
 
+class GenServer(Strict):
+    """A server that the run starts for its rounds, e.g. `[.venv-vllm/bin/vllm, serve, "{model}", --enable-lora]`.
+
+    sleep: it gives its memory on the GPU free while a round trains.
+    """
+
+    command: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
+    sleep: bool = False
+
+
 class GenStage(_stage(options.Gen, "ple-gen", without=OF_REWARDS)):  # type: ignore[misc]
     """Options of `ple-gen`; `command` may come from another environment, e.g. `[.venv-vllm/bin/ple-gen]`."""
+
+    server: GenServer | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "GenStage":
+        if self.server and (self.endpoint or self.engine not in (None, "server")):
+            raise ValueError("give either server (one to start), endpoint (some that run) or another engine")
+        return self
 
 
 class ScoreStage(_stage(options.Score, "ple-score")):  # type: ignore[misc]
@@ -138,6 +156,12 @@ class Recipe(Strict):
     def _one_reward(self) -> "Recipe":
         if (self.reward_model is None) == (self.reward is None):
             raise ValueError("give either reward_model (one to use) or reward (one to train first)")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters(self) -> "Recipe":
+        if self.gen.server and self.train.full:
+            raise ValueError("gen.server serves one model with each round's adapter: leave it out, or train.full")
         return self
 
     @model_validator(mode="after")

@@ -126,6 +126,15 @@ class RoundManifest(Sealed):
         ]
 
 
+class Probe(Sealed):
+    """What told a round's policy on its first server: log-probabilities, in nats, of the likeliest tokens (by id) after
+    some short texts."""
+
+    version: Literal[1] = 1
+    round: Round
+    logps: list[dict[str, float]]
+
+
 R = TypeVar("R", bound=Record)
 
 

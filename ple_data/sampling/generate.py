@@ -25,7 +25,16 @@ from ple_data.common.models import (
 from ple_data.common.progress import Progress
 from ple_data.common.settings import as_json, counted
 from ple_data.common.terminal import printable
-from ple_data.engines import Engine, EngineSpec, choose_engine, engine_module, make_engine, parse_engine_args
+from ple_data.engines import (
+    TOLERANCE,
+    Engine,
+    EngineSpec,
+    choose_engine,
+    distance_of,
+    engine_module,
+    make_engine,
+    parse_engine_args,
+)
 from ple_data.inputs.principles import load_principle
 from ple_data.inputs.queries import load_queries
 from ple_data.sampling.collector import Collector, GenerateSummary
@@ -35,7 +44,7 @@ from ple_data.sampling.terms import terms_of
 from ple_data.storage.store import Store, Waits
 from schemas.errors import UsageError
 from schemas.options import Gen, Queries, Sampling
-from schemas.records import RoundManifest
+from schemas.records import Probe, RoundManifest
 
 SAMPLED = ("max_new_tokens", "temperature", "top_p", "stop", "logprobs")
 READ = ("reader", "query_column", "prefix_words", "prompt_format", "max_query_tokens", "shuffle", "skip", "limit")
@@ -57,8 +66,9 @@ def generate(options: Gen) -> GenerateSummary:
             f"--samples {options.samples} with --temperature 0 would sample the same response {options.samples} times"
         )
     model, revision = options.model, options.revision
-    engine_name, arguments = choose_engine(options.engine), parse_engine_args(options.engine_arg)
-    check_model(model, quantized=engine_name == "vllm")
+    engine_name, arguments = choose_engine(options.engine, options.endpoint), parse_engine_args(options.engine_arg)
+    arguments |= {"endpoints": list(options.endpoint)} if options.endpoint else {}
+    check_model(model, quantized=engine_name != "hf")
     adapter = check_adapter(options.adapter, model) if options.adapter else None
     engine = engine_module(engine_name)
     engine.check(arguments, adapter)
@@ -141,6 +151,7 @@ def sample_round(
                 for first in units:  # the engine takes those behind it
                     if engine is None:
                         engine = stack.enter_context(closing(start_engine()))
+                        _refuse_another_policy(store, plan.round, engine)
                         name = "{engine} in {dtype} on {device}".format(**provenance)
                         progress.note(f"engine {name}, started in {time.monotonic() - began:.0f} s")
                         progress.restart_clock()
@@ -179,6 +190,17 @@ def _freeze(store: Store, plan: Plan, notes: dict[str, Any]) -> None:
         raise UsageError(
             f"round {plan.round} of {store.root} was begun with other settings: {'; '.join(differences)}; {advice}"
         )
+
+
+def _refuse_another_policy(store: Store, round: int, engine: Engine) -> None:
+    """Raise UsageError where a server holds another policy than that which the round was begun with."""
+    if (found := getattr(engine, "probe", None)) is not None:
+        begun = store.save_probe(Probe(round=round, logps=found)).logps
+        if (distance := distance_of(found, begun)) > TOLERANCE:
+            raise UsageError(
+                f"round {round} of {store.root} was begun with another policy than the server holds: log-probabilities "
+                f"after short texts differ by {distance:.2g} nats a token; start the server with the same model"
+            )
 
 
 def _described(manifest: RoundManifest) -> str:

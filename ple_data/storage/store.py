@@ -27,7 +27,7 @@ from ple_data.storage.listing import read_quickly, rounds_of
 from ple_data.storage.parquet import parquet_bytes
 from schemas import files, leases, tables
 from schemas.errors import ClaimLostError, DamagedError, NewerError, PleError, UsageError, first_line
-from schemas.records import Commit, R, RoundManifest, read_record
+from schemas.records import Commit, Probe, R, RoundManifest, read_record
 
 if TYPE_CHECKING:
     import polars as pl
@@ -243,6 +243,13 @@ class Store:
         self._prepare()
         files.write_new(self.manifest_path(manifest.round), manifest.to_json(), self._tmp)
         return self.load_manifest(manifest.round) or manifest
+
+    def save_probe(self, probe: Probe) -> Probe:
+        """Keep what tells a round's policy. Returns what stands: the first one, ours or another process's."""
+        self._prepare()
+        path = self.inside(".ple", "rounds", f"probe-round={probe.round:03d}.json")
+        files.write_new(path, probe.to_json(), self._tmp)
+        return read_record(Probe, path)
 
     def load_manifest(self, round: int) -> RoundManifest | None:
         """The frozen settings of a round, None before its first start. Raises DamagedError."""

@@ -12,7 +12,8 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ple_data.common.secrets import public
 from ple_data.rewards import recorded_spec
 from ple_train.run.child import GRACE_SECONDS, run_child
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
+from ple_train.run.serve import Server
 from schemas.errors import DamagedError, PleError, UsageError
 from schemas.files import locked, refuse_outside, write_atomic
 from schemas.options import Baseline, Dpo, Gen, Reward, Score, Sft, Train, about, flag
@@ -50,6 +52,7 @@ class Stage:
     name: str
     round: int | None
     command: tuple[str, ...]
+    where: tuple[str, ...] = ()  # further words, of this start alone
 
     @property
     def title(self) -> str:
@@ -119,7 +122,7 @@ def run(recipe: Recipe) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     refuse_outside(directory, directory / ".ple")
     lock = locked(directory / ".ple" / "run.lock", str(directory), patience=GRACE_SECONDS + 5)
-    with lock as held, GpuWatch() as gpus:
+    with lock as held, GpuWatch() as gpus, _server(recipe) as server:
         _freeze(recipe, stages, directory)
         for number, stage in enumerate(stages, start=1):
             records = _load_records(directory)
@@ -128,7 +131,21 @@ def run(recipe: Recipe) -> None:
                 say(f"{place}: done before")
             else:
                 say(f"{place}: {stage.shell_line}")
+                if server and stage.name == "gen":
+                    stage = replace(stage, where=("--endpoint", server.address()))
+                elif server and stage.name in ("train", "baseline"):
+                    server.rest()
                 say(f"{place}: {_run_stage(stage, directory, records, held, gpus)}")
+
+
+def _server(recipe: Recipe) -> AbstractContextManager[Server | None]:
+    if recipe.gen.server is None:
+        return nullcontext()
+    run = Path(recipe.run_dir)
+    how, model = recipe.gen.server, recipe.model if recipe.sft is None else str(run / "sft")
+    if recipe.revision and recipe.sft is None:
+        how = how.model_copy(update={"command": [*how.command, "--revision", recipe.revision]})
+    return Server(how, model, run / "server.log")
 
 
 def _run_stage(stage: Stage, directory: Path, records: list[StageRecord], lock: int, gpus: GpuWatch) -> str:
@@ -145,7 +162,7 @@ def _run_stage(stage: Stage, directory: Path, records: list[StageRecord], lock: 
     start = time.monotonic()
     found: dict[str, Any] = {}
     try:
-        ended = run_child(stage.command, keep_open=[lock])
+        ended = run_child([*stage.command, *stage.where], keep_open=[lock])
         found = {"exit_code": ended.code, "memory_bytes": ended.memory}
     except KeyboardInterrupt:
         found = {"exit_code": 130, "memory_bytes": 0}
@@ -194,7 +211,8 @@ def _stage(name: str, t: int | None, options: BaseModel, given: dict[str, Any]) 
     own = {
         key: getattr(options, key)
         for key, field in type(options).model_fields.items()
-        if key not in ("command", "method") and getattr(options, key) != field.get_default(call_default_factory=True)
+        if key not in ("command", "method", "server")
+        and getattr(options, key) != field.get_default(call_default_factory=True)
     }
     return Stage(name, t, (find_program(program), *first_words, *_words(own), *_words(given)))
 

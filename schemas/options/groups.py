@@ -13,8 +13,8 @@ PrincipleForm = Literal["add", "replace"]
 Reader = Literal["auto", "hh", "imdb", "tldr"]
 Join = Literal["auto", "text", "pair", "chat"]
 Without = Literal["rank", "wsft"]
-EngineName = Literal["vllm", "hf"]
-ENGINES: dict[EngineName, str] = {"vllm": "vllm", "hf": "transformers"}
+EngineName = Literal["vllm", "hf", "server"]
+ENGINES: dict[EngineName, str] = {"vllm": "vllm", "hf": "transformers", "server": "httpx"}
 """Modules of `ple_data.engines` and the package that each needs; the first whose package is there is the default."""
 RESPONSES, QUERIES, MODEL = "Sampling", "Queries", "Model"
 REWARD, METHOD, TRAINING, MACHINE = "Reward model", "Method", "Training", "Machine"
@@ -82,7 +82,15 @@ class Sampling(Options):
 
 
 class Engine(Options):
-    engine: EngineName | None = option(None, "Default: vllm where it is installed, else hf.", ENGINE)
+    engine: EngineName | None = option(
+        None, "Default: vllm where it is installed, else hf; server where --endpoint is given.", ENGINE
+    )
+    endpoint: tuple[str, ...] = option(
+        (),
+        "Address of a running vLLM server (http://host:8000) that samples; may be repeated.",
+        ENGINE,
+        machine=True,
+    )
     engine_arg: tuple[str, ...] = option(
         (), "Pass an option to the engine, e.g. tensor_parallel_size=2; may be repeated.", ENGINE, metavar="NAME=VALUE"
     )
