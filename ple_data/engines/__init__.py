@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 from ple_data.common.extras import missing
 from ple_data.common.models import AdapterInfo
 from ple_data.common.tokens import added_ids, text_after
-from schemas.errors import UsageError
+from schemas.errors import PleError, UsageError
 from schemas.json_text import parse_json
 from schemas.options import ENGINES, Sampling
 
@@ -68,6 +68,10 @@ class EngineSpec:
     def marks(self) -> set[int]:
         """End ids that are tokens of their own and no text."""
         return added_ids(self.tokenizer) & set(self.end_ids)
+
+
+class EngineDiedError(PleError):
+    """An engine's own processes are gone; another one may go on."""
 
 
 class Engine(Protocol):

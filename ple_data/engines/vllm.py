@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ple_data.common.models import AdapterInfo, load_config
-from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, refuse_unknown, response_text
+from ple_data.engines import (
+    Completion,
+    EngineDiedError,
+    EngineSpec,
+    Request,
+    Sampling,
+    cut_at_stop,
+    refuse_unknown,
+    response_text,
+)
 from ple_data.engines.watchdog import Watchdog
 from schemas.errors import PleError, UsageError
 
@@ -103,7 +112,9 @@ class VllmEngine:
             while more and len(in_flight) < self._window:
                 unit = next(units, None)
                 more = unit is not None
-                for request in unit or ():
+                if not unit:  # there is none, or none yet
+                    break
+                for request in unit:
                     in_flight[self._add(request, sampling)] = request
             if not in_flight:
                 return
@@ -158,7 +169,7 @@ class VllmEngine:
                 return self.llm.llm_engine.step()
         except EngineDeadError as error:
             what = "the vLLM engine died (its own messages are above); what was committed is safe"
-            raise PleError(f"{what}: run the same command again") from error
+            raise EngineDiedError(f"{what}: run the same command again") from error
 
     def _completion(self, request: Request, output: Any, sampling: Sampling) -> Completion:
         if output.finish_reason not in ("stop", "length"):

@@ -8,7 +8,7 @@ import itertools
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import fields
 from typing import Any
@@ -42,6 +42,7 @@ from ple_data.sampling.plan import AHEAD, Plan, Taken, Unit, default_unit_size
 from ple_data.sampling.reuse import Reuse
 from ple_data.sampling.terms import terms_of
 from ple_data.storage.store import Store, Waits
+from ple_data.workers import Wanted
 from schemas.errors import UsageError
 from schemas.options import Gen, Queries, Sampling
 from schemas.records import Probe, RoundManifest
@@ -82,14 +83,24 @@ def generate(options: Gen) -> GenerateSummary:
     if options.dry_run:
         _say(f"this will be refused: {fault}" if fault else "nothing is sampled")
         return GenerateSummary(rows=plan.most_rows, counts=plan.taken.counts, dry_run=_show(plan, tokenizer))
-    dtype, device = engine.resolve_machine(options.dtype, arguments)
+    dtype, device = options.dtype, "workers"
+    if not options.workers:
+        dtype, device = engine.resolve_machine(options.dtype, arguments)
     spec = EngineSpec(model, revision, adapter, tokenizer, plan.terms.ends, max_length=plan.longest or 0, dtype=dtype)
     found = Reuse(options.reuse, plan, options.data) if options.reuse else None
     if found and (reason := found.why_none()):
         _say(reason)
     _freeze(store, plan, {"model": model, "adapter": options.adapter, "queries": source, "engine": engine_name})
     provenance = plan.provenance(engine_name, dtype, device)
-    return sample_round(store, plan, lambda: make_engine(engine_name, spec, arguments), provenance, found)
+
+    def start() -> Engine:
+        if not options.workers:
+            return make_engine(engine_name, spec, arguments)
+        from ple_data.sampling.workers import Workers
+
+        return Workers(Wanted(options.workers, options.ray), engine_name, spec, arguments, _say)
+
+    return sample_round(store, plan, start, provenance, found)
 
 
 def make_plan(options: Gen, tokenizer: Any, store: Store, vocabulary: int | None) -> tuple[Plan, str]:
@@ -135,10 +146,13 @@ def sample_round(
     store: Store,
     plan: Plan,
     start_engine: Callable[[], Engine],
-    provenance: Mapping[str, Any],
+    provenance: dict[str, Any],
     reuse: Reuse | None = None,
 ) -> GenerateSummary:
-    """Sample and commit what is left of a plan. The engine is started when there is something to sample, and closed."""
+    """Sample and commit what is left of a plan. The engine is started when there is something to sample, and closed.
+
+    provenance: what the files say, also of the machine, where the engine does not know better when it is up.
+    """
     summary = GenerateSummary()
     done = store.committed(plan.kind, plan.round)
     todo: Iterable[Unit] = plan.units
@@ -152,6 +166,7 @@ def sample_round(
                     if engine is None:
                         engine = stack.enter_context(closing(start_engine()))
                         _refuse_another_policy(store, plan.round, engine)
+                        provenance |= getattr(engine, "machine", {})
                         name = "{engine} in {dtype} on {device}".format(**provenance)
                         progress.note(f"engine {name}, started in {time.monotonic() - began:.0f} s")
                         progress.restart_clock()

@@ -99,6 +99,20 @@ class Engine(Options):
     )
 
 
+class Spread(Options):
+    """Where work is done that several machines or GPUs share."""
+
+    workers: int | None = option(
+        None, "Work on N workers of Ray, each with its own GPU where there are some.", MACHINE, least=1, machine=True
+    )
+    ray: str | None = option(
+        None,
+        "Address of a cluster of Ray (auto, host:port); else RAY_ADDRESS, else this machine.",
+        MACHINE,
+        machine=True,
+    )
+
+
 class Asked(Seed, Queries, Sampling, Engine):
     """All that decides which responses are sampled, beside the policy, the principle and the round."""
 
