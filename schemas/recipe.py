@@ -67,6 +67,8 @@ class GenStage(_stage(options.Gen, "ple-gen", without=OF_REWARDS)):  # type: ign
     def _one_way(self) -> "GenStage":
         if self.server and (self.endpoint or self.engine not in (None, "server")):
             raise ValueError("give either server (one to start), endpoint (some that run) or another engine")
+        if self.workers and (self.server or self.endpoint):
+            raise ValueError("give either workers (engines of their own) or servers")
         return self
 
 

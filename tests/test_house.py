@@ -85,7 +85,7 @@ def test_the_product_is_not_long(record_property):
 
 def test_tests_lie_where_the_product_does():
     rooms = {path.parent.relative_to(ROOT) for path in sources()} | {
-        Path(name) for name in ("benchmarks", "faults", "hostile")
+        Path(name) for name in ("benchmarks", "faults", "hostile", "scale")
     }
     laid = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
     assert laid <= rooms

@@ -47,13 +47,18 @@ def model_digest(model: str | Path, revision: str | None = None) -> str:
     directory = Path(model)
     if not directory.is_dir():
         return f"{model}@{_resolve_commit(str(model), revision)}"
-    files = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
+    files = model_files(directory)
     if not files:
         raise FileNotFoundError(f"{directory} holds no model files")
     with ThreadPoolExecutor() as pool:
         return json_digest(
             list(zip((_as_utf8(path.name) for path in files), pool.map(sha256_of_weights, files), strict=True))
         )
+
+
+def model_files(directory: Path) -> list[Path]:
+    """The files of a model or adapter directory that make it the one it is, in order of their names."""
+    return sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
 
 
 def sha256_of_weights(path: Path) -> str:

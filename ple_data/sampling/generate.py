@@ -69,6 +69,8 @@ def generate(options: Gen) -> GenerateSummary:
     model, revision = options.model, options.revision
     engine_name, arguments = choose_engine(options.engine, options.endpoint), parse_engine_args(options.engine_arg)
     arguments |= {"endpoints": list(options.endpoint)} if options.endpoint else {}
+    if options.workers and engine_name == "server":
+        raise UsageError("--workers start engines of their own, and --endpoint samples from servers: give one of them")
     check_model(model, quantized=engine_name != "hf")
     adapter = check_adapter(options.adapter, model) if options.adapter else None
     engine = engine_module(engine_name)

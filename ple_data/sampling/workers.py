@@ -7,6 +7,7 @@ adapter's files travel with the workers; the model must be where they run, and b
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import socket
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from ple_data.common.digests import model_digest
+from ple_data.common.digests import model_digest, model_files
 from ple_data.common.models import check_model
 from ple_data.engines import Completion, EngineDiedError, EngineSpec, Request, Sampling, engine_module, make_engine
 from ple_data.workers import Pool, Wanted
@@ -45,15 +46,18 @@ class Workers:
         self, wanted: Wanted, engine: str, spec: EngineSpec, engine_args: Mapping[str, Any], say: Callable[[str], None]
     ) -> None:
         """Start them, and wait for the first. Raises UsageError, PleError."""
-        files = {path.name: path.read_bytes() for path in spec.adapter.path.iterdir()} if spec.adapter else {}
+        files = {path.name: path.read_bytes() for path in model_files(spec.adapter.path)} if spec.adapter else {}
         make = partial(_Sampler, engine, spec, dict(engine_args), model_digest(spec.model, spec.revision), files)
-        wanted = replace(wanted, gpus=int(engine_args.get("tensor_parallel_size", 1)))
+        wanted = replace(wanted, gpus=gpus_of(engine_args))
         streams = STREAMS.get(engine, 1)
         self._pool: Pool[str, Job, list[Completion]] = Pool(
             make, wanted, say, beside=max(BESIDE, streams), threads=streams
         )
         told = next(iter(self._pool.told.values()))
-        self.machine = {"dtype": told.dtype, "device": f"{wanted.workers} workers, {told.device}"}
+        self.machine = {
+            "dtype": told.dtype,
+            "device": f"{wanted.workers} worker{'s' * (wanted.workers > 1)}, {told.device}",
+        }
 
     def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
         """Each request of a unit with its completion, once the unit is whole. Raises PleError."""
@@ -77,6 +81,12 @@ class Workers:
         types = {told.dtype for told in self._pool.told.values()} | {self.machine["dtype"]}
         if len(types) > 1:
             raise UsageError(f"the workers sample in {' and '.join(sorted(types))}: give one with --dtype")
+
+
+def gpus_of(engine_args: Mapping[str, Any]) -> int:
+    """GPUs of one engine; what is no number is for the engine to refuse."""
+    asked = [engine_args.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")]
+    return 0 if engine_args.get("device") == "cpu" else math.prod(n for n in asked if type(n) is int and n > 0)
 
 
 class _Sampler:

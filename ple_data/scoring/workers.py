@@ -6,11 +6,11 @@ Only the process that was called claims, reads and writes. The model must be whe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ple_data.rewards import Key, RewardModel, load_reward_model
+from ple_data.rewards import Key, RewardModel, kind_of, load_reward_model
 from ple_data.workers import Pool, Wanted
 from schemas.errors import UsageError
 from schemas.options import Rewards
@@ -31,6 +31,8 @@ class WorkersReward(RewardModel):
 
     def __init__(self, spec: str, options: Rewards, wanted: Wanted, say: Callable[[str], None]) -> None:
         """Start them, and wait for the first. Raises UsageError, PleError."""
+        if options.reward_device == "cpu" or kind_of(spec) == "endpoint":
+            wanted = replace(wanted, gpus=0)
         self._pool: Pool[Any, Rows, tuple[list[float], int]] = Pool(partial(_Scorer, spec, options), wanted, say)
         told = next(iter(self._pool.told.values()))
         self.name, self.runs_on = told.name, told.runs_on

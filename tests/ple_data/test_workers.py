@@ -2,28 +2,33 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 
+from ple_data import workers as room
 from ple_data.sampling.generate import generate
+from ple_data.sampling.workers import gpus_of
 from ple_data.scoring.score import score
 from ple_data.scoring.workers import WorkersReward
 from ple_data.storage.store import Store
 from ple_data.storage.verify import verify
-from ple_data.workers import Wanted
+from ple_data.workers import Pool, Wanted
 from schemas.errors import PleError, UsageError
 from schemas.options import Gen, Rewards
 from tests import tiny
 from tests.conftest import ROOT
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
 
 
 @pytest.fixture
@@ -40,6 +45,22 @@ def run(policy: Path, tmp_path: Path) -> Any:
     return call
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The address of a cluster of two machines with 2 cores and 4 GPUs (in name) each, and its processes' mark."""
+    from ray.cluster_utils import Cluster
+
+    machine = {"num_cpus": 2, "num_gpus": 4}
+    with pytest.MonkeyPatch.context() as environment:
+        mark = str(tmp_path_factory.mktemp("cluster"))
+        for name, value in {"PLE_TEST_MARK": mark, "SPT_NOENV": "1", "PYTHONPATH": str(ROOT), **room.QUIET}.items():
+            environment.setenv(name, value)
+        machines = Cluster(initialize_head=True, head_node_args={**machine, "include_dashboard": False})
+        machines.add_node(**machine)
+        yield machines.address, mark
+        machines.shutdown()
+
+
 def rows(data: Path, kind: str = "responses") -> pl.DataFrame:
     store = Store(data)
     assert [str(problem) for problem in verify(store) if problem.severity == "error"] == []
@@ -49,8 +70,10 @@ def rows(data: Path, kind: str = "responses") -> pl.DataFrame:
 def test_gen_and_score_by_two_workers_give_the_rows_of_one_process(
     run: Any, adapter: Path, reward: Path, tmp_path: Path
 ) -> None:
-    run("one", adapter=str(adapter))
-    summary = run("two", adapter=str(adapter), workers=2)
+    shutil.copytree(adapter, tmp_path / "trained")
+    (tmp_path / "trained/.ple").mkdir()  # as ple-train leaves it
+    run("one", adapter=str(tmp_path / "trained"))
+    summary = run("two", adapter=str(tmp_path / "trained"), workers=2)
     assert summary.rows_sampled == 24
     assert rows(tmp_path / "two").equals(rows(tmp_path / "one"))
     made_by = Store(tmp_path / "two").provenance(Store(tmp_path / "two").shards("responses")[0])
@@ -64,18 +87,18 @@ def test_gen_and_score_by_two_workers_give_the_rows_of_one_process(
     finally:
         workers.close()
     found, expected = (rows(tmp_path / name, "pairs") for name in ("two", "one"))
-    assert found.drop("s", "s_prompt").equals(expected.drop("s", "s_prompt"))
-    assert found["s"].to_list() == pytest.approx(expected["s"].to_list(), rel=1e-5)
+    assert found.equals(expected)
 
 
 DEADLY = """
-import os, pathlib
+import os, pathlib, sys
 def reward(xs, ys):
     here = pathlib.Path(__file__).parent
     if {query!r} in xs:
         with (here / "deaths").open("a") as deaths:
             deaths.write("x")
         if {always} or (here / "deaths").stat().st_size < 2:
+            print("out of paper", file=sys.stderr)
             os._exit(1)
     return [float(len(y)) for y in ys]
 """
@@ -91,16 +114,21 @@ def test_a_worker_that_dies_is_replaced_and_what_kills_three_is_named(
     store = Store(tmp_path / "data")
     try:
         if always:
-            with pytest.raises(PleError, match=r"unit 00003-\w+ of round 0: 3 workers died over it"):
+            sentence = (
+                r"unit 00003-\w+ of round 0: 3 workers died over it, .*: its last words: out of paper\); what was"
+            )
+            with pytest.raises(PleError, match=sentence):
                 score(store, workers)
-            assert len(store.shards("pairs")) == 5
             assert (tmp_path / "deaths").read_text() == "xxx"
+            assert rows(tmp_path / "data", "pairs").height >= 8
         else:
             score(store, workers)
             assert rows(tmp_path / "data", "pairs").height == 24
     finally:
         workers.close()
-    assert "its work goes to others" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "its last words: out of paper): its work goes to others" in said.err
+    assert said.out == ""
 
 
 def test_what_cannot_work_is_one_sentence(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,29 +137,95 @@ def test_what_cannot_work_is_one_sentence(run: Any, tmp_path: Path, monkeypatch:
     (tmp_path / "bad.py").write_text("1 / 0")
     with pytest.raises(PleError, match=r"bad\.py.*ZeroDivisionError.*\(on "):
         WorkersReward(f"{tmp_path / 'bad.py'}:reward", Rewards(), Wanted(1), print)
+    (tmp_path / "bad.py").write_text("import os, sys\nprint('no paper', file=sys.stderr)\nos._exit(1)")
+    with pytest.raises(PleError, match=r"a worker died at its start 3 times \(process \d+ of .*words: no paper\)$"):
+        WorkersReward(f"{tmp_path / 'bad.py'}:reward", Rewards(), Wanted(1), print)
+    with pytest.raises(UsageError, match=r"--workers 999: there is room for \d+ \(.* takes 1 CPU\); ask for fewer$"):
+        run("a", workers=999)
+    with pytest.raises(UsageError, match="give one of them"):
+        run("a", workers=2, endpoint=("http://127.0.0.1:1",), engine=None)
+    monkeypatch.setitem(sys.modules, "here_alone", module := types.ModuleType("here_alone"))
+    exec("def make(): pass", module.__dict__)
+    with pytest.raises(PleError, match=r"a worker failed: .*No module named 'here_alone'"):
+        Pool(module.make, Wanted(1), print)
+
+
+def test_an_engine_has_as_many_gpus_as_its_arguments_say_and_a_machine_must_have_them(
+    cluster: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}
+    assert gpus_of(asked) == 8
+    assert [gpus_of(some) for some in ({}, {"device": "cpu"}, {"tensor_parallel_size": "x"})] == [1, 0, 1]
+    monkeypatch.setattr(room, "LONGEST", 2.0)
+    monkeypatch.setattr(room, "PATIENCE", 1.0)
+    said: list[str] = []
+    with pytest.raises(PleError, match=r"found no room for any in .*8 GPUs and 4 cores on 2 nodes\); free some"):
+        Pool(print, Wanted(3, cluster[0], gpus_of(asked)), said.append)  # 4 and 4 are not 8
+    assert said[0].startswith("--workers 3: there is room for 0 (8 GPUs and 4 cores on 2 nodes; a worker takes 8 GPU")
+    assert said[1].startswith("no worker yet")
+
+
+@pytest.fixture
+def driver(policy: Path, run: Any, tmp_path: Path) -> Iterator[Any]:
+    """driver(*words): `ple gen` with these as a process of its own, once it has committed something."""
+    words = ["-m", "cli", "gen", "--model", str(policy), "--queries", str(tmp_path / "q.jsonl"), "--principles", "imdb"]
+    words += ["--round", "0", "--max-new-tokens", "8", "--unit-size", "4", "--engine", "hf", "--samples", "16"]
+    words += ["--dtype", "float32", "--data", str(tmp_path / "data"), "--workers", "2"]
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*more: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PLE_TEST_MARK": str(tmp_path)}
+        command = [sys.executable, *words, *more]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        started.append(process)
+        while process.poll() is None and not Store(tmp_path / "data").shards("responses"):
+            time.sleep(0.05)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def gone(mark: str, what: str = "") -> None:
+    """Wait until no process has the mark."""
+    deadline = time.monotonic() + 60
+    while left := [command for command in marked(mark) if what in command]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
 def test_nothing_is_left_of_a_driver_that_was_killed_and_a_rerun_completes(
-    run: Any, policy: Path, tmp_path: Path
+    run: Any, driver: Any, tmp_path: Path
 ) -> None:
-    words = ["-m", "cli", "gen", "--model", str(policy), "--queries", str(tmp_path / "q.jsonl"), "--principles", "imdb"]
-    words += ["--round", "0", "--max-new-tokens", "8", "--unit-size", "4", "--engine", "hf", "--workers", "2"]
-    words += ["--dtype", "float32", "--data", str(tmp_path / "data"), "--samples", "16"]
-    mark = {"PLE_TEST_MARK": str(tmp_path)}
-    driver = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, env={**os.environ, **mark}, stderr=subprocess.PIPE, text=True
-    )
-    store = Store(tmp_path / "data")
-    while driver.poll() is None and not store.shards("responses"):
-        time.sleep(0.05)
-    driver.send_signal(signal.SIGKILL)
-    _, said = driver.communicate()
-    assert driver.returncode == -signal.SIGKILL, said
-    deadline = time.monotonic() + 60
-    while left := marked(str(tmp_path)):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
+    driver().kill()
+    gone(str(tmp_path))
     run("data", samples=16, workers=2)
+    run("one", samples=16)
+    assert rows(tmp_path / "data").equals(rows(tmp_path / "one"))
+
+
+def test_ctrl_c_ends_all(driver: Any, tmp_path: Path) -> None:
+    process = driver()
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.endswith("interrupted; run the same command again to go on\n")
+    gone(str(tmp_path))
+
+
+def test_workers_of_a_killed_driver_leave_a_cluster_that_stays(
+    run: Any, driver: Any, cluster: tuple[str, str], tmp_path: Path
+) -> None:
+    address, mark = cluster
+    process = driver("--ray", address)
+    assert [command for command in marked(mark) if "ray::_Worker" in command]
+    process.kill()
+    gone(mark, "ray::_Worker")
+    run("data", samples=16)
     run("one", samples=16)
     assert rows(tmp_path / "data").equals(rows(tmp_path / "one"))
 
