@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,8 @@ CPU_CACHE_BYTES = 4 * 2**30
 """Most memory for keys and values on a CPU where nothing else is asked for; vLLM itself would take most of it."""
 CPU_BATCHED_TOKENS = 4096
 """Prompt tokens of one step on a CPU, vLLM's own default; raised where one request needs more."""
+ALIVE_SECONDS = 1.0
+"""How often it is looked whether the engine's process is there."""
 WINDOW = 2
 """Requests in flight, as a multiple of those that the engine runs at once."""
 
@@ -103,6 +106,7 @@ class VllmEngine:
         self.lora = LoRARequest("policy", 1, str(spec.adapter.path)) if spec.adapter else None
         self._window = WINDOW * self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         self._names = map(str, itertools.count(1))
+        threading.Thread(target=_wake_when_dead, args=(self.llm.llm_engine.engine_core,), daemon=True).start()
 
     def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
         """Each request with its completion as it finishes. Raises PleError where the engine dies."""
@@ -178,6 +182,18 @@ class VllmEngine:
         logps = list(output.logprobs.logprobs) if sampling.logprobs else None
         text = cut_at_stop(response_text(self._spec, request.prompt_ids, ids), sampling.stop)
         return Completion(ids, text, output.finish_reason, logps)
+
+
+def _wake_when_dead(core: Any) -> None:
+    """Let `step` raise when the engine's process was killed, by a system out of memory say: vLLM 0.32 itself, told of
+    it, ends its connection and goes on waiting for answers."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    resources, answers = getattr(core, "resources", None), getattr(core, "outputs_queue", None)
+    if resources is not None and answers is not None:
+        while not resources.engine_dead:
+            time.sleep(ALIVE_SECONDS)
+        answers.put_nowait(EngineDeadError())
 
 
 start = VllmEngine

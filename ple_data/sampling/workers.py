@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,10 +105,8 @@ class _Sampler:
                 Path(self._folder.name, file).write_bytes(content)
             spec = replace(spec, adapter=replace(spec.adapter, path=Path(self._folder.name)))
         dtype, device = engine_module(name).resolve_machine(spec.dtype, engine_args)
-        if name == "vllm":
-            engine_args = {
-                "distributed_executor_backend": "mp"
-            } | engine_args  # else it asks Ray for machines of its own
+        if gpus_of(engine_args) > 1:  # else vLLM asks Ray for machines of its own
+            engine_args = {"distributed_executor_backend": "mp"} | engine_args
         self.told = Told(dtype, device)
         self._engine = make_engine(name, replace(spec, dtype=dtype), engine_args)
         self._stream = _Stream(self._engine) if name in STREAMS else None
@@ -149,7 +148,8 @@ class _Stream:
                     if len(whole.found) == whole.size:
                         open_units.remove(whole)
                         whole.event.set()
-            except EngineDiedError:
+            except EngineDiedError as error:
+                print(error, file=sys.stderr, flush=True)
                 os._exit(1)  # Ray starts this worker again
             except Exception as error:
                 for whole in open_units:
