@@ -203,6 +203,21 @@ def test_missing_program_is_named_before_anything_starts(bench: Bench) -> None:
     assert not bench.run_dir.exists()
 
 
+def test_a_stage_is_started_by_its_launcher_which_changes_nothing_else(bench: Bench) -> None:
+    bench.values["train"]["launch"] = "env STARTED_BY=torchrun"
+    stage = rounds.plan(bench.recipe)[2]
+    assert stage.launch == ("env", "STARTED_BY=torchrun")
+    assert stage.shell_line.startswith("env STARTED_BY=torchrun /")
+    assert stage.command[0] == shutil.which(sys.executable)
+    rounds.run(bench.recipe)
+    bench.values["train"]["launch"] = ["env", "STARTED_BY=nobody"]
+    rounds.run(bench.recipe)  # what is done stays done
+    assert [call[0] for call in bench.calls()] == ["gen", "score", "train"] * 2
+    bench.values["train"]["launch"] = "no-such-launcher"
+    with pytest.raises(UsageError, match=r"train\.launch: no-such-launcher"):
+        rounds.run(bench.recipe)
+
+
 def test_run_records_every_stage_and_repeats_none(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
     rounds.run(bench.recipe)
     names = ["gen", "score", "train"] * 2
