@@ -220,6 +220,7 @@ def load_policy(
     if policy.device.type == "cuda":  # on a CPU it is not faster, and would round otherwise
         fuse_norms(causal)
     policy.prepare(options.attention, resolve_precision(precision))
+    shard.take_apart(policy)
     return policy
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ple_data.common.extras import need
-from ple_data.engines.watchdog import Watchdog
+from ple_data.common.watchdog import Watchdog
 from schemas.errors import PleError, UsageError, first_line
 
 TRIES = 3
