@@ -36,8 +36,8 @@ def _score(chosen: options.Score) -> None:
     output = Store(chosen.output) if chosen.output else None
     with contextlib.ExitStack() as stack:
         if chosen.workers:
+            from ple_data.common.workers import Wanted
             from ple_data.scoring.workers import WorkersReward
-            from ple_data.workers import Wanted
 
             wanted, how = Wanted(chosen.workers, chosen.ray), chosen.part(options.Rewards)
             reward_model: RewardModel = stack.enter_context(

@@ -9,7 +9,7 @@ import math
 
 import polars as pl
 
-from ple_data.quantiles import quantiles_by_round
+from ple_data.storage.quantiles import quantiles_by_round
 from ple_data.storage.store import collect
 from schemas.errors import UsageError
 from schemas.options import Without

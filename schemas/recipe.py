@@ -6,12 +6,13 @@ options of the command that runs it (`schemas.options`). This room starts nothin
 
 import difflib
 import re
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, JsonValue, ValidationError, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue, ValidationError, create_model, model_validator
 
 from schemas import options
 from schemas.errors import UsageError
@@ -32,6 +33,8 @@ def _stage(kind: type[options.Options], *command: str, without: Collection[str] 
     """The keys of a stage: the options of its command that the run does not give, with their checks and defaults."""
     keys = {known.name: _key(known) for known in kind.in_order() if known.name not in {*GIVEN, *without}}
     first = {"command": (list[str], Field(default=list(command), min_length=1))}
+    if "shard" in keys or kind is options.Reward:
+        first["launch"] = (Words, [])
     return create_model(kind.__name__, __base__=Strict, **(first | keys))
 
 
@@ -46,6 +49,14 @@ def _key(known: Any) -> tuple[Any, Any]:
 def _field(known: Any) -> Any:
     told, inf = options.about(known), False if options.kind_of(known) is float else None
     return Field(default=known.default, ge=told.least, gt=told.above, le=told.most, lt=told.below, allow_inf_nan=inf)
+
+
+def _split(value: Any) -> Any:
+    return shlex.split(value) if isinstance(value, str) else value
+
+
+Words = Annotated[list[str], BeforeValidator(_split)]
+"""Words that may be written as one text, such as `torchrun --nproc-per-node 8`."""
 
 
 class GenServer(Strict):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ple_data.common.models import AdapterInfo, load_config
+from ple_data.common.watchdog import Watchdog
 from ple_data.engines import (
     Completion,
     EngineDiedError,
@@ -27,7 +28,6 @@ from ple_data.engines import (
     refuse_unknown,
     response_text,
 )
-from ple_data.engines.watchdog import Watchdog
 from schemas.errors import PleError, UsageError
 
 RESERVED = {

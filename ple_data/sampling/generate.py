@@ -25,6 +25,7 @@ from ple_data.common.models import (
 from ple_data.common.progress import Progress
 from ple_data.common.settings import as_json, counted
 from ple_data.common.terminal import printable
+from ple_data.common.workers import Wanted
 from ple_data.engines import (
     TOLERANCE,
     Engine,
@@ -42,7 +43,6 @@ from ple_data.sampling.plan import AHEAD, Plan, Taken, Unit, default_unit_size
 from ple_data.sampling.reuse import Reuse
 from ple_data.sampling.terms import terms_of
 from ple_data.storage.store import Store, Waits
-from ple_data.workers import Wanted
 from schemas.errors import UsageError
 from schemas.options import Gen, Queries, Sampling
 from schemas.records import Probe, RoundManifest

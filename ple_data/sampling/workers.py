@@ -22,8 +22,8 @@ from typing import Any
 
 from ple_data.common.digests import model_digest, model_files
 from ple_data.common.models import check_model
+from ple_data.common.workers import Pool, Wanted
 from ple_data.engines import Completion, EngineDiedError, EngineSpec, Request, Sampling, engine_module, make_engine
-from ple_data.workers import Pool, Wanted
 from schemas.errors import PleError, UsageError
 
 Job = tuple[Sequence[Request], Sampling]

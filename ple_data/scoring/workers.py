@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from ple_data.common.workers import Pool, Wanted
 from ple_data.rewards import Key, RewardModel, kind_of, load_reward_model
-from ple_data.workers import Pool, Wanted
 from schemas.errors import UsageError
 from schemas.options import Rewards
 

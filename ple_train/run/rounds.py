@@ -52,6 +52,7 @@ class Stage:
     name: str
     round: int | None
     command: tuple[str, ...]
+    launch: tuple[str, ...] = ()  # what starts it, such as torchrun
     where: tuple[str, ...] = ()  # further words, of this start alone
 
     @property
@@ -66,7 +67,7 @@ class Stage:
 
     @property
     def shell_line(self) -> str:
-        return shlex.join(self.recorded)
+        return shlex.join([*self.launch, *self.recorded])
 
     @property
     def output(self) -> Path | None:
@@ -162,7 +163,7 @@ def _run_stage(stage: Stage, directory: Path, records: list[StageRecord], lock: 
     start = time.monotonic()
     found: dict[str, Any] = {}
     try:
-        ended = run_child([*stage.command, *stage.where], keep_open=[lock])
+        ended = run_child([*stage.launch, *stage.command, *stage.where], keep_open=[lock])
         found = {"exit_code": ended.code, "memory_bytes": ended.memory}
     except KeyboardInterrupt:
         found = {"exit_code": 130, "memory_bytes": 0}
@@ -211,10 +212,15 @@ def _stage(name: str, t: int | None, options: BaseModel, given: dict[str, Any]) 
     own = {
         key: getattr(options, key)
         for key, field in type(options).model_fields.items()
-        if key not in ("command", "method", "server")
+        if key not in ("command", "method", "server", "launch")
         and getattr(options, key) != field.get_default(call_default_factory=True)
     }
-    return Stage(name, t, (find_program(program), *first_words, *_words(own), *_words(given)))
+    starter, *its_words = getattr(options, "launch", None) or [""]
+    launch = (find_program(starter), *its_words) if starter else ()
+    found = find_program(program)
+    if launch:
+        found = shutil.which(found) or found  # torchrun takes a file
+    return Stage(name, t, (found, *first_words, *_words(own), *_words(given)), launch)
 
 
 def _words(options: dict[str, Any]) -> list[str]:
@@ -243,9 +249,11 @@ def find_program(program: str) -> str:
 
 
 def _refuse_missing_programs(stages: list[Stage]) -> None:
-    missing = {stage.name: stage.command[0] for stage in stages if shutil.which(stage.command[0]) is None}
+    programs = [(f"{stage.name}.command", stage.command[0]) for stage in stages]
+    programs += [(f"{stage.name}.launch", stage.launch[0]) for stage in stages if stage.launch]
+    missing = {key: program for key, program in programs if shutil.which(program) is None}
     if missing:
-        named = ", ".join(f"{name}.command: {program}" for name, program in missing.items())
+        named = ", ".join(f"{key}: {program}" for key, program in missing.items())
         raise UsageError(f"there is no such program: {named}; give its path in the recipe, e.g. .venv/bin/ple-gen")
 
 

@@ -147,6 +147,9 @@ class Trainable(Lora):
         machine=True,
     )
     gradient_checkpointing: bool = option(False, "Less memory, more time.", MACHINE, machine=True)
+    shard: bool = option(
+        False, "Under torchrun: each process holds a part of every weight, not the whole model.", MACHINE, machine=True
+    )
 
 
 class Steps(Options):

@@ -23,8 +23,8 @@ from ple_data.storage.verify import verify
 from tests import tiny
 from tests.conftest import ROOT
 
-QUERIES, SAMPLES = 60, 8
-WAIT = (3.0, 14.0)
+QUERIES, SAMPLES = 60, 16
+WAIT = (6.0, 20.0)
 """Seconds between two kills."""
 
 

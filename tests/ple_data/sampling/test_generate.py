@@ -18,8 +18,8 @@ from typing import Any
 import polars as pl
 import pytest
 
+from ple_data.common.watchdog import Watchdog
 from ple_data.engines import Completion, Request, Sampling
-from ple_data.engines.watchdog import Watchdog
 from ple_data.inputs.principles import load_principle
 from ple_data.sampling import generate as stage
 from ple_data.sampling.generate import GenerateSummary, generate
@@ -579,7 +579,7 @@ def test_watchdog_ends_what_its_owner_leaves(tmp_path: Path) -> None:
     """The owner is killed with -9; its child, which ignores signals and renamed nothing, must go."""
     program = (
         "import subprocess, sys, time\n"
-        "from ple_data.engines.watchdog import Watchdog\n"
+        "from ple_data.common.watchdog import Watchdog\n"
         "Watchdog()\n"
         "code = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'\n"
         "child = subprocess.Popen([sys.executable, '-c', code], start_new_session=True)\n"

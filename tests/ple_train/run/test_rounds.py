@@ -177,7 +177,7 @@ def test_plan_puts_reward_model_and_sft_first(bench: Bench) -> None:
 def test_plan_gives_each_round_the_next_queries_and_only_changed_options(bench: Bench) -> None:
     bench.values |= {"queries_per_round": 100, "reuse": ["old"]}
     bench.values["gen"] |= {"stop": ["\n\n"], "logprobs": False, "engine_arg": {"a": True, "b": "x", "c": 0.5}}
-    bench.values["train"] |= {"trust_region": 0.3, "full": True, "epochs": 1}
+    bench.values["train"] |= {"max_length": 30, "full": True, "epochs": 1}
     _, _, train, gen1, _, train1 = rounds.plan(bench.recipe)
     words = words_of(gen1)
     asked = ["--engine-arg", "a=true", "--engine-arg", "b=x", "--engine-arg", "c=0.5"]
@@ -188,7 +188,7 @@ def test_plan_gives_each_round_the_next_queries_and_only_changed_options(bench: 
     at = words.index("--shuffle")
     assert words[at : at + 5] == ["--shuffle", "--skip", "100", "--limit", "100"]
     assert words[-2:] == ["--reuse", "old"]
-    assert {"--trust-region", "--full"} <= set(words_of(train))
+    assert {"--max-length", "--full"} <= set(words_of(train))
     assert "--epochs" not in words_of(train)
     policy = ["--model", f"{bench.run_dir}/policy/round=000"]  # a full model needs no adapter
     assert "--adapter" not in words_of(train1)
@@ -201,6 +201,21 @@ def test_missing_program_is_named_before_anything_starts(bench: Bench) -> None:
     with pytest.raises(UsageError, match=r"no such program: train\.command: no-such-program"):
         rounds.run(bench.recipe)
     assert not bench.run_dir.exists()
+
+
+def test_a_stage_is_started_by_its_launcher_which_changes_nothing_else(bench: Bench) -> None:
+    bench.values["train"]["launch"] = "env STARTED_BY=torchrun"
+    stage = rounds.plan(bench.recipe)[2]
+    assert stage.launch == ("env", "STARTED_BY=torchrun")
+    assert stage.shell_line.startswith("env STARTED_BY=torchrun /")
+    assert stage.command[0] == shutil.which(sys.executable)
+    rounds.run(bench.recipe)
+    bench.values["train"]["launch"] = ["env", "STARTED_BY=nobody"]
+    rounds.run(bench.recipe)  # what is done stays done
+    assert [call[0] for call in bench.calls()] == ["gen", "score", "train"] * 2
+    bench.values["train"]["launch"] = "no-such-launcher"
+    with pytest.raises(UsageError, match=r"train\.launch: no-such-launcher"):
+        rounds.run(bench.recipe)
 
 
 def test_run_records_every_stage_and_repeats_none(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
@@ -452,7 +467,7 @@ def test_recipe_reports_all_faults_at_once(tmp_path: Path) -> None:
         "model: missing",
         "queries: Input should be a valid string, not 5",
         "alpha: Input should be less than 1, not 1.0",
-        "gen.engine: Input should be 'vllm' or 'hf', not 'tgi'",
+        "gen.engine: Input should be 'vllm', 'hf' or 'server', not 'tgi'",
         "train.epochs: Input should be greater than or equal to 1, not 0",
         "train.learning-rate: unknown key; did you mean learning_rate?",
         "modle: unknown key; did you mean model?",

@@ -24,7 +24,7 @@ from typing import Any, Generic, TypeVar
 from ple_data.common.extras import need
 from ple_data.common.loading import is_out_of_memory
 from ple_data.common.terminal import printable
-from ple_data.engines.watchdog import Watchdog
+from ple_data.common.watchdog import Watchdog
 from schemas.errors import PleError, UsageError, first_line
 
 TRIES = 3

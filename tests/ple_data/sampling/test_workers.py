@@ -15,14 +15,14 @@ from typing import Any
 import polars as pl
 import pytest
 
-from ple_data import workers as room
+from ple_data.common import workers as room
+from ple_data.common.workers import Pool, Wanted
 from ple_data.sampling.generate import generate
 from ple_data.sampling.workers import gpus_of
 from ple_data.scoring.score import score
 from ple_data.scoring.workers import WorkersReward
 from ple_data.storage.store import Store
 from ple_data.storage.verify import verify
-from ple_data.workers import Pool, Wanted
 from schemas.errors import PleError, UsageError
 from schemas.options import Gen, Rewards
 from tests import tiny

@@ -4,8 +4,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ple_data import quantiles
-from ple_data.quantiles import quantiles_by_round
+from ple_data.storage import quantiles
+from ple_data.storage.quantiles import quantiles_by_round
 
 WANTED = {"q0": 0.0, "q05": 0.05, "q5": 0.5, "q95": 0.95, "q1": 1.0}
 
