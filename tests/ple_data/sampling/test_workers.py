@@ -170,12 +170,14 @@ def driver(policy: Path, run: Any, tmp_path: Path) -> Iterator[Any]:
     """driver(*words): `ple gen` with these as a process of its own, once it has committed something."""
     words = ["-m", "cli", "gen", "--model", str(policy), "--queries", str(tmp_path / "q.jsonl"), "--principles", "imdb"]
     words += ["--round", "0", "--max-new-tokens", "8", "--unit-size", "4", "--engine", "hf", "--samples", "16"]
-    words += ["--dtype", "float32", "--data", str(tmp_path / "data"), "--workers", "2"]
+    words += ["--dtype", "float32", "--data", str(tmp_path / "data")]
     started: list[subprocess.Popen[str]] = []
 
-    def start(*more: str) -> subprocess.Popen[str]:
+    def start(
+        *more: str, python: str = sys.executable, workers: tuple[str, ...] = ("--workers", "2")
+    ) -> subprocess.Popen[str]:
         environment = {**os.environ, "PLE_TEST_MARK": str(tmp_path)}
-        command = [sys.executable, *words, *more]
+        command = [python, *words, *workers, *more]
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -193,7 +195,7 @@ def driver(policy: Path, run: Any, tmp_path: Path) -> Iterator[Any]:
 def gone(mark: str, what: str = "") -> None:
     """Wait until no process has the mark."""
     deadline = time.monotonic() + 60
-    while left := [command for command in marked(mark) if what in command]:
+    while left := [command for _, command in marked(mark) if what in command]:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
 
@@ -222,7 +224,7 @@ def test_workers_of_a_killed_driver_leave_a_cluster_that_stays(
 ) -> None:
     address, mark = cluster
     process = driver("--ray", address)
-    assert [command for command in marked(mark) if "ray::_Worker" in command]
+    assert [command for _, command in marked(mark) if "ray::_Worker" in command]
     process.kill()
     gone(mark, "ray::_Worker")
     run("data", samples=16)
@@ -230,13 +232,38 @@ def test_workers_of_a_killed_driver_leave_a_cluster_that_stays(
     assert rows(tmp_path / "data").equals(rows(tmp_path / "one"))
 
 
-def marked(mark: str) -> list[str]:
-    """Commands of living processes whose environment holds the mark."""
+def marked(mark: str) -> list[tuple[str, str]]:
+    """Numbers and commands of living processes whose environment holds the mark."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (entry / "environ").read_bytes():
-                found.append((entry / "cmdline").read_text().replace("\0", " ")[:100])
+                found.append((entry.name, (entry / "cmdline").read_text().replace("\0", " ")[:100]))
         except OSError:
             continue
     return found
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("workers", [(), ("--workers", "1")])
+def test_vllm_whose_process_is_killed_is_one_sentence_or_another_worker(
+    workers: tuple[str, ...], vllm_python: str, driver: Any, tmp_path: Path
+) -> None:
+    """As a system does that is out of memory: vLLM itself would wait for its process for ever."""
+    if workers and subprocess.run([vllm_python, "-c", "import ray"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("no ray beside vLLM")
+    more = ["--engine", "vllm", "--max-new-tokens", "64", *workers]
+    for argument in ("enforce_eager=true", f"kv_cache_memory_bytes={2**28}", "max_num_seqs=16"):
+        more += ["--engine-arg", argument]
+    process = driver(*more, python=vllm_python, workers=())
+    (engine,) = [int(pid) for pid, command in marked(str(tmp_path)) if "EngineCore" in command]
+    os.kill(engine, signal.SIGKILL)
+    _, said = process.communicate(timeout=300)
+    if workers:
+        assert process.returncode == 0, said
+        assert "worker 1 is gone (" in said
+        assert rows(tmp_path / "data").height == 24 * 16
+    else:
+        assert process.returncode == 1
+        assert said.splitlines()[-1].startswith("error: the vLLM engine died (its own messages are above)")
+    gone(str(tmp_path))
