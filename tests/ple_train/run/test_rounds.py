@@ -177,7 +177,7 @@ def test_plan_puts_reward_model_and_sft_first(bench: Bench) -> None:
 def test_plan_gives_each_round_the_next_queries_and_only_changed_options(bench: Bench) -> None:
     bench.values |= {"queries_per_round": 100, "reuse": ["old"]}
     bench.values["gen"] |= {"stop": ["\n\n"], "logprobs": False, "engine_arg": {"a": True, "b": "x", "c": 0.5}}
-    bench.values["train"] |= {"trust_region": 0.3, "full": True, "epochs": 1}
+    bench.values["train"] |= {"max_length": 30, "full": True, "epochs": 1}
     _, _, train, gen1, _, train1 = rounds.plan(bench.recipe)
     words = words_of(gen1)
     asked = ["--engine-arg", "a=true", "--engine-arg", "b=x", "--engine-arg", "c=0.5"]
@@ -188,7 +188,7 @@ def test_plan_gives_each_round_the_next_queries_and_only_changed_options(bench: 
     at = words.index("--shuffle")
     assert words[at : at + 5] == ["--shuffle", "--skip", "100", "--limit", "100"]
     assert words[-2:] == ["--reuse", "old"]
-    assert {"--trust-region", "--full"} <= set(words_of(train))
+    assert {"--max-length", "--full"} <= set(words_of(train))
     assert "--epochs" not in words_of(train)
     policy = ["--model", f"{bench.run_dir}/policy/round=000"]  # a full model needs no adapter
     assert "--adapter" not in words_of(train1)
