@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--preferences", type=Path, help="preference pairs (tldr)")
+    parser.add_argument("--model", type=Path, help="a pretrained policy (imdb-real)")
+    parser.add_argument("--encoder", type=Path, help="a pretrained encoder, which becomes the reward model (imdb-real)")
     parser.add_argument("--output", type=Path, required=True, help="everything that is trained and sampled")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="where the tables go")
     parser.add_argument("--seeds", default="0,1,2", help="of sampling and training; the first one tunes")
@@ -57,7 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     task, results = TASKS[arguments.task], arguments.results.absolute()
     inputs = {name: getattr(arguments, name) for name in task.inputs}
-    if missing := [f"--{name}" for name, path in inputs.items() if path is None or not path.is_file()]:
+    if missing := [f"--{name}" for name, path in inputs.items() if path is None or not path.exists()]:
         parser.error(f"{task.name} needs {' and '.join(missing)}: a Parquet file (docs/results/README.md says which)")
     inputs = {name: path.absolute() for name, path in inputs.items()}
     seeds = [int(seed) for seed in arguments.seeds.split(",")]

@@ -20,7 +20,7 @@ from typing import Any
 
 import polars as pl
 
-from benchmarks.paper.methods import FRONTIER, ROUNDS, START, WARM, Run
+from benchmarks.paper.methods import ROUNDS, START, WARM, Run, frontier
 from benchmarks.paper.tasks import Task, start_rows
 from benchmarks.paper.warm import SOCKET
 from ple_data.rewards import load_reward_model
@@ -33,7 +33,12 @@ DIVERGED = re.compile(r"the loss is -?(nan|inf)\b|gradient's norm (nan|inf)\b")
 
 
 def make_models(task: Task, workers: int) -> None:
-    """Base model, reward models, start policy; each finished one is left alone."""
+    """Base model, reward models, start policy; each finished one is left alone. A pretrained policy is there."""
+    if task.is_pretrained:
+        words = ["--model", "encoder", "--data", "reward.parquet", "--output", "reward", "--max-length", 128]
+        words += ["--epochs", task.reward_epochs, "--schedule", "cosine", "--warmup-steps", 50]
+        ple("reward", *words, log=Path("reward.log"), threads=THREADS)
+        return
     full = ["sft", "--full", "--max-length", 512, *SCRATCH]
     base = ["--model", "init", "--data", "pretrain.parquet", "--output", "base"]
     ple(*full, *base, "--weight-decay", 0.1, "--learning-rate", 3e-3, log=Path("base.log"), threads=THREADS)
@@ -69,9 +74,9 @@ def write_round0(task: Task, seeds: list[int]) -> None:
     queries = 2 * task.queries_per_round
     words = ["--model", START, "--queries", "queries.parquet", "--round", 0, "--shuffle", "--limit", queries]
     words += ["--engine", "hf", "--engine-arg", f"batch_size={task.queries_per_round}", "--unit-size", queries]
-    words += ["--max-new-tokens", task.max_new_tokens]
+    words += ["--max-new-tokens", task.max_new_tokens, *task.asked_words()]
     for seed in seeds:
-        for data, guided in {Run(m, 0, seed).common: m.guided for m in FRONTIER}.items():
+        for data, guided in {Run(m, 0, seed).common: m.guided for m in frontier(task.name)}.items():
             told = ["--principles", task.principle if guided else "none", "--data", data, "--seed", seed]
             ple("gen", *words, *told, log=Path(f"{data}.log"))
 
@@ -106,7 +111,7 @@ def evaluate(
     words += ["--queries", queries, "--reward-model", task.reward, "--trained-with", task.reward]
     words += ["--reward-model", task.second_judge] if second else []
     words += ["--engine", "hf", "--engine-arg", "batch_size=256", "--unit-size", "256"]
-    words += ["--max-new-tokens", str(task.max_new_tokens), "--output", str(output)]
+    words += ["--max-new-tokens", str(task.max_new_tokens), *task.asked_words(), "--output", str(output)]
     ple("eval", *words, "--seed", seed, log=Path(f"{output}.log"), threads=threads)
     report: dict[str, Any] = json.loads((output / "eval.json").read_text())
     return report

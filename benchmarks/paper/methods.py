@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.tasks import Task
+from benchmarks.paper.tasks import TASKS, Task
 from ple_train.run.rounds import plan
 from schemas.files import write_atomic
 from schemas.recipe import load_recipe
@@ -152,6 +153,18 @@ PARTS = (
     Method("stable-ple-sums", "stabilised, sums in weighted SFT", "trust_region", (0.6,), ablates="stable-ple"),
 )
 FRONTIER = (*MAIN, *TABLES, *PARTS)
+
+
+@cache
+def frontier(task_name: str) -> tuple[Method, ...]:
+    """The methods of a task's frontier, with the values that their brakes have there."""
+    brakes = TASKS[task_name].brakes
+    if not brakes:
+        return FRONTIER
+    own = {method.name: method for method in MAIN}
+    return tuple(replace(own[name], brakes=values) for name, values in brakes.items())
+
+
 NEW = ("on-policy-distillation", "dpo-means", "ple-residual", "ple-residual-sums")
 """In the frontier alone."""
 METHODS = tuple(m for m in (*MAIN, *TABLES) if m.name not in NEW)
@@ -172,6 +185,7 @@ def sampling(task: Task, queries: int) -> dict[str, Any]:
         "engine_arg": {"batch_size": task.queries_per_round},
         "unit_size": queries,
         "max_new_tokens": task.max_new_tokens,
+        **task.asked,
     }
 
 
@@ -233,7 +247,8 @@ class Run:
         given += ["--batch-size", str(PPO_BATCH if self.method.name == "ppo" else batch_size(task))]
         if self.method.name == "sft":
             data = f"references/seed={self.seed}.jsonl"
-            return [["baseline", "sft", *given, "--data", data, "--epochs", str(2 * PASSES // ROUNDS)]]
+            words = ["--data", data, "--epochs", str(2 * PASSES // ROUNDS), *task.asked_words("prompt_format")]
+            return [["baseline", "sft", *given, *words]]
         if self.method.name == "ppo":
             tokens = 2 * task.queries_per_round * ROUNDS * task.max_new_tokens  # what PLE samples at most
             words = ["--queries", "queries.parquet", "--reward-model", task.reward, "--sampled-tokens", str(tokens)]

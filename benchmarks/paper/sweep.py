@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.paper.commands import evaluate, train
 from benchmarks.paper.frontier import along
-from benchmarks.paper.methods import FRONTIER, LEARNING_RATES, MAIN, RATE, Method, Run
+from benchmarks.paper.methods import LEARNING_RATES, MAIN, RATE, Method, Run, frontier
 from benchmarks.paper.pages import Tried, write_pages
 from benchmarks.paper.points import BASE, evaluated, folder, metrics
 from benchmarks.paper.tasks import Task
@@ -35,9 +35,11 @@ def sweep(
 
     `rates`: by method, the learning rate to take; where it is None, rates are tried with the first seed.
     """
-    wanted = select(only)
+    wanted = select(task, only)
     tried: Tried = {}
-    if rates is None:
+    if rates is None and task.rate is not None:
+        rates = {method.name: task.rate for method in frontier(task.name)}
+    elif rates is None:
         names = {method.ablates or method.name for method, _ in wanted}
         tuned = [method for method in MAIN if method.tuned and method.name in names]
         tried = try_rates(task, tuned, seeds[0], workers)
@@ -53,11 +55,12 @@ def sweep(
             write_pages(task, results, points, rates, tried)
 
 
-def select(only: list[str] | None) -> list[tuple[Method, float]]:
+def select(task: Task, only: list[str] | None) -> list[tuple[Method, float]]:
     """The points METHOD:BRAKE, or all of each METHOD, in the order of the tables; all where none is named."""
-    every = {f"{method.name}:{brake:g}": (method, brake) for method in FRONTIER for brake in method.brakes}
+    methods = frontier(task.name)
+    every = {f"{method.name}:{brake:g}": (method, brake) for method in methods for brake in method.brakes}
     chosen = [point for name, point in every.items() if not only or name in only or point[0].name in only]
-    known = {*every, *(method.name for method in FRONTIER)}
+    known = {*every, *(method.name for method in methods)}
     if unknown := [name for name in only or [] if name not in known]:
         raise SystemExit(f"--only {unknown[0]}: no such point; there are {', '.join(every)}")
     return chosen

@@ -1,7 +1,8 @@
 """The three tasks of the paper at a size for two CPU cores: real data in, every file that the methods need out.
 
 No pretrained weights: `prepare` writes an untrained Llama, and the files from which `ple sft` and `ple reward` make a
-base model, a start policy and reward models. Sizes and stand-ins are the constants below and are stated in
+base model, a start policy and reward models. In the real variant a pretrained model is the start policy as it is, and
+a pretrained encoder becomes the reward model. Sizes and stand-ins are the constants below and are stated in
 docs/results. Never trains and never samples.
 """
 
@@ -10,8 +11,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -52,6 +54,25 @@ class Task:
     reward_epochs: int = 1
     tone: Callable[[pl.Expr], pl.Expr] = lambda text: text
     """What the start policy's answers under the principle look like beside their meaning."""
+    asked: dict[str, Any] = field(default_factory=dict)
+    """Options of sampling beside lengths, as a recipe writes them."""
+    rate: float | None = None
+    """The learning rate of every method whose brake is another option; None: some are tried."""
+    brakes: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """By method of the frontier, the values of its brake here; empty: every method, with its own."""
+
+    @property
+    def is_pretrained(self) -> bool:
+        return "model" in self.inputs
+
+    def asked_words(self, *names: str) -> list[str]:
+        """`asked`, or those named of it, as words of a command."""
+        words = []
+        for name in names or self.asked:
+            value = self.asked.get(name, [])
+            for one in value if isinstance(value, list) else [value]:
+                words += [f"--{name.replace('_', '-')}", str(one)]
+        return words
 
 
 def write_world(output: Path, rows: dict[str, pl.DataFrame], corpus: list[str]) -> None:
@@ -116,6 +137,45 @@ def prepare_imdb(inputs: dict[str, Path], output: Path) -> None:
         train["text"].to_list(),
     )
     write_atomic(output / "judge.json", json.dumps(judge.train(train["text"].to_list(), train["label"].to_list())))
+
+
+def prepare_real(inputs: dict[str, Path], output: Path) -> None:
+    """IMDb for a pretrained model: half of the training reviews teach the reward model, the others the judge."""
+    reviews = prepare.read_reviews(inputs["data"])
+    train = reviews.filter(split="train").sample(fraction=1.0, shuffle=True, seed=0)
+    for_reward, for_judge = train[: train.height // 2], train[train.height // 2 :]
+    excerpts, held_out = prepare.excerpts(train), prepare.excerpts(reviews.filter(split="test"))
+    unseen = held_out.sample(fraction=1.0, shuffle=True, seed=1)
+    labelled = (pl.col("x") + pl.col("y")).alias("text"), pl.col("label").cast(pl.Int64)
+    rows = {
+        "reward": windows(for_reward),
+        "reward-test": held_out.select(*labelled),
+        "queries": queries(excerpts, 4096, seed=3),
+        "references": queries(excerpts.filter(label=1), 4096, seed=3),
+        "unseen": queries(unseen[:UNSEEN], UNSEEN, seed=0),
+        "validation": queries(unseen[UNSEEN : UNSEEN + VALIDATION], VALIDATION, seed=0),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    for name, frame in rows.items():
+        frame.write_parquet(output / f"{name}.parquet")
+    weights = judge.train(for_judge["text"].to_list(), for_judge["label"].to_list())
+    write_atomic(output / "judge.json", json.dumps(weights))
+    for name, given in (("start", "model"), ("encoder", "encoder")):
+        (output / name).symlink_to(inputs[given], target_is_directory=True)
+
+
+def windows(reviews: pl.DataFrame) -> pl.DataFrame:
+    """text, label: beginning, end and a part between of each review, each as many words as an excerpt has."""
+    long = reviews.with_columns(words=pl.col("text").str.split(" ")).with_columns(
+        room=pl.col("words").list.len().cast(pl.Int64) - prepare.EXCERPT_WORDS
+    )
+    long = long.filter(pl.col("room") >= 0)
+    between = pl.col("room").mul(pl.col("id").hash(seed=0) % 1000).floordiv(1000)
+    found = [
+        long.select(pl.col("words").list.slice(start, prepare.EXCERPT_WORDS).list.join(" ").alias("text"), "label")
+        for start in (pl.lit(0), pl.col("room"), between)
+    ]
+    return pl.concat(found).with_columns(pl.col("label").cast(pl.Int64)).sample(fraction=1.0, shuffle=True, seed=0)
 
 
 # TL;DR
@@ -208,11 +268,40 @@ def _halves(train: pl.DataFrame, test: pl.DataFrame) -> dict[str, pl.DataFrame]:
 WORD_JUDGE = f"{ROOT / 'recipes' / 'imdb' / 'judge.py'}:score"
 _TWO_INPUTS = ("data", "preferences")
 IMDB = Task("imdb", "IMDb", "imdb", prepare_imdb, ("data",), 48, "reward[1]", WORD_JUDGE, "Tables 2 and 4", 256)
+IMDB_REAL = Task(
+    "imdb-real",
+    "IMDb, a pretrained model",
+    "imdb",
+    prepare_real,
+    ("data", "model", "encoder"),
+    96,
+    "reward[1]",
+    WORD_JUDGE,
+    "Tables 2 and 4",
+    256,
+    2,
+    asked={"prompt_format": "plain", "stop": ["\n"]},
+    rate=3e-4,
+    brakes={
+        "dpo": (0.3, 0.1, 0.03),
+        "stable-ple": (0.15, 0.3, 0.6),
+        "ple-residual": (6, 3, 1.5),
+        "ple-residual-sums": (0.1, 0.05, 0.03),
+        "dpo-means": (10, 3),
+        "ple": (1e-4, 2e-4),
+        "raft": (3e-4, 1e-3),
+        "sft": (1e-4, 3e-4),
+        "context-distillation": (3e-4, 1e-3),
+        "on-policy-distillation": (3e-4, 1e-3),
+    },
+)
+"""The rate, and the brakes' range, are those of docs/results/real-one-round.md."""
 TASKS = {
     task.name: task
     for task in (
         IMDB,
         replace(IMDB, name="imdb-bare", title="IMDb, bare under the principle", tone=bare),
+        IMDB_REAL,
         Task("tldr", "TL;DR", "tldr", prepare_tldr, _TWO_INPUTS, 40, "reward", "second", "Tables 3 and 5", 128, 4),
         Task("hh", "HH", "hh", prepare_hh, ("data",), 48, "reward", "second", "Table 1", 128, 2),
     )
