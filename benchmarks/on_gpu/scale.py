@@ -41,7 +41,9 @@ def measure(results: Results, setting: Setting) -> None:
         if not (sampled and results.attempt("score", partial(call, judge))):
             raise RuntimeError("nothing could be sampled and scored: nothing else can run")
         for precision in ("float32", "bf16"):
-            results.attempt(f"--shard over {count}, {precision}", partial(shard, world, count, precision))
+            results.attempt(
+                f"--shard over {count}, {precision}", partial(shard, world, count, precision, setting.output)
+            )
         results.attempt(f"gen --workers {count}", partial(workers, world, count))
         results.attempt(f"score --workers {count}", partial(judges, world, count))
         if on_gpu():
@@ -49,7 +51,7 @@ def measure(results: Results, setting: Setting) -> None:
         results.attempt("gen --endpoint", partial(endpoint, world, setting.output / "g-scale-server.log"))
 
 
-def shard(world: World, count: int, precision: str) -> dict[str, Any]:
+def shard(world: World, count: int, precision: str, output: Path) -> dict[str, Any]:
     """A training by `count` processes in parts beside one by one process. Raises AssertionError."""
     out = world.folder / precision
     base = ["train", "--model", world.model, "--data", world.data, "--round", "0", "--batch-size", "4"]
@@ -58,7 +60,7 @@ def shard(world: World, count: int, precision: str) -> dict[str, Any]:
     words = [*base, "--shard", "--output", f"{out}/parts"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
     own = "benchmarks.on_gpu.scale" if count == 1 else "cli"
-    log = Path(f"{out}.log")
+    log = output / f"g-scale-shard-{precision}.log"
     with log.open("wb") as file:
         code = subprocess.run([sys.executable, *torchrun, own, *words], stdout=file, stderr=file).returncode
     if code:
@@ -75,6 +77,9 @@ def in_one_part() -> None:
     import cli
     from ple_train.model import shard
 
+    if on_gpu():
+        torch.cuda.set_device(0)
+    torch.distributed.init_process_group("nccl" if on_gpu() else "gloo")  # accelerate makes none for one process
     shard.is_shared = torch.distributed.is_initialized
     cli.ple.main(sys.argv[1:], prog_name="ple")
 
@@ -120,7 +125,7 @@ def refused(world: World, count: int) -> dict[str, Any]:
     assert ended.returncode == 2, (ended.returncode, ended.stderr)
     said = ended.stderr.strip().splitlines()[-1]
     assert "there is room for" in said, said
-    return {"said": said, "seconds": time.perf_counter() - began}
+    return {"said": said, "seconds_with_start": time.perf_counter() - began}
 
 
 def endpoint(world: World, log: Path) -> dict[str, Any]:
