@@ -23,8 +23,8 @@ from ple_data.storage.verify import verify
 from tests import tiny
 from tests.conftest import ROOT
 
-QUERIES, SAMPLES = 60, 16
-WAIT = (6.0, 20.0)
+QUERIES, SAMPLES = 60, 96
+WAIT = (2.0, 16.0)
 """Seconds between two kills."""
 
 
