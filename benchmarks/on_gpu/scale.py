@@ -40,7 +40,7 @@ def measure(results: Results, setting: Setting) -> None:
         judge = ["score", "--reward-model", world.reward, "--data", world.data]
         if not (sampled and results.attempt("score", partial(call, judge))):
             raise RuntimeError("nothing could be sampled and scored: nothing else can run")
-        for precision in ("float32", "bf16"):
+        for precision in ("float32",) if setting.cpu else ("float32", "bf16"):
             results.attempt(
                 f"--shard over {count}, {precision}", partial(shard, world, count, precision, setting.output)
             )

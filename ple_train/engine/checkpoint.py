@@ -106,15 +106,21 @@ class Checkpoints:
 
 
 def training_state(
-    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and optimizer moments by name, whole and on the host; where they are in parts, all processes call it."""
-    weights = {name: whole(parameter.detach()).contiguous().cpu() for name, parameter in parameters.items()}
-    moments = {
-        f"{name}|{key}": whole(value.detach()).contiguous().cpu()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    """Weights and optimizer moments by name, whole and on the host.
+
+    Where they are in parts, all processes call it; those that do not `keep` give their parts and have nothing after it.
+    """
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        state = {f"{name}|{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+        for found, tensors in ((weights, {name: parameter}), (moments, state)):
+            for full_name, tensor in tensors.items():
+                together = whole(tensor.detach())
+                if keep:
+                    found[full_name] = together.contiguous().cpu()
     return weights, moments
 
 

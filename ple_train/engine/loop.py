@@ -169,7 +169,7 @@ def train_loop(
                 if done % settings.checkpoint_every == 0 or done == total:
                     ledger.read()
                     if main or in_parts:
-                        state = training_state(parameters, optimizer)
+                        state = training_state(parameters, optimizer, keep=main)
                     if main:
                         checkpoints.save(done, *state, history)
                 else:

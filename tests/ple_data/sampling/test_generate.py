@@ -341,14 +341,23 @@ def test_waits_for_a_unit_that_another_process_holds(
 
 
 def test_two_processes_share_a_round(policy: Path, tmp_path: Path, rows: Any) -> None:
+    """By way of two paths, and where flock does nothing, as between two mounts of one file system."""
+    no_locks = tmp_path / "no-locks"
+    no_locks.mkdir()
+    (no_locks / "sitecustomize.py").write_text("import fcntl\nfcntl.flock = lambda *_: None\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "mount").symlink_to("data")
     queries = tmp_path / "q.jsonl"
     queries.write_text("".join(json.dumps({"x": x}) + "\n" for x in tiny.corpus()))  # six units
     command = [
         sys.executable, "-m", "cli", "gen", "--model", str(policy), "--queries", str(queries), "--principles", "imdb",
-        "--data", str(tmp_path / "data"), "--round", "0", "--engine", "hf", "--max-new-tokens", "20",
+        "--round", "0", "--engine", "hf", "--max-new-tokens", "20", "--data",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pair = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{no_locks}:{ROOT}"}
+    pair = [
+        subprocess.Popen([*command, tmp_path / way], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+        for way in ("data", "mount")
+    ]
     logs = [process.communicate(timeout=300)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], logs
     table = rows()
@@ -496,6 +505,11 @@ class Vllm:
                     continue
         return found
 
+    def engine(self) -> int:
+        """The process id of the engine's own process."""
+        (pid,) = [pid for pid, command in self.alive().items() if "EngineCore" in command]
+        return pid
+
     def wait_until(self, ready: Any, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not ready():
@@ -517,11 +531,13 @@ class Vllm:
 def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
     vllm_python: str, policy: Path, tmp_path: Path, rows: Any
 ) -> None:
-    """kill -9 and Ctrl-C in the middle, then the same command to its end; with an adapter of ple-train."""
+    """kill -9, Ctrl-C and the engine's own process killed (vLLM itself would wait for it for ever), each in the middle,
+    then the same command to its end; with an adapter of ple-train.
+    """
     adapter, pairs = tmp_path / "adapter", write_pairs(tmp_path / "pairs", rounds=1)
     train(Train(model=str(policy), data=[pairs], round=0, output=adapter, learning_rate=1e-2))
     queries = tmp_path / "q.jsonl"
-    texts = [f"{a} {b}" for a in tiny.corpus()[:10] for b in tiny.corpus()[:8]]
+    texts = [f"{a} {b}" for a in tiny.corpus()[:10] for b in tiny.corpus()[:10]]
     queries.write_text("".join(json.dumps({"id": f"q{at}", "x": x}) + "\n" for at, x in enumerate(texts)))
     arguments = [
         "--model", str(policy), "--adapter", str(adapter), "--queries", str(queries), "--principles", "imdb", "--data",
@@ -534,16 +550,21 @@ def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
     def committed() -> list[str]:
         return [shard.unit for shard in store.shards("responses")]
 
-    for number, how in enumerate((signal.SIGKILL, signal.SIGINT)):
+    for code in (-signal.SIGKILL, 130, 1):
         before = committed()
-        middle = Vllm(vllm_python, eager, tmp_path / f"log{number}")
+        middle = Vllm(vllm_python, eager, tmp_path / f"log{code}")
         middle.wait_until(lambda seen=before: len(committed()) > len(seen))
-        middle.process.send_signal(how)
-        assert middle.process.wait(timeout=60) == (130 if how == signal.SIGINT else -signal.SIGKILL)
+        if code == 1:
+            os.kill(middle.engine(), signal.SIGKILL)
+        else:
+            middle.process.send_signal(signal.SIGINT if code == 130 else signal.SIGKILL)
+        assert middle.process.wait(timeout=60) == code
         middle.assert_gone()
+        died = middle.log.read_text().splitlines()[-1].startswith("error: the vLLM engine died (its own messages are")
+        assert died == (code == 1)
         assert set(before) < set(committed())
-    assert len(committed()) < 10, "all was done before it could be interrupted: give it more to do"
-    last = Vllm(vllm_python, arguments, tmp_path / "log2")
+    assert len(committed()) * 8 < len(texts), "all was done before it could be interrupted: give it more to do"
+    last = Vllm(vllm_python, arguments, tmp_path / "log")
     stdout, _ = last.process.communicate(timeout=300)
     assert last.process.returncode == 0, last.log.read_text()
     assert stdout == b""
