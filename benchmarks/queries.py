@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.side_by_side import made_with, peak_bytes
+from tests.tiny import tiny_policy
 
 
 def main() -> None:
@@ -31,6 +32,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_queries(Path(folder, "queries.jsonl"), options.queries)
+        tiny_policy(Path(folder, "model"))
         command = [sys.executable, "-m", "benchmarks.queries", "--only", folder, "--units", str(options.units)]
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     print(f"{options.queries:,} queries; {made_with('polars', 'tokenizers', 'transformers')}")
@@ -75,7 +77,6 @@ def planned(folder: Path, units: int) -> dict[str, float]:
     from ple_data.inputs.queries import load_queries
     from ple_data.sampling import generate as stage
     from schemas.options import Gen
-    from tests.tiny import tiny_policy
 
     read = stage.load_queries
 
@@ -88,8 +89,11 @@ def planned(folder: Path, units: int) -> dict[str, float]:
     assert read is load_queries
     stage.load_queries = timed
     stage.make_engine = lambda *_: _AtOnce(units, found, began)  # type: ignore[assignment,return-value]
-    model = tiny_policy(folder / "model")
-    given: dict[str, Any] = {"model": str(model), "queries": str(folder / "queries.jsonl"), "principles": "imdb"}
+    given: dict[str, Any] = {
+        "model": str(folder / "model"),
+        "queries": str(folder / "queries.jsonl"),
+        "principles": "imdb",
+    }
     try:
         stage.generate(Gen(data=folder / "data", round=0, engine="hf", shuffle=True, max_new_tokens=6, **given))
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import re
+import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,13 @@ from schemas.json_text import parse_json
 
 ROWS_AT_ONCE = 8192
 """Rows that are Python's objects at once, where a reader goes through a source part by part."""
+LINES_AT_ONCE = 512
+"""Lines of JSON that are parsed together, where nothing is wrong with them."""
 DEEP = 50
 """Brackets in a line from which on it is looked at for how deep they nest."""
 _Row = tuple[dict[str, Any], str]
 """A row and its place."""
+_BETWEEN = b",%d," % secrets.randbits(62)
 _ODD = re.compile(rb"\\u[dD][89a-fA-F]")
 """An escape that may be half of a surrogate pair."""
 _HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
@@ -122,12 +126,37 @@ def _parquet(path: Path, content: bytes) -> Iterator[_Row]:
 
 def _jsonl(path: Path, content: bytes) -> Iterator[_Row]:
     lines = (line for ended in io.BytesIO(content) for line in ended.splitlines())
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            row = _parsed(line, path, number)
-            if not isinstance(row, dict) or _ODD.search(line) or line.count(b"[") + line.count(b"{") > DEEP:
-                _check(row, f"{path} line {number}")
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    while part := list(islice(numbered, LINES_AT_ONCE)):
+        rows = _together([line for _, line in part]) or [_line(line, path, number) for number, line in part]
+        for (number, _), row in zip(part, rows, strict=True):
             yield row, f"line {number}"
+
+
+def _together(lines: list[bytes]) -> list[dict[str, Any]] | None:
+    """What each line is by itself, in a quarter of the time; None where one needs a closer look.
+
+    Between them stands a number that no file can know: where a line is broken, the next one cannot mend it.
+    """
+    text = b"[" + _BETWEEN.join(lines) + b"]"
+    if (
+        _ODD.search(text)
+        or codecs.BOM_UTF8 in text
+        or any(line.count(b"[") + line.count(b"{") > DEEP for line in lines)
+    ):
+        return None
+    try:
+        found = parse_json(text.decode())
+    except ValueError:
+        return None
+    rows: list[dict[str, Any]] = found[::2]
+    return rows if len(found) == 2 * len(lines) - 1 and all(isinstance(row, dict) for row in rows) else None
+
+
+def _line(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    row: dict[str, Any] = _parsed(line, path, number)
+    _check(row, f"{path} line {number}")
+    return row
 
 
 def _json(path: Path, content: bytes) -> Iterator[_Row]:
