@@ -74,9 +74,12 @@ class Sealed(Record):
         return fields
 
 
+_SORTED = json.JSONEncoder(sort_keys=True)
+
+
 def seal_of(fields: dict[str, Any]) -> str:
     """The SHA-256 of a record's fields."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_SORTED.encode(fields).encode()).hexdigest()
 
 
 Kind = Literal["responses", "pairs", "answers"]

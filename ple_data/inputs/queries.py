@@ -3,11 +3,9 @@
 A query has an id that stays the same in every round and run: its `id` field, else a digest of its text.
 """
 
-import gc
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from ple_data.common.digests import json_digest, text_digest
+from ple_data.common.uncollected import uncollected
 from ple_data.inputs.chat import HH_TURN, X, hh_messages, is_turns, to_text
 from ple_data.inputs.readers import Rows, Source, columns_of, open_rows
 from schemas.errors import UsageError
@@ -68,19 +67,7 @@ class QuerySet:
         return json_digest([list(row) for row in self.table.select("id", "x").iter_rows()])
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's search for cycles: rows hold none, and a million of them let it go through all that is there."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-@_uncollected()
+@uncollected()
 def load_queries(source: str | Path, how: Reading | None = None, *, chat: bool = False) -> QuerySet:
     """Queries from a Parquet, JSONL, JSON or CSV file or a hub dataset id.
 

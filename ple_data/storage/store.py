@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ple_data.common.uncollected import uncollected
 from ple_data.storage.listing import read_quickly, rounds_of
 from ple_data.storage.parquet import parquet_bytes
 from schemas import files, leases, tables
@@ -181,6 +182,7 @@ class Store:
 
     # What is there
 
+    @uncollected()
     def shards(self, kind: str, max_round: int | None = None, round: int | None = None) -> list[Shard]:
         """The committed shards by (round, file name), of one round or of all up to `max_round`.
 
@@ -194,7 +196,7 @@ class Store:
                 data = self.root / kind / folder.name
                 for path, told in read_quickly(self.root, folder, data, kind, number):
                     found.append(self.read_record(Path(path)) if told is None else Shard(kind, number, *told))
-        return sorted(found, key=lambda shard: (shard.round, shard.path.name))
+        return sorted(found, key=lambda shard: shard.round)  # those of a round come by name
 
     def read_record(self, path: Path) -> Shard:
         """The shard that the commit record at `path` describes. Raises DamagedError, also for another place or file
