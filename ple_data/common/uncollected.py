@@ -1,4 +1,4 @@
-"""Many small objects at once without Python's search for cycles, which goes through all that is there again and again."""
+"""Many small objects at once without Python's search for cycles, which goes through all that is there every time."""
 
 import gc
 from collections.abc import Iterator
