@@ -208,15 +208,14 @@ class _Server:
 
     def _look(self) -> None:
         spec = self._engine._spec
-        models = self._get("v1/models")
-        base = next((model for model in models.get("data", []) if not model.get("parent")), None)
+        base = next((model for model in self._models() if not model.get("parent")), None)
         if base is None:
             raise UsageError(f"{self.what} serves no model")
         root, self._model = str(base.get("root") or base["id"]), str(base["id"])
         if not same_model(root, spec.model):
             raise UsageError(f"{self.what} serves {root}, and --model is {spec.model}: start it with that model")
         longest = base.get("max_model_len")
-        if longest is not None and longest < spec.max_length:
+        if isinstance(longest, int) and longest < spec.max_length:
             raise UsageError(
                 f"{self.what} takes {longest} tokens, and the longest prompt with --max-new-tokens has "
                 f"{spec.max_length}: start it with --max-model-len {spec.max_length}"
@@ -228,7 +227,7 @@ class _Server:
     def _load(self, adapter: AdapterInfo) -> None:
         """The adapter under a name that says its content, unless it is there already."""
         name = self._engine._name
-        if any(model["id"] == name for model in self._get("v1/models")["data"]):
+        if any(model["id"] == name for model in self._models()):
             return
         path = str(Path(adapter.path).resolve())
         try:
@@ -257,8 +256,13 @@ class _Server:
                 f"differ by {distance:.2g} nats a token; start it with the same model"
             )
 
-    def _get(self, path: str) -> Any:
-        return self._post(path, None)
+    def _models(self) -> list[dict[str, Any]]:
+        """Those that it serves, adapters too."""
+        told = self._post("v1/models", None)
+        models = told.get("data") if isinstance(told, dict) else None
+        if not isinstance(models, list) or not all(isinstance(model, dict) and "id" in model for model in models):
+            raise UsageError(f"{self.what} does not say which models it serves (v1/models); it must be vLLM")
+        return models
 
     def _post(self, path: str, body: Mapping[str, Any] | None, tries: int = 2) -> Any:
         patience = web.Patience(tries, 0.5, self._engine._stop)

@@ -5,6 +5,8 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +172,37 @@ def test_what_does_not_go_together_is_said(run: Any) -> None:
 def test_a_server_that_is_not_there_is_said_after_some_patience(run: Any) -> None:
     with pytest.raises(PleError, match=r"the server at http://127.0.0.1:1 failed 2 times"):
         run("http://127.0.0.1:1", engine_arg=("patience=0.5",))
+
+
+@pytest.mark.parametrize("answer", ["[]", '"x"', "{}", '{"data": 3}', '{"data": [1]}', '{"data": [{}]}', "<html>", ""])
+def test_what_is_no_server_of_models_is_said(answer: str, run: Any) -> None:
+    with other_server(answer) as address, pytest.raises(UsageError, match=r"does not say which models it serves"):
+        run(address)
+
+
+def test_answers_of_another_form_are_said(run: Any, policy: Path) -> None:
+    models = {"data": [{"id": "any", "root": str(policy), "max_model_len": "long"}]}
+    with other_server(json.dumps(models)) as address, pytest.raises(UsageError, match="gave no log-probabilities"):
+        run(address)
+
+
+@contextmanager
+def other_server(answer: str) -> Iterator[str]:
+    """The address of a server that gives one answer to everything."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_port}"
+        found.shutdown()
