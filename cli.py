@@ -4,6 +4,7 @@
 `schemas/options/help.toml`, the options in `schemas.options`, errors and exit codes in `ple_data.common.command`.
 """
 
+import contextlib
 import json
 from functools import partial
 
@@ -22,19 +23,29 @@ def _gen(chosen: options.Gen) -> str | None:
         check_reward_model(chosen.reward_model, chosen.output_index)
     summary = generate(chosen)
     if summary.dry_run is None and chosen.reward_model is not None:
-        how = chosen.part(options.Rewards).values()
+        how = chosen.part(options.Rewards).values() | chosen.part(options.Spread).values()
         _score(options.Score(data=chosen.data, reward_model=chosen.reward_model, round=chosen.round, **how))
     return summary.dry_run
 
 
 def _score(chosen: options.Score) -> None:
-    from ple_data.rewards import load_reward_model
+    from ple_data.rewards import RewardModel, load_reward_model
     from ple_data.scoring.score import score
     from ple_data.storage.store import Store
 
-    reward_model = load_reward_model(chosen.reward_model, chosen)
     output = Store(chosen.output) if chosen.output else None
-    score(Store(chosen.data), reward_model, round=chosen.round, output=output)
+    with contextlib.ExitStack() as stack:
+        if chosen.workers:
+            from ple_data.common.workers import Wanted
+            from ple_data.scoring.workers import WorkersReward
+
+            wanted, how = Wanted(chosen.workers, chosen.ray), chosen.part(options.Rewards)
+            reward_model: RewardModel = stack.enter_context(
+                contextlib.closing(WorkersReward(chosen.reward_model, how, wanted, say))
+            )
+        else:
+            reward_model = load_reward_model(chosen.reward_model, chosen)
+        score(Store(chosen.data), reward_model, round=chosen.round, output=output)
 
 
 def _train(chosen: options.Train) -> None:

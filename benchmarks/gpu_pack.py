@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_pack.py --output wheels
     python benchmarks/gpu_pack.py --output wheels --without trl,datasets     # smaller
+    python benchmarks/gpu_pack.py --output wheels --ray                      # with what section g needs
 
 It gathers wheels of what such a machine lacks beside torch, transformers and peft, for its Python and not for this one,
 and one of this project. Versions are those of constraints.txt, and of what a gathered wheel itself pins. It installs
@@ -30,6 +31,8 @@ LACKING = (
     "typing-extensions", "click", "trl", "datasets", "multiprocess", "dill", "liger-kernel", "gguf",
 )  # fmt: skip
 """Each one behind those that need it, so that what they ask for is known."""
+FOR_RAY = ("ray", "jsonschema", "jsonschema-specifications", "referencing", "rpds-py", "attrs")
+"""Its wheel alone is over the limit: it goes in pieces."""
 INSTEAD = {"trl": "1.16.0"}
 """Other versions than those of constraints.txt: the peer of the benchmarks."""
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
@@ -42,11 +45,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--python", default="3.12", metavar="X.Y", help="the machine's; %(default)s")
     parser.add_argument("--limit-mib", type=float, default=64, metavar="N", help="of all together; %(default)s")
     parser.add_argument("--without", default="", metavar="A,B", help="packages that it has, or that are not wanted")
+    parser.add_argument("--ray", action="store_true", help="Ray too, for section g; its wheel alone is over the limit")
     options = parser.parse_args(words)
     options.output.mkdir(parents=True, exist_ok=True)
     for old in options.output.glob("*.whl"):
         old.unlink()
-    wanted = [name for name in LACKING if name not in options.without.split(",")]
+    wanted = [name for name in (*LACKING, *(FOR_RAY if options.ray else ())) if name not in options.without.split(",")]
     gather(wanted, pinned((ROOT / "constraints.txt").read_text()) | INSTEAD, options.python, options.output)
     tree = [name for name in working_tree() if options.output.resolve() not in (ROOT / name).parents]
     build_own(tree, options.output)

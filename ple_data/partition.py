@@ -9,6 +9,7 @@ import math
 
 import polars as pl
 
+from ple_data.storage.quantiles import quantiles_by_round
 from ple_data.storage.store import collect
 from schemas.errors import UsageError
 from schemas.options import Without
@@ -82,7 +83,7 @@ def _inverse_length(ids: str) -> pl.Expr:
 
 
 def round_statistics(rows: pl.LazyFrame, tau0: float, alpha: float, at_round: int | None = None) -> pl.DataFrame:
-    """One line for each round of the pairs `rows`, in order; streamed, keeping the margin of each row.
+    """One line for each round of the pairs `rows`, in order; streamed (of its quantiles see `quantiles_by_round`).
 
     Columns: round, tau, rows, mean_s, mean_s_prompt, mean_margin, margin_q05 ... margin_q95, rank_share (at tau),
     lowered_share (the principle lowered the reward: margin < 0), then for each arm truncated_y/_y_prompt (cut by
@@ -119,8 +120,7 @@ def round_statistics(rows: pl.LazyFrame, tau0: float, alpha: float, at_round: in
         )
         .sort("round")
     )
-    quantiles = [margin.quantile(q, interpolation="linear").alias(name) for name, q in QUANTILES.items()]
-    spread = collect(columns.select("round", "margin").group_by("round").agg(quantiles))  # these keep every margin
+    spread = quantiles_by_round(columns, "margin", QUANTILES, dict(means.select("round", "rows").iter_rows()))
     return means.join(spread, on="round", maintain_order="left").select(
         *("round", "tau", "rows", "mean_s", "mean_s_prompt", "mean_margin", *QUANTILES),
         *("rank_share", "lowered_share", *by_arm),

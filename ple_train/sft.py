@@ -32,6 +32,8 @@ def sft(options: Sft) -> None:
     A LoRA fine-tune is merged into its base unless `merge` is off, so that the result is the start policy pi_0.
     Raises UsageError for bad data or settings, LockedError while another process writes `output`.
     """
+    if options.shard and options.merge and not options.full:
+        raise UsageError("--shard keeps the adapter apart: add --no-merge, or --full")
     with Session("sft", options, more={"data_digest": file_digest(options.data)}) as session:
         if session.finished:
             return

@@ -36,3 +36,7 @@ class LockedError(PleError):
     """Another process holds what is needed; the message contains 'locked by pid N on HOST' (exit code 4)."""
 
     exit_code = 4
+
+
+class ClaimLostError(LockedError):
+    """A unit that this process had claimed is another's now, since it did not renew its claim."""

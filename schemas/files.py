@@ -1,8 +1,8 @@
 """How a file gets on disk whole or not at all, and survives kill -9 and power loss. Knows nothing of its contents.
 
 A file is written under a temporary name on the same file system, flushed and fsynced, then put in place by one system
-call, and its directory is fsynced. While it is written its writer holds an flock on it. The kernel drops the lock when
-the writer dies, so a leftover of a dead writer can be told from the work of a live one.
+call, and its directory is fsynced. Its temporary name says which process writes it, so a leftover of a dead writer can
+be told from the work of a live one.
 """
 
 import codecs
@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from schemas.errors import DamagedError, LockedError, PleError, UsageError
+from schemas.holders import named, this_process
 
 TMP_SUFFIX = ".tmp"
+DAY = 86400.0
 
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EMLINK, errno.EXDEV}
-_NEEDED = "files must be locked and hard-linked so that no writer overwrites another's: use a local or NFS disk"
+_NEEDED = "files must be hard-linked so that no writer overwrites another's: use a local or NFS disk"
 _MAKE_ROOM = "make room (disk, quota or file-size limit) and run the same command again; nothing is lost"
 _NOT_YOURS = "the place is read-only or not yours: change its permissions or choose another directory"
 _IN_THE_WAY = "a file stands where a directory is needed, or the other way round: move it away"
@@ -165,7 +167,7 @@ def link_new(tmp: Path | str, final: Path | str) -> bool:
 
 
 def probe_links(directory: Path | str) -> None:
-    """Tries out, on a small file, that files in `directory` can be locked and linked. Raises PleError or OSError."""
+    """Tries out, on a small file, that files in `directory` can be linked. Raises PleError or OSError."""
     with _temporary(Path(directory), "probe.") as file:
         _flush(file)
         link = Path(file.name).with_suffix(".link" + TMP_SUFFIX)
@@ -175,18 +177,13 @@ def probe_links(directory: Path | str) -> None:
 
 @contextmanager
 def _temporary(directory: Path, prefix: str) -> Iterator[BinaryIO]:
-    """A temporary file under its writer's flock; removed at the end if it is still there."""
-    while True:
-        path = directory / f"{prefix}{uuid.uuid4().hex}{TMP_SUFFIX}"
-        with open(path, "xb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if os.fstat(file.fileno()).st_nlink:
-                    yield file
-                    return
-            finally:
-                path.unlink(missing_ok=True)
-        # somebody's remove_stale came between the two steps: start again
+    """A temporary file that names its writer; removed at the end if it is still there."""
+    path = directory / f"{prefix}{this_process().token}-{uuid.uuid4().hex}{TMP_SUFFIX}"
+    with open(path, "xb") as file:
+        try:
+            yield file
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def remove_stale(directory: Path | str, prefix: str = "") -> int:
@@ -194,17 +191,22 @@ def remove_stale(directory: Path | str, prefix: str = "") -> int:
     removed = 0
     with suppress(FileNotFoundError), os.scandir(directory) as entries:
         names = [e.name for e in entries if e.name.startswith(prefix) and e.name.endswith(TMP_SUFFIX)]
-        removed = sum(is_stale(Path(directory) / name, remove=True) for name in names)
+        for path in (Path(directory) / name for name in names):
+            with suppress(OSError):  # not ours
+                if is_stale(path):
+                    os.unlink(path)
+                    removed += 1
     return removed
 
 
-def is_stale(path: Path | str, *, remove: bool = False) -> bool:
-    """Whether a temporary file was left by a writer that is dead. remove: if so, remove it under its lock."""
-    with suppress(OSError, PleError), open(path, "rb", opener=unfollowed) as file:  # removed meanwhile, or not ours
-        if try_lock(file.fileno(), path):
-            if remove:
-                os.unlink(path)
-            return True
+def is_stale(path: Path) -> bool:
+    """Whether a temporary file was left by a writer that is dead, or that nobody here can see and that wrote nothing
+    for a day."""
+    writer = named(path.name)
+    if writer and (lives := writer.lives()) is not None:
+        return not lives
+    with suppress(OSError):  # removed meanwhile
+        return stat.S_ISREG(path.lstat().st_mode) and time.time() - path.lstat().st_mtime > DAY
     return False
 
 

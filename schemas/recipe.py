@@ -6,12 +6,13 @@ options of the command that runs it (`schemas.options`). This room starts nothin
 
 import difflib
 import re
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, JsonValue, ValidationError, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue, ValidationError, create_model, model_validator
 
 from schemas import options
 from schemas.errors import UsageError
@@ -32,6 +33,8 @@ def _stage(kind: type[options.Options], *command: str, without: Collection[str] 
     """The keys of a stage: the options of its command that the run does not give, with their checks and defaults."""
     keys = {known.name: _key(known) for known in kind.in_order() if known.name not in {*GIVEN, *without}}
     first = {"command": (list[str], Field(default=list(command), min_length=1))}
+    if "shard" in keys or kind is options.Reward:
+        first["launch"] = (Words, [])
     return create_model(kind.__name__, __base__=Strict, **(first | keys))
 
 
@@ -48,8 +51,36 @@ def _field(known: Any) -> Any:
     return Field(default=known.default, ge=told.least, gt=told.above, le=told.most, lt=told.below, allow_inf_nan=inf)
 
 
+def _split(value: Any) -> Any:
+    return shlex.split(value) if isinstance(value, str) else value
+
+
+Words = Annotated[list[str], BeforeValidator(_split)]
+"""Words that may be written as one text, such as `torchrun --nproc-per-node 8`."""
+
+
+class GenServer(Strict):
+    """A server that the run starts for its rounds, e.g. `[.venv-vllm/bin/vllm, serve, "{model}", --enable-lora]`.
+
+    sleep: it gives its memory on the GPU free while a round trains.
+    """
+
+    command: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
+    sleep: bool = False
+
+
 class GenStage(_stage(options.Gen, "ple-gen", without=OF_REWARDS)):  # type: ignore[misc]
     """Options of `ple-gen`; `command` may come from another environment, e.g. `[.venv-vllm/bin/ple-gen]`."""
+
+    server: GenServer | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "GenStage":
+        if self.server and (self.endpoint or self.engine not in (None, "server")):
+            raise ValueError("give either server (one to start), endpoint (some that run) or another engine")
+        if self.workers and (self.server or self.endpoint):
+            raise ValueError("give either workers (engines of their own) or servers")
+        return self
 
 
 class ScoreStage(_stage(options.Score, "ple-score")):  # type: ignore[misc]
@@ -138,6 +169,12 @@ class Recipe(Strict):
     def _one_reward(self) -> "Recipe":
         if (self.reward_model is None) == (self.reward is None):
             raise ValueError("give either reward_model (one to use) or reward (one to train first)")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters(self) -> "Recipe":
+        if self.gen.server and self.train.full:
+            raise ValueError("gen.server serves one model with each round's adapter: leave it out, or train.full")
         return self
 
     @model_validator(mode="after")

@@ -22,8 +22,9 @@ VERIFY = "run `ple verify` on its data directory"
 
 Round = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-UnitName = Annotated[str, Field(pattern="^[0-9A-Za-z][0-9A-Za-z_-]{0,150}$")]
+SHA256, UNIT_NAME = "^[0-9a-f]{64}$", "^[0-9A-Za-z][0-9A-Za-z_-]{0,150}$"
+Sha256 = Annotated[str, Field(pattern=SHA256)]
+UnitName = Annotated[str, Field(pattern=UNIT_NAME)]
 """A unit's name stands in names of files: it never leads to another folder."""
 FileName = Annotated[str, Field(pattern=r"^\w[\w.+ -]{0,200}$")]
 """A file's name, without a folder."""
@@ -61,20 +62,24 @@ class Sealed(Record):
     def to_json(self) -> str:
         """The record as it stands in its file, with its seal."""
         fields = self.model_dump(mode="json")
-        return json.dumps({**fields, "seal": _seal(fields)}, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps({**fields, "seal": seal_of(fields)}, indent=1, ensure_ascii=False) + "\n"
 
     @model_validator(mode="before")
     @classmethod
     def _unsealed(cls, fields: Any) -> Any:
         if isinstance(fields, dict) and ("seal" in fields or fields.get("version", 1) != 1):
             seal, fields = fields.get("seal"), {name: value for name, value in fields.items() if name != "seal"}
-            if seal != _seal(fields) and fields.get("version") in (1, cls.model_fields["version"].default):
+            if seal != seal_of(fields) and fields.get("version") in (1, cls.model_fields["version"].default):
                 raise ValueError("changed since it was written: its seal is not that of its fields")
         return fields
 
 
-def _seal(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+_SORTED = json.JSONEncoder(sort_keys=True)
+
+
+def seal_of(fields: dict[str, Any]) -> str:
+    """The SHA-256 of a record's fields."""
+    return hashlib.sha256(_SORTED.encode(fields).encode()).hexdigest()
 
 
 Kind = Literal["responses", "pairs", "answers"]
@@ -122,6 +127,15 @@ class RoundManifest(Sealed):
             for name in names
             if ours.get(name) != theirs.get(name)
         ]
+
+
+class Probe(Sealed):
+    """What told a round's policy on its first server: log-probabilities, in nats, of the likeliest tokens (by id) after
+    some short texts."""
+
+    version: Literal[1] = 1
+    round: Round
+    logps: list[dict[str, float]]
 
 
 R = TypeVar("R", bound=Record)

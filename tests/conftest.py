@@ -15,8 +15,21 @@ from tests.forks import ForkServer
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 LONG_FILES = [
-    *("generate", "gpu_benchmark", "kill", "docs", "rounds", "old_outputs", "train", "bad_input", "judge_vllm"),
-    *("engines", "faults", "hostile", "report", "baselines", "benchmarks", "demo", "eval", "extras", "purity", "judge"),
+    *("generate", "gpu_benchmark", "workers", "kill", "docs", "rounds", "scale", "old_outputs", "train", "bad_input"),
+    *(
+        "judge_vllm",
+        "engines",
+        "faults",
+        "hostile",
+        "report",
+        "baselines",
+        "benchmarks",
+        "demo",
+        "eval",
+        "extras",
+        "purity",
+        "judge",
+    ),
 ]
 """Half a minute and more each, the longest first, so that no worker is left with one at the end (with
 --no-loadscope-reorder)."""

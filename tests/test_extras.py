@@ -115,6 +115,13 @@ def test_vllm_that_is_asked_for_and_missing(without, tmp_path, policy):
     assert said(*words, "--data", tmp_path / "data", "--round", 0) == expected
 
 
+def test_workers_without_ray(without, tmp_path, policy):
+    without("ray")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"id": "a", "x": "The film"}) + "\n")
+    words = ["gen", "--model", policy, "--engine", "hf", "--queries", tmp_path / "q.jsonl", "--principles", "hh"]
+    assert said(*words, "--data", tmp_path / "data", "--round", 0, "--workers", 2) == sentence("--workers needs", "ray")
+
+
 def test_a_demo_without_matplotlib_says_where_its_picture_is(without, tmp_path):
     from ple_train.demo import demo
 

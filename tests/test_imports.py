@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["schemas", "ple_data", "ple_train", "cli"]
 HEAVY = {
     *("torch", "transformers", "vllm", "peft", "accelerate", "datasets", "polars", "pyarrow", "pydantic"),
-    *("numpy", "pandas", "matplotlib", "httpx", "tokenizers", "scipy", "duckdb", "trl"),
+    *("numpy", "pandas", "matplotlib", "httpx", "tokenizers", "scipy", "duckdb", "trl", "ray"),
 }
 ALLOWED_IN_SCHEMAS = {"pyarrow", "pydantic", "yaml", "schemas"}
 ALLOWED_IN_CLI = {"click", "ple_data", "schemas"}

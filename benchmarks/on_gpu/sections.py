@@ -37,6 +37,7 @@ SECTIONS = (
     Section("c", "head", 40, "the output layer and its loss: time and peak memory of five ways"),
     Section("d", "attention", 50, "attention over packed sequences: our two forms and flash-attention"),
     Section("e", "sampling", 60, "tokens a second of the engines, and what a seed on every request costs"),
+    Section("g", "scale", 90, "workers of Ray, training in parts and a server, beside one process"),
     Section("f", "profile", 50, "where the time of a training step and of a sampling step goes"),
 )
 """In the order of their worth."""

@@ -32,7 +32,7 @@ from benchmarks.paper.commands import (
     write_round0,
 )
 from benchmarks.paper.methods import LEARNING_RATES, METHODS, Run
-from benchmarks.paper.sweep import sweep
+from benchmarks.paper.sweep import select, sweep
 from benchmarks.paper.tables import write_results
 from benchmarks.paper.tasks import ROOT, TASKS, Task
 
@@ -63,6 +63,7 @@ def main() -> None:
         parser.error(f"{task.name} needs {' and '.join(missing)}: a Parquet file (docs/results/README.md says which)")
     inputs = {name: path.absolute() for name, path in inputs.items()}
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    select(task, arguments.only)
     rates = read_rates(arguments.rates) if arguments.rates else None
     arguments.output.mkdir(parents=True, exist_ok=True)
     os.chdir(arguments.output)  # every name below is relative, so that the whole directory may move

@@ -76,7 +76,7 @@ def write_round0(task: Task, seeds: list[int]) -> None:
     words += ["--engine", "hf", "--engine-arg", f"batch_size={task.queries_per_round}", "--unit-size", queries]
     words += ["--max-new-tokens", task.max_new_tokens, *task.asked_words()]
     for seed in seeds:
-        for data, guided in {Run(m, 0, seed).common: m.guided for m in frontier(task.name)}.items():
+        for data, guided in {Run(m, 0, seed).common: m.guided for m in frontier(task)}.items():
             told = ["--principles", task.principle if guided else "none", "--data", data, "--seed", seed]
             ple("gen", *words, *told, log=Path(f"{data}.log"))
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.tasks import TASKS, Task
+from benchmarks.paper.tasks import Task
 from ple_train.run.rounds import plan
 from schemas.files import write_atomic
 from schemas.recipe import load_recipe
@@ -155,14 +155,15 @@ PARTS = (
 FRONTIER = (*MAIN, *TABLES, *PARTS)
 
 
+def frontier(task: Task) -> tuple[Method, ...]:
+    """The methods of a task's frontier, with the values that their brakes have there; the same ones at each call."""
+    return _braked(tuple(task.brakes.items())) if task.brakes else FRONTIER
+
+
 @cache
-def frontier(task_name: str) -> tuple[Method, ...]:
-    """The methods of a task's frontier, with the values that their brakes have there."""
-    brakes = TASKS[task_name].brakes
-    if not brakes:
-        return FRONTIER
+def _braked(brakes: tuple[tuple[str, tuple[float, ...]], ...]) -> tuple[Method, ...]:
     own = {method.name: method for method in MAIN}
-    return tuple(replace(own[name], brakes=values) for name, values in brakes.items())
+    return tuple(replace(own[name], brakes=values) for name, values in brakes)
 
 
 NEW = ("on-policy-distillation", "dpo-means", "ple-residual", "ple-residual-sums")

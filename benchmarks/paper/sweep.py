@@ -38,7 +38,7 @@ def sweep(
     wanted = select(task, only)
     tried: Tried = {}
     if rates is None and task.rate is not None:
-        rates = {method.name: task.rate for method in frontier(task.name)}
+        rates = {method.name: task.rate for method in frontier(task)}
     elif rates is None:
         names = {method.ablates or method.name for method, _ in wanted}
         tuned = [method for method in MAIN if method.tuned and method.name in names]
@@ -57,7 +57,7 @@ def sweep(
 
 def select(task: Task, only: list[str] | None) -> list[tuple[Method, float]]:
     """The points METHOD:BRAKE, or all of each METHOD, in the order of the tables; all where none is named."""
-    methods = frontier(task.name)
+    methods = frontier(task)
     every = {f"{method.name}:{brake:g}": (method, brake) for method in methods for brake in method.brakes}
     chosen = [point for name, point in every.items() if not only or name in only or point[0].name in only]
     known = {*every, *(method.name for method in methods)}

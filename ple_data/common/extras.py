@@ -11,6 +11,7 @@ EXTRAS = {
     "datasets": "hub",
     "httpx": "http",
     "matplotlib": "report",
+    "ray": "ray",
     "sacrebleu": "eval",
     "tensorboard": "tensorboard",
     "trl": "trl",

@@ -325,6 +325,26 @@ def _tensor_shapes(directory: Path) -> dict[str, tuple[str, list[int]]]:
     return shapes
 
 
+def weight_files(model: str | Path, revision: str | None = None) -> dict[str, Path]:
+    """The file that holds each weight of a model directory or hub id, by the weight's name there. Raises UsageError."""
+    from transformers.utils import cached_file
+
+    def place(name: str) -> Path | None:
+        if Path(model).is_dir():
+            return Path(model, name) if Path(model, name).is_file() else None
+        found = cached_file(str(model), name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return Path(found) if found else None
+
+    index = place(INDEX)
+    names = sorted(index_files(index)) if index else ["model.safetensors"]
+    if not index and Path(model).is_dir():
+        names = sorted(path.name for path in Path(model).glob("*.safetensors"))
+    found = [file for file in map(place, names) if file is not None]
+    if not found or len(found) < len(names):
+        raise UsageError(f"{model} has no whole set of *.safetensors files")
+    return {name: file for file in found for name in _header(file)}
+
+
 def index_files(index: Path) -> set[str]:
     """The files that an index of weights names. Raises UsageError for one that could run code or lies elsewhere."""
     weights = _read_json(index).get("weight_map")

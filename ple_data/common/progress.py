@@ -37,6 +37,25 @@ class Progress:
         elif self._done < self._total and time.monotonic() - self._last_line >= LINE_EVERY:
             self._line(self._state())  # the last one is written at the end
 
+    def skip(self, count: int) -> None:
+        """Count `count` more as what an earlier run left finished."""
+        self._done += count
+        self._start += count
+        if self._bar is not None:
+            self._bar.initial += count
+            self._bar.update(count)
+
+    def expect(self, total: int) -> None:
+        """Take another total: it was not known how much there is."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.total = total
+
+    @property
+    def seconds(self) -> float:
+        """Since the clock was started."""
+        return max(time.monotonic() - self._began, 1e-9)
+
     def restart_clock(self) -> None:
         """Count the rate from now on: what came before was preparation."""
         self._began, self._start = time.monotonic(), self._done
@@ -60,7 +79,7 @@ class Progress:
             self._line(self._state())
 
     def _state(self) -> str:
-        rate = (self._done - self._start) / max(time.monotonic() - self._began, 1e-9)
+        rate = (self._done - self._start) / self.seconds
         share = 100 * self._done // max(self._total, 1)
         state = f"{self._done}/{self._total} {self._unit} ({share} %), {rate:.3g} {self._unit}/s"
         state += f", {self._detail}" if self._detail else ""

@@ -120,10 +120,11 @@ class Patience:
     stop: threading.Event
 
 
-def post_json(
+def ask_json(
     client: httpx.Client, url: str, body: Any, patience: Patience, *, what: str, failed: str, key: str | None = None
 ) -> httpx.Response:
-    """The answer with status 200 to a JSON body; connection errors, RETRIED_STATUS and 5xx are tried again.
+    """The answer with status 200 to a JSON body, or to a GET where there is none. Connection errors, RETRIED_STATUS and
+    5xx are tried again.
 
     what: the server as messages name it; failed: how the message after the last try ends; key: what no message may
     show. Retry-After is heeded up to LONGEST_WAIT. Raises RefusedError for any other status; UnansweredError where the
@@ -171,7 +172,8 @@ def _exchange(client: httpx.Client, url: str, body: Any) -> httpx.Response:
     late = UnansweredError(f"gave no whole answer in {seconds:.0f} seconds")
     with _deadline(seconds) as (over, trace):
         try:
-            with client.stream("POST", url, json=body, extensions={"trace": trace}) as found:
+            how: dict[str, Any] = {} if body is None else {"json": body}
+            with client.stream("POST" if how else "GET", url, **how, extensions={"trace": trace}) as found:
                 for part in found.iter_raw():
                     raw += part
                     if len(raw) > MOST_BYTES:

@@ -15,9 +15,14 @@ from typing import Any, Literal, Protocol
 from ple_data.common.extras import missing
 from ple_data.common.models import AdapterInfo
 from ple_data.common.tokens import added_ids, text_after
-from schemas.errors import UsageError
+from schemas.errors import PleError, UsageError
 from schemas.json_text import parse_json
 from schemas.options import ENGINES, Sampling
+
+Probed = list[dict[str, float]]
+"""What tells a policy: after some short texts, the log-probabilities of the likeliest tokens, by id."""
+TOLERANCE = 0.05
+"""Difference of two probes, in nats, up to which they are of the same policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,10 @@ class EngineSpec:
         return added_ids(self.tokenizer) & set(self.end_ids)
 
 
+class EngineDiedError(PleError):
+    """An engine's own processes are gone; another one may go on."""
+
+
 class Engine(Protocol):
     """Samples responses. `close` frees the device and ends every process of the engine; it may be called twice."""
 
@@ -75,8 +84,14 @@ class Engine(Protocol):
         """Free what the engine holds."""
 
 
-def choose_engine(name: str | None) -> str:
-    """`name` checked, or the default: the first engine whose package is installed. Raises UsageError."""
+def choose_engine(name: str | None, endpoints: Sequence[str] = ()) -> str:
+    """`name` checked, or the default: with endpoints `server`, else the first engine whose package is installed.
+
+    Raises UsageError.
+    """
+    if endpoints and name not in (None, "server"):
+        raise UsageError(f"--endpoint is for --engine server, not for {name}: leave one of the two out")
+    name = "server" if endpoints else name
     installed = [engine for engine, package in ENGINES.items() if importlib.util.find_spec(package)]
     if name is None:
         return next(iter(installed), "hf")
@@ -136,3 +151,11 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 def response_text(spec: EngineSpec, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
     """What sampled ids say after their prompt, without special tokens and without the mark that ended them."""
     return text_after(spec.tokenizer, prompt_ids, ids[:-1] if ids and ids[-1] in spec.marks else ids)
+
+
+def distance_of(found: Probed, expected: Probed) -> float:
+    """Mean difference of two probes over the tokens that both name, in nats; infinite where that are few."""
+    pairs = [(of[t], by[t]) for of, by in zip(found, expected, strict=False) for t in of.keys() & by.keys()]
+    if len(found) != len(expected) or 2 * len(pairs) <= sum(map(len, expected)):
+        return float("inf")
+    return sum(abs(a - b) for a, b in pairs) / len(pairs)

@@ -10,14 +10,24 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 from ple_data.common.models import AdapterInfo, load_config
-from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, refuse_unknown, response_text
-from ple_data.engines.watchdog import Watchdog
+from ple_data.common.watchdog import Watchdog
+from ple_data.engines import (
+    Completion,
+    EngineDiedError,
+    EngineSpec,
+    Request,
+    Sampling,
+    cut_at_stop,
+    refuse_unknown,
+    response_text,
+)
 from schemas.errors import PleError, UsageError
 
 RESERVED = {
@@ -35,6 +45,8 @@ CPU_CACHE_BYTES = 4 * 2**30
 """Most memory for keys and values on a CPU where nothing else is asked for; vLLM itself would take most of it."""
 CPU_BATCHED_TOKENS = 4096
 """Prompt tokens of one step on a CPU, vLLM's own default; raised where one request needs more."""
+ALIVE_SECONDS = 1.0
+"""How often it is looked whether the engine's process is there."""
 WINDOW = 2
 """Requests in flight, as a multiple of those that the engine runs at once."""
 
@@ -94,6 +106,7 @@ class VllmEngine:
         self.lora = LoRARequest("policy", 1, str(spec.adapter.path)) if spec.adapter else None
         self._window = WINDOW * self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         self._names = map(str, itertools.count(1))
+        threading.Thread(target=_wake_when_dead, args=(self.llm.llm_engine.engine_core,), daemon=True).start()
 
     def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
         """Each request with its completion as it finishes. Raises PleError where the engine dies."""
@@ -103,7 +116,9 @@ class VllmEngine:
             while more and len(in_flight) < self._window:
                 unit = next(units, None)
                 more = unit is not None
-                for request in unit or ():
+                if not unit:  # there is none, or none yet
+                    break
+                for request in unit:
                     in_flight[self._add(request, sampling)] = request
             if not in_flight:
                 return
@@ -158,7 +173,7 @@ class VllmEngine:
                 return self.llm.llm_engine.step()
         except EngineDeadError as error:
             what = "the vLLM engine died (its own messages are above); what was committed is safe"
-            raise PleError(f"{what}: run the same command again") from error
+            raise EngineDiedError(f"{what}: run the same command again") from error
 
     def _completion(self, request: Request, output: Any, sampling: Sampling) -> Completion:
         if output.finish_reason not in ("stop", "length"):
@@ -167,6 +182,18 @@ class VllmEngine:
         logps = list(output.logprobs.logprobs) if sampling.logprobs else None
         text = cut_at_stop(response_text(self._spec, request.prompt_ids, ids), sampling.stop)
         return Completion(ids, text, output.finish_reason, logps)
+
+
+def _wake_when_dead(core: Any) -> None:
+    """Let `step` raise when the engine's process was killed, by a system out of memory say: vLLM 0.32 itself, told of
+    it, ends its connection and goes on waiting for answers."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    resources, answers = getattr(core, "resources", None), getattr(core, "outputs_queue", None)
+    if resources is not None and answers is not None:
+        while not resources.engine_dead:
+            time.sleep(ALIVE_SECONDS)
+        answers.put_nowait(EngineDeadError())
 
 
 start = VllmEngine

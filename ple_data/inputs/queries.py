@@ -3,16 +3,19 @@
 A query has an id that stays the same in every round and run: its `id` field, else a digest of its text.
 """
 
+import json
 import re
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from ple_data.common.digests import json_digest, text_digest
+from ple_data.common.uncollected import uncollected
 from ple_data.inputs.chat import HH_TURN, X, hh_messages, is_turns, to_text
-from ple_data.inputs.readers import Rows, read_rows
+from ple_data.inputs.readers import Rows, Source, columns_of, open_rows
 from schemas.errors import UsageError
 from schemas.options import Reading
 
@@ -35,18 +38,36 @@ class Query:
 
 @dataclass(frozen=True)
 class QuerySet:
-    """Queries in the order of their source, with the SHA-256 that says which source it was."""
+    """Queries in the order of their source, with the SHA-256 that says which source it was.
 
-    queries: list[Query]
+    table: `id`, `x` as `to_text` writes it, `reference`. chats: each x is chat messages.
+    """
+
+    table: pl.DataFrame
+    chats: bool
     source: str
     digest: str
+
+    def __len__(self) -> int:
+        return self.table.height
+
+    def take(self, places: Sequence[int]) -> list[Query]:
+        """The queries at these places."""
+        rows = self.table[places].iter_rows()
+        return [Query(id, json.loads(x) if self.chats else x, reference) for id, x, reference in rows]
+
+    @property
+    def queries(self) -> list[Query]:
+        """All of them."""
+        return self.take(range(len(self)))
 
     @property
     def asked_digest(self) -> str:
         """Digest of the ids and texts alone: a changed reference or column is the same question."""
-        return json_digest([[query.id, to_text(query.x)] for query in self.queries])
+        return json_digest([list(row) for row in self.table.select("id", "x").iter_rows()])
 
 
+@uncollected()
 def load_queries(source: str | Path, how: Reading | None = None, *, chat: bool = False) -> QuerySet:
     """Queries from a Parquet, JSONL, JSON or CSV file or a hub dataset id.
 
@@ -56,19 +77,47 @@ def load_queries(source: str | Path, how: Reading | None = None, *, chat: bool =
     Raises UsageError that names the rows where a query is empty, of a wrong type or has the id of another one.
     """
     how = how or Reading()
-    rows = read_rows(source, how.split)
+    opened = open_rows(source, how.split)
+    first = next(opened.parts()).columns
+    try:
+        return _read(opened, first, how, chat)
+    except UsageError:
+        columns = columns_of(part.columns for part in opened.parts())
+        if columns == first:
+            raise
+        return _read(opened, columns, how, chat)  # some came later
+
+
+def _read(opened: Source, columns: tuple[str, ...], how: Reading, chat: bool) -> QuerySet:
+    """The queries of a source that has these columns. Raises UsageError, also where it has others."""
     read = {"auto": _auto, "hh": _hh, "imdb": _imdb, "tldr": _tldr}[how.reader]
-    found = read(_Source(rows, how, chat))
-    texts = [x if isinstance(x, str) else x[-1]["content"] for x, _ in found]
-    if empty := [place for place, text in zip(rows.places, texts, strict=True) if not text.strip()]:
-        raise UsageError(f"{rows.source} has empty queries in {_named(empty)}; remove these rows")
-    ids = _ids(rows, (to_text(x) for x, _ in found))
-    queries = [Query(id, x, reference) for id, (x, reference) in zip(ids, found, strict=True)]
-    return QuerySet(queries, rows.source, rows.digest)
+    tables, chats = [], False
+    for rows in opened.parts():
+        if more := set(rows.columns) - set(columns):
+            raise UsageError(f"{rows.source} has more columns: {', '.join(more)}")
+        found = read(_Part(replace(rows, columns=columns), how, chat))
+        chats = not isinstance(found[0][0], str)
+        said = [x if isinstance(x, str) else x[-1]["content"] for x, _ in found]
+        if empty := [place for place, text in zip(rows.places, said, strict=True) if not text.strip()]:
+            raise UsageError(f"{rows.source} has empty queries in {_named(empty)}; remove these rows")
+        texts = [to_text(x) for x, _ in found]
+        ids = _ids(rows) if "id" in columns else list(map(text_digest, texts))
+        values = {"id": ids, "x": texts, "reference": [text for _, text in found], "place": rows.places}
+        tables.append(pl.DataFrame(values, schema=dict.fromkeys(values, pl.String)))
+    table = pl.concat(tables, rechunk=True)
+    repeated = table.filter(pl.col("id").is_duplicated())
+    if repeated.height and "id" in columns:
+        places = [f"{place} (id {id})" for place, id in repeated.select("place", "id").iter_rows()]
+        raise UsageError(f"{opened.name} has duplicate ids in {_named(places)}; every id may stand once")
+    if repeated.height:
+        times = pl.int_range(1, pl.len() + 1).over("id")
+        again = pl.when(times > 1).then(pl.format("{}-{}", "id", times)).otherwise("id")
+        table = table.with_columns(id=again)
+    return QuerySet(table.drop("place"), chats, opened.name, opened.digest)
 
 
 @dataclass(frozen=True)
-class _Source:
+class _Part:
     rows: Rows
     how: Reading
     chat: bool
@@ -103,7 +152,7 @@ class _Source:
 _Found = list[tuple[X, str | None]]
 
 
-def _auto(source: _Source) -> _Found:
+def _auto(source: _Part) -> _Found:
     columns = source.rows.columns
     if source.how.query_column in (None, "messages") and "messages" in columns and not set(TEXT_COLUMNS) & set(columns):
         return _messages(source)
@@ -111,7 +160,7 @@ def _auto(source: _Source) -> _Found:
     return list(zip(texts, source.references("reference"), strict=True))
 
 
-def _messages(source: _Source) -> _Found:
+def _messages(source: _Part) -> _Found:
     """x = the messages up to the last user turn; an assistant turn after it is the reference."""
     found: _Found = []
     for place, row in zip(source.rows.places, source.rows.rows, strict=True):
@@ -130,7 +179,7 @@ def _messages(source: _Source) -> _Found:
     return found
 
 
-def _hh(source: _Source) -> _Found:
+def _hh(source: _Part) -> _Found:
     """x = the dialogue up to and including the last `Assistant:`; what follows it in `chosen` is the reference: as it
     stands, or without the white space around it where the model takes messages.
     """
@@ -151,7 +200,7 @@ def _hh(source: _Source) -> _Found:
     return found
 
 
-def _imdb(source: _Source) -> _Found:
+def _imdb(source: _Part) -> _Found:
     """x = the first words of a review, as they stand; the rest of the review is the reference."""
     found: _Found = []
     for text in source.texts(source.column("text", *TEXT_COLUMNS)):
@@ -161,29 +210,18 @@ def _imdb(source: _Source) -> _Found:
     return found
 
 
-def _tldr(source: _Source) -> _Found:
+def _tldr(source: _Part) -> _Found:
     texts = source.texts(source.column("prompt"))
     return list(zip(texts, source.references("summary", "label", "reference"), strict=True))
 
 
-def _ids(rows: Rows, texts: Iterable[str]) -> list[str]:
-    """The `id` column; without one, a digest of the text, numbered from the second of equal texts on."""
-    if "id" not in rows.columns:
-        seen: Counter[str] = Counter()
-        ids = []
-        for digest in map(text_digest, texts):
-            seen[digest] += 1
-            ids.append(digest if seen[digest] == 1 else f"{digest}-{seen[digest]}")
-        return ids
+def _ids(rows: Rows) -> list[str]:
+    """The `id` column as text."""
     if missing := [place for place, row in zip(rows.places, rows.rows, strict=True) if row.get("id") in (None, "")]:
         raise UsageError(f"{rows.source} has no id in {_named(missing)}; give every row one, or drop the column")
     if odd := [p for p, row in zip(rows.places, rows.rows, strict=True) if row["id"] != row["id"]]:
         raise UsageError(f"{rows.source} has an id that is no number (NaN) in {_named(odd)}; give every row its own")
-    ids = [str(row["id"]) for row in rows.rows]
-    if repeated := {id for id, count in Counter(ids).items() if count > 1}:
-        places = [f"{place} (id {id})" for place, id in zip(rows.places, ids, strict=True) if id in repeated]
-        raise UsageError(f"{rows.source} has duplicate ids in {_named(places)}; every id may stand once")
-    return ids
+    return [str(row["id"]) for row in rows.rows]
 
 
 def _named(places: list[str]) -> str:

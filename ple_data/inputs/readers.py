@@ -9,9 +9,11 @@ import hashlib
 import io
 import json
 import re
+import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,23 @@ from schemas.errors import UsageError, first_line
 from schemas.files import read_given
 from schemas.json_text import parse_json
 
-_Found = tuple[list[dict[str, Any]], list[str]]
-"""The rows of a file, and their places."""
+ROWS_AT_ONCE = 8192
+"""Rows that are Python's objects at once, where a reader goes through a source part by part."""
+LINES_AT_ONCE = 512
+"""Lines of JSON that are parsed together, where nothing is wrong with them."""
+DEEP = 50
+"""Brackets in a line from which on it is looked at for how deep they nest."""
+_Row = tuple[dict[str, Any], str]
+"""A row and its place."""
+_BETWEEN = b",%d," % secrets.randbits(62)
+_ODD = re.compile(rb"\\u[dD][89a-fA-F]")
+"""An escape that may be half of a surrogate pair."""
 _HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one source, its columns, and how to call a row in a message ('line 7', 'row 7')."""
+    """The rows of one source, or some of them, its columns, and how to call a row in a message ('line 7', 'row 7')."""
 
     source: str
     digest: str
@@ -39,8 +50,37 @@ class Rows:
         return len(self.rows)
 
 
+@dataclass(frozen=True)
+class Source:
+    """A source of rows, read anew by each call of `parts`."""
+
+    name: str
+    digest: str
+    _read: Callable[[], Iterable[_Row]]
+
+    def parts(self) -> Iterator[Rows]:
+        """The rows in their order, some thousand at a time, each part with its own columns. Raises UsageError."""
+        rows = iter(self._read())
+        while part := list(islice(rows, ROWS_AT_ONCE)):
+            found, places = zip(*part, strict=True)
+            yield Rows(self.name, self.digest, columns_of(found), found, places)
+
+
+def columns_of(rows: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """All columns of rows, in the order in which they come."""
+    return tuple(dict.fromkeys(chain.from_iterable(rows)))
+
+
 def read_rows(source: str | Path, split: str | None = None) -> Rows:
-    """All rows of a Parquet, JSONL, JSON or CSV file, or of a hub dataset `owner/name[:configuration]`.
+    """All rows of what `open_rows` takes. Raises UsageError."""
+    opened = open_rows(source, split)
+    parts = list(opened.parts())
+    rows, places = ([each for part in parts for each in getattr(part, name)] for name in ("rows", "places"))
+    return Rows(opened.name, opened.digest, columns_of(part.columns for part in parts), rows, places)
+
+
+def open_rows(source: str | Path, split: str | None = None) -> Source:
+    """A Parquet, JSONL, JSON or CSV file, or a hub dataset `owner/name[:configuration]`.
 
     split: which split of a hub dataset, `train` if not given; refused for a file. Raises UsageError.
     """
@@ -58,14 +98,13 @@ def read_rows(source: str | Path, split: str | None = None) -> Rows:
     content = read_given(path, mark=b"")
     if not content:
         raise UsageError(f"{source} is empty")
-    rows, places = FORMATS[path.suffix](path, content.removeprefix(codecs.BOM_UTF8))
-    if not rows:
+    text, read = content.removeprefix(codecs.BOM_UTF8), FORMATS[path.suffix]
+    if next(iter(read(path, text)), None) is None:
         raise UsageError(f"{source} has no rows")
-    columns = tuple(dict.fromkeys(column for row in rows for column in row))
-    return Rows(str(source), hashlib.sha256(content).hexdigest(), columns, rows, places)
+    return Source(str(source), hashlib.sha256(content).hexdigest(), lambda: read(path, text))
 
 
-def _parquet(path: Path, content: bytes) -> _Found:
+def _parquet(path: Path, content: bytes) -> Iterator[_Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -73,46 +112,76 @@ def _parquet(path: Path, content: bytes) -> _Found:
         table = pq.ParquetFile(pa.BufferReader(content)).read()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UsageError(f"{path} is no whole Parquet file: {first_line(error)}") from error
-    columns: dict[str, list[Any]] = {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        try:
-            columns[name] = column.to_pylist()
-        except Exception as error:  # a date after the year 9999, a time zone that does not exist, text that is no UTF-8
-            what = f"column {name} holds what Python does not ({first_line(error)})"
-            raise UsageError(f"{path}: {what}; correct or remove the column") from error
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return rows, _numbered(rows)
+    for start in range(0, len(table), ROWS_AT_ONCE):
+        part, columns = table.slice(start, ROWS_AT_ONCE), {}
+        for name, column in zip(part.column_names, part.columns, strict=True):
+            try:
+                columns[name] = column.to_pylist()
+            except Exception as error:  # a date after the year 9999, a time zone that does not exist, no UTF-8
+                what = f"column {name} holds what Python does not ({first_line(error)})"
+                raise UsageError(f"{path}: {what}; correct or remove the column") from error
+        for number, values in enumerate(zip(*columns.values(), strict=True), start=start + 1):
+            yield dict(zip(columns, values, strict=True)), f"row {number}"
 
 
-def _jsonl(path: Path, content: bytes) -> _Found:
-    rows, places = [], []
-    for number, line in enumerate(content.splitlines(), start=1):
-        if line.strip():
-            rows.append(_checked(_parsed(line, f"{path} line {number}"), f"{path} line {number}"))
-            places.append(f"line {number}")
-    return rows, places
+def _jsonl(path: Path, content: bytes) -> Iterator[_Row]:
+    lines = (line for ended in io.BytesIO(content) for line in ended.splitlines())
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    while part := list(islice(numbered, LINES_AT_ONCE)):
+        rows = _together([line for _, line in part]) or [_line(line, path, number) for number, line in part]
+        for (number, _), row in zip(part, rows, strict=True):
+            yield row, f"line {number}"
 
 
-def _json(path: Path, content: bytes) -> _Found:
+def _together(lines: list[bytes]) -> list[dict[str, Any]] | None:
+    """What each line is by itself, in a quarter of the time; None where one needs a closer look.
+
+    Between them stands a number that no file can know: where a line is broken, the next one cannot mend it.
+    """
+    text = b"[" + _BETWEEN.join(lines) + b"]"
+    if (
+        _ODD.search(text)
+        or codecs.BOM_UTF8 in text
+        or any(line.count(b"[") + line.count(b"{") > DEEP for line in lines)
+    ):
+        return None
+    try:
+        found = parse_json(text.decode())
+    except ValueError:
+        return None
+    rows: list[dict[str, Any]] = found[::2]
+    return rows if len(found) == 2 * len(lines) - 1 and all(isinstance(row, dict) for row in rows) else None
+
+
+def _line(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    row: dict[str, Any] = _parsed(line, path, number)
+    _check(row, f"{path} line {number}")
+    return row
+
+
+def _json(path: Path, content: bytes) -> Iterator[_Row]:
     """A JSON array of objects; a file of one object a line is read as JSONL."""
     if not content.lstrip().startswith(b"["):
-        return _jsonl(path, content)
-    rows = _parsed(content, str(path))
-    places = _numbered(rows)
-    return [_checked(row, f"{path} {place}") for row, place in zip(rows, places, strict=True)], places
+        yield from _jsonl(path, content)
+        return
+    for number, row in enumerate(_parsed(content, path), start=1):
+        _check(row, f"{path} row {number}")
+        yield row, f"row {number}"
 
 
-def _parsed(text: bytes, place: str) -> Any:
+def _parsed(text: bytes, path: Path, line: int | None = None) -> Any:
     """A JSON value; a file put together from others may have a byte order mark in front of any line."""
     try:
-        return parse_json(text.decode("utf-8-sig"))
+        return parse_json(text.removeprefix(codecs.BOM_UTF8).decode())
     except ValueError as error:
+        place = f"{path} line {line}" if line else str(path)
         what = "a number of thousands of digits" if "int_max_str_digits" in str(error) else first_line(error)
         raise UsageError(f"{place} is no valid JSON: {what}; correct or remove it") from error
 
 
-def _checked(row: Any, place: str) -> dict[str, Any]:
-    r"""The row, if it is an object. JSON may hold half of a surrogate pair (`"\ud83d"`), which no tokenizer takes."""
+def _check(row: Any, place: str) -> None:
+    r"""Raise UsageError for what is no object. JSON may hold half of a surrogate pair (`"\ud83d"`), which no tokenizer
+    takes."""
     if not isinstance(row, dict):
         raise UsageError(f"{place} is a JSON {type(row).__name__}, not an object with fields")
     for column, value in row.items():
@@ -122,44 +191,44 @@ def _checked(row: Any, place: str) -> dict[str, Any]:
             half = "holds half a character (a lone surrogate escape)"
             what = "is nested too deep" if isinstance(error, RecursionError) else half
             raise UsageError(f"{place}: column {column} {what}; correct or remove the row") from None
-    return row
 
 
-def _csv(path: Path, content: bytes) -> _Found:
+def _csv(path: Path, content: bytes) -> Iterator[_Row]:
     csv.field_size_limit(sys.maxsize)
-    rows, places = [], []
+    lines = 1
     try:
         reader = csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True)
         for row in reader:
+            lines += 1
             if None in row or None in row.values():
                 fields = len(reader.fieldnames or [])
                 raise UsageError(f"{path} line {reader.line_num} does not have the {fields} fields of the header")
-            rows.append(row)
-            places.append(f"line {reader.line_num}")
+            yield row, f"line {reader.line_num}"
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} line {len(rows) + 2} is no valid CSV: {error}") from error
-    return rows, places
+        raise UsageError(f"{path} line {lines + 1} is no valid CSV: {error}") from error
 
 
-def _hub(source: str, split: str) -> Rows:
+def _hub(source: str, split: str) -> Source:
     need("datasets", f"{source} is no file here, and a hub dataset is loaded with")
     from datasets import load_dataset
 
     name, _, configuration = source.partition(":")
     try:
         dataset = load_dataset(name, configuration or None, split=split)
-        rows = dataset.to_list()
     except Exception as error:
         what = f"split {split!r} of the hub dataset {source} (and no such file exists)"
         raise UsageError(f"cannot load {what}: {first_line(error)}") from error
-    if not rows:
+    if not len(dataset):
         raise UsageError(f"split {split!r} of the hub dataset {source} has no rows")
     digest = hashlib.sha256(f"{source}/{split}/{dataset._fingerprint}".encode()).hexdigest()
-    return Rows(f"{source}/{split}", digest, tuple(dataset.column_names), rows, _numbered(rows))
+    return Source(f"{source}/{split}", digest, lambda: _of_dataset(dataset))
 
 
-def _numbered(rows: Sequence[Any]) -> list[str]:
-    return [f"row {number}" for number in range(1, len(rows) + 1)]
+def _of_dataset(dataset: Any) -> Iterator[_Row]:
+    number = count(1)
+    for part in dataset.iter(batch_size=ROWS_AT_ONCE):
+        for values in zip(*part.values(), strict=True):
+            yield dict(zip(part, values, strict=True)), f"row {next(number)}"
 
 
 FORMATS = {".parquet": _parquet, ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv}

@@ -157,7 +157,7 @@ class LanguageModelJudge:
         what = f"judge {self.name} at {self.address}"
         failed = "what was answered is kept; check the server and run the same command again"
         patience = web.Patience(TRIES, FIRST_WAIT, stop)
-        response = web.post_json(client, self._url, body, patience, what=what, failed=failed, key=self._key)
+        response = web.ask_json(client, self._url, body, patience, what=what, failed=failed, key=self._key)
         try:
             text, finish, prompt_tokens, completion_tokens = self._api.read(parse_json(response.content))
             return Answer(

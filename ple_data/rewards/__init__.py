@@ -7,10 +7,12 @@ import importlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ple_data.inputs.chat import as_chat, to_text
 from schemas.options import Rewards
+
+Key = TypeVar("Key")
 
 
 class RewardModel(Protocol):
@@ -31,6 +33,11 @@ class RewardModel(Protocol):
 
         Rewards are in the model's own units (not checked for NaN or infinity). Raises PleError.
         """
+
+    def score_each(self, jobs: Iterator[tuple[Key, Sequence[tuple[str, str]]]]) -> Iterator[tuple[Key, list[float]]]:
+        """The rewards of each piece of work, as they come; the next one is asked for when there is room for it."""
+        for key, rows in jobs:
+            yield key, self.score(rows)
 
     def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
         """The same rewards, all of them, in order."""

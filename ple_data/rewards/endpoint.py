@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ple_data.common import web
 from ple_data.common.digests import text_digest
 from ple_data.common.secrets import public
-from ple_data.common.web import checked_url, excerpt, post_json
+from ple_data.common.web import ask_json, checked_url, excerpt
 from ple_data.rewards import RewardModel
 from schemas.errors import PleError
 from schemas.json_text import parse_json
@@ -73,7 +73,7 @@ class HttpReward(RewardModel):
         with web.open_client(headers=headers, timeout=self.timeout) as client:
 
             def score_batch(batch: Sequence[tuple[str, str]], stop: threading.Event) -> list[float]:
-                response = post_json(
+                response = ask_json(
                     client,
                     self.url,
                     {"inputs": [{"x": x, "y": y} for x, y in batch]},

@@ -1,6 +1,6 @@
 """Turns a stream of responses into committed units: claims them, gathers their rows, commits each once it is whole."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,8 @@ from ple_data.inputs.chat import to_text
 from ple_data.sampling.plan import Plan, Prompt, Unit
 from ple_data.sampling.reuse import Reuse
 from ple_data.storage.store import Store
+from schemas.errors import ClaimLostError
+from schemas.leases import elsewhere
 from schemas.tables import SCHEMAS
 
 
@@ -52,24 +54,35 @@ class Collector:
     reuse: Reuse | None
     progress: Progress
     summary: GenerateSummary
+    done: Collection[str]
+    """Units that were committed before this call."""
     locked: list[Unit] = field(default_factory=list)
-    """The pending units that another process holds."""
+    """The units that another process holds."""
+    claimed: int = 0
     _open: dict[str, _OpenUnit] = field(default_factory=dict)
 
-    def units(self, pending: Sequence[Unit]) -> Iterator[list[Request]]:
-        """The requests of each pending unit that is ours; a unit is claimed when it is asked for."""
-        for unit in pending:
+    def units(self, todo: Iterable[Unit]) -> Iterator[list[Request]]:
+        """The requests of each unit that is ours; a unit is claimed when it is asked for."""
+        store, plan, rest = self.store, self.plan, iter(todo)
+        for unit in rest:
+            self.progress.expect(len(plan.arms) * plan.most_rows)
+            if store.is_committed(plan.kind, plan.round, unit.id):
+                self._count(unit)
+                continue
             claim = ExitStack()
-            if claim.enter_context(self.store.claim(self.plan.kind, self.plan.round, unit.id)):
+            if claim.enter_context(store.claim(plan.kind, plan.round, unit.id)):
+                self.claimed += 1
                 if requests := self._begin(unit, claim):
                     yield requests
                 continue
             claim.close()
-            if self.store.is_committed(self.plan.kind, self.plan.round, unit.id):
-                self.summary.rows_by_others += len(unit.rows)
-                self.progress.advance(len(self.plan.arms) * len(unit.rows))
+            if store.is_committed(plan.kind, plan.round, unit.id):
+                self._count(unit)
             else:
                 self.locked.append(unit)
+                if len(self.locked) == 1 and plan.taken.complete:
+                    yield from self.units(elsewhere(list(rest)))
+                    return
 
     def add(self, request: Request, completion: Completion) -> None:
         """Take in one response; the last one of a unit commits it."""
@@ -84,7 +97,7 @@ class Collector:
         }
         opened.missing -= 1
         self.summary.tokens += len(completion.ids)
-        self.progress.advance(1)
+        self.progress.advance(1, f"{self.summary.tokens / self.progress.seconds:.0f} tokens/s")
         if not opened.missing:
             self._commit(opened)
 
@@ -93,17 +106,27 @@ class Collector:
         for opened in self._open.values():
             opened.claim.close()
 
+    def _count(self, unit: Unit) -> None:
+        """A unit that is committed: before this call, or by another process."""
+        rows = len(unit.places) * self.plan.samples
+        if unit.id in self.done:
+            self.summary.rows_done_before += rows
+            self.progress.skip(len(self.plan.arms) * rows)
+        else:
+            self.summary.rows_by_others += rows
+            self.progress.advance(len(self.plan.arms) * rows)
+
     def _begin(self, unit: Unit, claim: ExitStack) -> list[Request]:
         opened = self._open[unit.id] = _OpenUnit(unit, claim)
         requests = []
-        for row, (prompt, sample) in enumerate(unit.rows):
+        for row, (prompt, sample) in enumerate(self.plan.rows(unit)):
             earlier = self.reuse.row(prompt, sample) if self.reuse else None
             opened.rows.append(earlier or self._row(prompt, sample))
             if earlier:
                 opened.reused += 1
                 self.progress.advance(len(self.plan.arms))
             else:
-                requests += [self.plan.request(unit, row, arm) for arm in self.plan.arms]
+                requests += [self.plan.request(unit, row, prompt, sample, arm) for arm in self.plan.arms]
         opened.missing = len(requests)
         if not requests:
             self._commit(opened)
@@ -112,11 +135,17 @@ class Collector:
     def _commit(self, opened: _OpenUnit) -> None:
         plan, unit = self.plan, opened.unit
         table = pa.Table.from_pylist(opened.rows, schema=SCHEMAS[plan.kind])
-        self.store.commit(plan.kind, plan.round, unit.id, table, self.provenance)
-        self.summary.rows_reused += opened.reused
-        self.summary.rows_sampled += len(unit.rows) - opened.reused
         del self._open[unit.id]
-        opened.claim.close()
+        with opened.claim:
+            try:
+                self.store.commit(plan.kind, plan.round, unit.id, table, self.provenance)
+            except ClaimLostError as error:
+                self.progress.note(f"{error}: its rows are left to them")
+                self.progress.advance(-len(plan.arms) * len(opened.rows))
+                self.locked.append(unit)
+                return
+        self.summary.rows_reused += opened.reused
+        self.summary.rows_sampled += len(opened.rows) - opened.reused
 
     def _row(self, prompt: Prompt, sample: int) -> dict[str, Any]:
         return {

@@ -8,7 +8,7 @@ import itertools
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import fields
 from typing import Any
@@ -20,23 +20,32 @@ from ple_data.common.models import (
     load_config,
     load_tokenizer,
     positions_of,
-    refuse_unknown,
     vocabulary_of,
 )
 from ple_data.common.progress import Progress
 from ple_data.common.settings import as_json, counted
 from ple_data.common.terminal import printable
-from ple_data.engines import Engine, EngineSpec, choose_engine, engine_module, make_engine, parse_engine_args
+from ple_data.common.workers import Wanted
+from ple_data.engines import (
+    TOLERANCE,
+    Engine,
+    EngineSpec,
+    choose_engine,
+    distance_of,
+    engine_module,
+    make_engine,
+    parse_engine_args,
+)
 from ple_data.inputs.principles import load_principle
 from ple_data.inputs.queries import load_queries
 from ple_data.sampling.collector import Collector, GenerateSummary
-from ple_data.sampling.plan import Plan, default_unit_size, make_prompts, make_units
+from ple_data.sampling.plan import AHEAD, Plan, Taken, Unit, default_unit_size
 from ple_data.sampling.reuse import Reuse
 from ple_data.sampling.terms import terms_of
 from ple_data.storage.store import Store, Waits
 from schemas.errors import UsageError
 from schemas.options import Gen, Queries, Sampling
-from schemas.records import RoundManifest
+from schemas.records import Probe, RoundManifest
 
 SAMPLED = ("max_new_tokens", "temperature", "top_p", "stop", "logprobs")
 READ = ("reader", "query_column", "prefix_words", "prompt_format", "max_query_tokens", "shuffle", "skip", "limit")
@@ -58,47 +67,55 @@ def generate(options: Gen) -> GenerateSummary:
             f"--samples {options.samples} with --temperature 0 would sample the same response {options.samples} times"
         )
     model, revision = options.model, options.revision
-    engine_name, arguments = choose_engine(options.engine), parse_engine_args(options.engine_arg)
-    check_model(model, quantized=engine_name == "vllm")
+    engine_name, arguments = choose_engine(options.engine, options.endpoint), parse_engine_args(options.engine_arg)
+    arguments |= {"endpoints": list(options.endpoint)} if options.endpoint else {}
+    if options.workers and engine_name == "server":
+        raise UsageError("--workers start engines of their own, and --endpoint samples from servers: give one of them")
+    check_model(model, quantized=engine_name != "hf")
     adapter = check_adapter(options.adapter, model) if options.adapter else None
     engine = engine_module(engine_name)
     engine.check(arguments, adapter)
     tokenizer = load_tokenizer(model, revision, note=_say)
     store = Store(options.data)
-    plan, source = make_plan(options, tokenizer, store)
     config = load_config(model, revision)
-    refuse_unknown((prompt.ids(arm) for prompt in plan.prompts for arm in plan.arms), vocabulary_of(config), model)
+    plan, source = make_plan(options, tokenizer, store, vocabulary_of(config))
     fault = _too_long(plan, positions_of(config), model)
     if fault and not options.dry_run:
         raise UsageError(fault)
     if options.dry_run:
         _say(f"this will be refused: {fault}" if fault else "nothing is sampled")
-        return GenerateSummary(rows=plan.rows, counts=plan.counts, dry_run=_show(plan, tokenizer))
-    dtype, device = engine.resolve_machine(options.dtype, arguments)
-    spec = EngineSpec(model, revision, adapter, tokenizer, plan.terms.ends, max_length=plan.longest, dtype=dtype)
+        return GenerateSummary(rows=plan.most_rows, counts=plan.taken.counts, dry_run=_show(plan, tokenizer))
+    dtype, device = options.dtype, "workers"
+    if not options.workers:
+        dtype, device = engine.resolve_machine(options.dtype, arguments)
+    spec = EngineSpec(model, revision, adapter, tokenizer, plan.terms.ends, max_length=plan.longest or 0, dtype=dtype)
     found = Reuse(options.reuse, plan, options.data) if options.reuse else None
     if found and (reason := found.why_none()):
         _say(reason)
     _freeze(store, plan, {"model": model, "adapter": options.adapter, "queries": source, "engine": engine_name})
     provenance = plan.provenance(engine_name, dtype, device)
-    return sample_round(store, plan, lambda: make_engine(engine_name, spec, arguments), provenance, found)
+
+    def start() -> Engine:
+        if not options.workers:
+            return make_engine(engine_name, spec, arguments)
+        from ple_data.sampling.workers import Workers
+
+        return Workers(Wanted(options.workers, options.ray), engine_name, spec, arguments, _say)
+
+    return sample_round(store, plan, start, provenance, found)
 
 
-def make_plan(options: Gen, tokenizer: Any, store: Store) -> tuple[Plan, str]:
+def make_plan(options: Gen, tokenizer: Any, store: Store, vocabulary: int | None) -> tuple[Plan, str]:
     """The plan of a round, and where its queries come from. Raises UsageError where no query is left."""
     principle = load_principle(options.principles) if options.principles is not None else None
     terms = terms_of(options, tokenizer, principle, store, _say)
-    query_set = load_queries(options.queries, options, chat=terms.chat)
-    prompts, counts = make_prompts(tokenizer, query_set.queries, principle, options, options.seed, terms.form)
-    longest = options.max_query_tokens
-    _say(
-        f"{counts['queries_read']} queries read from {query_set.source}, {counts['queries_looked_at']} tokenised, "
-        f"{counts['queries_too_long']} with more than {longest} tokens dropped, {len(prompts)} taken"
-    )
-    if not prompts:
-        raise UsageError(f"no query of {query_set.source} is left; raise --max-query-tokens ({longest})")
+    queries = load_queries(options.queries, options, chat=terms.chat)
+    taken = Taken(tokenizer, queries, options, terms.form, options.seed)
+    taken.find(0, AHEAD)
+    _say(_looked_at(taken))
+    if not len(taken):
+        raise UsageError(f"no query of {queries.source} is left; raise --max-query-tokens ({options.max_query_tokens})")
     policy = policy_name(options.model, options.adapter, options.revision)
-    unit_size = options.unit_size or default_unit_size(len(prompts), store.load_manifest(options.round))
     identity = {
         "policy": policy if principle else digests_of(policy),
         "principle": principle.digest if principle else None,
@@ -106,55 +123,65 @@ def make_plan(options: Gen, tokenizer: Any, store: Store) -> tuple[Plan, str]:
         **counted(options.part(Sampling), always=SAMPLED),
         **terms.identity,
     }
+    unit_size = options.unit_size or default_unit_size(taken.most, store.load_manifest(options.round))
     read = counted(options.part(Queries), always=READ) | {"unit_size": unit_size}
-    read["queries"] = query_set.digest if principle else query_set.asked_digest
+    read["queries"] = queries.digest if principle else queries.asked_digest
     plan = Plan(
         round=options.round,
         seed=options.seed,
+        samples=options.samples,
         sampling=options.part(Sampling),
         policy=policy,
         principle=principle,
-        units=make_units(prompts, options.samples, unit_size, identity),
+        taken=taken,
+        unit_size=unit_size,
+        identity=identity,
         settings=identity | read,
-        counts=counts,
         terms=terms,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
     )
-    return plan, query_set.source
+    return plan, queries.source
 
 
 def sample_round(
     store: Store,
     plan: Plan,
     start_engine: Callable[[], Engine],
-    provenance: Mapping[str, Any],
+    provenance: dict[str, Any],
     reuse: Reuse | None = None,
 ) -> GenerateSummary:
-    """Sample and commit what is left of a plan. The engine is started when there is something to sample, and closed."""
-    summary = GenerateSummary(rows=plan.rows, counts=plan.counts)
-    pending = [unit for unit in plan.units if not store.is_committed(plan.kind, plan.round, unit.id)]
-    summary.rows_done_before = plan.rows - sum(len(unit.rows) for unit in pending)
-    arms, engine, began = len(plan.arms), None, time.monotonic()
-    with (
-        Progress("generate", arms * plan.rows, "responses", done=arms * summary.rows_done_before) as progress,
-        ExitStack() as stack,
-    ):
+    """Sample and commit what is left of a plan. The engine is started when there is something to sample, and closed.
+
+    provenance: what the files say, also of the machine, where the engine does not know better when it is up.
+    """
+    summary = GenerateSummary()
+    done = store.committed(plan.kind, plan.round)
+    todo: Iterable[Unit] = plan.units
+    engine, began = None, time.monotonic()
+    with Progress("generate", len(plan.arms) * plan.most_rows, "responses") as progress, ExitStack() as stack:
         waits = Waits(store, plan.kind, progress.note)
-        while pending:
-            with closing(Collector(store, plan, provenance, reuse, progress, summary)) as collector:
-                units = collector.units(pending)
+        while True:
+            with closing(Collector(store, plan, provenance, reuse, progress, summary, done)) as collector:
+                units = collector.units(todo)
                 for first in units:  # the engine takes those behind it
                     if engine is None:
                         engine = stack.enter_context(closing(start_engine()))
+                        _refuse_another_policy(store, plan.round, engine)
+                        provenance |= getattr(engine, "machine", {})
                         name = "{engine} in {dtype} on {device}".format(**provenance)
                         progress.note(f"engine {name}, started in {time.monotonic() - began:.0f} s")
                         progress.restart_clock()
                         began = time.monotonic()
                     for request, completion in engine.sample(itertools.chain([first], units), plan.sampling):
                         collector.add(request, completion)
-            if len(collector.locked) == len(pending):
-                waits.a_moment((plan.round, unit.id) for unit in collector.locked)
-            pending = collector.locked
-        store.finish(plan.kind, plan.round)
+            todo = collector.locked
+            if not todo:
+                break
+            if not collector.claimed:
+                waits.a_moment((plan.round, unit.id) for unit in todo)
+        summary.rows, summary.counts = plan.most_rows, plan.taken.counts
+        store.finish(plan.kind, plan.round, summary.counts)
         what = "pairs" if plan.kind == "responses" else "responses"
         progress.note(_result(summary, what, time.monotonic() - began))
     return summary
@@ -163,7 +190,7 @@ def sample_round(
 def _freeze(store: Store, plan: Plan, notes: dict[str, Any]) -> None:
     """Freeze the round's settings at its first start; later starts must have the same."""
     notes |= {"machine": f"{platform.machine()}, {platform.system()}"}
-    ours = RoundManifest(round=plan.round, settings=plan.settings, counts=plan.counts, notes=notes)
+    ours = RoundManifest(round=plan.round, settings=plan.settings, counts=plan.taken.counts, notes=notes)
     theirs = store.save_manifest(ours)
     defaults = {option.name: as_json(option.default) for option in fields(Gen)}
     if differences := ours.differences(theirs, defaults):
@@ -182,23 +209,44 @@ def _freeze(store: Store, plan: Plan, notes: dict[str, Any]) -> None:
         )
 
 
+def _refuse_another_policy(store: Store, round: int, engine: Engine) -> None:
+    """Raise UsageError where a server holds another policy than that which the round was begun with."""
+    if (found := getattr(engine, "probe", None)) is not None:
+        begun = store.save_probe(Probe(round=round, logps=found)).logps
+        if (distance := distance_of(found, begun)) > TOLERANCE:
+            raise UsageError(
+                f"round {round} of {store.root} was begun with another policy than the server holds: log-probabilities "
+                f"after short texts differ by {distance:.2g} nats a token; start the server with the same model"
+            )
+
+
 def _described(manifest: RoundManifest) -> str:
     return f"{manifest.counts.get('queries_taken', '?')} of {manifest.notes.get('queries', '?')}"
 
 
+def _looked_at(taken: Taken) -> str:
+    counts, more = taken.counts, "" if taken.complete else " so far, the others as they come"
+    dropped = f"{counts['queries_too_long']} with more than {taken.most_tokens} tokens dropped, {len(taken)} taken"
+    read = f"{counts['queries_read']} queries read from {taken.queries.source}"
+    return f"{read}, {counts['queries_looked_at']} tokenised, {dropped}{more}"
+
+
 def _too_long(plan: Plan, positions: int | None, model: str) -> str | None:
-    if positions is None or plan.longest <= positions:
+    longest = plan.find_longest()
+    if positions is not None and longest > positions and not plan.taken.complete:
+        longest = plan.find_longest(all_queries=True)
+    if positions is None or longest <= positions:
         return None
     new = plan.sampling.max_new_tokens
     return (
-        f"the longest prompt has {plan.longest - new} tokens and --max-new-tokens is {new}, together over the "
+        f"the longest prompt has {longest - new} tokens and --max-new-tokens is {new}, together over the "
         f"{positions} positions of {model}; lower --max-new-tokens or --max-query-tokens"
     )
 
 
 def _show(plan: Plan, tokenizer: Any) -> str:
-    prompt, _ = plan.units[0].rows[0]
-    lines = [f"query {printable(prompt.query.id)}, 1 of {plan.counts['queries_taken']}; policy {plan.policy}"]
+    prompt, _ = plan.rows(next(plan.units))[0]
+    lines = [f"query {printable(prompt.query.id)}, 1 of {plan.taken.most}; policy {plan.policy}"]
     names = {"y": "plain prompt x", "y_prompt": "guided prompt [p, x]"}
     for arm in plan.arms:
         name, ids = names[arm], list(prompt.ids(arm))

@@ -81,12 +81,16 @@ class Reuse:
         return [f"{name}: {there[name]!r} there, {wanted.get(name)!r} here" for name in names]
 
     def why_none(self) -> str | None:
-        """Why no row fits the plan; None where one does."""
-        rows = [(prompt, sample) for unit in self._plan.units for prompt, sample in unit.rows]
-        if any((prompt.query.id, sample, ids_digest(prompt.x_ids)) in self._places for prompt, sample in rows):
-            return None
+        """Why no row fits the plan; None where one does, or may."""
+        if not self._plan.taken.complete:
+            return None  # not before all queries are looked at
+        ids = set()
+        for prompt, sample in (row for unit in self._plan.units for row in self._plan.rows(unit)):
+            if (prompt.query.id, sample, ids_digest(prompt.x_ids)) in self._places:
+                return None
+            ids.add(prompt.query.id)
         reasons = [reason for reason, _ in self._missed.most_common(3)]
-        if {prompt.query.id for prompt, _ in rows} & {id for id, *_ in self._places}:
+        if ids & {id for id, *_ in self._places}:
             reasons.append("the same queries became other tokens (chat template, --prompt-format) or are other samples")
         elif self._places:
             reasons.append("the query ids are others")

@@ -3,7 +3,10 @@
 A unit that is committed is never scored again; several processes share the units. No other model is in memory.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +17,9 @@ from ple_data.common.progress import Progress
 from ple_data.common.secrets import public
 from ple_data.rewards import RewardModel, as_read
 from ple_data.storage.store import OWNER, Shard, Store, Waits
-from schemas.errors import UsageError
+from schemas.errors import ClaimLostError, UsageError
 from schemas.files import write_new
+from schemas.leases import elsewhere
 from schemas.tables import PAIRS, read_metadata
 
 
@@ -52,15 +56,12 @@ def score(
     with Progress("score", total, "rows", done=counts.rows_done_before) as progress:
         waits = Waits(target, "pairs", progress.note)
         while pending:
-            held_by_others = []
-            for shard in pending:
-                if _score_unit(store, shard, reward_model, target, counts):
-                    progress.advance(shard.rows)
-                else:
-                    held_by_others.append(shard)
-            if len(held_by_others) == len(pending):
-                waits.a_moment((shard.round, shard.unit) for shard in held_by_others)
-            pending = held_by_others
+            with closing(_Units(store, target, reward_model, progress, counts)) as work:
+                for name, rewards in reward_model.score_each(work.claimed(pending)):
+                    work.commit(name, rewards)
+            if not work.taken:
+                waits.a_moment((shard.round, shard.unit) for shard in work.locked)
+            pending = work.locked
         counts.texts_cut = reward_model.truncated - cut_before
         if counts.texts_cut:
             progress.note(
@@ -78,47 +79,110 @@ def score(
     return counts
 
 
-def _score_unit(store: Store, shard: Shard, reward_model: RewardModel, target: Store, counts: ScoreCounts) -> bool:
-    """Score and commit one unit. False if another process holds it, True if it is committed, by whomever."""
-    with target.claim("pairs", shard.round, shard.unit) as ours:
-        if ours:
-            table = store.read(shard)
-            provenance = {**read_metadata(shard.path, "responses"), "reward_model": reward_model.name}
-            s, s_prompt = _rewards(table, shard, reward_model, chat=provenance.get("prompts") == "chat")
-            added = {"s": s, "s_prompt": s_prompt, "reward_model": [reward_model.name] * len(table)}
+@dataclass
+class _Open:
+    """A unit that is claimed: its rows, and the (x, y) of both arms."""
+
+    shard: Shard
+    claim: ExitStack
+    table: pa.Table
+    provenance: dict[str, Any]
+    plain: list[tuple[str, str]]
+    guided: list[tuple[str, str]]
+
+    @property
+    def distinct(self) -> list[tuple[str, str]]:
+        """Each (x, y) once."""
+        return list(dict.fromkeys(self.plain + self.guided))
+
+
+@dataclass
+class _Units:
+    """Claims units, and commits each when its rewards are there."""
+
+    store: Store
+    target: Store
+    reward_model: RewardModel
+    progress: Progress
+    counts: ScoreCounts
+    locked: list[Shard] = field(default_factory=list)
+    """Those that another process holds."""
+    taken: int = 0
+    _open: dict[str, _Open] = field(default_factory=dict)
+
+    def claimed(self, pending: Sequence[Shard]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """The unit and the (x, y) to score of each that is ours; it is claimed when it is asked for."""
+        for at, shard in enumerate(pending):
+            claim = ExitStack()
+            if claim.enter_context(self.target.claim("pairs", shard.round, shard.unit)):
+                opened = self._begin(shard, claim)
+                self.taken += 1
+                yield f"unit {shard.unit} of round {shard.round}", opened.distinct
+                continue
+            claim.close()
+            if self.target.is_committed("pairs", shard.round, shard.unit):
+                self.counts.rows_by_others += shard.rows
+                self.progress.advance(shard.rows)
+                continue
+            self.locked.append(shard)
+            if len(self.locked) == 1:
+                yield from self.claimed(elsewhere(pending[at + 1 :]))
+                return
+
+    def commit(self, name: str, rewards: list[float]) -> None:
+        """Write a unit's pairs. Raises PleError for a reward that is no finite float32."""
+        opened = self._open.pop(name)
+        shard, table, model = opened.shard, opened.table, self.reward_model.name
+        with opened.claim:
+            s, s_prompt = self._checked(opened, dict(zip(opened.distinct, rewards, strict=True)))
+            added = {"s": s, "s_prompt": s_prompt, "reward_model": [model] * len(table)}
             columns = {name: table[name] for name in table.column_names} | added
             pairs = pa.table({name: columns[name] for name in PAIRS.names}, schema=PAIRS)
-            _own_pairs(target, reward_model)
-            target.commit("pairs", shard.round, shard.unit, pairs, provenance)
-            counts.units += 1
-            counts.rows += shard.rows
-            return True
-    by_others = target.is_committed("pairs", shard.round, shard.unit)
-    counts.rows_by_others += shard.rows if by_others else 0
-    return by_others
+            _own_pairs(self.target, self.reward_model)
+            try:
+                self.target.commit("pairs", shard.round, shard.unit, pairs, opened.provenance)
+            except ClaimLostError as error:
+                self.progress.note(f"{error}: its rewards are left to them")
+                self.locked.append(shard)
+                return
+        self.counts.units += 1
+        self.counts.rows += shard.rows
+        self.progress.advance(shard.rows)
 
+    def close(self) -> None:
+        """Give up the claims of units that are not done."""
+        for opened in self._open.values():
+            opened.claim.close()
 
-def _rewards(table: pa.Table, shard: Shard, reward_model: RewardModel, *, chat: bool) -> tuple[np.ndarray, np.ndarray]:
-    """s and s_prompt as float32, one a row; the same (x, y) is scored once."""
-    x, y, y_prompt = (table[column].to_pylist() for column in ("x", "y", "y_prompt"))
-    x = as_read(reward_model, x, chat=chat)
-    plain, guided = list(zip(x, y, strict=True)), list(zip(x, y_prompt, strict=True))
-    distinct = list(dict.fromkeys(plain + guided))
-    reward_of = dict(zip(distinct, reward_model.score(distinct), strict=True))
-    with np.errstate(over="ignore"):  # a reward beyond float32 becomes infinite, and is refused as such
-        s = np.array([reward_of[pair] for pair in plain], dtype=np.float32)
-        s_prompt = np.array([reward_of[pair] for pair in guided], dtype=np.float32)
-    keys = zip(table["query_id"].to_pylist(), table["sample"].to_pylist(), strict=True)
-    refuse_non_finite(
-        f"reward model {reward_model.name} gave rewards that are not finite float32 numbers for {shard.path}",
-        (
-            (f"query {query_id!r} sample {sample} {arm}", values[row])
-            for row, (query_id, sample) in enumerate(keys)
-            for arm, values in (("s", s), ("s_prompt", s_prompt))
-        ),
-        "this unit was not committed; correct the reward model and run the same command again",
-    )
-    return s, s_prompt
+    def _begin(self, shard: Shard, claim: ExitStack) -> _Open:
+        table = self.store.read(shard)
+        provenance = {**read_metadata(shard.path, "responses"), "reward_model": self.reward_model.name}
+        x, y, y_prompt = (table[column].to_pylist() for column in ("x", "y", "y_prompt"))
+        x = as_read(self.reward_model, x, chat=provenance.get("prompts") == "chat")
+        plain, guided = list(zip(x, y, strict=True)), list(zip(x, y_prompt, strict=True))
+        opened = _Open(shard, claim, table, provenance, plain, guided)
+        self._open[f"unit {shard.unit} of round {shard.round}"] = opened
+        return opened
+
+    def _checked(self, opened: _Open, reward_of: dict[tuple[str, str], float]) -> tuple[np.ndarray, np.ndarray]:
+        """s and s_prompt as float32, one a row."""
+        with np.errstate(over="ignore"):  # a reward beyond float32 becomes infinite, and is refused as such
+            s, s_prompt = (
+                np.array([reward_of[pair] for pair in arm], dtype=np.float32) for arm in (opened.plain, opened.guided)
+            )
+        table = opened.table
+        keys = zip(table["query_id"].to_pylist(), table["sample"].to_pylist(), strict=True)
+        refuse_non_finite(
+            f"reward model {self.reward_model.name} gave rewards that are not finite float32 numbers for "
+            f"{opened.shard.path}",
+            (
+                (f"query {query_id!r} sample {sample} {arm}", values[row])
+                for row, (query_id, sample) in enumerate(keys)
+                for arm, values in (("s", s), ("s_prompt", s_prompt))
+            ),
+            "this unit was not committed; correct the reward model and run the same command again",
+        )
+        return s, s_prompt
 
 
 def _refuse_other_model(target: Store, reward_model: RewardModel) -> None:

@@ -3,14 +3,13 @@
     DATA/pairs/round=000/part-<unit>.parquet          the table (likewise under responses/)
     DATA/.ple/commits/pairs/round=000/<unit>.json     its commit record; without one the shard does not exist
     DATA/.ple/finished/pairs-round=000                says that all of a round's units were committed
-    DATA/.ple/locks, DATA/.ple/tmp, DATA/.ple/rounds  who works on what, unfinished files, settings of rounds
+    DATA/.ple/leases, DATA/.ple/tmp, DATA/.ple/rounds  who works on what, unfinished files, settings of rounds
 
-A unit of work is claimed (an flock, dropped by the kernel when its holder dies), written to a temporary file, linked to
-its final name and then recorded. After a kill between any two of these steps, the next claim finds out how far it got.
+A unit of work is claimed (a lease that ends with its holder), written to a temporary file, linked to its final name and
+then recorded. After a kill between any two of these steps, the next claim finds out how far it got.
 Nothing here is ever overwritten, and nothing is unpickled. Links that lead out of DATA are never followed.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -24,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ple_data.common.uncollected import uncollected
+from ple_data.storage.listing import read_quickly, rounds_of
 from ple_data.storage.parquet import parquet_bytes
-from schemas import files, tables
-from schemas.errors import DamagedError, NewerError, PleError, UsageError, first_line
-from schemas.records import Commit, R, RoundManifest, read_record
+from schemas import files, leases, tables
+from schemas.errors import ClaimLostError, DamagedError, NewerError, PleError, UsageError, first_line
+from schemas.records import Commit, Probe, R, RoundManifest, read_record
 
 if TYPE_CHECKING:
     import polars as pl
@@ -38,8 +39,6 @@ POLL_SECONDS = 0.5
 OWNER = Path(".ple") / "reward_model"
 """Where a store holds the name of the model that its pairs are scored by."""
 _SCAN = re.compile(rf"Parquet SCAN \[(.*?)/({'|'.join(tables.STORED)})/round=\d+/part-[^/]*\.parquet")
-_CLAIM_ATTEMPTS = 3  # `holder` takes the lock for an instant; a claim must not mistake that for a holder
-_CLAIM_PAUSE = 0.01  # seconds
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,8 @@ class Store:
                 f"{str(self.root.absolute())!r}: the name is no UTF-8, which polars needs: rename the folder"
             )
         self._state = self.root / ".ple"
-        self._tmp = self._state / "tmp"
+        self._tmp, self._leases = self._state / "tmp", self._state / "leases"
+        self._held: dict[tuple[str, int, str], leases.Lease] = {}
         self._prepared = False
 
     def __repr__(self) -> str:
@@ -75,42 +75,31 @@ class Store:
 
     @contextmanager
     def claim(self, kind: str, round: int, unit: str) -> Iterator[bool]:
-        """Holds the unit for the time of the `with` block, without waiting.
+        """Holds the unit for the time of the `with` block, without waiting (`schemas.leases`).
 
         Yields True when the unit is ours and still to do; False when another process (or another claim of this one)
-        holds it, see `holder`, or when it is committed, see `is_committed`. The kernel drops the lock when the process
-        dies. A finished file that a killed process left without its record is recorded now.
+        holds it, see `holder`, or when it is committed, see `is_committed`. A claim ends with its process. A finished
+        file that a killed process left without its record is recorded now.
         """
         self._prepare()
-        path = self._lock_path(kind, round, unit)
-        fd = files.open_lock(path)
+        lease = leases.take(self._leases, _lease_name(kind, round, unit), self._tmp)
+        if lease is None:
+            yield False
+            return
+        self._held[kind, round, unit] = lease
         try:
-            if not _lock(fd, path):
-                yield False
-                return
-            try:
-                files.note_holder(fd, path)
-                yield not self.is_committed(kind, round, unit) and not self._adopt(kind, round, unit)
-            finally:
-                os.ftruncate(fd, 0)
-                fcntl.flock(fd, fcntl.LOCK_UN)  # closing would leave it with children that inherited it
+            yield not self.is_committed(kind, round, unit) and not self._adopt(kind, round, unit)
         finally:
-            os.close(fd)
+            del self._held[kind, round, unit]
+            lease.release()
 
     def holder(self, kind: str, round: int, unit: str) -> str | None:
         """Who has claimed the unit, as 'pid 12 on host'; None when nobody (alive) has."""
-        path = self._lock_path(kind, round, unit)
-        with files.explained(path, "read"):
-            try:
-                fd = files.unfollowed(path, os.O_RDONLY)
-            except FileNotFoundError:
-                return None
-        try:
-            if files.try_lock(fd, path, fcntl.LOCK_SH):
-                return None
-            return files.read_holder(fd) or "a process that has just started or ended"
-        finally:
-            os.close(fd)
+        return leases.holder_of(self._leases, _lease_name(kind, round, unit))
+
+    def left_behind(self) -> Iterator[tuple[Path, str]]:
+        """The claims whose holders are dead, or cannot be seen from here, with who that is."""
+        return leases.left_behind(self._leases)
 
     def is_committed(self, kind: str, round: int, unit: str) -> bool:
         """Whether the unit has a commit record. Raises DamagedError where it has one and its file is gone or cut."""
@@ -123,20 +112,31 @@ class Store:
         _check_size(self.read_record(record))
         return True
 
+    def committed(self, kind: str, round: int) -> set[str]:
+        """The units of a round that have a commit record, readable or not."""
+        return {path.stem for path in self.record_path(kind, round, "unit").parent.glob("*.json")}
+
     def commit(self, kind: str, round: int, unit: str, table: pa.Table, provenance: Mapping[str, Any]) -> Shard:
         """Puts the unit's rows on disk, whole or not at all, and records them; call it under `claim`.
 
         `table` has the columns of `schemas.tables` for `kind`; `provenance` (JSON values) goes into the file's
         metadata. When the unit has been committed meanwhile, what was first stays and is returned. Raises PleError:
-        rows of another round, doubled or not in the schema, or a disk that cannot be written.
+        rows of another round, doubled or not in the schema, a claim that was lost, or a disk that cannot be written.
         """
         self._prepare()
         final = self.path(kind, round, unit)
         data = _encode(kind, round, unit, table, provenance, final)
         if not self.is_committed(kind, round, unit) and not self._adopt(kind, round, unit):
-            if not files.write_new(final, data, self._tmp):
+            lease = self._held.get((kind, round, unit))
+            if lease and not lease.is_ours():
+                raise ClaimLostError(
+                    f"{final}: {self.holder(kind, round, unit) or 'another process'} took over, since this process had "
+                    f"stood still for {leases.EXPIRE_SECONDS:.0f} s"
+                )
+            if files.write_new(final, data, self._tmp):
+                self._record(kind, round, unit, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
+            elif lease is None or not self._adopt(kind, round, unit):
                 raise PleError(f"{final}: two processes write this unit at once: each must claim it first")
-            self._record(kind, round, unit, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
         return self.read_record(self.record_path(kind, round, unit))
 
     def _adopt(self, kind: str, round: int, unit: str) -> bool:
@@ -172,23 +172,31 @@ class Store:
         if self._prepared:
             return
         with files.explained(self.root):
-            for directory in (self._tmp, self._state / "locks"):
+            for directory in (self._tmp, self._leases):
                 files.refuse_outside(self.root, directory)
                 files.make_dirs(directory)
             files.remove_stale(self._tmp)
+            leases.remove_dead(self._leases)
             files.probe_links(self._tmp)
         self._prepared = True
 
     # What is there
 
+    @uncollected()
     def shards(self, kind: str, max_round: int | None = None, round: int | None = None) -> list[Shard]:
         """The committed shards by (round, file name), of one round or of all up to `max_round`.
 
         From the commit records alone; the files are not opened. Raises DamagedError on an unreadable record.
         """
-        committed = map(self.read_record, self.record_paths(kind))
-        wanted = (s for s in committed if round in (None, s.round) and (max_round is None or s.round <= max_round))
-        return sorted(wanted, key=lambda shard: (shard.round, shard.path.name))
+        found = []
+        for number, folder in rounds_of(self._state / "commits" / kind):
+            if number is None:
+                list(map(self.read_record, folder.glob("*.json")))  # says that they do not belong there
+            elif round in (None, number) and (max_round is None or number <= max_round):
+                data = self.root / kind / folder.name
+                for path, told in read_quickly(self.root, folder, data, kind, number):
+                    found.append(self.read_record(Path(path)) if told is None else Shard(kind, number, *told))
+        return sorted(found, key=lambda shard: shard.round)  # those of a round come by name
 
     def read_record(self, path: Path) -> Shard:
         """The shard that the commit record at `path` describes. Raises DamagedError, also for another place or file
@@ -238,6 +246,13 @@ class Store:
         files.write_new(self.manifest_path(manifest.round), manifest.to_json(), self._tmp)
         return self.load_manifest(manifest.round) or manifest
 
+    def save_probe(self, probe: Probe) -> Probe:
+        """Keep what tells a round's policy. Returns what stands: the first one, ours or another process's."""
+        self._prepare()
+        path = self.inside(".ple", "rounds", f"probe-round={probe.round:03d}.json")
+        files.write_new(path, probe.to_json(), self._tmp)
+        return read_record(Probe, path)
+
     def load_manifest(self, round: int) -> RoundManifest | None:
         """The frozen settings of a round, None before its first start. Raises DamagedError."""
         path = self.manifest_path(round)
@@ -247,12 +262,16 @@ class Store:
         """The settings in a file of `manifest_paths`. Raises DamagedError."""
         return self._placed(RoundManifest, path, lambda found: self.manifest_path(found.round))
 
-    def finish(self, kind: str, round: int) -> None:
+    def finish(self, kind: str, round: int, counts: Mapping[str, int] | None = None) -> None:
         """Keep how many units of a round are committed, which are all: one that is missing later was lost.
 
-        What killed writers left is removed.
+        counts: of its queries, for the round's settings where they were not known when it began. What killed writers
+        left is removed.
         """
         files.remove_stale(self._tmp)
+        begun = self.load_manifest(round) if counts else None
+        if begun and begun.rows is None:
+            files.write_atomic(self.manifest_path(round), begun.model_copy(update={"counts": counts}).to_json())
         units = len(self.shards(kind, round=round))
         if self.finished_units(kind, round) < units:
             files.write_atomic(self._finished_path(kind, round), str(units))
@@ -316,9 +335,6 @@ class Store:
 
     def _finished_path(self, kind: str, round: int) -> Path:
         return self.inside(".ple", "finished", f"{kind}-round={round:03d}")
-
-    def _lock_path(self, kind: str, round: int, unit: str) -> Path:
-        return self.inside(".ple", "locks", f"{kind}-round={round:03d}-{unit}.lock")
 
 
 def scan_shards(kind: str, shards: Sequence[Shard]) -> "pl.LazyFrame":
@@ -388,12 +404,8 @@ def _read_by(rows: "pl.LazyFrame") -> list[tuple[Store, str]]:
     return [(Store(root), kind) for root, kind in sorted(set(_SCAN.findall(rows.explain(optimized=False))))]
 
 
-def _lock(fd: int, path: Path) -> bool:
-    for attempt in range(_CLAIM_ATTEMPTS):
-        if files.try_lock(fd, path):
-            return True
-        time.sleep(_CLAIM_PAUSE * attempt)
-    return False
+def _lease_name(kind: str, round: int, unit: str) -> str:
+    return f"{kind}-round={round:03d}-{unit}"
 
 
 def _check_size(shard: Shard) -> None:

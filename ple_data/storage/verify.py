@@ -217,6 +217,9 @@ def _leftovers(store: Store) -> Iterator[Problem]:
         if is_stale(path):
             todo = "nothing to do: the next command that writes here removes it"
             yield Problem(path, "an unfinished file of a process that was killed", todo, "info")
+    for path, holder in store.left_behind():
+        what = f"a claim of {holder}, which is dead or on another machine"
+        yield Problem(path, what, "nothing to do: it ends a minute after its holder", "info")
 
 
 def _unscored(store: Store) -> Iterator[Problem]:

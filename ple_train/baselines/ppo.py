@@ -21,10 +21,10 @@ from ple_data.common.models import check_model, load_tokenizer, positions_of, re
 from ple_data.common.progress import Progress
 from ple_data.common.tokens import text_after
 from ple_data.inputs.chat import to_text
+from ple_data.inputs.principles import Form, render_all
 from ple_data.inputs.queries import load_queries
 from ple_data.inputs.templates import response_form, uses_chat
 from ple_data.rewards import RewardModel, as_read, load_reward_model, recorded_spec
-from ple_data.sampling.plan import make_prompts
 from ple_train.baselines import trl_tools
 from ple_train.engine.checkpoint import History
 from ple_train.engine.session import Session
@@ -47,8 +47,9 @@ def ppo(options: Ppo) -> None:
     check_model(options.model)
     tokenizer = load_tokenizer(options.model, options.revision, note=print_to_log)
     query_set = load_queries(options.queries, options, chat=uses_chat(tokenizer, options.prompt_format))
-    prompts, _ = make_prompts(tokenizer, query_set.queries, None, options)
-    texts = {tuple(prompt.x_ids): to_text(prompt.query.x) for prompt in prompts}
+    xs = [query.x for query in query_set.queries]
+    rendered = zip(render_all(tokenizer, xs, how=Form(options.prompt_format)), xs, strict=True)
+    texts = {tuple(ids): to_text(x) for ids, x in rendered if len(ids) <= options.max_query_tokens}
     if len(texts) < options.batch_size:
         raise UsageError(
             f"{options.queries} has {len(texts)} different queries of at most {options.max_query_tokens} tokens, fewer "

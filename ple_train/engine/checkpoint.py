@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ple_data.common.settings import Settings
+from ple_train.model.shard import fill, like, whole
 from schemas.errors import DamagedError, PleError, UsageError, first_line
 from schemas.files import explained, fsync_dir, fsync_file, refuse_no_file, refuse_outside
 from schemas.records import read_record
@@ -48,10 +49,8 @@ class Checkpoints:
         self.directory, self.settings = directory, settings
         self.machine = {} if machine is None else machine
 
-    def save(
-        self, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, metrics: History
-    ) -> None:
-        """Write the state after `step` steps, then drop the older ones."""
+    def save(self, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], metrics: History) -> None:
+        """Write the state after `step` steps (`training_state`), then drop the older ones."""
         self.directory.mkdir(parents=True, exist_ok=True)
         target = self.directory / f"checkpoint-{step:08d}"
         if target.exists():
@@ -61,13 +60,7 @@ class Checkpoints:
         writing = self.directory / "writing"
         writing.mkdir()
         with saving(writing):
-            weights = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
             save_file(weights, writing / "weights.safetensors")
-            moments = {
-                f"{name}|{key}": value.detach().contiguous().cpu()
-                for name, parameter in parameters.items()
-                for key, value in optimizer.state.get(parameter, {}).items()
-            }
             save_file(moments, writing / "optimizer.safetensors")
             pq.write_table(pa.Table.from_pylist(metrics), writing / "metrics.parquet")
             command = self.settings.kind.__name__
@@ -100,18 +93,35 @@ class Checkpoints:
         known = {name.rpartition("|")[0] for name in moments} <= parameters.keys()
         if held != wanted or not known or len(metrics) != state.step:
             raise DamagedError(f"{newest} does not hold what is trained here: {_advice(newest)}")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
+        for name, parameter in parameters.items():
+            fill(parameter, weights[name])
         for full_name, moment in moments.items():
             name, key = full_name.rsplit("|", 1)
-            device = "cpu" if key == "step" else parameters[name].device
-            optimizer.state[parameters[name]][key] = moment.to(device)
+            optimizer.state[parameters[name]][key] = moment if key == "step" else like(parameters[name], moment)
         return state.step, metrics
 
     def clear(self) -> None:
         """Forget all checkpoints."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def training_state(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and optimizer moments by name, whole and on the host.
+
+    Where they are in parts, all processes call it; those that do not `keep` give their parts and have nothing after it.
+    """
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        state = {f"{name}|{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+        for found, tensors in ((weights, {name: parameter}), (moments, state)):
+            for full_name, tensor in tensors.items():
+                together = whole(tensor.detach())
+                if keep:
+                    found[full_name] = together.contiguous().cpu()
+    return weights, moments
 
 
 def newest_checkpoint(directory: Path) -> Path | None:

@@ -20,12 +20,14 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ple_data.common.device import default_device
 from ple_data.common.extras import need
 from ple_data.common.progress import Progress
-from ple_train.engine.checkpoint import Checkpoints, History, newest_checkpoint
+from ple_train.engine.checkpoint import Checkpoints, History, newest_checkpoint, training_state
 from ple_train.model.batches import Stream, micro_batches
+from ple_train.model.shard import whole
 from ple_train.objectives import Objective
 from schemas.errors import PleError, UsageError, first_line
 from schemas.options import Loop
@@ -98,7 +100,8 @@ def _refuse_launcher(fault: str, count: str | None) -> NoReturn:
     n = count if count and count.isdecimal() else "N"
     raise UsageError(
         f"{fault}: start it with `torchrun --nproc-per-node {n} -m cli ...` or `accelerate launch --multi_gpu "
-        f"--num_processes {n} -m cli ...` (on a CPU too), without that configuration: every process has the whole model"
+        f"--num_processes {n} -m cli ...` (on a CPU too), without that configuration: every process has the whole "
+        "model, or with --shard a part of it"
     )
 
 
@@ -123,7 +126,9 @@ def train_loop(
     decay = settings.weight_decay
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=decay)
     done, history = checkpoints.restore(parameters, optimizer)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    in_parts = any(isinstance(parameter, DTensor) for parameter in parameters.values())
+    if not in_parts:
+        model, optimizer = accelerator.prepare(model, optimizer)
     total = stream.steps_per_epoch * settings.epochs
     model.train()
 
@@ -156,15 +161,17 @@ def train_loop(
                 optimizer.zero_grad(set_to_none=True)
 
                 done += 1
-                norm = norm.to(device, torch.float64)  # of no gradients at all, a 0 of the host
+                norm = whole(norm).to(device, torch.float64)  # of no gradients at all, a 0 of the host
                 numbers = Reading(torch.cat([sums, norm[None]]))
                 tokens = sum(len(s.ids) for s in sequences)
                 known = {"step": done, "epoch": epoch, "learning_rate": rate}
                 ledger.at_work.append(_Step(known, tokens, began, numbers))
                 if done % settings.checkpoint_every == 0 or done == total:
                     ledger.read()
+                    if main or in_parts:
+                        state = training_state(parameters, optimizer, keep=main)
                     if main:
-                        checkpoints.save(done, parameters, optimizer, history)
+                        checkpoints.save(done, *state, history)
                 else:
                     ledger.read(but=STEPS_AHEAD.get(device.type, 0))
     accelerator.wait_for_everyone()

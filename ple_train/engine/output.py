@@ -21,6 +21,7 @@ from ple_data.common.device import describe
 from ple_data.common.settings import Settings
 from ple_train.engine.checkpoint import Checkpoints, History, newest_checkpoint, read_state, resolved, saving
 from ple_train.log import print_to_log
+from ple_train.model.shard import in_parts, whole_weights
 from schemas import records
 from schemas.errors import DamagedError, LockedError, NewerError, PleError, UsageError
 from schemas.files import explained, fsync_dir, fsync_file, locked, refuse_outside, sha256_file, write_atomic
@@ -111,12 +112,13 @@ class Output:
 
         `cost` (`training_cost`, or none) goes into the record and onto stderr.
         """
+        weights = whole_weights(model) if in_parts(model) else None
         if self.accelerator.is_main_process:
             writing = self._writing
             shutil.rmtree(writing, ignore_errors=True)
             _order_target_modules(model)
             with saving(writing):
-                save_model(model, writing)
+                save_model(model, writing, weights)
                 tokenizer.save_pretrained(writing)
                 write_atomic(writing / "README.md", model_card(title, self.settings.values, history))
             names = sorted((p.name for p in writing.iterdir() if p.is_file()), key=lambda name: (name in LAST, name))
@@ -217,13 +219,13 @@ def model_card(title: str, settings: dict[str, Any], history: History) -> str:
     )
 
 
-def save_model(model: Any, directory: Path) -> None:
-    """`save_pretrained`, with the generation configuration that came: transformers loads some that it will not save
-    (sampling numbers without do_sample)."""
+def save_model(model: Any, directory: Path, weights: dict[str, Any] | None = None) -> None:
+    """`save_pretrained`, of these weights where they are given, with the generation configuration that came:
+    transformers loads some that it will not save (sampling numbers without do_sample)."""
     came = getattr(model, "generation_config", None)
     if came is not None:
         model.generation_config = type(came)()
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, **({} if weights is None else {"state_dict": weights}))
     if came is not None and (file := directory / "generation_config.json").exists():
         came.to_json_file(file, keys_to_pop=["compile_config"])
 

@@ -44,10 +44,11 @@ class Session(Output):
         if precision == "auto":
             precision = kept_precision(options.output, options.resume) or resolve_precision("auto")
         self.options = options.but(precision=precision)
-        self.weights = policy_name(options.model, adapter, options.revision)  # of the policy that training starts from
-        settings = Settings.of(self.options, elsewhere=elsewhere, **{"weights": self.weights, **(more or {})})
-        settings = replace(settings, chosen=options.precision == "auto")
         accelerator = make_accelerator(getattr(options, "report_to", None), options.output)
+        with accelerator.local_main_process_first():  # hashes of large files are kept: one process takes them
+            self.weights = policy_name(options.model, adapter, options.revision)  # that training starts from
+            settings = Settings.of(self.options, elsewhere=elsewhere, **{"weights": self.weights, **(more or {})})
+        settings = replace(settings, chosen=options.precision == "auto")
         super().__init__(settings, kind, self.options, accelerator)
 
     def load_tokenizer(self, *, ends: bool = True) -> Any:

@@ -25,6 +25,7 @@ from ple_train.engine.output import LOGPS
 from ple_train.measure.perplexity import negative_log_likelihoods
 from ple_train.model import batches
 from ple_train.model.policy import Policy
+from ple_train.model.shard import in_parts, in_step
 from ple_train.snapshot import SnapshotShard
 from schemas import tables
 from schemas.errors import DamagedError, NewerError, UsageError
@@ -64,9 +65,10 @@ class StartLogps:
         """
         mine = shards[accelerator.process_index :: accelerator.num_processes]  # whatever others have written meanwhile
         mine = [part for part in mine if not self.path(part.store, part.shard).exists()]
-        if mine:
+        if mine or in_parts(policy):
             total = sum(part.shard.rows for part in mine)
-            with Progress("the start policy's log-probabilities", total, "pairs") as progress, policy.as_start_policy():
+            progressing = Progress("the start policy's log-probabilities", total, "pairs")
+            with progressing as progress, policy.as_start_policy(), in_step(policy):
                 for part in mine:
                     path = self.path(part.store, part.shard)
                     refuse_outside(part.store if path.is_relative_to(part.store) else self.spare, path)

@@ -6,8 +6,9 @@ It never reads training rows and never runs an optimizer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from ple_data.common.models import check_adapter, check_model, positions_of
 from ple_train.log import print_to_log
 from ple_train.loss import reverse_kl, token_entropies, token_logps
 from ple_train.model import attention as packed
-from ple_train.model import probe
+from ple_train.model import probe, shard
 from ple_train.model.batches import Layout, Sequence, Tokens, collate_packed, collate_padded, collate_shared
 from ple_train.model.lora import fuse
 from ple_train.model.norms import fuse_norms
@@ -63,12 +64,18 @@ class Policy(nn.Module):
         """The sequences as tensors, in the layout that `prepare` found this model's attention to keep."""
         return COLLATE[self.layout](sequences, self.device)
 
-    def forward(self, tokens: Tokens, teacher: Tensor | None = None, *, entropies: bool = False) -> Any:
+    def forward(
+        self, tokens: Tokens | Callable[[], Any], teacher: Tensor | None = None, *, entropies: bool = False
+    ) -> Any:
         """Log-probability of each response token, [n] in nats, in the order of `tokens.targets`.
+
+        A function instead of tokens is called where the weights are together: what it gives.
 
         teacher [n, d]: `predicting` states of another policy at these tokens; then the reverse KL to it at each, [n].
         entropies: give those of the distributions that the tokens were drawn from as well, [n] in nats.
         """
+        if callable(tokens):
+            return tokens()
         states, head = self.predicting(tokens), self._base[0].get_output_embeddings()
         how: dict[str, Any] = {"bias": getattr(head, "bias", None), "scale": self.scale, "softcap": self.softcap}
         if teacher is not None:
@@ -94,6 +101,7 @@ class Policy(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that training changes, by name."""
+        shard.take_apart(self)
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def prepare(self, attention: str, precision: str = "float32") -> None:
@@ -148,13 +156,17 @@ class Policy(nn.Module):
         precision = "bf16" if torch.is_autocast_enabled(self.device.type) else "float32"
         for sequence in sequences:
             ids = torch.from_numpy(sequence.ids).long().to(self.device)
-            whole, start = (self.model(input_ids=part[None], use_cache=False).logits[0] for part in (ids, ids[:-1]))
+            whole, start = (self(partial(self._logits, part)) for part in (ids, ids[:-1]))
             logps = whole.float().log_softmax(-1)
             if not probe.agree(start.float().log_softmax(-1), logps[:-1], precision):
                 raise ValueError("its tokens see those to come")
             targets = ids[sequence.prompt :]
             found.append(logps[sequence.prompt - 1 : -1].gather(1, targets[:, None]).squeeze(1))
         return torch.cat(found)
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.model(input_ids=ids[None], use_cache=False).logits[0]
+        return found
 
     @property
     def _window(self) -> int | None:
@@ -196,12 +208,19 @@ def load_policy(
     Raises UsageError for a directory that holds no model, or an adapter that does not fit it.
     """
     options = options or Trainable()
-    causal = load_trainable(model, options, adapter=adapter, revision=revision, precision=precision, seed=seed)
+    in_parts = options.shard and shard.is_shared()
+    how: dict[str, Any] = {"adapter": adapter, "revision": revision, "precision": precision, "seed": seed}
+    causal = load_trainable(model, options, in_parts=in_parts, **how)
     fuse(causal)
-    policy = Policy(causal).to(default_device())  # what peft left on the host
+    policy = Policy(causal)
+    if in_parts:
+        shard.share(policy, shard.layers_of(policy._base[0]), model, revision)
+    else:
+        policy = policy.to(default_device())  # what peft left on the host
     if policy.device.type == "cuda":  # on a CPU it is not faster, and would round otherwise
         fuse_norms(causal)
     policy.prepare(options.attention, resolve_precision(precision))
+    shard.take_apart(policy)
     return policy
 
 
@@ -213,17 +232,22 @@ def load_trainable(
     revision: str | None = None,
     precision: str = "auto",
     seed: int = 0,
+    in_parts: bool = False,
 ) -> Any:
     """The model to train: with a fresh LoRA adapter on all linear modules, with `adapter` to go on from, or whole.
 
     Weights are held in float32 when they are trained or when precision is float32, else in bfloat16. Dropout is off.
-    Raises UsageError for a directory that holds no model, or an adapter that does not fit it.
+    in_parts: frozen weights have no memory yet (`shard.share` reads them). Raises UsageError for a directory that holds
+    no model, or an adapter that does not fit it.
     """
     if adapter:
         check_adapter(adapter, model)
     full = isinstance(options, Trainable) and options.full
     frozen_bf16 = resolve_precision(precision) == "bf16" and not full
-    causal = load_causal_lm(model, revision, torch.bfloat16 if frozen_bf16 else torch.float32)
+    if in_parts and full and adapter:
+        raise UsageError("--shard --full goes on from a whole model: give that as --model, without --adapter")
+    dtype = torch.bfloat16 if frozen_bf16 else torch.float32
+    causal = shard.empty_causal_lm(model, revision, dtype) if in_parts else load_causal_lm(model, revision, dtype)
     if isinstance(options, Trainable) and options.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if full and adapter:

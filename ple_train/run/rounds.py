@@ -12,7 +12,8 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ple_data.common.secrets import public
 from ple_data.rewards import recorded_spec
 from ple_train.run.child import GRACE_SECONDS, run_child
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
+from ple_train.run.serve import Server
 from schemas.errors import DamagedError, PleError, UsageError
 from schemas.files import locked, refuse_outside, write_atomic
 from schemas.options import Baseline, Dpo, Gen, Reward, Score, Sft, Train, about, flag
@@ -50,6 +52,8 @@ class Stage:
     name: str
     round: int | None
     command: tuple[str, ...]
+    launch: tuple[str, ...] = ()  # what starts it, such as torchrun
+    where: tuple[str, ...] = ()  # further words, of this start alone
 
     @property
     def title(self) -> str:
@@ -63,7 +67,7 @@ class Stage:
 
     @property
     def shell_line(self) -> str:
-        return shlex.join(self.recorded)
+        return shlex.join([*self.launch, *self.recorded])
 
     @property
     def output(self) -> Path | None:
@@ -119,7 +123,7 @@ def run(recipe: Recipe) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     refuse_outside(directory, directory / ".ple")
     lock = locked(directory / ".ple" / "run.lock", str(directory), patience=GRACE_SECONDS + 5)
-    with lock as held, GpuWatch() as gpus:
+    with lock as held, GpuWatch() as gpus, _server(recipe) as server:
         _freeze(recipe, stages, directory)
         for number, stage in enumerate(stages, start=1):
             records = _load_records(directory)
@@ -128,7 +132,21 @@ def run(recipe: Recipe) -> None:
                 say(f"{place}: done before")
             else:
                 say(f"{place}: {stage.shell_line}")
+                if server and stage.name == "gen":
+                    stage = replace(stage, where=("--endpoint", server.address()))
+                elif server and stage.name in ("train", "baseline"):
+                    server.rest()
                 say(f"{place}: {_run_stage(stage, directory, records, held, gpus)}")
+
+
+def _server(recipe: Recipe) -> AbstractContextManager[Server | None]:
+    if recipe.gen.server is None:
+        return nullcontext()
+    run = Path(recipe.run_dir)
+    how, model = recipe.gen.server, recipe.model if recipe.sft is None else str(run / "sft")
+    if recipe.revision and recipe.sft is None:
+        how = how.model_copy(update={"command": [*how.command, "--revision", recipe.revision]})
+    return Server(how, model, run / "server.log")
 
 
 def _run_stage(stage: Stage, directory: Path, records: list[StageRecord], lock: int, gpus: GpuWatch) -> str:
@@ -145,7 +163,7 @@ def _run_stage(stage: Stage, directory: Path, records: list[StageRecord], lock: 
     start = time.monotonic()
     found: dict[str, Any] = {}
     try:
-        ended = run_child(stage.command, keep_open=[lock])
+        ended = run_child([*stage.launch, *stage.command, *stage.where], keep_open=[lock])
         found = {"exit_code": ended.code, "memory_bytes": ended.memory}
     except KeyboardInterrupt:
         found = {"exit_code": 130, "memory_bytes": 0}
@@ -194,9 +212,15 @@ def _stage(name: str, t: int | None, options: BaseModel, given: dict[str, Any]) 
     own = {
         key: getattr(options, key)
         for key, field in type(options).model_fields.items()
-        if key not in ("command", "method") and getattr(options, key) != field.get_default(call_default_factory=True)
+        if key not in ("command", "method", "server", "launch")
+        and getattr(options, key) != field.get_default(call_default_factory=True)
     }
-    return Stage(name, t, (find_program(program), *first_words, *_words(own), *_words(given)))
+    starter, *its_words = getattr(options, "launch", None) or [""]
+    launch = (find_program(starter), *its_words) if starter else ()
+    found = find_program(program)
+    if launch:
+        found = shutil.which(found) or found  # torchrun takes a file
+    return Stage(name, t, (found, *first_words, *_words(own), *_words(given)), launch)
 
 
 def _words(options: dict[str, Any]) -> list[str]:
@@ -225,9 +249,11 @@ def find_program(program: str) -> str:
 
 
 def _refuse_missing_programs(stages: list[Stage]) -> None:
-    missing = {stage.name: stage.command[0] for stage in stages if shutil.which(stage.command[0]) is None}
+    programs = [(f"{stage.name}.command", stage.command[0]) for stage in stages]
+    programs += [(f"{stage.name}.launch", stage.launch[0]) for stage in stages if stage.launch]
+    missing = {key: program for key, program in programs if shutil.which(program) is None}
     if missing:
-        named = ", ".join(f"{name}.command: {program}" for name, program in missing.items())
+        named = ", ".join(f"{key}: {program}" for key, program in missing.items())
         raise UsageError(f"there is no such program: {named}; give its path in the recipe, e.g. .venv/bin/ple-gen")
 
 

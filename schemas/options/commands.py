@@ -19,7 +19,7 @@ class Stores(Options):
     round: int = option(MISSING, "Round T, counted from 0.", least=0)
 
 
-class Gen(Policy, Asked, Rewards):
+class Gen(Policy, Asked, Spread, Rewards):
     queries: str = option(MISSING, HUB_OR_FILE, place=True)
     principles: str | None = option(MISSING, "hh, imdb or tldr (the paper's), a text file, or none (an ablation).")
     principle_form: PrincipleForm = option(
@@ -46,7 +46,7 @@ class Gen(Policy, Asked, Rewards):
     )
 
 
-class Score(Rewards):
+class Score(Spread, Rewards):
     data: Path = option(MISSING, "Folder of the responses.", machine=True)
     reward_model: str = option(
         MISSING,

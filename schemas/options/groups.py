@@ -13,8 +13,8 @@ PrincipleForm = Literal["add", "replace"]
 Reader = Literal["auto", "hh", "imdb", "tldr"]
 Join = Literal["auto", "text", "pair", "chat"]
 Without = Literal["rank", "wsft"]
-EngineName = Literal["vllm", "hf"]
-ENGINES: dict[EngineName, str] = {"vllm": "vllm", "hf": "transformers"}
+EngineName = Literal["vllm", "hf", "server"]
+ENGINES: dict[EngineName, str] = {"vllm": "vllm", "hf": "transformers", "server": "httpx"}
 """Modules of `ple_data.engines` and the package that each needs; the first whose package is there is the default."""
 RESPONSES, QUERIES, MODEL = "Sampling", "Queries", "Model"
 REWARD, METHOD, TRAINING, MACHINE = "Reward model", "Method", "Training", "Machine"
@@ -82,12 +82,34 @@ class Sampling(Options):
 
 
 class Engine(Options):
-    engine: EngineName | None = option(None, "Default: vllm where it is installed, else hf.", ENGINE)
+    engine: EngineName | None = option(
+        None, "Default: vllm where it is installed, else hf; server where --endpoint is given.", ENGINE
+    )
+    endpoint: tuple[str, ...] = option(
+        (),
+        "Address of a running vLLM server (http://host:8000) that samples; may be repeated.",
+        ENGINE,
+        machine=True,
+    )
     engine_arg: tuple[str, ...] = option(
         (), "Pass an option to the engine, e.g. tensor_parallel_size=2; may be repeated.", ENGINE, metavar="NAME=VALUE"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Number type of the weights; auto: bfloat16 where the device computes in it, never float16.", ENGINE
+    )
+
+
+class Spread(Options):
+    """Where work is done that several machines or GPUs share."""
+
+    workers: int | None = option(
+        None, "Work on N workers of Ray, each with its own GPU where there are some.", MACHINE, least=1, machine=True
+    )
+    ray: str | None = option(
+        None,
+        "Address of a cluster of Ray (auto, host:port); else RAY_ADDRESS, else this machine.",
+        MACHINE,
+        machine=True,
     )
 
 
@@ -125,6 +147,9 @@ class Trainable(Lora):
         machine=True,
     )
     gradient_checkpointing: bool = option(False, "Less memory, more time.", MACHINE, machine=True)
+    shard: bool = option(
+        False, "Under torchrun: each process holds a part of every weight, not the whole model.", MACHINE, machine=True
+    )
 
 
 class Steps(Options):

@@ -111,7 +111,7 @@ def test_a_section_without_results_is_said_to_have_none(tmp_path: Path) -> None:
 def test_unknown_section_is_refused(tmp_path: Path) -> None:
     ended = measure(tmp_path, "--only", "x")
     assert ended.returncode == 2
-    assert "'x' is none of a, b, c, d, e, f" in ended.stderr
+    assert "'x' is none of a, b, c, d, e, g, f" in ended.stderr
 
 
 def test_results_keep_a_traceback_and_go_on(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ple_data.common.settings import Settings
 from ple_data.storage.store import Store
 from ple_train import train as training
 from ple_train.engine import loop
-from ple_train.engine.checkpoint import Checkpoints
+from ple_train.engine.checkpoint import Checkpoints, training_state
 from ple_train.model import lora
 from ple_train.model.batches import micro_batches
 from ple_train.model.policy import load_policy
@@ -418,7 +418,7 @@ def test_another_commands_checkpoint_is_refused(run, policy, tmp_path):
     other = Checkpoints(tmp_path / "theirs", Settings(Sft, settings.values))
     model = torch.nn.Linear(2, 2)
     named, optimizer = dict(model.named_parameters()), torch.optim.AdamW(model.parameters())
-    other.save(3, named, optimizer, [{"step": 3}])
+    other.save(3, *training_state(named, optimizer), [{"step": 3}])
     with pytest.raises(UsageError, match=r"is another command's \(Sft\)"):
         Checkpoints(tmp_path / "theirs", settings).restore(named, optimizer)
 

@@ -63,7 +63,7 @@ def test_the_recipe_has_the_options_of_the_stages_command_and_its_defaults(stage
     of_methods = {"beta": Dpo, "via": Dpo, "on_policy": options.ContextDistillation} if stage == "baseline" else {}
     own |= {name: kind.__dataclass_fields__[name] for name, kind in of_methods.items()}
     for name, field in STAGES[stage].model_fields.items():
-        if name in ("command", "method") or field.is_required():
+        if name in ("command", "method", "launch", "server") or field.is_required():
             continue
         known = own[name]
         found = field.get_default(call_default_factory=True)

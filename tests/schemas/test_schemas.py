@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from schemas import files, tables
 from schemas.errors import DamagedError, LockedError, NewerError, PleError, UsageError
+from schemas.holders import this_process
 from schemas.recipe import load_recipe
 from schemas.records import Commit, RoundManifest, read_record
 from tests.conftest import FIXTURES, ROOT
@@ -226,10 +227,11 @@ def test_write_atomic_replaces_and_makes_directories(tmp_path):
 
 
 def test_write_atomic_removes_what_a_killed_writer_of_the_same_file_left(tmp_path):
-    for name in (".b.txt.0123.tmp", ".other.txt.0123.tmp"):
-        (tmp_path / name).write_text("half")
+    dead = f"{this_process().machine}-999999999-1-{'0' * 32}.tmp"
+    for name in ("b.txt", "other.txt"):
+        (tmp_path / f".{name}.{dead}").write_text("half")
     files.write_atomic(tmp_path / "b.txt", "whole")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.txt.0123.tmp", "b.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".other.txt.{dead}", "b.txt"]
 
 
 def test_write_new_and_link_new_never_overwrite(tmp_path):

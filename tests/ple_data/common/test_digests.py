@@ -1,13 +1,25 @@
 """Digests: the same files have the same name wherever they are, and any change of content another one."""
 
+import os
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ple_data.common.digests import digests_of, ids_digest, json_digest, model_digest, policy_name, text_digest
+from ple_data.common import digests
+from ple_data.common.digests import (
+    digests_of,
+    ids_digest,
+    json_digest,
+    model_digest,
+    policy_name,
+    sha256_of_weights,
+    text_digest,
+)
+from schemas.files import sha256_file
 
 
 def test_text_and_json() -> None:
@@ -57,3 +69,57 @@ def test_a_hub_model_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
     assert policy_name("owner/model", revision="main") == "owner/model@0123456789ab"
     assert asked == [("owner/model", "main", False)]
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Counts how often the bytes of a file are read; every file counts as large."""
+    read = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(digests, "KEPT_FROM", 1)
+    monkeypatch.setattr(digests, "sha256_file", lambda path: read.append(path) or sha256_file(path))
+    return read
+
+
+def old(path: Path) -> Path:
+    """As if nobody had touched it for a minute; its inode's own time cannot be set."""
+    os.utime(path, ns=(time.time_ns() - 60 * 10**9,) * 2)
+    return path
+
+
+def test_the_hash_of_a_large_file_is_computed_once(tmp_path, kept, monkeypatch):
+    monkeypatch.setattr(digests, "SETTLED", -(10**9))  # its inode is as young as this test
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    expected = sha256_file(old(path))
+    assert [sha256_of_weights(path) for _ in range(3)] == [expected] * 3
+    assert len(kept) == 1
+    path.write_bytes(b"two")  # of the same size
+    assert sha256_of_weights(old(path)) == sha256_file(path) != expected
+    assert sha256_of_weights(path) == sha256_file(path)
+    assert len(kept) == 2
+    path.write_bytes(b"old")
+    replaced = old(path).stat()
+    other = old(tmp_path / "other") if (tmp_path / "other").write_bytes(b"new") else path
+    os.utime(other, ns=(replaced.st_mtime_ns,) * 2)
+    sha256_of_weights(path)
+    other.replace(path)  # of the same size and time
+    assert sha256_of_weights(path) == sha256_file(path)
+    (record,) = (tmp_path / "cache").rglob("*.json")
+    record.write_text("damaged")
+    assert sha256_of_weights(path) == sha256_file(path)
+
+
+def test_the_hash_of_a_file_that_was_just_written_is_not_relied_on(tmp_path, kept):
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    sha256_of_weights(path)
+    sha256_of_weights(path)
+    assert len(kept) == 2
+
+
+def test_without_a_place_for_them_hashes_are_computed_each_time(tmp_path, kept, monkeypatch):
+    (tmp_path / "cache").write_text("no folder")
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    assert sha256_of_weights(path) == sha256_file(path)

@@ -275,7 +275,7 @@ def test_choice_of_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_engine(None) == "hf"
     with pytest.raises(UsageError, match="--engine vllm needs the package vllm"):
         choose_engine("vllm")
-    with pytest.raises(UsageError, match="must be one of vllm, hf"):
+    with pytest.raises(UsageError, match="must be one of vllm, hf, server"):
         choose_engine("tgi")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert choose_engine(None) == "vllm"

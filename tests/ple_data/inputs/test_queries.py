@@ -1,5 +1,6 @@
 """Queries: every source and reader, the filter with its counts, and errors that name the rows."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ple_data.inputs.chat import to_messages, to_text
-from ple_data.inputs.principles import load_principle
+from ple_data.inputs.principles import Form
 from ple_data.inputs.queries import Query, load_queries
-from ple_data.sampling.plan import default_unit_size, make_prompts, make_units
+from ple_data.sampling.plan import Taken, default_unit_size
 from schemas.errors import UsageError
 from schemas.files import sha256_file
 from schemas.options import Queries, Reading
@@ -200,68 +201,60 @@ def test_missing_file_directory_and_split_of_a_file(tmp_path: Path) -> None:
         load_queries(path, Reading(query_column="post"))
 
 
-def test_over_long_queries_are_dropped_and_counted() -> None:
-    tokenizer = tiny.tiny_tokenizer()
-    lengths = [len(tokenizer(text).input_ids) for text in ("a b", "a b c d e f", "a")]
-    queries = [Query("1", "a b"), Query("2", "a b c d e f"), Query("3", "a")]
-    prompts, counts = make_prompts(tokenizer, queries, load_principle("hh"), Queries(max_query_tokens=lengths[0]))
-    assert [prompt.query.id for prompt in prompts] == ["1", "3"]
-    assert [len(prompt.x_ids) for prompt in prompts] == [lengths[0], lengths[2]]
-    assert counts == {"queries_read": 3, "queries_looked_at": 3, "queries_too_long": 1, "queries_taken": 2}
+def taken(tmp_path: Path, xs: list[str], seed: int = 0, **options: Any) -> Taken:
+    queries = load_queries(write(tmp_path / "q.jsonl", [{"id": n, "x": x} for n, x in enumerate(xs)]))
+    return Taken(tiny.tiny_tokenizer(), queries, Queries(**{"max_query_tokens": 99, **options}), Form(), seed)
 
 
-def test_skip_limit_and_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with fewer queries rendered at once than there are, which must change nothing."""
-    tokenizer, principle = tiny.tiny_tokenizer(), load_principle("hh")
-    queries = [Query(str(i), f"query {i}") for i in range(10)]
+def test_over_long_queries_are_dropped_and_counted(tmp_path: Path) -> None:
+    longest = len(tiny.tiny_tokenizer()("a b").input_ids)
+    found = taken(tmp_path, ["a b", "a b c d e f", "a"], max_query_tokens=longest)
+    assert list(found.find(0, 5)) == [0, 2]
+    assert found.counts == {"queries_read": 3, "queries_looked_at": 3, "queries_too_long": 1, "queries_taken": 2}
+
+
+def test_skip_limit_and_shuffle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with fewer queries rendered, or asked for, at once than there are, which must change nothing."""
+    xs = [f"query {i}" for i in range(10)]
 
     def ids(seed: int = 0, **options: Any) -> list[int]:
-        taken = []
+        orders = []
         for at_once in (1, 3, 1000):
             monkeypatch.setattr("ple_data.sampling.plan.RENDERED_AT_ONCE", at_once)
-            prompts, _ = make_prompts(tokenizer, queries, principle, Queries(max_query_tokens=99, **options), seed)
-            taken.append([int(prompt.query.id) for prompt in prompts])
-        assert taken[0] == taken[1] == taken[2]
-        return taken[0]
+            orders.append(list(taken(tmp_path, xs, seed, **options).find(0, 1000)))
+            found, slow = taken(tmp_path, xs, seed, **options), []
+            while part := list(found.find(len(slow), len(slow) + 2)):
+                slow += part
+            orders.append(slow)
+            assert found.complete
+            assert len(found) == found.most == len(slow)
+        assert all(order == orders[0] for order in orders)
+        return orders[0]
 
     assert ids() == list(range(10))
     assert ids(skip=7) == [7, 8, 9]
+    assert ids(skip=23) == [3, 4, 5, 6, 7, 8, 9]
     assert ids(skip=8, limit=4) == [8, 9, 0, 1]
     assert ids(skip=23, limit=2) == [3, 4]
     assert ids(limit=99) == list(range(10))
     shuffled = ids(1, shuffle=True)
-    assert shuffled != list(range(10))
-    assert sorted(shuffled) == list(range(10))
+    assert shuffled == sorted(range(10), key=lambda i: hashlib.sha256(f"1/{i}".encode()).digest())
     assert ids(1, shuffle=True) == shuffled != ids(2, shuffle=True)
     rounds = [ids(1, shuffle=True, skip=4 * t, limit=4) for t in range(2)]
     assert not set(rounds[0]) & set(rounds[1])
 
 
-def test_a_limit_renders_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_renders_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ple_data.sampling.plan.RENDERED_AT_ONCE", 4)
-    queries = [Query(str(i), f"query {i}") for i in range(100)]
-    _, counts = make_prompts(
-        tiny.tiny_tokenizer(), queries, load_principle("hh"), Queries(max_query_tokens=99, skip=3, limit=2)
-    )
-    assert counts == {"queries_read": 100, "queries_looked_at": 8, "queries_too_long": 0, "queries_taken": 2}
+    found = taken(tmp_path, [f"query {i}" for i in range(100)], skip=3, limit=2)
+    found.find(0, 1000)
+    assert found.counts == {"queries_read": 100, "queries_looked_at": 8, "queries_too_long": 0, "queries_taken": 2}
 
 
 def test_a_round_has_about_64_units_of_64_to_2048_queries() -> None:
     counts = [1, 64, 4096, 4097, 50_000, 10**6]
     assert [default_unit_size(count) for count in counts] == [64, 64, 64, 65, 782, 2048]
     assert default_unit_size(50_000, RoundManifest(round=0, settings={"unit_size": 64})) == 64
-
-
-def test_unit_ids_follow_content_and_not_what_comes_after() -> None:
-    """A unit's id changes with its own queries or the round's identity, and with nothing else."""
-    tokenizer = tiny.tiny_tokenizer()
-    queries = [Query(str(i), f"query {i}") for i in range(5)]
-    prompts, _ = make_prompts(tokenizer, queries, load_principle("hh"), Queries(max_query_tokens=99))
-    units = make_units(prompts, 1, 2, {"seed": 0})
-    assert [len(unit.rows) for unit in units] == [2, 2, 1]
-    assert [unit.id[:6] for unit in units] == ["00000-", "00001-", "00002-"]
-    assert make_units(prompts[:3], 1, 2, {"seed": 0})[0].id == units[0].id
-    assert make_units(prompts, 1, 2, {"seed": 1})[0].id != units[0].id
 
 
 @pytest.mark.parametrize(

@@ -774,7 +774,7 @@ def test_each_finished_batch_of_an_http_reward_model_is_kept(tmp_path, monkeypat
             raise PleError("the server is gone")
         return httpx.Response(200, json={"scores": [float(len(y)) for y in ys]})
 
-    monkeypatch.setattr("ple_data.rewards.endpoint.post_json", post)
+    monkeypatch.setattr("ple_data.rewards.endpoint.ask_json", post)
     queries = [(f"x{n}", f"a{n}", "bad" if n == 40 else f"b{n}") for n in range(60)]
     a, b = sources(tmp_path, queries)
     with pytest.raises(PleError, match="the server is gone"):

@@ -5,15 +5,10 @@ token counts against the model's own tokenizer, resume, and refusals as vLLM wor
 """
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from ple_data.common.models import load_tokenizer
@@ -24,10 +19,9 @@ from schemas.errors import UsageError
 from schemas.records import read_record
 from schemas.reports import JudgeReport
 from tests.judgeserver import judge
+from tests.vllmserver import VllmServer
 
 pytestmark = pytest.mark.vllm
-START = 500
-"""Seconds that the server may take to start."""
 SHORT = {"max_completion_tokens": 24, "temperature": 1.0}
 QUERIES = 6
 
@@ -35,40 +29,14 @@ QUERIES = 6
 @pytest.fixture(scope="module")
 def endpoint(vllm_python: str, chat_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server that is up; it and its workers end with the module."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("vllm") / "log"
-    words = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(chat_policy), "--served-model-name", "tiny"]
-    words += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32"]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [vllm_python, *words], stdout=output, stderr=output, env=environment, start_new_session=True
-        )
+    server = VllmServer(vllm_python, log, "--model", str(chat_policy), "--served-model-name", "tiny")
     try:
-        wait_for(server, f"http://127.0.0.1:{port}/health", log)
-        yield f"http://127.0.0.1:{port}/v1"
+        server.start()
+        server.wait()
+        yield f"{server.address}/v1"
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-
-def wait_for(server: subprocess.Popen, address: str, log: Path) -> None:
-    until = time.monotonic() + START
-    while time.monotonic() < until:
-        assert server.poll() is None, log.read_text(errors="replace")[-3000:]
-        try:
-            if httpx.get(address, trust_env=False).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    pytest.fail(f"the server did not start in {START} s: {log.read_text(errors='replace')[-3000:]}")
+        server.kill(signal.SIGTERM)
 
 
 @pytest.fixture

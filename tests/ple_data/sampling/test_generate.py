@@ -18,8 +18,8 @@ from typing import Any
 import polars as pl
 import pytest
 
+from ple_data.common.watchdog import Watchdog
 from ple_data.engines import Completion, Request, Sampling
-from ple_data.engines.watchdog import Watchdog
 from ple_data.inputs.principles import load_principle
 from ple_data.sampling import generate as stage
 from ple_data.sampling.generate import GenerateSummary, generate
@@ -341,14 +341,23 @@ def test_waits_for_a_unit_that_another_process_holds(
 
 
 def test_two_processes_share_a_round(policy: Path, tmp_path: Path, rows: Any) -> None:
+    """By way of two paths, and where flock does nothing, as between two mounts of one file system."""
+    no_locks = tmp_path / "no-locks"
+    no_locks.mkdir()
+    (no_locks / "sitecustomize.py").write_text("import fcntl\nfcntl.flock = lambda *_: None\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "mount").symlink_to("data")
     queries = tmp_path / "q.jsonl"
     queries.write_text("".join(json.dumps({"x": x}) + "\n" for x in tiny.corpus()))  # six units
     command = [
         sys.executable, "-m", "cli", "gen", "--model", str(policy), "--queries", str(queries), "--principles", "imdb",
-        "--data", str(tmp_path / "data"), "--round", "0", "--engine", "hf", "--max-new-tokens", "20",
+        "--round", "0", "--engine", "hf", "--max-new-tokens", "20", "--data",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pair = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{no_locks}:{ROOT}"}
+    pair = [
+        subprocess.Popen([*command, tmp_path / way], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+        for way in ("data", "mount")
+    ]
     logs = [process.communicate(timeout=300)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], logs
     table = rows()
@@ -496,6 +505,11 @@ class Vllm:
                     continue
         return found
 
+    def engine(self) -> int:
+        """The process id of the engine's own process."""
+        (pid,) = [pid for pid, command in self.alive().items() if "EngineCore" in command]
+        return pid
+
     def wait_until(self, ready: Any, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not ready():
@@ -517,11 +531,13 @@ class Vllm:
 def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
     vllm_python: str, policy: Path, tmp_path: Path, rows: Any
 ) -> None:
-    """kill -9 and Ctrl-C in the middle, then the same command to its end; with an adapter of ple-train."""
+    """kill -9, Ctrl-C and the engine's own process killed (vLLM itself would wait for it for ever), each in the middle,
+    then the same command to its end; with an adapter of ple-train.
+    """
     adapter, pairs = tmp_path / "adapter", write_pairs(tmp_path / "pairs", rounds=1)
     train(Train(model=str(policy), data=[pairs], round=0, output=adapter, learning_rate=1e-2))
     queries = tmp_path / "q.jsonl"
-    texts = [f"{a} {b}" for a in tiny.corpus()[:10] for b in tiny.corpus()[:8]]
+    texts = [f"{a} {b}" for a in tiny.corpus()[:10] for b in tiny.corpus()[:10]]
     queries.write_text("".join(json.dumps({"id": f"q{at}", "x": x}) + "\n" for at, x in enumerate(texts)))
     arguments = [
         "--model", str(policy), "--adapter", str(adapter), "--queries", str(queries), "--principles", "imdb", "--data",
@@ -534,16 +550,21 @@ def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
     def committed() -> list[str]:
         return [shard.unit for shard in store.shards("responses")]
 
-    for number, how in enumerate((signal.SIGKILL, signal.SIGINT)):
+    for code in (-signal.SIGKILL, 130, 1):
         before = committed()
-        middle = Vllm(vllm_python, eager, tmp_path / f"log{number}")
+        middle = Vllm(vllm_python, eager, tmp_path / f"log{code}")
         middle.wait_until(lambda seen=before: len(committed()) > len(seen))
-        middle.process.send_signal(how)
-        assert middle.process.wait(timeout=60) == (130 if how == signal.SIGINT else -signal.SIGKILL)
+        if code == 1:
+            os.kill(middle.engine(), signal.SIGKILL)
+        else:
+            middle.process.send_signal(signal.SIGINT if code == 130 else signal.SIGKILL)
+        assert middle.process.wait(timeout=60) == code
         middle.assert_gone()
+        died = middle.log.read_text().splitlines()[-1].startswith("error: the vLLM engine died (its own messages are")
+        assert died == (code == 1)
         assert set(before) < set(committed())
-    assert len(committed()) < 10, "all was done before it could be interrupted: give it more to do"
-    last = Vllm(vllm_python, arguments, tmp_path / "log2")
+    assert len(committed()) * 8 < len(texts), "all was done before it could be interrupted: give it more to do"
+    last = Vllm(vllm_python, arguments, tmp_path / "log")
     stdout, _ = last.process.communicate(timeout=300)
     assert last.process.returncode == 0, last.log.read_text()
     assert stdout == b""
@@ -579,7 +600,7 @@ def test_watchdog_ends_what_its_owner_leaves(tmp_path: Path) -> None:
     """The owner is killed with -9; its child, which ignores signals and renamed nothing, must go."""
     program = (
         "import subprocess, sys, time\n"
-        "from ple_data.engines.watchdog import Watchdog\n"
+        "from ple_data.common.watchdog import Watchdog\n"
         "Watchdog()\n"
         "code = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'\n"
         "child = subprocess.Popen([sys.executable, '-c', code], start_new_session=True)\n"
@@ -627,3 +648,25 @@ def test_other_queries_are_named_and_the_way_to_add_some_is_said(
     message = rf"queries: 21 of {more}, there 20 of {queries}; with more queries, give another --data and --reuse"
     with pytest.raises(UsageError, match=message):
         run(queries=str(more))
+
+
+def test_a_round_that_is_planned_while_it_is_sampled_is_the_same(
+    run: Any, rows: Any, tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    fake(window=2)
+    run(unit_size=2, shuffle=True)
+    counts = Store(tmp_path / "data").load_manifest(0).counts
+    for room in ("plan", "generate"):
+        monkeypatch.setattr(f"ple_data.sampling.{room}.AHEAD", 3)
+    monkeypatch.setattr("ple_data.sampling.plan.RENDERED_AT_ONCE", 2)
+    fake(fail_after=18, window=2)
+    with pytest.raises(PleError, match="died"):
+        run("other", unit_size=2, shuffle=True)
+    assert "so far, the others as they come" in capsys.readouterr().err
+    assert Store(tmp_path / "other").load_manifest(0).rows is None
+    fake(window=2)
+    summary = run("other", unit_size=2, shuffle=True)
+    assert summary.rows_done_before > 0
+    assert summary.rows == 20 == summary.rows_done_before + summary.rows_sampled
+    assert rows("other").equals(rows())
+    assert Store(tmp_path / "other").load_manifest(0).counts == counts == summary.counts

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ple_data.common.digests import text_digest
-from ple_data.rewards import load_reward_model
+from ple_data.rewards import RewardModel, load_reward_model
 from ple_data.scoring.score import ScoreCounts, score
 from ple_data.storage.store import Store, Waits
 from ple_data.storage.verify import verify
@@ -26,7 +26,7 @@ from schemas.tables import RESPONSES
 from tests.conftest import ROOT
 
 
-class Words:
+class Words(RewardModel):
     """A reward model for tests: the words of y, and a record of what it was asked."""
 
     truncated = 0
@@ -37,9 +37,9 @@ class Words:
         self.asked: list[tuple[str, str]] = []
         self._reward = reward or (lambda x, y: float(len(y.split())))
 
-    def score(self, rows: Sequence[tuple[str, str]]) -> list[float]:
+    def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
         self.asked += rows
-        return [self._reward(x, y) for x, y in rows]
+        yield [(row, self._reward(x, y)) for row, (x, y) in enumerate(rows)]
 
 
 def commit_unit(store: Store, unit: int, *, round: int = 0, rows: int = 4, provenance: Mapping[str, str] = {}) -> str:

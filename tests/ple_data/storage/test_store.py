@@ -20,6 +20,7 @@ from ple_data.storage.store import OWNER, Store, collect
 from ple_data.storage.verify import Problem, verify
 from schemas import files, tables
 from schemas.errors import DamagedError, NewerError, PleError, UsageError
+from schemas.holders import this_process
 from schemas.records import RoundManifest
 from tests.conftest import FIXTURES, ROOT
 from tests.tables import table
@@ -156,7 +157,7 @@ CLAIM = """
 import os, signal, sys
 from ple_data.storage.store import OWNER, Store, collect
 with Store(sys.argv[1]).claim("pairs", 0, sys.argv[2]) as ours:
-    child = os.fork()  # inherits the open lock
+    child = os.fork()  # lives on
     if child == 0:
         signal.pause()
     print(ours, os.getpid(), child, flush=True)
@@ -210,7 +211,7 @@ def test_a_killed_holder_frees_the_unit(store):
 
 
 KILL = """
-import fcntl, os, signal, sys
+import os, signal, sys
 from pathlib import Path
 import pandas, pyarrow.acero  # what pyarrow imports when it is first used: once here, not in every child
 from ple_data.storage.store import OWNER, Store, collect
@@ -234,7 +235,6 @@ def make(root):
             fill(store)
 
 fork, waitpid = os.fork, os.waitpid
-fcntl.flock = deadly(fcntl.flock)
 for name in ("open", "fsync", "link", "unlink", "mkdir", "close", "pwrite"):
     setattr(os, name, deadly(getattr(os, name)))
 while True:
@@ -501,7 +501,7 @@ def test_what_verify_says_repairs_the_unit(store):
 def test_verify_tells_what_is_no_fault(store):
     fill(store, kind="responses")
     fill(store, 1)
-    leftover = store.root / ".ple" / "tmp" / "x.tmp"
+    leftover = store.root / ".ple" / "tmp" / f"x.{this_process().machine}-999999999-1-{'0' * 32}.tmp"
     leftover.write_bytes(b"half")
     said = [(p.severity, p.what) for p in verify(store)]
     assert said == [
@@ -565,7 +565,7 @@ def test_a_record_never_leads_to_another_place(store, tmp_path, name, value):
     assert files_of(tmp_path, ".") == before
 
 
-@pytest.mark.parametrize("folder", ["pairs", "pairs/round=000", ".ple", ".ple/commits", ".ple/tmp", ".ple/locks"])
+@pytest.mark.parametrize("folder", ["pairs", "pairs/round=000", ".ple", ".ple/commits", ".ple/tmp", ".ple/leases"])
 def test_a_folder_that_is_a_link_elsewhere_is_neither_read_nor_written(store, tmp_path, folder):
     fill(store)
     place = store.root / folder
@@ -593,16 +593,17 @@ def test_what_is_no_text_of_a_lock_is_none(tmp_path, text):
     assert (tmp_path / "lock").read_text() == text
 
 
-def test_a_file_in_place_of_a_lock_is_left_as_it_is(store, tmp_path):
+def test_a_file_in_place_of_a_lease_is_left_as_it_is(store, tmp_path):
     fill(store)
     kept = tmp_path / "kept.txt"
     kept.write_text("mine")
-    lock = store.root / ".ple" / "locks" / f"pairs-round=000-{UNIT}.lock"
-    for make in (lock.symlink_to, lock.hardlink_to):
+    lease = store.root / ".ple" / "leases" / f"pairs-round=000-{UNIT}.1"
+    for make in (lease.symlink_to, lease.hardlink_to, lambda _: lease.mkdir()):
         make(kept)
-        with pytest.raises(PleError, match=r"\.lock: "), store.claim("pairs", 0, UNIT):
+        with pytest.raises(PleError, match=r"\.1: "), store.claim("pairs", 0, UNIT):
             pass
-        lock.unlink()
+        assert lease.exists()
+        lease.rmdir() if lease.is_dir() else lease.unlink()
     assert kept.read_text() == "mine"
 
 
@@ -673,7 +674,7 @@ def test_units_that_come_to_a_finished_round_count_too(store):
 
 def test_a_round_that_is_finished_keeps_nothing_of_killed_writers(store):
     finished(store)
-    left = store.root / ".ple" / "tmp" / "00000-aa.json.0123.tmp"
+    left = store.root / ".ple" / "tmp" / f"00000-aa.json.{this_process().machine}-999999999-1-{'0' * 32}.tmp"
     left.write_text("{")
     store.finish("pairs", 0)
     assert not left.exists()
@@ -731,11 +732,12 @@ def test_what_the_system_says_is_no_damage(store, monkeypatch, number):
     readings = {
         "schemas.tables.pa.OSFile": lambda: store.read(shard),
         "pathlib.Path.read_bytes": lambda: store.shards("pairs"),
-        "fcntl.flock": lambda: store.claim("pairs", 0, UNIT).__enter__(),
+        "schemas.leases.os.link": lambda: store.claim("pairs", 5, UNIT).__enter__(),
     }
     for place, read in readings.items():
         with monkeypatch.context() as broken:
             broken.setattr(place, fails)
+            broken.setattr("ple_data.storage.store.read_quickly", lambda *_: [(store.record_paths("pairs")[0], None)])
             with pytest.raises(PleError, match=os.strerror(number)) as caught:
                 read()
         assert (caught.value.exit_code, UNIT in str(caught.value)) == (1, True)

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -38,6 +41,19 @@ def test_outputs_and_gradients_are_those_of_transformers(dtype):
     close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
     for found, expected in zip(answer_and_gradients(fused, x), answer_and_gradients(own, x), strict=True):
         torch.testing.assert_close(found, expected, **close)
+
+
+def test_a_norm_whose_weight_is_in_parts_is_found_and_keeps_it(tmp_path):
+    fused = norm(torch.float32)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store")), rank=0, world_size=1)
+    try:
+        kept = distribute_tensor(fused.weight.detach(), init_device_mesh("cpu", (1,)))
+        fused.weight = torch.nn.Parameter(kept)
+        fuse_norms(fused)
+        assert type(fused) is not LlamaRMSNorm
+        assert torch.equal(fused.weight.full_tensor(), norm(torch.float32).weight)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_one_number_type_in_and_out_under_autocast_too():

@@ -203,6 +203,21 @@ def test_missing_program_is_named_before_anything_starts(bench: Bench) -> None:
     assert not bench.run_dir.exists()
 
 
+def test_a_stage_is_started_by_its_launcher_which_changes_nothing_else(bench: Bench) -> None:
+    bench.values["train"]["launch"] = "env STARTED_BY=torchrun"
+    stage = rounds.plan(bench.recipe)[2]
+    assert stage.launch == ("env", "STARTED_BY=torchrun")
+    assert stage.shell_line.startswith("env STARTED_BY=torchrun /")
+    assert stage.command[0] == shutil.which(sys.executable)
+    rounds.run(bench.recipe)
+    bench.values["train"]["launch"] = ["env", "STARTED_BY=nobody"]
+    rounds.run(bench.recipe)  # what is done stays done
+    assert [call[0] for call in bench.calls()] == ["gen", "score", "train"] * 2
+    bench.values["train"]["launch"] = "no-such-launcher"
+    with pytest.raises(UsageError, match=r"train\.launch: no-such-launcher"):
+        rounds.run(bench.recipe)
+
+
 def test_run_records_every_stage_and_repeats_none(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
     rounds.run(bench.recipe)
     names = ["gen", "score", "train"] * 2
@@ -452,7 +467,7 @@ def test_recipe_reports_all_faults_at_once(tmp_path: Path) -> None:
         "model: missing",
         "queries: Input should be a valid string, not 5",
         "alpha: Input should be less than 1, not 1.0",
-        "gen.engine: Input should be 'vllm' or 'hf', not 'tgi'",
+        "gen.engine: Input should be 'vllm', 'hf' or 'server', not 'tgi'",
         "train.epochs: Input should be greater than or equal to 1, not 0",
         "train.learning-rate: unknown key; did you mean learning_rate?",
         "modle: unknown key; did you mean model?",

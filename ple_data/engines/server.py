@@ -1,0 +1,288 @@
+"""Engine `server`: models that run elsewhere behind vLLM's HTTP server. Token ids go there, token ids come back.
+
+A server is asked what it is before it is trusted: its model's name, its longest sequence, how it reads a text, and the
+log-probabilities after short ones, which every server of a round must give alike. One that was away is asked again. The
+key in PLE_ENGINE_API_KEY, if set, is sent as `Authorization: Bearer` and is never written or shown.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from ple_data.common import web
+from ple_data.common.digests import model_digest
+from ple_data.common.models import AdapterInfo
+from ple_data.common.web import RefusedError, ask_json
+from ple_data.engines import (
+    TOLERANCE,
+    Completion,
+    EngineSpec,
+    Probed,
+    Request,
+    Sampling,
+    cut_at_stop,
+    distance_of,
+    refuse_unknown,
+    response_text,
+)
+from schemas.errors import PleError, UsageError
+from schemas.json_text import parse_json
+
+if TYPE_CHECKING:
+    import httpx
+
+API_KEY_VARIABLE = "PLE_ENGINE_API_KEY"
+ARGUMENTS = {"concurrency": 256, "timeout": 600.0, "patience": 600.0}
+"""What --engine-arg may say: requests in flight at a server; seconds for one; seconds for which servers that are away
+are tried, a restart, say."""
+PAUSE = 2.0
+"""Seconds between two looks at servers that are all away."""
+PROBE = ("The", "The quick brown fox jumps over the lazy", "1 2 3 4 5 6 7", "I")
+"""Texts whose next token tells a policy: the log-probabilities of the likeliest."""
+LIKELIEST = 20
+PLAIN = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""All that a server would otherwise take from the model's own generation settings."""
+START_WITH = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-lora-rank"
+
+
+def check(engine_args: Mapping[str, Any], adapter: AdapterInfo | None) -> None:
+    """Refuse arguments that there are not, and addresses that are none."""
+    refuse_unknown(engine_args, [*ARGUMENTS, "endpoints"], "server")
+    if not engine_args.get("endpoints"):
+        raise UsageError("--engine server needs the address of a vLLM server: --endpoint http://host:8000")
+    for url in engine_args["endpoints"]:
+        web.checked_url(url, "--endpoint", API_KEY_VARIABLE)
+    web.key_from_environment(API_KEY_VARIABLE)
+
+
+def resolve_machine(dtype: str, engine_args: Mapping[str, Any]) -> tuple[str, str]:
+    """The servers, in words; the number type is theirs."""
+    if dtype != "auto":
+        raise UsageError(f"--dtype {dtype}: the number type is the server's own; leave it out")
+    return "its own type", f"{len(engine_args['endpoints'])} servers"
+
+
+class ServerEngine:
+    """Sends requests to the servers in turn, many at once. `probe`: what tells the policy (`engines.distance_of`)."""
+
+    def __init__(self, spec: EngineSpec, engine_args: Mapping[str, Any]) -> None:
+        """Find one that is there. Raises UsageError for one with another model, PleError where there is none."""
+        told = ARGUMENTS | dict(engine_args)
+        self._spec, self._patience, self._stop = spec, float(told["patience"]), threading.Event()
+        self._key = web.key_from_environment(API_KEY_VARIABLE)
+        self._client = web.open_client(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {}, timeout=float(told["timeout"])
+        )
+        self._name = spec.adapter and f"ple-{model_digest(spec.adapter.path)}"
+        self.probe: Probed | None = None
+        self._servers = [_Server(self, url) for url in told["endpoints"]]
+        self._turn = itertools.count()
+        self._in_flight = int(told["concurrency"]) * len(self._servers)
+        self._pool = ThreadPoolExecutor(self._in_flight, thread_name_prefix="server")
+        try:
+            self._when_there(self._servers, lambda server: None)
+        except BaseException:
+            self.close()
+            raise
+
+    def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
+        """Each request with its completion as it comes back. Raises PleError where no server answers any more."""
+        done: SimpleQueue[tuple[Request, Future[Completion]]] = SimpleQueue()
+        waiting, more = 0, True
+        while True:
+            while more and waiting < 2 * self._in_flight:
+                unit = next(units, None)
+                more = unit is not None
+                for request in unit or ():
+                    future = self._pool.submit(self._completion, request, sampling)
+                    future.add_done_callback(partial(_put, done, request))
+                    waiting += 1
+            if not waiting:
+                return
+            request, future = done.get()
+            waiting -= 1
+            yield request, future.result()
+
+    def close(self) -> None:
+        """Stop asking, and take the adapter off the servers."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for server in self._servers:
+            server.end()
+        self._client.close()
+
+    def _completion(self, request: Request, sampling: Sampling) -> Completion:
+        first = next(self._turn)
+        turn = [self._servers[(first + n) % len(self._servers)] for n in range(len(self._servers))]
+        body = PLAIN | {
+            "prompt": list(request.prompt_ids),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": request.seed,
+            "stop": list(sampling.stop) or None,
+            "stop_token_ids": list(self._spec.end_ids),
+            "logprobs": 0 if sampling.logprobs else None,
+            "return_token_ids": True,
+        }
+        return self._when_there(turn, lambda server: self._read(server, request, server.ask(body), sampling))
+
+    def _when_there(self, turn: Sequence[_Server], work: Any) -> Any:
+        """What `work` gives with the first server that is there; all are tried again while there is patience."""
+        deadline = time.monotonic() + self._patience
+        while True:
+            for server in turn:
+                try:
+                    server.make_sure()
+                    return work(server)
+                except (UsageError, RefusedError):
+                    raise
+                except PleError as error:
+                    if server.known:
+                        print(f"{error}: asking again for {self._patience:.0f} s", file=sys.stderr, flush=True)
+                    server.known, fault = False, error
+            if time.monotonic() > deadline or self._stop.wait(PAUSE):
+                raise fault
+
+    def _read(self, server: _Server, request: Request, answer: Any, sampling: Sampling) -> Completion:
+        try:
+            (choice,) = answer["choices"]
+            ids, finish = [int(token) for token in choice["token_ids"]], choice["finish_reason"]
+            logps = [float(logp) for logp in choice["logprobs"]["token_logprobs"]] if sampling.logprobs else None
+            if finish not in ("stop", "length") or (logps is not None and len(logps) != len(ids)):
+                raise ValueError(finish)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"{server.what} gave no token ids with their log-probabilities ({type(error).__name__}: {error}); it "
+                "must be vLLM 0.11 or later"
+            ) from error
+        text = cut_at_stop(response_text(self._spec, request.prompt_ids, ids), sampling.stop)
+        return Completion(ids, text, finish, logps)
+
+
+start = ServerEngine
+
+
+def _put(done: SimpleQueue[tuple[Request, Future[Completion]]], request: Request, future: Future[Completion]) -> None:
+    done.put((request, future))
+
+
+class _Server:
+    """One address, and what is known of the server there. It may be restarted at any time, and be another one then."""
+
+    def __init__(self, engine: ServerEngine, url: str) -> None:
+        self._engine, self._url = engine, web.checked_url(url, "--endpoint", API_KEY_VARIABLE)
+        self.what = f"the server at {web.shown_url(self._url)}"
+        self.known, self._model, self._lock = False, "", threading.Lock()
+
+    def ask(self, body: Mapping[str, Any], path: str = "v1/completions") -> Any:
+        """The answer to a request of the policy. Raises RefusedError, and PleError where the server is away."""
+        words = {"model": self._engine._name or self._model} if path == "v1/completions" else {}
+        return self._post(path, words | dict(body))
+
+    def make_sure(self) -> None:
+        """Look at a server that is not known, or was away: whether it holds the policy. Raises UsageError."""
+        with self._lock:
+            if not self.known:
+                self._look()
+                self.known = True
+
+    def end(self) -> None:
+        """Take the adapter off, where the server is there."""
+        if self.known and self._engine._name:
+            try:
+                self._post("v1/unload_lora_adapter", {"lora_name": self._engine._name}, tries=1)
+            except PleError:
+                return
+
+    def _look(self) -> None:
+        spec = self._engine._spec
+        base = next((model for model in self._models() if not model.get("parent")), None)
+        if base is None:
+            raise UsageError(f"{self.what} serves no model")
+        root, self._model = str(base.get("root") or base["id"]), str(base["id"])
+        if not same_model(root, spec.model):
+            raise UsageError(f"{self.what} serves {root}, and --model is {spec.model}: start it with that model")
+        longest = base.get("max_model_len")
+        if isinstance(longest, int) and longest < spec.max_length:
+            raise UsageError(
+                f"{self.what} takes {longest} tokens, and the longest prompt with --max-new-tokens has "
+                f"{spec.max_length}: start it with --max-model-len {spec.max_length}"
+            )
+        if spec.adapter is not None:
+            self._load(spec.adapter)
+        self._compare([self._probe(spec.tokenizer(text).input_ids) for text in PROBE])
+
+    def _load(self, adapter: AdapterInfo) -> None:
+        """The adapter under a name that says its content, unless it is there already."""
+        name = self._engine._name
+        if any(model["id"] == name for model in self._models()):
+            return
+        path = str(Path(adapter.path).resolve())
+        try:
+            self._post("v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        except RefusedError as error:
+            if "already" not in str(error):
+                raise UsageError(f"{error}: it cannot load the adapter {path}; {START_WITH}") from error
+
+    def _probe(self, ids: list[int]) -> dict[str, float]:
+        body = PLAIN | {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "logprobs": LIKELIEST}
+        try:
+            (found,) = self.ask(body | {"return_tokens_as_token_ids": True})["choices"][0]["logprobs"]["top_logprobs"]
+            return {str(int(token.removeprefix("token_id:"))): float(logp) for token, logp in found.items()}
+        except RefusedError as error:
+            raise UsageError(f"{error}: the server does not take the tokens of --model") from error
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise UsageError(f"{self.what} gave no log-probabilities by token id; it must be vLLM") from error
+
+    def _compare(self, found: Probed) -> None:
+        expected = self._engine.probe
+        if expected is None:
+            self._engine.probe = found
+        elif (distance := distance_of(found, expected)) > TOLERANCE:
+            raise UsageError(
+                f"{self.what} holds another policy than the round began with: log-probabilities after short texts "
+                f"differ by {distance:.2g} nats a token; start it with the same model"
+            )
+
+    def _models(self) -> list[dict[str, Any]]:
+        """Those that it serves, adapters too."""
+        told = self._post("v1/models", None)
+        models = told.get("data") if isinstance(told, dict) else None
+        if not isinstance(models, list) or not all(isinstance(model, dict) and "id" in model for model in models):
+            raise UsageError(f"{self.what} does not say which models it serves (v1/models); it must be vLLM")
+        return models
+
+    def _post(self, path: str, body: Mapping[str, Any] | None, tries: int = 2) -> Any:
+        patience = web.Patience(tries, 0.5, self._engine._stop)
+        failed = "what was finished before is kept; check the server"
+        key = self._engine._key
+        return self._parsed(
+            ask_json(self._engine._client, self._at(path), body, patience, what=self.what, failed=failed, key=key)
+        )
+
+    def _at(self, path: str) -> str:
+        base = self._url.path.rstrip("/").removesuffix("/v1")
+        return str(self._url.copy_with(path=f"{base}/{path}"))
+
+    def _parsed(self, response: httpx.Response) -> Any:
+        try:
+            return parse_json(response.content)
+        except ValueError:
+            return {"text": response.text}
+
+
+def same_model(root: str, model: str) -> bool:
+    """Whether what a server calls its model can be the one that is meant: the same hub id, or the same last folder."""
+    return root.rstrip("/") == str(model) or Path(root).name == Path(model).resolve().name

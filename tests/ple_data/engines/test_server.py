@@ -1,0 +1,208 @@
+"""Engine `server` against a real vLLM server on the CPU, killed and started again; and what is said where none is."""
+
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import polars as pl
+import pytest
+
+from ple_data.engines import Request, distance_of, server
+from ple_data.engines.server import same_model
+from ple_data.sampling.generate import generate
+from ple_data.storage.store import Store
+from ple_data.storage.verify import verify
+from schemas.errors import PleError, UsageError
+from schemas.options import Gen
+from schemas.records import Probe, read_record
+from tests import tiny
+from tests.ple_data.engines.test_engines import AutoModelForCausalLM, assert_true_logps
+from tests.vllmserver import VllmServer
+
+
+@pytest.fixture(scope="module")
+def running(vllm_python: str, policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    words = ["--model", str(policy), "--served-model-name", "any", "--enable-lora", "--max-num-seqs", "8"]
+    words += ["--max-model-len", "1024"]
+    found = VllmServer(vllm_python, log, *words, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True")
+    try:
+        found.start()
+        found.wait()
+        yield found
+    finally:
+        found.kill(signal.SIGTERM)
+
+
+@pytest.fixture
+def run(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """generate() into `tmp_path / data`, 40 queries in units of 4."""
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(server, "PAUSE", 0.2)
+    queries = tmp_path / "q.jsonl"
+    queries.write_text("".join(json.dumps({"id": f"q{n}", "x": x}) + "\n" for n, x in enumerate(tiny.corpus()[:40])))
+
+    def call(*endpoints: str, data: str = "data", **options: Any) -> Any:
+        given = {"model": str(policy), "principles": "imdb", "round": 0, "max_new_tokens": 6, "unit_size": 4}
+        given["engine_arg"] = ("patience=200",)
+        return generate(Gen(data=tmp_path / data, queries=str(queries), endpoint=endpoints, **given | options))
+
+    return call
+
+
+def committed(data: Path) -> pl.DataFrame:
+    store = Store(data)
+    assert [str(problem) for problem in verify(store) if problem.severity == "error"] == []
+    return store.scan("responses").collect().sort("query_id")
+
+
+def assert_own_logps(model: Any, rows: pl.DataFrame) -> None:
+    """Those of the model for the sampled ids, y's given x and y_prompt's given [p, x]."""
+    tokenizer = tiny.tiny_tokenizer()
+    for row in rows.to_dicts():
+        guided = tuple(tokenizer(f"{row['principle']}\n{row['x']}").input_ids)
+        for arm, prompt in (("y", tuple(row["x_ids"])), ("y_prompt", guided)):
+            assert len(row[f"{arm}_ids"]) <= 6
+            assert_true_logps(model, Request(0, prompt, 0), row[f"{arm}_ids"], row[f"{arm}_logps"], atol=1e-3)
+
+
+@pytest.mark.vllm
+def test_rows_are_those_of_the_model_and_of_the_adapter(
+    running: VllmServer, run: Any, policy: Path, adapter: Path, tmp_path: Path, capsys: Any
+) -> None:
+    from peft import PeftModel
+
+    run(running.address, samples=2)
+    rows = committed(tmp_path / "data")
+    assert rows.height == 80
+    assert rows["y_ids"].n_unique() > 20
+    assert_own_logps(AutoModelForCausalLM.from_pretrained(policy).eval(), rows.head(8))
+    run(running.address, f"{running.address}/v1", data="other", adapter=str(adapter), stop=("e",))
+    rows = committed(tmp_path / "other")
+    assert rows.height == 40
+    assert_own_logps(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy), adapter).eval(), rows[:8])
+    assert not any("e" in text for text in rows["y"])
+    served = [model["id"] for model in httpx.get(f"{running.address}/v1/models", trust_env=False).json()["data"]]
+    assert served == ["any"]  # the adapter was taken off
+    again = run(running.address, data="again", seed=0, temperature=0.0)
+    run(running.address, data="once more", seed=1, temperature=0.0)
+    assert again.rows_sampled == 40
+    assert committed(tmp_path / "again")["y"].equals(committed(tmp_path / "once more")["y"])
+
+
+@pytest.mark.vllm
+def test_a_server_that_is_killed_and_started_again_loses_and_doubles_nothing(
+    running: VllmServer, run: Any, adapter: Path, tmp_path: Path
+) -> None:
+    store, failed = Store(tmp_path / "data"), []
+
+    def work() -> None:
+        try:
+            run(running.address, adapter=str(adapter), samples=8, max_new_tokens=48)
+        except BaseException as error:
+            failed.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    while worker.is_alive() and len(store.shards("responses")) < 3:
+        worker.join(0.05)
+    assert worker.is_alive(), failed
+    running.kill()
+    running.start()
+    running.wait()
+    worker.join(120)
+    assert failed == []
+    rows = committed(tmp_path / "data")
+    assert rows.height == 320
+    assert rows.select("query_id", "sample").n_unique() == 320
+
+
+@pytest.mark.vllm
+def test_another_model_is_refused(running: VllmServer, run: Any, policy: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(policy, tmp_path / "other-model")
+    with pytest.raises(UsageError, match=r"serves .*, and --model is .*other-model: start it with that model"):
+        run(running.address, data="a", model=str(other))
+    with pytest.raises(UsageError, match=r"start it with --max-model-len"):
+        run(running.address, data="b", max_new_tokens=1000)
+    run(running.address, limit=4)
+    store = Store(tmp_path / "data")
+    record = tmp_path / "data" / ".ple" / "rounds" / "probe-round=000.json"
+    (one, *rest) = read_record(Probe, record).logps
+    record.unlink()
+    store.save_probe(Probe(round=0, logps=[{token: logp - 0.5 for token, logp in one.items()}, *rest]))
+    shutil.rmtree(tmp_path / "data" / "responses")
+    shutil.rmtree(tmp_path / "data" / ".ple" / "commits")
+    with pytest.raises(UsageError, match=r"was begun with another policy .* differ by 0\.1"):
+        run(running.address, limit=4)
+
+
+def test_how_far_two_probes_are_apart() -> None:
+    one = [{"1": -1.0, "2": -2.0}, {"3": -1.5}]
+    assert distance_of(one, one) == 0
+    assert distance_of(one, [{"1": -1.5, "9": -2.0}, {"3": -1.5}]) == 0.25
+    assert distance_of(one, [{"8": -1.0, "9": -2.0}, {"3": -1.5}]) == float("inf")
+    assert distance_of(one, one[:1]) == float("inf")
+
+
+def test_the_name_of_a_model_on_a_server() -> None:
+    assert same_model("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B")
+    assert same_model("/models/sft", "run/sft")
+    assert not same_model("/models/sft2", "run/sft")
+
+
+def test_what_does_not_go_together_is_said(run: Any) -> None:
+    with pytest.raises(UsageError, match="--endpoint is for --engine server, not for hf"):
+        run("http://127.0.0.1:1", engine="hf")
+    with pytest.raises(UsageError, match="--engine server needs the address"):
+        run(engine="server")
+    with pytest.raises(UsageError, match="the number type is the server's own"):
+        run("http://127.0.0.1:1", dtype="float32")
+    with pytest.raises(UsageError, match="no such argument"):
+        run("http://127.0.0.1:1", engine_arg=("concurency=3",))
+
+
+def test_a_server_that_is_not_there_is_said_after_some_patience(run: Any) -> None:
+    with pytest.raises(PleError, match=r"the server at http://127.0.0.1:1 failed 2 times"):
+        run("http://127.0.0.1:1", engine_arg=("patience=0.5",))
+
+
+@pytest.mark.parametrize("answer", ["[]", '"x"', "{}", '{"data": 3}', '{"data": [1]}', '{"data": [{}]}', "<html>", ""])
+def test_what_is_no_server_of_models_is_said(answer: str, run: Any) -> None:
+    with other_server(answer) as address, pytest.raises(UsageError, match=r"does not say which models it serves"):
+        run(address)
+
+
+def test_answers_of_another_form_are_said(run: Any, policy: Path) -> None:
+    models = {"data": [{"id": "any", "root": str(policy), "max_model_len": "long"}]}
+    with other_server(json.dumps(models)) as address, pytest.raises(UsageError, match="gave no log-probabilities"):
+        run(address)
+
+
+@contextmanager
+def other_server(answer: str) -> Iterator[str]:
+    """The address of a server that gives one answer to everything."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_port}"
+        found.shutdown()

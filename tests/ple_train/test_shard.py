@@ -1,0 +1,99 @@
+"""Training in parts: 2 and 3 processes that share every weight give the weights of one process that has all."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from schemas.errors import UsageError
+from schemas.options import Sft
+from tests import tiny
+from tests.conftest import ROOT
+from tests.ple_train.small_training import write_pairs
+
+SHARED: dict[str, Any] = {"round": 1, "learning_rate": 1e-3, "batch_size": 8, "microbatch_tokens": 150}
+CASES: dict[str, dict[str, Any]] = {
+    "gated": {"stable": True, "gradient_checkpointing": True},
+    "residual": {"objective": "ple-residual", "epochs": 2, "checkpoint_every": 3},
+    "full": {"full": True},
+    "bf16": {"precision": "bf16"},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied model, pairs, and the trainings of one process."""
+    place = tmp_path_factory.mktemp("shard")
+    tiny.tiny_policy(place / "policy", tie_word_embeddings=True)
+    from ple_train import train as training
+    from schemas.options import Train
+
+    write_pairs(place / "pairs")
+    for name, more in CASES.items():
+        training.train(Train(**options(place, f"one-{name}", **more)))
+    shutil.rmtree(place / "pairs" / "logps")  # the others compute theirs
+    return place
+
+
+def options(place: Path, output: str, **more: Any) -> dict[str, Any]:
+    given = {"model": str(place / "policy"), "data": [place / "pairs"], "output": place / output}
+    return given | SHARED | more
+
+
+def launch(place: Path, processes: int, cases: list[dict[str, Any]]) -> str:
+    """Train all cases in one torchrun → what it printed."""
+    file = place / f"cases-{processes}.json"
+    file.write_text(json.dumps(cases, default=str))
+    words = ["torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={29530 + processes}"]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "-m", "tests.ple_train.sharded", str(file)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_parts_give_the_weights_of_the_whole(place: Path) -> None:
+    cases = [{"options": options(place, f"two-{name}", shard=True, **more)} for name, more in CASES.items()]
+    stopped = options(place, "three-residual", shard=True, **CASES["residual"])
+    said = launch(place, 2, [*cases, {"options": stopped, "stop": 5}])
+    assert "three-residual stopped" in said
+    more = [{"options": options(place, f"three-{name}", shard=True, **CASES[name])} for name in ("gated", "residual")]
+    launch(place, 3, more)  # one of these goes on from where two processes were stopped
+    for name in CASES:
+        for processes in ("two", "three") if name in ("gated", "residual") else ("two",):
+            assert_same(place, name, processes, atol=2e-2 if name == "bf16" else 1e-5)
+    held = {name: int(count) for name, count in re.findall(r"(\S+): (\d+) numbers", said)}
+    whole = sum(tensor.numel() for tensor in load_file(place / "policy" / "model.safetensors").values())
+    assert held["two-full"] < 0.51 * whole
+
+
+def assert_same(place: Path, name: str, processes: str, atol: float) -> None:
+    file = "model.safetensors" if name == "full" else "adapter_model.safetensors"
+    found, expected = (load_file(place / f"{who}-{name}" / file) for who in (processes, "one"))
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+    near = {"rel": 5e-2, "abs": 5e-3} if name == "bf16" else {"rel": 1e-4, "abs": 1e-5}
+    found, expected = (pl.read_parquet(place / f"{who}-{name}" / "metrics.parquet") for who in (processes, "one"))
+    for column in ("loss", "grad_norm", "entropy", "drift_wsft_y_age0", "gated_share"):
+        numbers = (frame[column].drop_nulls().to_list() for frame in (found, expected))
+        assert next(numbers) == pytest.approx(next(numbers), **near)
+
+
+def test_what_cannot_be_held_in_parts_is_said(place: Path, tmp_path: Path) -> None:
+    from ple_train.sft import sft
+
+    with pytest.raises(UsageError, match="--shard keeps the adapter apart: add --no-merge, or --full"):
+        sft(Sft(model=str(place / "policy"), data=tmp_path / "rows.jsonl", output=tmp_path / "sft", shard=True))
