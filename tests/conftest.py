@@ -15,7 +15,7 @@ from tests.forks import ForkServer
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 LONG_FILES = [
-    *("generate", "gpu_benchmark", "workers", "kill", "docs", "rounds", "scale", "old_outputs", "train", "bad_input"),
+    *("generate", "gpu_benchmark", "workers", "kill", "docs", "rounds", "old_outputs", "train", "bad_input"),
     *(
         "judge_vllm",
         "engines",
