@@ -5,13 +5,9 @@ NCCL. Rows and losses are those of one process. Without a GPU there are two work
 """
 
 import importlib.util
-import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +24,6 @@ from benchmarks.on_gpu.worlds import World, make_world
 
 EQUAL = 1e-5
 """Most that a loss of training in parts may differ by in float32, over the largest."""
-START_SECONDS = 300
 
 
 def measure(results: Results, setting: Setting) -> None:
@@ -131,44 +126,19 @@ def refused(world: World, count: int) -> dict[str, Any]:
 def endpoint(world: World, log: Path) -> dict[str, Any]:
     """Rows by way of a vLLM server. Raises NotHere."""
     need("vllm")
+    need("pytest")
+    from tests.vllmserver import VllmServer
+
     data = str(world.folder / "by-server")
-    with serving(world, log) as address:
-        call([*gen_words(world, data, 0, "--engine", "server", "--endpoint", address)])
+    server = VllmServer(sys.executable, log, "--model", world.model, "--gpu-memory-utilization", "0.3")
+    try:
+        server.start()
+        server.wait()
+        call([*gen_words(world, data, 0), "--engine", "server", "--endpoint", server.address])
+    finally:
+        server.kill()
     found = read(Path(data), "responses/**/*.parquet", ["query_id", "sample"])
     return {"rows": int(found.height)}
-
-
-@contextmanager
-def serving(world: World, log: Path) -> Iterator[str]:
-    """The address of a server of the world's model that is up."""
-    import httpx
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", world.model]
-    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("wb") as file:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port), "--gpu-memory-utilization", "0.3"],
-            stdout=file,
-            stderr=file,
-            env=environment,
-        )
-    address, until = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
-    try:
-        while True:
-            if server.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"the server did not start:\n{end_of(log)}")
-            try:
-                httpx.get(f"{address}/health", trust_env=False).raise_for_status()
-                break
-            except httpx.HTTPError:
-                time.sleep(0.5)
-        yield address
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def need(package: str) -> None:

@@ -4,6 +4,7 @@
     python -m benchmarks.paper imdb --data imdb.parquet --output runs/paper/imdb
     python -m benchmarks.paper tldr --data tldr.parquet --preferences tldr_preferences.parquet --output runs/paper/tldr
     python -m benchmarks.paper hh   --data hh.parquet --output runs/paper/hh --seeds 0 --rates docs/results/imdb.json
+    python -m benchmarks.paper imdb-real --data imdb.parquet --model M --encoder MINILM --output runs/real --frontier
 
 --frontier moves every method's brake and compares at equal KL; without it there is one point a method. Each step is a
 `ple` command in a process of its own, and a finished one does nothing: run the same command again after any stop. The
@@ -60,7 +61,9 @@ def main() -> None:
     task, results = TASKS[arguments.task], arguments.results.absolute()
     inputs = {name: getattr(arguments, name) for name in task.inputs}
     if missing := [f"--{name}" for name, path in inputs.items() if path is None or not path.exists()]:
-        parser.error(f"{task.name} needs {' and '.join(missing)}: a Parquet file (docs/results/README.md says which)")
+        parser.error(
+            f"{task.name} needs {' and '.join(missing)}: Parquet files (docs/results/README.md), or a model's folder"
+        )
     inputs = {name: path.absolute() for name, path in inputs.items()}
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     select(task, arguments.only)

@@ -51,8 +51,8 @@ def write_pages(task: Task, results: Path, runs: list[Run], rates: dict[str, flo
     lines = [
         f"# {task.title}: rewards against the distance from the start policy",
         "",
-        f"- Made by: `python -m benchmarks.paper {task.name} --frontier --seeds {','.join(map(str, seeds))} --data "
-        f"{task.name}.parquet --output runs/paper/{task.name}`",
+        f"- Made by: `python -m benchmarks.paper {task.name} --frontier --seeds {','.join(map(str, seeds))} "
+        f"{' '.join(f'--{name} {name.upper()}' for name in task.inputs)} --output runs/paper/{task.name}`",
         f"- Rounds: {ROUNDS} rounds of {task.queries_per_round} queries; KL in nats a response, on own responses",
         f"- Made with: {made_with(*PACKAGES)}; {datetime.now(UTC):%d %B %Y}",
         f"- Raw numbers: [{name}.json]({name}.json); texts: [{task.name}-answers.md]({task.name}-answers.md)",

@@ -170,7 +170,7 @@ def windows(reviews: pl.DataFrame) -> pl.DataFrame:
         room=pl.col("words").list.len().cast(pl.Int64) - prepare.EXCERPT_WORDS
     )
     long = long.filter(pl.col("room") >= 0)
-    between = pl.col("room").mul(pl.col("id").hash(seed=0) % 1000).floordiv(1000)
+    between = pl.col("room").mul(pl.int_range(pl.len()) * 7919 % 1000).floordiv(1000)
     found = [
         long.select(pl.col("words").list.slice(start, prepare.EXCERPT_WORDS).list.join(" ").alias("text"), "label")
         for start in (pl.lit(0), pl.col("room"), between)

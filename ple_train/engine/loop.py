@@ -20,14 +20,13 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ple_data.common.device import default_device
 from ple_data.common.extras import need
 from ple_data.common.progress import Progress
 from ple_train.engine.checkpoint import Checkpoints, History, newest_checkpoint, training_state
 from ple_train.model.batches import Stream, micro_batches
-from ple_train.model.shard import whole
+from ple_train.model.shard import in_parts, whole
 from ple_train.objectives import Objective
 from schemas.errors import PleError, UsageError, first_line
 from schemas.options import Loop
@@ -126,8 +125,8 @@ def train_loop(
     decay = settings.weight_decay
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=decay)
     done, history = checkpoints.restore(parameters, optimizer)
-    in_parts = any(isinstance(parameter, DTensor) for parameter in parameters.values())
-    if not in_parts:
+    shared = in_parts(model)
+    if not shared:
         model, optimizer = accelerator.prepare(model, optimizer)
     total = stream.steps_per_epoch * settings.epochs
     model.train()
@@ -168,7 +167,7 @@ def train_loop(
                 ledger.at_work.append(_Step(known, tokens, began, numbers))
                 if done % settings.checkpoint_every == 0 or done == total:
                     ledger.read()
-                    if main or in_parts:
+                    if main or shared:
                         state = training_state(parameters, optimizer, keep=main)
                     if main:
                         checkpoints.save(done, *state, history)

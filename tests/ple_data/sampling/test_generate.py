@@ -344,7 +344,9 @@ def test_two_processes_share_a_round(policy: Path, tmp_path: Path, rows: Any) ->
     """By way of two paths, and where flock does nothing, as between two mounts of one file system."""
     no_locks = tmp_path / "no-locks"
     no_locks.mkdir()
-    (no_locks / "sitecustomize.py").write_text("import fcntl\nfcntl.flock = lambda *_: None\n")
+    (no_locks / "sitecustomize.py").write_text(
+        f"import fcntl, os\nfcntl.flock = lambda *_: None\nopen(f'{no_locks}/seen-{{os.getpid()}}', 'w').close()\n"
+    )
     (tmp_path / "data").mkdir()
     (tmp_path / "mount").symlink_to("data")
     queries = tmp_path / "q.jsonl"
@@ -364,6 +366,7 @@ def test_two_processes_share_a_round(policy: Path, tmp_path: Path, rows: Any) ->
     assert table.height == table["query_id"].n_unique() == len(tiny.corpus())
     sampled = [int(log.split(" pairs sampled")[0].split()[-1]) for log in logs]
     assert sum(sampled) == len(tiny.corpus()), logs
+    assert len(list(no_locks.glob("seen-*"))) >= 2
 
 
 # Reuse
