@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,8 @@ def sweep(
         tried = try_rates(task, tuned, seeds[0], workers)
         rates = {name: best_rate(own) for name, own in tried.items()}
     points = [point(method, brake, seed, rates) for seed in seeds for method, brake in wanted]
-    for group in (True, False):  # the methods before their ablations
-        runs = [run for run in points if (run.method.ablates is None) == group]
+    for seed, group in product(seeds, (True, False)):  # the methods of a seed before their ablations
+        runs = [run for run in points if run.seed == seed and (run.method.ablates is None) == group]
         finish(task, runs, "unseen", workers)
         for run in runs if only else ():
             if place := evaluated(run, "unseen"):
