@@ -65,6 +65,10 @@ RESPONSES = pa.schema(
         pa.field("y_logps", pa.list_(pa.float32())),  # of the policy, one a sampled id, given x
         pa.field("y_prompt_logps", pa.list_(pa.float32())),  # given [p, x]
         _since(2, "reference", pa.string()),  # the answer that came with the query, if one did
+        _since(3, "y_thought", pa.string()),  # with --strip-thoughts: what stood before the answer y; null: nothing
+        _since(3, "y_prompt_thought", pa.string()),
+        _since(3, "y_answered", pa.bool_()),  # with --strip-thoughts: false where the thought never ended
+        _since(3, "y_prompt_answered", pa.bool_()),
     ]
 )
 
@@ -77,7 +81,7 @@ PAIRS = pa.schema(
     ]
 )
 
-_GUIDED = {"y_prompt", "y_prompt_ids", "y_prompt_finish", "y_prompt_empty", "y_prompt_logps", "principle"}
+_GUIDED = {field.name for field in RESPONSES if field.name.startswith("y_prompt")} | {"principle"}
 ANSWERS = pa.schema(
     [
         field.remove_metadata() if field.name == "reference" else field  # which answers had from the first version on

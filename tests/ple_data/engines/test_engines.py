@@ -120,7 +120,10 @@ def test_greedy_is_the_argmax_of_the_model(engine: HfEngine, reference: Any, tra
     assert max(len(completion.ids) for completion in found.values()) == 24
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "top_p": 0.7}])
+CHANGED = {"temperature": 0.7, "top_k": 9, "min_p": 0.01, "repetition_penalty": 1.5}
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "top_p": 0.7}, CHANGED])
 def test_logps_are_the_models_own(engine: HfEngine, reference: Any, trap: Path, options: dict[str, float]) -> None:
     requests = requests_for(trap)
     found = sample(engine, [requests], **options)
