@@ -268,7 +268,7 @@ def _result(summary: GenerateSummary, what: str, seconds: float) -> str:
         f"{what} done before": summary.rows_done_before,
         "sampled by other processes": summary.rows_by_others,
     }
-    others["new responses are thoughts without an end (no answer came)"] = summary.unanswered
+    others["thoughts without an end (no answer came)"] = summary.unanswered
     parts = [f"{count} {how}" for how, count in others.items() if count]
     return ", ".join([f"{summary.rows_sampled} {what} sampled ({rate})", *parts])
 
