@@ -178,6 +178,8 @@ def test_the_marks_are_a_setting_of_the_round(data: Path, thinker: Path) -> None
     whole = ask(thinker, data, "whole", strip_thoughts=None)
     assert (whole.unanswered, whole.rows_sampled) == (0, 8)
     rows = Store(data / "whole").scan("responses").collect()
+    files = pl.read_parquet(data / "whole" / "responses" / "**" / "*.parquet", hive_partitioning=False)
+    assert not {"y_thought", "y_answered"} & set(files.columns)  # files are as they were
     assert rows["y"].str.starts_with("so so").all()
     assert rows.select("y_thought", "y_answered").null_count().row(0) == (8, 8)
     assert ask(thinker, data, "again", reuse=[data / "data"]).rows_reused == 8
