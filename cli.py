@@ -132,7 +132,7 @@ COMMANDS = {
     "score": score,
     "train": train,
     "sft": command("sft", options.Sft, "ple_train.sft:sft"),
-    "reward": command("reward", options.Reward, "ple_train.reward:train_reward"),
+    "reward": command("reward", options.Reward, "ple_train.reward:reward"),
     "eval": command("eval", options.Evaluate, _evaluate, _ELSEWHERE),
     "cases": command("cases", options.Cases, "ple_data.evaluation.cases:cases", _ELSEWHERE),
     "baseline": baseline,

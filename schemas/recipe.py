@@ -125,7 +125,7 @@ class SftStage(_stage(options.Sft, "ple", "sft", without=["prompt_format"])):  #
     data: str
 
 
-class RewardStage(_stage(options.Reward, "ple", "reward")):  # type: ignore[misc]
+class RewardStage(_stage(options.Reward, "ple", "reward", without={*OF_REWARDS, "measured", "as_json"})):  # type: ignore[misc]
     """Options of `ple reward`; its output, RUN/reward, becomes the reward model."""
 
     model: str

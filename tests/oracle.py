@@ -181,3 +181,16 @@ def qrpo(q: float, q_prompt: float, d: float, d_prompt: float, beta: float) -> t
     log_partition = math.log(beta * (math.exp(1 / beta) - 1))
     errors = [quantile - beta * log_partition - beta * ratio for quantile, ratio in ((q, d), (q_prompt, d_prompt))]
     return sum(error**2 for error in errors), -2 * beta * errors[0], -2 * beta * errors[1]
+
+
+# Rewards: how often one is right, and several put together.
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def right(chosen: float, rejected: float) -> float:
+    if chosen == rejected:
+        return 0.5
+    return 1.0 if chosen > rejected else 0.0

@@ -7,7 +7,7 @@ from typing import Literal
 from schemas.options.form import Options, option
 from schemas.options.groups import *
 
-LLM, PEOPLE = "Language model", "People"
+LLM, PEOPLE, TEST = "Language model", "People", "Test"
 HUB_OR_FILE = "Queries: Parquet, JSONL, JSON, CSV or a hub dataset id."
 PAIRS_DATA = "Folder of pairs; may be repeated."
 
@@ -77,12 +77,44 @@ class Sft(Model, Prompting, Loop, Trainable, Tracked):
     batch_size: int = option(32, "Rows of one step, over all processes.", TRAINING, least=1)
 
 
-class Reward(Model, Loop, Tracked):
-    data: Path = option(MISSING, "Rows with text and label, or with prompt, chosen and rejected.", place=True)
-    output: Path = option(MISSING, "Folder of the reward model.", machine=True)
+class RewardTraining(Loop, Tracked):
+    """What of `ple reward` decides what is learned, or how."""
+
+    model: str = option(None, "Model to train: a directory or a hub id.", place=True)
+    revision: str | None = option(None, "Branch, tag or commit of a hub model.", place=True)
+    data: Path = option(None, "Rows with text and label, or with prompt, chosen and rejected.", place=True)
+    output: Path = option(None, "Folder of the reward model.", machine=True)
     learning_rate: float = option(5e-5, "AdamW's learning rate.", TRAINING, above=0, most=1e30)
     batch_size: int = option(32, "Rows of one step, over all processes.", TRAINING, least=1)
     max_length: int = option(512, "Keep the last N token ids.", TRAINING, least=1)
+    lora_rank: int | None = option(
+        None, "Train a LoRA adapter of this rank and the head, merged at the end; else all weights.", MODEL, least=1
+    )
+    lora_alpha: float = option(16, "Scale of the LoRA adapter.", MODEL, above=0, most=1_000_000)
+
+
+class RewardTest(Rewards):
+    test: Path | None = option(
+        None,
+        "Print how often the model is right on these held-out rows, beside the rule 'longer wins'.",
+        TEST,
+        machine=True,
+    )
+    group: str | None = option(
+        None, "Print it by this column of --test as well; subset, where it has one.", TEST, machine=True
+    )
+    as_json: bool = option(False, "Print it as one JSON object.", TEST, names="--json", machine=True)
+
+
+class Reward(RewardTraining, RewardTest):
+    measured: str | None = option(
+        None,
+        "Measure this reward model (as --reward-model of ple-score) on --test, and train nothing.",
+        TEST,
+        names="--eval",
+        metavar="MODEL",
+        machine=True,
+    )
 
 
 class Baseline(Policy, Stores, Loop, Trainable, Tracked):
