@@ -108,7 +108,7 @@ def _refuse_other_kind(options: Reward, test: HeldOut | None, labels: int) -> No
 
 
 def with_adapter(classifier: Any, options: Reward) -> Any:
-    """The classifier under a fresh LoRA adapter on every linear layer of its body; what lies outside is trained whole."""
+    """The classifier under a fresh LoRA adapter on each linear layer of its body; the rest is trained whole."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(options.seed)

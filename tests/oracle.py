@@ -194,3 +194,24 @@ def right(chosen: float, rejected: float) -> float:
     if chosen == rejected:
         return 0.5
     return 1.0 if chosen > rejected else 0.0
+
+
+def normalized(values: list[float]) -> list[float]:
+    """Each less the mean of all, divided by their standard deviation (of all, not of a sample); 0 where all agree."""
+    middle = mean(values)
+    deviation = math.sqrt(math.fsum((value - middle) ** 2 for value in values) / len(values))
+    return [(value - middle) / deviation if max(values) > min(values) else 0.0 for value in values]
+
+
+def together(rule: str, numbers: list[float], s: list[float], s_prompt: list[float]) -> tuple[float, float]:
+    """s and s_prompt of one pair from those of each reward; numbers: the weights, or the tolerance."""
+    if rule == "lexicographic":
+        for a, b in zip(s, s_prompt, strict=True):
+            if abs(b - a) > numbers[0]:
+                return a, b
+        return s[-1], s_prompt[-1]
+    if rule == "min":
+        return min(s), min(s_prompt)
+    weights = numbers if rule == "weighted" else [1 / len(s)] * len(s)
+    a, b = (math.fsum(w * value for w, value in zip(weights, arm, strict=True)) for arm in (s, s_prompt))
+    return a, b

@@ -127,12 +127,12 @@ def _accuracy(name: str, held_out: HeldOut, scores: Sequence[float], places: np.
     query = np.array([numbers.setdefault(held_out.queries[place], len(numbers)) for place in places])
     counts = np.bincount(query)
 
-    def share(values: Sequence[float] | np.ndarray) -> Estimate:
-        sums = np.bincount(query, np.asarray(values)[places])
+    def share(values: np.ndarray) -> Estimate:
+        sums = np.bincount(query, values[places])
         return bootstrap(lambda drawn: sums[drawn].sum(axis=-1) / counts[drawn].sum(axis=-1), len(counts))
 
-    both = np.asarray(scores), np.asarray(held_out.simple)
-    return Accuracy(name, len(places), *map(share, both), share(both[0] - both[1]))
+    found, simple = np.asarray(scores), np.asarray(held_out.simple)
+    return Accuracy(name, len(places), share(found), share(simple), share(found - simple))
 
 
 def _shown(name: str, held_out: HeldOut, found: Sequence[Accuracy], *, as_json: bool) -> str:

@@ -4,6 +4,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Literal
 
+from schemas.options.combination import RULES, Combination, combination
 from schemas.options.form import Options, option
 from schemas.options.groups import *
 
@@ -19,7 +20,36 @@ class Stores(Options):
     round: int = option(MISSING, "Round T, counted from 0.", least=0)
 
 
-class Gen(Policy, Asked, Spread, Rewards):
+class Scored(Options):
+    """What scores responses, of a kind that is stated in docs/rewards.md."""
+
+    reward_model: tuple[str, ...] = option(
+        MISSING,
+        "Classifier (directory or hub id; MODEL[1] for one of its outputs), file.py:function, module:function, or "
+        "http(s)://address; may be repeated.",
+    )
+    combine: str = option(
+        "mean",
+        f"How several rewards become one: {RULES}.",
+        REWARD,
+        metavar="RULE",
+    )
+    normalize_rewards: bool = option(
+        False,
+        "First take from each reward its mean over the round's responses, and divide by their standard deviation.",
+        REWARD,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.combination()
+
+    def combination(self) -> Combination | None:
+        """How several rewards are put together; None where there is one. Raises UsageError."""
+        return combination(self.combine, len(self.reward_model), self.normalize_rewards)
+
+
+class Gen(Policy, Asked, Spread, Rewards, Scored):
     queries: str = option(MISSING, HUB_OR_FILE, place=True)
     principles: str | None = option(MISSING, "hh, imdb or tldr (the paper's), a text file, or none (an ablation).")
     principle_form: PrincipleForm = option(
@@ -27,8 +57,8 @@ class Gen(Policy, Asked, Spread, Rewards):
         "add: in front of the system message that a chat template writes by itself; replace: in place of it.",
         QUERIES,
     )
-    reward_model: str | None = option(
-        None, "Score the responses as well, as ple-score does; without it, stop after sampling."
+    reward_model: tuple[str, ...] = option(
+        (), "Score the responses as well, as ple-score does; without it, stop after sampling; may be repeated."
     )
     data: Path = option(MISSING, "Folder of the responses and pairs.", machine=True)
     round: int = option(MISSING, "Round T, counted from 0.", least=0, most=2**31 - 1)
@@ -46,13 +76,8 @@ class Gen(Policy, Asked, Spread, Rewards):
     )
 
 
-class Score(Spread, Rewards):
+class Score(Spread, Rewards, Scored):
     data: Path = option(MISSING, "Folder of the responses.", machine=True)
-    reward_model: str = option(
-        MISSING,
-        "Classifier (directory or hub id; MODEL[1] for one of its outputs), file.py:function, module:function, or "
-        "http(s)://address.",
-    )
     round: int | None = option(None, "Score this round only.", least=0)
     output: Path | None = option(
         None, "Write the pairs to another DATA, so that two reward models stay apart.", machine=True
