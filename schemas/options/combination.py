@@ -27,6 +27,11 @@ class Combination:
         return ("normalized " * self.normalized + rule).strip() + f"({', '.join(models)})"
 
 
+def of_pairs(name: str) -> bool:
+    """Whether a recorded reward model's rewards are of a pair together, and not of a response by itself."""
+    return name.removeprefix("normalized ").startswith("lexicographic:") and name.endswith(")")
+
+
 def combination(text: str, models: int, normalized: bool) -> Combination | None:
     """How so many rewards are put together; None where there is one, which is taken as it is. Raises UsageError."""
     rule, _, rest = text.partition(":")

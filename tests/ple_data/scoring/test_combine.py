@@ -1,10 +1,12 @@
 """Several rewards put together: the rules against an oracle, resumed, shared, refused where they differ."""
 
+import json
 import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -12,11 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ple_data.export import export
+from ple_data.inspection import inspect
 from ple_data.rewards import RewardModel
 from ple_data.scoring.combine import Load, combined, score_together
 from ple_data.scoring.score import score
 from ple_data.storage.store import Store
 from ple_data.storage.verify import verify
+from ple_train.stream import plain_rewards
 from schemas.errors import PleError, UsageError
 from schemas.options import Combination, Score, combination
 from schemas.recipe import load_recipe
@@ -265,3 +270,32 @@ def test_killed_again_and_again_it_leaves_what_an_uninterrupted_run_does(store: 
     assert forks.run([*argv, "--output", str(killed)], tmp_path / "log")[0] == 0
     assert contents(Store(killed)) == contents(Store(whole))
     assert [problem for problem in verify(Store(killed)) if problem.severity == "error"] == []
+
+
+def test_rewards_of_a_pair_do_not_choose_among_pairs(store: Store, tmp_path: Path):
+    score_together(store, Loads().all(), combination("lexicographic:1", 3, True))
+    for wanted in (lambda: export(store.root, format="sft", output=str(tmp_path / "o.jsonl")),
+                   lambda: plain_rewards(snapshot_of(store))):  # fmt: skip
+        with pytest.raises(UsageError, match=r"rewards by normalized lexicographic:1\(words@1, .* compare"):
+            wanted()
+
+
+def snapshot_of(store: Store) -> list:
+    return [SimpleNamespace(shard=shard) for shard in store.shards("pairs")]
+
+
+def test_inspection_names_the_rewards_with_their_means_and_correlations(store: Store):
+    score_together(store, Loads().all(), combination("mean", 3, False))
+    found = json.loads(inspect(store.root, as_json=True))["rewards"]
+    rows = store.scan("pairs").collect()
+    own = {arm: np.array(rows[arm].to_list(), dtype=np.float64) for arm in ("rewards", "rewards_prompt")}
+    both = np.concatenate(list(own.values()))
+    assert [each["model"] for each in found] == list(MODELS)
+    for at, each in enumerate(found):
+        assert each["mean_y"] == pytest.approx(own["rewards"][:, at].mean())
+        assert each["mean_y_prompt"] == pytest.approx(own["rewards_prompt"][:, at].mean())
+    assert found[0]["correlations"][1] == pytest.approx(np.corrcoef(both[:, 0], both[:, 1])[0, 1])
+    assert found[2]["correlations"] == [None, None, None]
+    text = inspect(store.root)
+    assert "Rewards that were put together: means, and correlations over all responses" in text
+    assert "2  odd@2" in text
