@@ -50,7 +50,7 @@ def score(
 def score_units(
     store: Store,
     target: Store,
-    reward_model: RewardModel,
+    reward_model: Any,
     units: "type[Units]",
     *,
     round: int | None,
