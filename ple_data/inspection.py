@@ -13,7 +13,7 @@ import polars as pl
 
 from ple_data.common.secrets import public
 from ple_data.common.terminal import WIDTH, clipped, printable, shorten, shown, side_by_side, text_table
-from ple_data.partition import QUANTILES, own_tau, partition, round_statistics, warnings
+from ple_data.partition import QUANTILES, own_tau, partition, reward_statistics, round_statistics, warnings
 from ple_data.selection import ARMS
 from ple_data.storage.store import Store, collect
 from schemas import tables
@@ -65,6 +65,7 @@ def inspect(
         "warnings": warnings(statistics),
         "sources": _sources(pairs),
         "unanswered": _unanswered(pairs),
+        "rewards": reward_statistics(pairs, store.reward_models()),
         "histogram": _histogram(pairs),
         "rows": _rows(pairs, tau0, alpha, sort, rows) if rows else [],
     }
@@ -157,6 +158,19 @@ def _statistics_lines(rounds: list[dict[str, Any]], tau0: float, alpha: float, a
     ]
 
 
+def _reward_lines(rewards: list[dict[str, Any]]) -> list[str]:
+    header = ["", "reward by", "y", "y_prompt", *[f"with {at + 1}" for at in range(len(rewards))]]
+    rows = [
+        [at, shorten(printable(public(each["model"])), 50), _number(each["mean_y"]), _number(each["mean_y_prompt"])]
+        + ["–" if value is None else f"{value:.3f}" for value in each["correlations"]]
+        for at, each in enumerate(rewards, start=1)
+    ]
+    return [
+        "Rewards that were put together: means, and correlations over all responses",
+        *text_table(header, rows, left=2),
+    ]
+
+
 def _format(found: dict[str, Any]) -> str:
     parts = [[f"{printable(found['data'])}: committed rows"], _count_lines(found["counts"])]
     if found["rounds"]:
@@ -165,6 +179,8 @@ def _format(found: dict[str, Any]) -> str:
             parts += [["", rest([(r["round"], r["margin_q50"]) for r in found["rounds"]], found["beta"])]]
         if unanswered := found["unanswered"]:
             parts += [[f"Thoughts without an end, so no answer: {_unanswered_words(unanswered)}"]]
+        if found["rewards"]:
+            parts += [["", *_reward_lines(found["rewards"])]]
         parts += [[""], _histogram_lines(found["histogram"]), [""], _source_lines(found["sources"])]
         parts += [[f"warning: {message}" for message in found["warnings"]]]
     else:

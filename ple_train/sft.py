@@ -13,12 +13,13 @@ import numpy as np
 
 from ple_data.common.models import refuse_unknown
 from ple_data.common.tokens import ids_after
+from ple_data.inputs.columns import column
 from ple_data.inputs.principles import render
 from ple_data.inputs.queries import refuse_beyond_text
 from ple_data.inputs.readers import read_rows
 from ple_data.inputs.templates import instructed, response_form
 from ple_train.engine.session import Session
-from ple_train.engine.tabular import ShuffledSequences, column, file_digest
+from ple_train.engine.tabular import ShuffledSequences, file_digest
 from ple_train.log import print_to_log
 from ple_train.model.batches import Sequence
 from ple_train.model.policy import Policy, merged

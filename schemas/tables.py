@@ -80,8 +80,13 @@ PAIRS = pa.schema(
         _required("s", pa.float32()),
         _required("s_prompt", pa.float32()),
         _required("reward_model", pa.string()),
+        _since(3, "rewards", pa.list_(pa.float32())),  # of y by each model, where several scored it: in the order of
+        _since(3, "rewards_prompt", pa.list_(pa.float32())),  # `reward_models` in the file's metadata; null of one
     ]
 )
+KEY = ["query_id", "round", "sample"]
+REWARDS = pa.schema([PAIRS.field(name) for name in (*KEY, "s", "s_prompt", "reward_model")])
+"""Of one model of several, before they are put together."""
 
 _GUIDED = {field.name for field in RESPONSES if field.name.startswith("y_prompt")} | {"principle"}
 ANSWERS = pa.schema(
@@ -158,6 +163,7 @@ PURITY_LOGPS = pa.schema(
 SCHEMAS: dict[str, pa.Schema] = {
     "responses": RESPONSES,
     "pairs": PAIRS,
+    "rewards": REWARDS,
     "answers": ANSWERS,
     "evaluation": EVALUATION,
     "cases": CASES,
@@ -171,7 +177,6 @@ VERSIONS = {kind: max(map(since, schema)) for kind, schema in SCHEMAS.items()}
 """The version of a table is that of its newest column."""
 ALWAYS = 2
 """The version up to which every file has all columns."""
-KEY = ["query_id", "round", "sample"]
 _NAMED = 5  # rows that a message names
 
 

@@ -80,9 +80,9 @@ def plan(recipe: Recipe) -> list[Stage]:
     run, seed = Path(recipe.run_dir), {"seed": recipe.seed}
     stages = []
     base: dict[str, Any] = {"model": recipe.model, "revision": recipe.revision}
-    reward_model = recipe.reward_model
+    reward_models = recipe.reward_models
     if recipe.reward is not None:
-        reward_model = str(run / "reward")
+        reward_models = [str(run / "reward")]
         stages.append(_stage("reward", None, recipe.reward, {**_written(run, "reward", "reward"), **seed}))
     if recipe.sft is not None:
         how = {key: value for key, value in _chosen(recipe.gen).items() if key in RENDERED}
@@ -100,7 +100,7 @@ def plan(recipe: Recipe) -> list[Stage]:
         written = _written(run, f"policy/round={t:03d}", f"round={t:03d}")
         stages += [
             _stage("gen", t, recipe.gen, {**policy, **queries, **data, **seed, "reuse": recipe.reuse}),
-            _stage("score", t, recipe.score, {**data, "reward_model": reward_model}),
+            _stage("score", t, recipe.score, {**data, "reward_model": reward_models}),
             _stage(name, t, trainer, {**policy, **data, **written, **schedule, **seed}),
         ]
         policy = {"model": written["output"]} if trainer.full else {**base, "adapter": written["output"]}
@@ -268,8 +268,9 @@ def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:
     Of a reward model's address the copy holds the query only as its digest, unless the file there has it already.
     """
     path = directory / "recipe.yaml"
-    secret = {} if recipe.reward_model is None else {"reward_model": recorded_spec(recipe.reward_model)}
-    kept = recipe.model_copy(update=secret)
+    recorded = [recorded_spec(spec) for spec in recipe.reward_models]
+    one = isinstance(recipe.reward_model, str)
+    kept = recipe.model_copy(update={"reward_model": recorded[0] if one else recorded or None})
     if path.exists():
         frozen = _frozen(path)
         if frozen.reward_model == recipe.reward_model:  # the user's own recipe: it must work again
@@ -310,7 +311,8 @@ def _telling_words(command: Sequence[str]) -> list[list[str]]:
             groups.append([word])
         else:
             groups[-1].append(word)
-    return sorted(group for group in groups if group[0] not in MACHINE_ONLY)
+    telling = (group for group in groups if group[0] not in MACHINE_ONLY)
+    return sorted(telling, key=lambda group: group[:1] if group[0] == "--reward-model" else group)  # theirs is an order
 
 
 def _load_records(directory: Path) -> list[StageRecord]:
