@@ -16,11 +16,13 @@ from schemas import options
 
 
 def _gen(chosen: options.Gen) -> str | None:
-    from ple_data.rewards import check_reward_model
+    from ple_data.rewards import check_reward_model, kind_of
     from ple_data.sampling.generate import generate
 
-    if chosen.reward_model is not None:
-        check_reward_model(chosen.reward_model, chosen.output_index)
+    if (spec := chosen.reward_model) is not None:
+        if kind_of(spec) == "judge" and chosen.rubric is None:
+            chosen = chosen.but(rubric=chosen.principles)
+        check_reward_model(spec, chosen)
     summary = generate(chosen)
     if summary.dry_run is None and chosen.reward_model is not None:
         how = chosen.part(options.Rewards).values() | chosen.part(options.Spread).values()
@@ -29,11 +31,14 @@ def _gen(chosen: options.Gen) -> str | None:
 
 
 def _score(chosen: options.Score) -> None:
-    from ple_data.rewards import RewardModel, load_reward_model
+    from ple_data.rewards import RewardModel, kind_of, load_reward_model
     from ple_data.scoring.score import score
     from ple_data.storage.store import Store
+    from schemas.errors import UsageError
 
     output = Store(chosen.output) if chosen.output else None
+    if chosen.workers and kind_of(chosen.reward_model) == "judge":
+        raise UsageError("--workers: a judge is asked from one process; --reward-concurrency says how much at once")
     with contextlib.ExitStack() as stack:
         if chosen.workers:
             from ple_data.common.workers import Wanted
@@ -44,7 +49,8 @@ def _score(chosen: options.Score) -> None:
                 contextlib.closing(WorkersReward(chosen.reward_model, how, wanted, say))
             )
         else:
-            reward_model = load_reward_model(chosen.reward_model, chosen)
+            keep = (output or Store(chosen.data)).inside(".ple", "ratings")
+            reward_model = load_reward_model(chosen.reward_model, chosen, keep)
         score(Store(chosen.data), reward_model, round=chosen.round, output=output)
 
 

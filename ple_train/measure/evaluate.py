@@ -85,7 +85,7 @@ def evaluate(options: Evaluate) -> EvalReport:
             "round": options.round,
             "references": where,
             "precision": precision,
-            "reward_options": options.part(Rewards).values(),
+            "reward_options": counted(options.part(Rewards)),
             **(asked_settings(options, source) if source is not None else {}),
         },
         left_out=left_out,

@@ -50,9 +50,10 @@ class Score(Spread, Rewards):
     data: Path = option(MISSING, "Folder of the responses.", machine=True)
     reward_model: str = option(
         MISSING,
-        "Classifier (directory or hub id; MODEL[1] for one of its outputs), file.py:function, module:function, or "
-        "http(s)://address.",
+        "Classifier (directory or hub id; MODEL[1] for one of its outputs), file.py:function, module:function, "
+        "http(s)://address, or judge:MODEL.",
     )
+    reward_endpoint: str | None = option(None, JUDGE_SERVER, REWARD, names="--reward-endpoint --endpoint", machine=True)
     round: int | None = option(None, "Score this round only.", least=0)
     output: Path | None = option(
         None, "Write the pairs to another DATA, so that two reward models stay apart.", machine=True
@@ -122,7 +123,8 @@ class Dpo(Policy, Stores, Seed, Passes, Lora, Computing, Written):
 class Ppo(Policy, Seed, Reading, Steps, Lora, Rewards, Computing, Written):
     queries: str = option(MISSING, HUB_OR_FILE, place=True)
     reward_model: str = option(
-        MISSING, "Classifier (directory or hub id), file.py:function, module:function, or http(s)://address."
+        MISSING,
+        "Classifier (directory or hub id), file.py:function, module:function, http(s)://address, or judge:MODEL.",
     )
     sampled_tokens: int = option(MISSING, "Stop with the step that has sampled so many tokens.", least=1)
     max_new_tokens: int = option(1024, "Longest response.", RESPONSES, least=1)
@@ -207,8 +209,8 @@ class Judged(Rewards):
 
     reward_model: tuple[str, ...] = option(
         (),
-        "Classifier (one of its outputs: MODEL[1]), file.py:function, module:function or http(s)://address; may be "
-        "repeated.",
+        "Classifier (one of its outputs: MODEL[1]), file.py:function, module:function, http(s)://address or "
+        "judge:MODEL; may be repeated.",
         REWARD,
     )
     trained_with: tuple[str, ...] = option(

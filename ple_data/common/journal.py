@@ -7,6 +7,7 @@ process at a time.
 import os
 import stat
 import threading
+import uuid
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -19,8 +20,15 @@ from schemas.judging import Paid
 Kept = TypeVar("Kept", bound=Paid)
 
 
-class Journal(dict[str, Kept]):
-    """The records in a file by the digest of their request. A context manager; `add` keeps more, from any thread.
+class Records(dict[str, Kept]):
+    """Records by the digest of their request; `add` keeps more, from any thread. These are in memory alone."""
+
+    def add(self, *records: Kept) -> None:
+        self.update({record.request: record for record in records})
+
+
+class Journal(Records[Kept]):
+    """The records in a file. A context manager.
 
     Raises DamagedError where a line is no such record.
     """
@@ -67,17 +75,62 @@ class Journal(dict[str, Kept]):
         rest = content[len(whole) :]
         if rest[:2] != b'{"'[: len(rest)]:
             raise DamagedError(f"{self._path}: its last line is none of ours: move it away, or give another --output")
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                record = self._record.model_validate_json(line)
-            except ValidationError as error:
-                fault = error.errors()[0]
-                where = ".".join(map(str, fault["loc"])) or "text"
-                raise DamagedError(
-                    f"{self._path} line {number}: not a readable {self._record.__name__} ({where}: {fault['msg']}): "
-                    "remove the line, and it is asked for again"
-                ) from error
-            self[record.request] = record
+        self.update(_records(self._path, whole, self._record))
         if rest:
             with explained(self._path):
                 os.ftruncate(self._fd, len(whole))
+
+
+class SharedJournal(Records[Kept]):
+    """The records in a folder, in a file of its own for each process, so that several may add at once.
+
+    `refresh` reads what others have added. Raises DamagedError where a line is no such record.
+    """
+
+    def __init__(self, folder: Path, record: type[Kept]) -> None:
+        super().__init__()
+        self._folder, self._record = folder, record
+        self._path = folder / f"{uuid.uuid4().hex}.jsonl"
+        self._own: Journal[Kept] | None = None
+        self._seen: dict[Path, int] = {}
+
+    def refresh(self) -> None:
+        """Read the whole lines of others that are new."""
+        for path in sorted(self._folder.glob("*.jsonl")):
+            if path == self._path or path.stat().st_size == self._seen.get(path):
+                continue
+            content = read_file(path)
+            whole = content[: content.rfind(b"\n") + 1]
+            self.update(_records(path, whole, self._record))
+            self._seen[path] = len(whole)
+
+    def add(self, *records: Kept) -> None:
+        with _OPENING:
+            self._own = self._own or Journal(self._path, self._record)
+        self._own.add(*records)
+        super().add(*records)
+
+    def close(self) -> None:
+        """Close its own file."""
+        if self._own is not None:
+            self._own.__exit__()
+            self._own = None
+
+
+_OPENING = threading.Lock()
+
+
+def _records(path: Path, whole: bytes, kind: type[Kept]) -> dict[str, Kept]:
+    found = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            record = kind.model_validate_json(line)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"])) or "text"
+            raise DamagedError(
+                f"{path} line {number}: not a readable {kind.__name__} ({where}: {fault['msg']}): "
+                "remove the line, and it is asked for again"
+            ) from error
+        found[record.request] = record
+    return found
