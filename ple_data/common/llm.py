@@ -117,6 +117,7 @@ class LanguageModel:
         self.address = web.shown_url(base)
         self._who = f"{self.role} {self.name} at {self.address}"
         given = {self._api.length: DEFAULT_MAX_TOKENS, "temperature": 0, **fields}
+        self._faults = _Faults(self.field_option)
         self.request_fields = {name: value for name, value in given.items() if value is not None}
 
     def digest(self, question: str) -> str:
@@ -144,12 +145,14 @@ class LanguageModel:
         if not waiting:
             return
         headers = self._api.headers(self._key) if self._key else {}
-        faults = _Faults(self.field_option, answered=len(waiting) < len(same), enough=min(MOST_FAULTS, len(waiting)))
+        self._faults.begin(answered=len(waiting) < len(same), enough=min(MOST_FAULTS, len(waiting)))
         limits = httpx.Limits(max_connections=concurrency)
         with contextlib.ExitStack() as stack:
             client = stack.enter_context(web.open_client(headers=headers, timeout=TIMEOUT, limits=limits))
-            told = Progress(keeping.label or "", len(same), "answers", done=len(same) - len(waiting))
-            progress = stack.enter_context(told) if keeping.label else None
+            progress = None
+            if keeping.label:
+                told = Progress(keeping.label, len(same), "answers", done=len(same) - len(waiting))
+                progress = stack.enter_context(told)
 
             def answer(alike: Sequence[Asked], stop: threading.Event) -> web.RefusedError | web.UnansweredError | None:
                 asked = alike[0]
@@ -169,7 +172,7 @@ class LanguageModel:
             for at, fault in web.each(answer, waiting, concurrency):
                 if progress:
                     progress.advance(1)
-                why = faults.note(keeping.name(waiting[at][0]), fault)
+                why = self._faults.note(keeping.name(waiting[at][0]), fault)
                 yield from ((asked, why) for asked in waiting[at])
 
     def _body(self, question: str) -> dict[str, Any]:
@@ -198,14 +201,20 @@ class LanguageModel:
 class _Faults:
     """Requests without an answer, and whether they are about single queries or about the settings or the server.
 
-    answered: whether the endpoint has ever answered; enough: faults from the start that mean it never will.
+    option: of a request's field. answered: whether the endpoint has ever answered; enough: faults from the start that
+    mean it never will.
     """
 
     option: str
-    answered: bool
-    enough: int
+    answered: bool = False
+    enough: int = 0
     _count: int = 0
     _failed_in_a_row: int = 0
+
+    def begin(self, *, answered: bool, enough: int) -> None:
+        """Of some more questions."""
+        self.answered, self.enough = self.answered or answered, enough
+        self._count = self._failed_in_a_row = 0
 
     def note(self, name: str, fault: web.RefusedError | web.UnansweredError | None) -> str | None:
         """Count what became of one request → why it has no answer. Raises UsageError or PleError where going on makes

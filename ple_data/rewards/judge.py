@@ -83,15 +83,13 @@ class JudgeReward(RewardModel):
         keeping: Keeping[int, Answered] = Keeping(
             self._answers, lambda _, found: Answered(**found), lambda row: _named(*rows[row])
         )
-        why: dict[int, str | None] = {}
+        why: dict[int, str | None] = dict.fromkeys(first)
         for questions in (first, second):
-            asked = questions if questions is first else {row: questions[row] for row in why}
-            why = {}
-            for row, fault in self._model.ask(asked, keeping, self._in_flight):
-                rating = math.nan if fault else self._rating(self._model.digest(asked[row]))
-                if math.isnan(rating):
-                    why[row] = fault
-                else:
+            asked = {row: questions[row] for row, fault in why.items() if fault is None}
+            for row, why[row] in self._model.ask(asked, keeping, self._in_flight):
+                rating = math.nan if why[row] else self._rating(self._model.digest(asked[row]))
+                if not math.isnan(rating):
+                    del why[row]
                     yield [(row, rating)]
         if why:
             self._tell(why)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ple_data.common.settings import counted
 from ple_data.evaluation.answers import Answers, asked_settings, sample_answers, stored_answers
 from ple_data.evaluation.metrics import Mean, Metric, Perplexity, bleu, distinct
 from ple_data.evaluation.policies import parse_policies
