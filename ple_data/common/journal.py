@@ -7,6 +7,7 @@ process at a time.
 import os
 import stat
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Self, TypeVar
@@ -90,39 +91,35 @@ class SharedJournal(Records[Kept]):
     def __init__(self, folder: Path, record: type[Kept]) -> None:
         super().__init__()
         self._folder, self._record = folder, record
-        self._path = folder / f"{uuid.uuid4().hex}.jsonl"
+        self._path = folder / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.jsonl"  # the newest is read last
         self._own: Journal[Kept] | None = None
         self._seen: dict[Path, int] = {}
 
     def refresh(self) -> None:
         """Read the whole lines of others that are new."""
         for path in sorted(self._folder.glob("*.jsonl")):
-            if path == self._path or path.stat().st_size == self._seen.get(path):
-                continue
+            with explained(path):
+                if path == self._path or path.stat().st_size == self._seen.get(path):
+                    continue
             content = read_file(path)
-            whole = content[: content.rfind(b"\n") + 1]
-            self.update(_records(path, whole, self._record))
-            self._seen[path] = len(whole)
+            seen, end = self._seen.get(path, 0), content.rfind(b"\n") + 1
+            self.update(_records(path, content[seen:end], self._record, content[:seen].count(b"\n")))
+            self._seen[path] = end
 
     def add(self, *records: Kept) -> None:
         with _OPENING:
-            self._own = self._own or Journal(self._path, self._record)
+            if self._own is None:
+                self._own = Journal(self._path, self._record)
         self._own.add(*records)
         super().add(*records)
-
-    def close(self) -> None:
-        """Close its own file."""
-        if self._own is not None:
-            self._own.__exit__()
-            self._own = None
 
 
 _OPENING = threading.Lock()
 
 
-def _records(path: Path, whole: bytes, kind: type[Kept]) -> dict[str, Kept]:
+def _records(path: Path, whole: bytes, kind: type[Kept], lines_before: int = 0) -> dict[str, Kept]:
     found = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(whole.splitlines(), start=lines_before + 1):
         try:
             record = kind.model_validate_json(line)
         except ValidationError as error:

@@ -155,6 +155,10 @@ def test_responses_without_a_rating_are_counted_and_refused_as_no_numbers(serve,
     assert len(server.requests) == 7
     judge(server, tmp_path).score(rows)
     assert len(server.requests) == 7 + 6, "a new start asks for these again, and for no other"
+    server.judge = lambda prompt: "[[5]]"
+    assert judge(server, tmp_path).score(rows) == [5.0, 5.0, 5.0, 1.5]
+    assert judge(server, tmp_path).score(rows) == [5.0, 5.0, 5.0, 1.5]
+    assert len(server.requests) == 7 + 6 + 3, "the newest answer counts"
 
 
 def test_a_response_that_the_server_refuses_is_told(serve, capsys):
@@ -290,6 +294,10 @@ def test_two_commands_share_the_answers(serve, store: Store, tmp_path: Path):
 
 
 def test_a_damaged_answer_is_named(serve, tmp_path: Path):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(PleError, match=r"link\.jsonl"):
+        judge(serve(), tmp_path).score(ROWS)
+    (tmp_path / "link.jsonl").unlink()
     (tmp_path / "x.jsonl").write_text('{"version": 1}\n')
     with pytest.raises(DamagedError, match=r"x\.jsonl line 1: not a readable Answered.*remove the line"):
         judge(serve(), tmp_path).score(ROWS)
