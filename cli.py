@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 
 
 def _gen(chosen: options.Gen) -> str | None:
-    from ple_data.rewards import check_reward_model
+    from ple_data.rewards import check_reward_model, kind_of
     from ple_data.sampling.generate import generate
 
+    if chosen.rubric is None and "judge" in map(kind_of, chosen.reward_model):
+        chosen = chosen.but(rubric=chosen.principles)
     for spec in chosen.reward_model:
-        check_reward_model(spec, chosen.output_index)
+        check_reward_model(spec, chosen)
     summary = generate(chosen)
     if summary.dry_run is None and chosen.reward_model:
         parts = (chosen.part(kind).values() for kind in (options.Rewards, options.Spread, options.Scored))
@@ -35,30 +38,34 @@ def _gen(chosen: options.Gen) -> str | None:
 
 
 def _score(chosen: options.Score) -> None:
-    from ple_data.rewards import check_reward_model
+    from ple_data.rewards import check_reward_model, kind_of
     from ple_data.scoring.combine import score_together
     from ple_data.scoring.score import score
     from ple_data.storage.store import Store
+    from schemas.errors import UsageError
 
+    if chosen.workers and "judge" in map(kind_of, chosen.reward_model):
+        raise UsageError("--workers: a judge is asked from one process; --reward-concurrency says how much at once")
     store, output = Store(chosen.data), Store(chosen.output) if chosen.output else None
-    loads = [partial(_reward_model, chosen, spec) for spec in chosen.reward_model]
+    keep = (output or store).inside(".ple", "ratings")
+    loads = [partial(_reward_model, chosen, spec, keep) for spec in chosen.reward_model]
     together = chosen.combination()
     if together is None:
         with loads[0]() as reward_model:
             score(store, reward_model, round=chosen.round, output=output)
         return
     for spec in chosen.reward_model:
-        check_reward_model(spec, chosen.output_index)
+        check_reward_model(spec, chosen)
     score_together(store, loads, together, round=chosen.round, output=output)
 
 
 @contextlib.contextmanager
-def _reward_model(chosen: options.Score, spec: str) -> Iterator["RewardModel"]:
-    """The reward model, or many workers with one each; gone at the end."""
+def _reward_model(chosen: options.Score, spec: str, keep: Path) -> Iterator["RewardModel"]:
+    """The reward model, or many workers with one each; gone at the end. keep: where a judge's answers are kept."""
     from ple_data.rewards import load_reward_model
 
     if not chosen.workers:
-        yield load_reward_model(spec, chosen)
+        yield load_reward_model(spec, chosen, keep)
         return
     from ple_data.common.workers import Wanted
     from ple_data.scoring.workers import WorkersReward

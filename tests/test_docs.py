@@ -28,6 +28,8 @@ ELSEWHERE = (
     "OTHER",
     "…",
     "ple.yaml",
+    "principle.yaml",
+    "--reward-format",
 )
 """Words of examples that need a hub model, several machines, or files the reader has."""
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -125,7 +127,7 @@ def test_examples_run_as_they_stand(page: str, world: Path, tmp_path: Path, monk
         monkeypatch.setenv("OPENAI_API_KEY", "k")
         for words in commands:
             program, *rest = [word.replace("98304", "3000") for word in words]  # PPO's budget, for a shorter test
-            if any(word.startswith("openai:") for word in rest):
+            if any(word.startswith(("openai:", "judge:")) for word in rest):
                 shutil.rmtree(here / "judged", ignore_errors=True)  # another judge's
                 rest = asked_at(server.url, rest)
             if "--read" in rest:

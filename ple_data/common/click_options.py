@@ -32,7 +32,7 @@ def _parameter(known: "Field[Any]") -> click.Parameter:
     default: dict[str, Any] = {} if known.default in (MISSING, None, ()) else {"default": known.default}
     type_ = None if kind is bool else _type(known)
     option = SectionedOption(
-        [told.names or (f"{word}/--no-{word[2:]}" if kind is bool else word), known.name],
+        [*(told.names or (f"{word}/--no-{word[2:]}" if kind is bool else word)).split(), known.name],
         type=type_,
         is_flag=True if kind is bool else None,
         multiple=is_repeated(known),

@@ -25,8 +25,8 @@ class Scored(Options):
 
     reward_model: tuple[str, ...] = option(
         MISSING,
-        "Classifier (directory or hub id; MODEL[1] for one of its outputs), file.py:function, module:function, or "
-        "http(s)://address; may be repeated.",
+        "Classifier (directory or hub id; MODEL[1] for one of its outputs), file.py:function, module:function, "
+        "http(s)://address, or judge:MODEL; may be repeated.",
     )
     combine: str = option(
         "mean",
@@ -78,6 +78,7 @@ class Gen(Policy, Asked, Spread, Rewards, Scored):
 
 class Score(Spread, Rewards, Scored):
     data: Path = option(MISSING, "Folder of the responses.", machine=True)
+    reward_endpoint: str | None = option(None, JUDGE_SERVER, REWARD, names="--reward-endpoint --endpoint", machine=True)
     round: int | None = option(None, "Score this round only.", least=0)
     output: Path | None = option(
         None, "Write the pairs to another DATA, so that two reward models stay apart.", machine=True
@@ -179,7 +180,8 @@ class Dpo(Policy, Stores, Seed, Passes, Lora, Computing, Written):
 class Ppo(Policy, Seed, Reading, Thoughts, Steps, Lora, Rewards, Computing, Written):
     queries: str = option(MISSING, HUB_OR_FILE, place=True)
     reward_model: str = option(
-        MISSING, "Classifier (directory or hub id), file.py:function, module:function, or http(s)://address."
+        MISSING,
+        "Classifier (directory or hub id), file.py:function, module:function, http(s)://address, or judge:MODEL.",
     )
     sampled_tokens: int = option(MISSING, "Stop with the step that has sampled so many tokens.", least=1)
     max_new_tokens: int = option(1024, "Longest response.", RESPONSES, least=1)
@@ -264,8 +266,8 @@ class Judged(Rewards):
 
     reward_model: tuple[str, ...] = option(
         (),
-        "Classifier (one of its outputs: MODEL[1]), file.py:function, module:function or http(s)://address; may be "
-        "repeated.",
+        "Classifier (one of its outputs: MODEL[1]), file.py:function, module:function, http(s)://address or "
+        "judge:MODEL; may be repeated.",
         REWARD,
     )
     trained_with: tuple[str, ...] = option(
