@@ -190,12 +190,29 @@ class Judge(Rewards):
 
 class Export(Options):
     data: Path = option(MISSING, "Folder of pairs.", positional=True)
-    format: Literal["trl-preference", "sft", "messages", "alpacaeval"] = option(
+    format: Literal["trl-preference", "trl-kto", "distilabel", "argilla", "sft", "messages", "alpacaeval"] = option(
         MISSING,
-        "prompt, chosen, rejected; prompt, completion (the best response); the same as chat; instruction, output.",
+        "prompt, chosen, rejected; prompt, completion, label; generations with ratings; records to annotate; prompt, "
+        "completion (the best response); the same as chat; instruction, output.",
     )
     round: int | None = option(None, "This round only; alpacaeval: the newest if not given.", least=0)
     output: str = option(MISSING, "File: .jsonl or .parquet (alpacaeval: .json), or - for stdout.")
+
+
+class Import(Model, Prompting):
+    files: tuple[str, ...] = option(
+        MISSING,
+        "Preferences of TRL, Online-RLHF or distilabel: Parquet, JSONL, JSON, CSV or a hub dataset id.",
+        positional=True,
+        metavar="FILE...",
+    )
+    data: Path = option(MISSING, "Folder that takes the rows.", positional=True)
+    round: int = option(0, "Round that the rows become.", least=0, most=2**31 - 1)
+    scored_by: str | None = option(
+        None,
+        "Name of what gave the scores, so that several imports of its scores share DATA.  "
+        "[default: imported, with a digest of the files]",
+    )
 
 
 class Verify(Options):

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from ple_data.export import export
+from ple_data.exchange.export import export
 from ple_data.storage.store import Store
 from schemas.errors import DamagedError, UsageError
 from tests.tables import table
