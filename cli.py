@@ -140,6 +140,7 @@ COMMANDS = {
     "inspect": command("inspect", options.Inspect, "ple_data.inspection:inspect", by_name=True),
     "export": command("export", options.Export, "ple_data.exchange.export:export", by_name=True),
     "import": command("import", options.Import, "ple_data.exchange.importing:import_pairs"),
+    "push": command("push", options.Push, "ple_data.exchange.push:push"),
     "verify": command("verify", options.Verify, _verify),
     "purity": command("purity", options.Purity, "ple_train.measure.purity:purity"),
     "report": command("report", options.Report, "ple_data.report.page:report", by_name=True),

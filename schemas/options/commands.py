@@ -215,6 +215,21 @@ class Import(Model, Prompting):
     )
 
 
+class Push(Options):
+    source: Path = option(
+        MISSING,
+        "Folder of pairs, an adapter or model that ple trained, or a run (its newest policy).",
+        positional=True,
+        metavar="DATA|ADAPTER|RUN",
+    )
+    to: str = option(MISSING, "Repository on the hub; made where it is not there.", metavar="OWNER/NAME")
+    license: str | None = option(None, "Licence that the card names, as the hub writes it: apache-2.0, cc-by-4.0, ...")
+    base_model: str | None = option(None, "The adapter's base model on the hub, where it was a folder here.")
+    eval: Path | None = option(None, "Folder of ple eval for the card. Default: RUN/eval where it is there.")
+    private: bool = option(True, "Only you and those you name see it, or everybody.")
+    dry_run: bool = option(False, "Show the files, their sizes and the card; send nothing.", names="--dry-run")
+
+
 class Verify(Options):
     data: Path = option(MISSING, "Folder of responses and pairs.", positional=True)
 
