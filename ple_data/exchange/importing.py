@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -49,7 +50,7 @@ def import_pairs(options: Import) -> None:
         _refuse_other_model(store, judge)
     identity = {"policy": policy, "principle": None, "round": options.round, "samples": 1, **form.identity}
     identity |= {"scored": scored, "unit_size": default_unit_size(len(rows), store.load_manifest(options.round))}
-    files = [{"file": source.name, "sha256": source.digest} for source in sources]
+    files = [{"file": _public(source.name), "sha256": source.digest} for source in sources]
     _freeze(store, RoundManifest(round=options.round, settings=identity, counts={"queries_taken": len(rows)}), files)
     provenance: dict[str, Any] = {"policy": policy, "imported": files, "packages": package_versions()}
     provenance |= {"prompts": "chat"} if form.chat else {}
@@ -139,6 +140,11 @@ class _Tokens:
         every = itertools.chain(x_ids, *(columns[f"{arm}_ids"] for arm in ARMS))
         refuse_unknown(every, self.vocabulary, self.options.model)
         return pa.table(columns | {name: [value] * len(xs) for name, value in alike.items()})
+
+
+def _public(name: str) -> str:
+    """A file's name without its folder, which is this machine's; a hub dataset's whole name."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def _freeze(store: Store, ours: RoundManifest, files: list[dict[str, str]]) -> None:
