@@ -214,6 +214,29 @@ def test_the_same_command_again_changes_nothing_and_another_is_refused(policy, t
         taken(tmp_path / "data", bare, model=policy)
 
 
+def test_killed_before_any_change_of_the_disk_the_same_command_goes_on(policy, tmp_path, forks):
+    rows = [ROWS[0] | {"prompt": f"The film {n % 50}", "chosen": f" was {n}."} for n in range(140)]
+    source = write(tmp_path / "rows.jsonl", rows)
+
+    def started(data: Path, **more) -> int:
+        words = ["import", str(source), str(data), "--model", str(policy)]
+        code, _ = forks.run(words, log=tmp_path / "log", watch=str(data), **more)
+        return code
+
+    assert started(tmp_path / "whole") == 0
+    changes = int((tmp_path / "log").read_text().split("changes ")[1])
+    whole = Store(tmp_path / "whole").scan("pairs").collect()
+    assert (whole.height, len(Store(tmp_path / "whole").shards("pairs"))) == (140, 3)
+    data, kills = tmp_path / "data", 0
+    for at in range(2, changes, max(1, changes // 9)):
+        kills += started(data, kill_at=at) == -9
+    assert kills >= 4
+    assert started(data) == 0
+    assert Store(data).scan("pairs").collect().equals(whole)
+    assert Store(data).scan("responses").collect().height == 140
+    assert problems(data) == []
+
+
 def test_scores_of_one_name_share_a_store(policy, tmp_path):
     files = [write(tmp_path / f"{n}.jsonl", [row]) for n, row in enumerate(ROWS)]
     for round, file in enumerate(files):
