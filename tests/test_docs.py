@@ -38,6 +38,7 @@ PAGES = [
     "README.md",
     "docs/start.md",
     "docs/baselines.md",
+    "docs/ecosystem.md",
     "docs/evaluation.md",
     "docs/judging.md",
     "docs/report.md",
@@ -69,6 +70,9 @@ def world(policy: Path, adapter: Path, reward: Path, run_forked: Callable[..., E
         write_rows(
             root / f"{name}.jsonl", [{"id": q["id"], "x": q["x"], "y": f" {name} {q['id']}"} for q in queries[:6]]
         )
+    scores = {"score_chosen": 1.0, "score_rejected": 0.5}
+    pairs = [{"prompt": q["x"], "chosen": " good.", "rejected": " bad."} | scores for q in queries[:6]]
+    write_rows(root / "preferences.jsonl", pairs)
     for name in ("judge", "second_judge", "length_reward", "len"):
         (root / f"{name}.py").write_text("def score(xs, ys):\n    return [float(len(y)) for y in ys]\n")
     run = {

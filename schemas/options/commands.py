@@ -249,12 +249,44 @@ class Judge(Rewards):
 
 class Export(Options):
     data: Path = option(MISSING, "Folder of pairs.", positional=True)
-    format: Literal["trl-preference", "sft", "messages", "alpacaeval"] = option(
+    format: Literal["trl-preference", "trl-kto", "distilabel", "argilla", "sft", "messages", "alpacaeval"] = option(
         MISSING,
-        "prompt, chosen, rejected; prompt, completion (the best response); the same as chat; instruction, output.",
+        "prompt, chosen, rejected; prompt, completion, label; generations with ratings; records to annotate; prompt, "
+        "completion (the best response); the same as chat; instruction, output.",
     )
     round: int | None = option(None, "This round only; alpacaeval: the newest if not given.", least=0)
     output: str = option(MISSING, "File: .jsonl or .parquet (alpacaeval: .json), or - for stdout.")
+
+
+class Import(Model, Prompting):
+    files: tuple[str, ...] = option(
+        MISSING,
+        "Preferences of TRL, Online-RLHF or distilabel: Parquet, JSONL, JSON, CSV or a hub dataset id.",
+        positional=True,
+        metavar="FILE...",
+    )
+    data: Path = option(MISSING, "Folder that takes the rows.", positional=True)
+    round: int = option(0, "Round that the rows become.", least=0, most=2**31 - 1)
+    scored_by: str | None = option(
+        None,
+        "Name of what gave the scores, so that several imports of its scores share DATA.  "
+        "[default: imported, with a digest of the files]",
+    )
+
+
+class Push(Options):
+    source: Path = option(
+        MISSING,
+        "Folder of pairs, an adapter or model that ple trained, or a run (its newest policy).",
+        positional=True,
+        metavar="DATA|ADAPTER|RUN",
+    )
+    to: str = option(MISSING, "Repository on the hub; made where it is not there.", metavar="OWNER/NAME")
+    license: str | None = option(None, "Licence that the card names, as the hub writes it: apache-2.0, cc-by-4.0, ...")
+    base_model: str | None = option(None, "The adapter's base model on the hub, where it was a folder here.")
+    eval: Path | None = option(None, "Folder of ple eval for the card. Default: RUN/eval where it is there.")
+    private: bool = option(True, "Only you and those you name see it, or everybody.")
+    dry_run: bool = option(False, "Show the files, their sizes and the card; send nothing.", names="--dry-run")
 
 
 class Verify(Options):

@@ -287,6 +287,6 @@ class Written(Options):
 class Tracked(Written):
     """Written, and followed on the way."""
 
-    report_to: Literal["tensorboard", "wandb"] | None = option(
+    report_to: Literal["tensorboard", "wandb", "mlflow", "trackio"] | None = option(
         None, "Also report the metrics there.", MACHINE, machine=True
     )
