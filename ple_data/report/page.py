@@ -6,10 +6,13 @@ load, and every script but the one whose hash it names. Model text reaches it th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ple_data.judge.page import csp_hash
+from ple_data.report.browse import PAGE
 from ple_data.report.pairs import SHOWN_PAIRS, sample_pairs, visible
 from ple_data.report.section import Section
 from ple_data.report.sections import sections
@@ -18,6 +21,9 @@ from ple_data.rewards import shown_spec
 from schemas.files import refuse_outside, write_atomic
 from schemas.options import Safeguards, flag
 from schemas.recipe import Recipe
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -43,7 +49,7 @@ def report(
     """
     sources = Sources(Path(run), evals, judges, purity, cases, tau0, alpha)
     parts = sections(sources)
-    page = _render(sources, parts)
+    page = render(sources, parts)
     path = Path(output) if output else Path(run) / "report.html"
     folder = path.parent / f"{path.stem}-figures"
     images = {folder / f"{chart.name}.png": chart.png for part in parts for chart in part.charts}
@@ -56,22 +62,18 @@ def report(
     return str(path)
 
 
-def _render(sources: Sources, parts: list[Section]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = (ASSETS / "report.js").read_text(encoding="utf-8")
-    return environment.get_template("report.html").render(
+def render(sources: Sources, parts: list[Section], rounds: Sequence[int] | None = None) -> str:
+    """The page; with the `rounds` that have pairs it is the live one, whose pairs are read from the server."""
+    live = rounds is not None
+    script = (ASSETS / ("live.js" if live else "report.js")).read_text(encoding="utf-8")
+    return template("report.html").render(
         title=visible("/".join(sources.root.resolve().parts[-2:]).strip("/")),
         facts=_facts(sources),
         parts=parts,
-        pairs=sample_pairs(sources.store.scan("pairs"), sources.tau0, sources.alpha),
+        live=live,
+        rounds=rounds,
+        page_size=PAGE,
+        pairs=[] if live else sample_pairs(sources.store.scan("pairs"), sources.tau0, sources.alpha),
         sets=sources.sets,
         all_pairs=sum(shard.rows for shard in sources.store.shards("pairs")),
         limit=SHOWN_PAIRS,
@@ -81,6 +83,15 @@ def _render(sources: Sources, parts: list[Section]) -> str:
         script=script,
         script_hash=csp_hash(script),
     )
+
+
+@cache
+def template(name: str) -> Template:
+    """A template of the page, which escapes what it is given."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    look = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return Environment(loader=FileSystemLoader(ASSETS), **look).get_template(name)  # type: ignore[arg-type]
 
 
 def _facts(sources: Sources) -> list[tuple[str, str]]:
