@@ -5,6 +5,7 @@ A page reads the columns that its filters need, streamed, then the texts of its 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,17 +60,16 @@ class Wanted(BaseModel):
             **cut,
         }
         text = pl.concat_str([pl.col(name) for name in ("query_id", "x", *ARMS)], separator="\n").str.to_lowercase()
-        least, most = self.shortest or 0, 2**32 - 1 if self.longest is None else self.longest
-        asked: dict[str, tuple[Any, pl.Expr]] = {
-            "set": (self.set, pl.col("set") == self.set),
-            "low": (self.low, pl.col("margin") >= self.low),
-            "high": (self.high, pl.col("margin") <= self.high),
-            "finish": (self.finish, finishes.get(self.finish or "", pl.lit(True))),
-        }
-        chosen = [condition for value, condition in asked.values() if value is not None]
+        chosen = [text.str.contains(word, literal=True) for word in self.words.lower().split()]
+        if self.set:
+            chosen.append(pl.col("set") == self.set)
+        if self.low is not None or self.high is not None:
+            low, high = (-math.inf if self.low is None else self.low), (math.inf if self.high is None else self.high)
+            chosen.append(pl.col("margin").is_between(low, high))
         if self.shortest is not None or self.longest is not None:
+            least, most = self.shortest or 0, 2**32 - 1 if self.longest is None else self.longest
             chosen.append(pl.any_horizontal([length.is_between(least, most) for length in lengths]))
-        return chosen + [text.str.contains(word, literal=True) for word in self.words.lower().split()]
+        return chosen + ([finishes[self.finish]] if self.finish else [])
 
 
 @dataclass(frozen=True)

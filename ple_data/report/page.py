@@ -21,6 +21,7 @@ from ple_data.rewards import shown_spec
 from schemas.files import refuse_outside, write_atomic
 from schemas.options import Safeguards, flag
 from schemas.recipe import Recipe
+from schemas.tables import STORED
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -99,6 +100,8 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
     rows: dict[str, Any] = {}
     shards = sources.store.shards("pairs")
     rows["pairs"] = f"{sum(shard.rows for shard in shards)} in {len({shard.round for shard in shards})} rounds"
+    if now := under_way(sources):
+        rows["under way"] = now
     if sources.recipe:
         recipe = sources.recipe
         rows |= {"model": recipe.model, "queries": recipe.queries, "principle": recipe.principles}
@@ -112,6 +115,22 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
     if sources.sets:
         rows["threshold"] = f"τ_t = {sources.tau0:g} · {sources.alpha:g}^t"
     return [(name, visible(value)) for name, value in rows.items()]
+
+
+def under_way(sources: Sources) -> str:
+    """How far the last round is that lacks pairs, and the stage that has not ended; nothing where all is done."""
+    store = sources.store
+    words = []
+    for manifest in map(store.read_manifest, store.manifest_paths()[-1:]):
+        kinds = {kind: sum(shard.rows for shard in store.shards(kind, round=manifest.round)) for kind in STORED[:2]}
+        sampled, scored = max(kinds.values()), kinds["pairs"]
+        if manifest.rows and scored < manifest.rows:
+            words.append(f"round {manifest.round}: {sampled} of {manifest.rows} sampled, {scored} scored")
+    last = sources.stages[-1] if sources.stages else None
+    if last and last["exit_code"] is None:
+        t = last["round"]
+        words.append(f"{last['stage']}{'' if t is None else f' of round {t}'} is running, or was killed")
+    return "; ".join(words)
 
 
 def _safeguards(recipe: Recipe) -> str:

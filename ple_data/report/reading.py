@@ -17,8 +17,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def number(value: float) -> str:
-    """Two decimals, or two digits where that is nothing."""
-    return f"{value:.2f}" if value == 0 or 0.1 <= abs(value) < 1000 else f"{value:.2g}"
+    """Two decimals, or two digits where those say nothing."""
+    return f"{value:.2f}" if value == 0 or 0.005 <= abs(value) < 1000 else f"{value:.2g}"
 
 
 def percent(value: float) -> str:

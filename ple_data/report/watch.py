@@ -46,26 +46,22 @@ _HEADERS = {
 
 
 def watch(chosen: Report) -> str:
-    """Serve the report until Ctrl-C; then a sentence. Raises like `page.report`, and UsageError: port taken."""
+    """Serve the report until Ctrl-C; then a sentence. Raises as `page.report`, and where the port is taken."""
     if chosen.output:
         raise UsageError("--watch serves the page and writes none: leave --output out, or leave --watch out")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a tokenizer is looked for on this machine only
-    with _server(PORT if chosen.port is None else chosen.port) as server:
-        state = _state(chosen)
-        server.shown = _made(chosen)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        print(f"report: follows {chosen.run} at this address, until Ctrl-C", file=sys.stderr, flush=True)
-        sys.stdout.buffer.write(
-            f"http://{HOST}:{server.server_port}/{server.secret}/\n".encode()
-        )  # a key that is meant
-        sys.stdout.flush()
-        try:
-            _follow(server, chosen, state)
-        except KeyboardInterrupt:
-            server.shutdown()
-            return "the report is no longer served; nothing was written"
-    raise AssertionError
+    try:
+        with Server(chosen) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            print(f"report: follows {chosen.run} at this address, until Ctrl-C", file=sys.stderr, flush=True)
+            sys.stdout.buffer.write(f"{server.address}\n".encode())  # with a key that is meant to be seen
+            sys.stdout.flush()
+            while True:
+                began = time.monotonic()
+                server.look()
+                time.sleep(LOOK_EVERY + SHARE * (time.monotonic() - began))
+    except KeyboardInterrupt:
+        return "the report is no longer served; nothing was written"
 
 
 @dataclass(frozen=True)
@@ -112,44 +108,47 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
-def _follow(server: _Server, chosen: Report, state: list[tuple[str, int, int]]) -> None:
-    while True:
-        time.sleep(LOOK_EVERY)
-        if (now := _state(chosen)) == state:
-            continue
-        state, began = now, time.monotonic()
-        try:
-            server.shown = _made(chosen)
-        except PleError as error:
-            server.shown = Shown(server.shown.page, server.shown.browser, str(error))
-        time.sleep(SHARE * (time.monotonic() - began))
+class Server(ThreadingHTTPServer):
+    """The page of one run at an address of its own."""
 
-
-class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    shown: Shown
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, chosen: Report) -> None:
+        """Takes the port, then makes the page. Raises as `watch` does."""
         self.secret, self.scans = secrets.token_urlsafe(16), threading.Semaphore(SCANS)
-        super().__init__((HOST, port), _Handler)
+        port = PORT if chosen.port is None else chosen.port
+        try:
+            super().__init__((HOST, port), _Handler)
+        except OSError as error:
+            raise UsageError(
+                f"port {port} cannot be served on ({error.strerror or first_line(error)}): give another --port, or "
+                "--port 0 for any free one"
+            ) from error
+        self.address = f"http://{HOST}:{self.server_port}/{self.secret}/"
+        try:
+            self._chosen, self._state = chosen, _state(chosen)
+            self.shown = _made(chosen)
+        except BaseException:
+            self.server_close()
+            raise
+
+    def look(self) -> None:
+        """Make the page anew where files changed; where they cannot be read, the page stays and says so."""
+        if (now := _state(self._chosen)) == self._state:
+            return
+        self._state = now
+        try:
+            self.shown = _made(self._chosen)
+        except PleError as error:
+            self.shown = Shown(self.shown.page, self.shown.browser, str(error))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A reader that went away is no fault."""
 
 
-def _server(port: int) -> _Server:
-    try:
-        return _Server(port)
-    except OSError as error:
-        raise UsageError(
-            f"port {port} cannot be served on ({error.strerror or first_line(error)}): give another --port, or "
-            "--port 0 for any free one"
-        ) from error
-
-
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-    protocol_version, timeout = "HTTP/1.1", 30
+    server: Server
+    timeout = 30
     server_version, sys_version = "ple", ""
 
     def do_GET(self) -> None:

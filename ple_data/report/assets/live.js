@@ -157,7 +157,8 @@
         $("count").tabIndex = -1;
         $("count").focus();
       }
-      told((await ask(`count?${query}`, signal)).count);
+      const here = at * Number(document.body.dataset.page) + $("list").childElementCount;
+      told(found.more ? (await ask(`count?${query}`, signal)).count : here);
     } catch (error) {
       if (error.name !== "AbortError") say("count", error.message);
     }
