@@ -115,7 +115,8 @@ class HfEngine:
         noise = _SeededSampler([request.seed for request in batch], sampling, self._device)
         width = input_ids.shape[1]
         prompts = [request.prompt_ids for request in batch]
-        criteria: list[StoppingCriteria] = [_Tells({*self._spec.end_ids, self._pad_id}, self.under_way)]
+        ends = {*self._spec.end_ids, *([self._pad_id] if sampling.stop else [])}  # what stands behind a stop string
+        criteria: list[StoppingCriteria] = [_Tells(ends, self.under_way)]
         criteria += [_StopStrings(self._spec, sampling.stop, prompts, width)] if sampling.stop else []
         output = self._model.generate(
             input_ids=input_ids,

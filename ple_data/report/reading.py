@@ -75,8 +75,7 @@ def rewards(rows: Rows) -> str:
         )
     (plain, up), (guided, _) = _of_means(rows, "s", "the reward of y"), _of_means(rows, "s_prompt", "that of y_prompt")
     closer = _of_means(rows, "margin", "")[1] < 0
-    catches = " y catches up with y_prompt: the policy does more of what the principle asks by itself."
-    return f"{_span(rows)}{plain}, {guided}.{catches if up > 0 and closer else ''}"
+    return f"{_span(rows)}{plain}, {guided}.{' y catches up with y_prompt.' if up > 0 and closer else ''}"
 
 
 def gap(rows: Rows, sets: bool) -> str:
@@ -131,7 +130,7 @@ def rewards_by_length(arms: Mapping[str, Rows], round: int) -> str:
         earn = (
             f"{number(abs(more))} {'more' if more > 0 else 'less'} than"
             if abs(more) > half
-            else "not clearly other than"
+            else "no clearly other reward than"
         )
         found.append(
             f"the longest {arm} (about {long['length']:.0f} tokens) earn {earn} the shortest ({short['length']:.0f})"

@@ -56,10 +56,13 @@ def watch(chosen: Report) -> str:
             print(f"report: follows {chosen.run} at this address, until Ctrl-C", file=sys.stderr, flush=True)
             sys.stdout.buffer.write(f"{server.address}\n".encode())  # with a key that is meant to be seen
             sys.stdout.flush()
-            while True:
-                began = time.monotonic()
-                server.look()
-                time.sleep(LOOK_EVERY + SHARE * (time.monotonic() - began))
+            try:
+                while True:
+                    began = time.monotonic()
+                    server.look()
+                    time.sleep(LOOK_EVERY + SHARE * (time.monotonic() - began))
+            finally:
+                server.shutdown()
     except KeyboardInterrupt:
         return "the report is no longer served; nothing was written"
 
