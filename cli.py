@@ -121,6 +121,18 @@ def _evaluate(chosen: options.Evaluate) -> str:
     return json.dumps(report.model_dump(mode="json"), indent=1) if chosen.as_json else format_report(report)
 
 
+def _report(chosen: options.Report) -> str:
+    if chosen.watch:
+        from ple_data.report.watch import watch
+
+        return watch(chosen)
+    from ple_data.report.page import report
+
+    if chosen.port is not None:
+        raise click.UsageError("--port: it is for --watch; give both, or leave it out")
+    return report(**{name: value for name, value in chosen.values().items() if name not in ("watch", "port")})
+
+
 def _point_to_policy(_: click.Context, option: click.Parameter, given: str | None) -> None:
     if given is not None:
         raise click.UsageError(
@@ -170,7 +182,7 @@ COMMANDS = {
     "push": command("push", options.Push, "ple_data.exchange.push:push"),
     "verify": command("verify", options.Verify, _verify),
     "purity": command("purity", options.Purity, "ple_train.measure.purity:purity"),
-    "report": command("report", options.Report, "ple_data.report.page:report", by_name=True),
+    "report": command("report", options.Report, _report),
 }
 ple = debug(version(group("ple", COMMANDS)))
 

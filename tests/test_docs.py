@@ -7,11 +7,13 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
 
 import cli
+from ple_data.report import watch
 from ple_train.run import rounds
 from ple_train.run.child import Ended
 from schemas.recipe import Recipe, parse_recipe
@@ -134,6 +136,9 @@ def test_examples_run_as_they_stand(page: str, world: Path, tmp_path: Path, monk
             if any(word.startswith(("openai:", "judge:")) for word in rest):
                 shutil.rmtree(here / "judged", ignore_errors=True)  # another judge's
                 rest = asked_at(server.url, rest)
+            if "--watch" in rest:  # until Ctrl-C
+                rest += ["--port", "0"]
+                monkeypatch.setattr(watch.Server, "look", Mock(side_effect=KeyboardInterrupt))
             if "--read" in rest:
                 annotate(here / "page", here / "exports")
             run_here(rest if program == "ple" else [program.removeprefix("ple-"), *rest])

@@ -72,6 +72,11 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         return [found[key] for key in range(len(requests))]
 
     answers["sampled"] = sample([requests])
+    told: list[int] = []
+    engine.under_way = told.append
+    with patch.object(vllm, "TELL_SECONDS", 0.0):
+        answers["told of"] = sample([requests])
+    answers["told"] = told.copy()
     answers["other batches"] = sample([[request] for request in reversed(requests)])
     answers["greedy"] = sample([requests], temperature=0.0)
     answers["stop"] = sample([requests], stop=tuple(job["stop"]))

@@ -369,6 +369,8 @@ class Report(Options):
     output: Path | None = option(
         None, "The page; NAME-figures/ beside it takes the PNG files. Default: RUN/report.html."
     )
+    watch: bool = option(False, "Write nothing: serve the page on this machine, with all pairs, and follow the run.")
+    port: int | None = option(None, "Port of --watch; 0 takes any free one. Default: 8765.", least=0, most=65535)
     tau0: float | None = option(None, "Threshold of round 0. Default: the recipe's, else 0.2.", METHOD, least=0)
     alpha: float | None = option(
         None, "Decay of the threshold. Default: the recipe's, else 0.9.", METHOD, above=0, below=1

@@ -158,6 +158,14 @@ def test_batches_never_cross_a_unit(engine: HfEngine, trap: Path) -> None:
     assert {**sample(engine, [requests[5:]]), **sample(engine, [requests[:5]])} == streamed
 
 
+def test_it_tells_of_every_step_how_many_tokens_the_batch_has(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, told = HfEngine(spec_of(trap), {"batch_size": 64}), []
+    monkeypatch.setattr(engine, "under_way", told.append)
+    lengths = [len(found.ids) for found in sample(engine, [requests_for(trap)]).values()]
+    assert told == [sum(min(length, step) for length in lengths) for step in range(1, max(lengths) + 1)]
+    assert min(lengths) < max(lengths)
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.6)])
 def test_samples_follow_the_distribution(
     engine: HfEngine, reference: Any, trap: Path, temperature: float, top_p: float
@@ -499,6 +507,15 @@ def test_vllm_finish_reasons_and_logps(probe: dict[str, Any], reference: Any, tr
         sum(sum(c["logps"]) for c in probe[way]) / sum(len(c["ids"]) for c in probe[way]) for way in ("sampled", "cold")
     ]
     assert likelier[1] > likelier[0] + 0.5
+
+
+@pytest.mark.vllm
+def test_vllm_tells_how_many_tokens_are_under_way(probe: dict[str, Any]) -> None:
+    """After the first step a token of each; at the end none is under way."""
+    told, lengths = probe["told"], [len(completion["ids"]) for completion in probe["told of"]]
+    assert told[0] > 0
+    assert max(lengths) < max(told) < sum(lengths)
+    assert told[-1] == 0
 
 
 @pytest.mark.vllm
