@@ -1,6 +1,9 @@
 """The recipes of the paper: they parse, say what the paper says, and run whole on small models of the same kinds."""
 
+import contextlib
 import importlib
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +15,16 @@ import transformers
 from click.testing import CliRunner
 
 import cli
+from ple_data.rewards.classifier import ClassifierReward
+from ple_train.model.policy import load_policy
 from ple_train.run import rounds
 from ple_train.run.child import Ended
+from schemas.options import Rewards, Trainable
 from schemas.recipe import Recipe, load_recipe, parse_recipe
 from tests import tiny
 from tests.conftest import ROOT
+from tests.forks import ForkServer
+from tests.judgeserver import JudgeServer
 
 PAPER = ROOT / "recipes" / "paper"
 NAMES = ["hh-llama3", "hh-qwen", "imdb-gpt2", "tldr-gpt2"]
@@ -88,25 +96,29 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """runs/paper-data as prepare.py makes it of small files in the form of the public datasets."""
     root = tmp_path_factory.mktemp("data")
     texts = tiny.corpus()[::4]
+    turns = [
+        *(["Human", texts[n], "Assistant", texts[n + 16]] for n in range(16)),
+        ["Human", texts[0], "Assistant", texts[1], "Human", texts[2], "Assistant", texts[3]],
+        *(["Human", texts[n], "Human", texts[1], "Assistant", texts[2]] for n in range(7)),
+        ["Human", "", "Assistant", "What?"],
+    ]
     dialogues = [
-        *(f"\n\nHuman: {a}\n\nAssistant: {b}" for a, b in zip(texts[:16], texts[16:], strict=False)),
-        f"\n\nHuman: {texts[0]}\n\nAssistant: {texts[1]}\n\nHuman: {texts[2]}\n\nAssistant: {texts[3]}",
-        *(f"\n\nHuman: {text}\n\nHuman: {texts[1]}\n\nAssistant: {texts[2]}" for text in texts[3:10]),
-        "\n\nHuman: \n\nAssistant: What?",
+        {
+            "chosen": "".join(f"\n\n{who}: {said}" for who, said in zip(each[::2], each[1::2], strict=True)),
+            "rejected": "",
+        }
+        for each in turns
     ]
-    reviews = [{"text": f"{a} {b}<br /><br />{a}", "label": n % 2} for n, (a, b) in enumerate(zip(texts, texts[9:]))]
+    reviews = [{"text": f"{texts[n]} {texts[n + 9]}<br /><br />{texts[n]}", "label": n % 2} for n in range(60)]
     posts = [f"SUBREDDIT: r/a\n\nTITLE: {text}\n\nPOST: {text}\n\nTL;DR:" for text in texts]
-    summaries = [{"prompt": post, "completion": f" {text}"} for post, text in zip(posts, texts[3:])]
-    said = [
-        [{"role": "user", "content": post}, {"role": "assistant", "content": text}] for post, text in zip(posts, texts)
-    ]
-    pairs = [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in zip(posts, said, said[5:])]
+    summaries = [{"prompt": posts[n], "completion": f" {texts[n + 3]}"} for n in range(60)]
+    pairs = [{"prompt": posts[n], "chosen": said(texts[n]), "rejected": said(texts[n + 5])} for n in range(60)]
     files = {
-        "hh": {name: [{"chosen": text, "rejected": ""} for text in dialogues] for name in ("train", "test")},
+        "hh": {"train": dialogues, "test": dialogues},
         "imdb": {"train": reviews, "test": reviews[:9]},
         "tldr": {
-            **{"train": summaries, "test": summaries[:9]},
-            **{"preferences": pairs, "judge-preferences": [*pairs[:9], pairs[0] | {"rejected": pairs[0]["chosen"]}]},
+            **{"train": summaries, "test": summaries[:9], "preferences": pairs},
+            "judge-preferences": [*pairs[:9], pairs[0] | {"rejected": pairs[0]["chosen"]}],
         },
     }
     for task, parts in files.items():
@@ -124,8 +136,57 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def said(text: str) -> list[dict[str, str]]:
+    """A response as TRL's preferences have it."""
+    return [{"role": "user", "content": "a post"}, {"role": "assistant", "content": text}]
+
+
+def test_the_files_are_what_the_recipes_say(data: Path) -> None:
+    prepared = data / "runs" / "paper-data"
+    chats, texts = (pl.read_ndjson(prepared / "hh/sft-chat.jsonl"), pl.read_parquet(prepared / "hh/sft.parquet"))
+    assert chats.height == texts.height == 24  # without the one that asks nothing
+    assert texts["x"].str.ends_with("Assistant:").all()
+    assert texts["y"].str.starts_with(" ").all()
+    assert chats["y"].to_list() == texts["y"].str.strip_chars().to_list()
+    assert [turn["role"] for turn in chats["messages"][16]] == ["user", "assistant", "user"]
+    labelled, sft = (pl.read_parquet(prepared / "imdb" / f"{name}.parquet") for name in ("reward", "sft"))
+    assert (labelled["label"].sum(), sft.height) == (30, 30)
+    assert (sft["x"] + sft["y"]).to_list() == labelled.filter(label=1)["text"].to_list()
+    assert not labelled["text"].str.contains("<br").any()
+    pairs, judged = (pl.read_parquet(prepared / "tldr" / f"{name}preferences.parquet") for name in ("", "judge-"))
+    assert (pairs.height, judged.height) == (60, 9)  # two equal answers say nothing
+    assert pairs["chosen"].str.starts_with(" ").all()
+
+
+@pytest.mark.parametrize("hub_id", ["weqweasdas/RM-Gemma-2B", "weqweasdas/RM-Mistral-7B"])
+def test_rewards_are_those_of_the_whole_dialogue_alone(hub_id: str, models: dict[str, str]) -> None:
+    """Padded on either side, by the model's own template, with one BOS; two turns of one speaker are joined."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(models[hub_id]).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models[hub_id])
+    rows = [("\n\nHuman: Why?\n\nAssistant:", " So."), ("\n\nHuman: Why?\n\nHuman: Is it long?\n\nAssistant:", " No.")]
+    asked = ["Why?", "Why?\n\nIs it long?"]
+    expected = []
+    for question, (_, y) in zip(asked, rows, strict=True):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": y.strip()}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        assert text.startswith(tiny.BOS)
+        with torch.no_grad():
+            expected.append(model(**tokenizer(text.removeprefix(tiny.BOS), return_tensors="pt")).logits.item())
+    assert ClassifierReward(models[hub_id], Rewards()).score(rows) == pytest.approx(expected, abs=1e-5)
+
+
+def test_gpt2_trains_its_turned_weights_without_a_warning(models: dict[str, str]) -> None:
+    policy = load_policy(models["openai-community/gpt2"], Trainable())
+    found = {name.rsplit(".", 4)[1] for name, weight in policy.model.named_parameters() if weight.requires_grad}
+    assert found == {"c_attn", "c_proj", "c_fc"}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_says_what_the_paper_says(name: str) -> None:
+    found = CliRunner().invoke(cli.ple, ["run", str(PAPER / f"{name}.yaml"), "--dry-run"])
+    assert found.exit_code == 0, found.output
+    lines = found.stdout.splitlines()
+    assert [line.split()[1 if line.startswith("ple ") else 0] for line in lines if "ple-" not in line][-1] == "sft"
     recipe = load_recipe(PAPER / f"{name}.yaml")
     assert (recipe.tau0, recipe.alpha, recipe.principles) == (0.2, 0.9, name.split("-")[0])
     assert recipe.sft is not None
@@ -145,6 +206,8 @@ def test_it_runs_whole_on_small_models(
     models: dict[str, str],
     data: Path,
     run_forked: Callable[..., Ended],
+    forks: ForkServer,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both rounds, then the evaluation and the judge of README.md. Only sizes and programs are other than shipped."""
@@ -155,6 +218,16 @@ def test_it_runs_whole_on_small_models(
     assert pairs.height == 2 * recipe.queries_per_round
     assert pairs.select(pl.col("s", "s_prompt").is_finite().all()).row(0) == (True, True)
     assert Path(recipe.run_dir, "policy", "round=001", "adapter_model.safetensors").exists()
+    asked = commands(name)
+    assert len(asked) == {"hh-llama3": 3, "hh-qwen": 0, "imdb-gpt2": 1, "tldr-gpt2": 2}[name]
+    with contextlib.closing(JudgeServer()) as server:
+        for words in asked:
+            words = [in_small(word, models, data) for word in words]
+            if "judge" in words:
+                words += ["--endpoint", server.url]
+            log = tmp_path / "log"
+            code, _ = forks.run(words, log, first="import os; os.environ |= " + repr(environment(data)))
+            assert code == 0, log.read_text()
 
 
 def small(recipe: Recipe, models: dict[str, str], data: Path) -> Recipe:
@@ -172,3 +245,25 @@ def small(recipe: Recipe, models: dict[str, str], data: Path) -> Recipe:
         if values[stage]:
             values[stage]["data"] = str(data / values[stage]["data"])
     return parse_recipe(values, "test")
+
+
+def commands(name: str) -> list[list[str]]:
+    """The words of the `ple` commands of README.md that come after the run of a recipe."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (PAPER / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    text = next((block for block in blocks if f"ple run recipes/paper/{name}.yaml\n" in block), "")
+    lines = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines() if not line.startswith("#")]
+    found = [line[1:] if line[0].startswith("IMDB_JUDGE=") else line for line in lines]
+    assert all(Path(line[0]).name == "ple" for line in found)
+    return [line[1:] for line in found if line[1] != "run"]
+
+
+def in_small(word: str, models: dict[str, str], data: Path) -> str:
+    """A word of a command with small models and sizes, and its files under `data`."""
+    for hub_id, directory in models.items():
+        word = word.replace(hub_id, directory)
+    word = re.sub(r"(^|[=,])(runs/)", rf"\1{data}/\2", word).replace("round=004", "round=001")
+    return {"2048": "6", "1024": "8", "896": "8", "704": "8", "50": "4", "MODEL": "m"}.get(word, word)
+
+
+def environment(data: Path) -> dict[str, str]:
+    return {"IMDB_JUDGE": f"{data}/runs/paper-data/imdb/judge.json", "ANTHROPIC_API_KEY": "k"}
