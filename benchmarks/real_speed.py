@@ -2,8 +2,8 @@
 
 `MODEL` is a folder with a model's weights; its shape counts, and random ids stand for texts, of HH's and IMDb's
 lengths. Each figure has its share of a product of matrices of the model's own shape, measured in the same process: 6
-operations for each weight and token in training, 2 in sampling. (A LoRA training can do with 4: frozen weights have no
-gradient.)
+operations for each weight and useful token (x of both responses) in training, 2 in sampling. LoRA can do with 4, as
+frozen weights have no gradient, and ours computes x once.
 
     pip install 'trl==1.16.0'
     python -m benchmarks.real_speed MODEL --vllm-python .venv-vllm/bin/python
@@ -15,7 +15,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -59,6 +58,7 @@ def main() -> None:
 
 def real_bench(folder: Path, options: argparse.Namespace, lengths: str) -> train.Bench:
     """The bench of `benchmarks.train` on this model's weights, with a tokenizer that has a word for every id."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = folder / "model"
@@ -71,19 +71,13 @@ def real_bench(folder: Path, options: argparse.Namespace, lengths: str) -> train
     words = f"--vocabulary {vocabulary} --prompt {x} --response {y} --pairs {options.pairs} --longest 900"
     asked = train.parse_options([*words.split(), "--precision", options.precision])
     bench = train.Bench(folder, asked)
-    with torch_on("meta"):
+    with torch.device("meta"):
         loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
     head = loaded.get_output_embeddings().weight.numel()
     inputs = loaded.get_input_embeddings().weight
     layers = sum(weight.numel() for weight in loaded.base_model.parameters() if weight is not inputs)
     bench.weights = layers, head
     return bench
-
-
-def torch_on(device: str) -> Any:
-    import torch
-
-    return torch.device(device)
 
 
 def report(name: str, bench: train.Bench, options: argparse.Namespace) -> None:

@@ -185,9 +185,12 @@ def test_gpt2_trains_its_turned_weights_without_a_warning(models: dict[str, str]
 def test_it_says_what_the_paper_says(name: str) -> None:
     found = CliRunner().invoke(cli.ple, ["run", str(PAPER / f"{name}.yaml"), "--dry-run"])
     assert found.exit_code == 0, found.output
-    lines = found.stdout.splitlines()
-    assert [line.split()[1 if line.startswith("ple ") else 0] for line in lines if "ple-" not in line][-1] == "sft"
     recipe = load_recipe(PAPER / f"{name}.yaml")
+    stages = [stage.title for stage in rounds.plan(recipe)]
+    assert (
+        len(found.stdout.splitlines()) == len(stages) == 3 * recipe.rounds + len(stages[: stages.index("round 0 gen")])
+    )
+    assert stages[: stages.index("round 0 gen")] == (["sft"] if name.startswith("hh") else ["reward", "sft"])
     assert (recipe.tau0, recipe.alpha, recipe.principles) == (0.2, 0.9, name.split("-")[0])
     assert recipe.sft is not None
     for stage in (recipe.sft, recipe.train):
