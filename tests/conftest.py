@@ -31,6 +31,7 @@ LONG_FILES = [
         "judge",
         "judge_reward",
         "forms_vllm",
+        "paper_recipes",
     ),
 ]
 """Half a minute and more each, the longest first, so that no worker is left with one at the end (with

@@ -102,6 +102,7 @@ class VllmEngine:
             self.close()
             if interrupts:
                 raise KeyboardInterrupt from error
+            _refuse_without_adapters(spec)
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
             raise PleError(f"vLLM did not start: {reason.strip()} (its own messages are above)") from error
         except BaseException:
@@ -238,6 +239,15 @@ def _refuse_made_up(spec: EngineSpec) -> None:
         model = load_weights(AutoModelForCausalLM, spec.model, META, what, **options)
         if spec.adapter is not None:
             load_adapter(model, spec.adapter.path)
+
+
+def _refuse_without_adapters(spec: EngineSpec) -> None:
+    """Raise UsageError where vLLM has no adapters for such a model: its worker says so, but not to us."""
+    from vllm.model_executor.models import ModelRegistry, supports_lora
+
+    for name in (load_config(spec.model, spec.revision).architectures or []) if spec.adapter else []:
+        if name in ModelRegistry.models and not supports_lora(ModelRegistry.models[name].load_model_cls()):
+            raise UsageError(f"vllm loads no adapter on a {name}, the kind of {spec.model}; use --engine hf")
 
 
 def _engine_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ple_data.inputs.chat import Message, as_chat, as_text
+from ple_data.inputs.chat import Message, alternating, as_chat, as_text
 from ple_data.inputs.templates import rendered
 from schemas.errors import PleError, UsageError
 from schemas.options import Join
@@ -37,7 +37,8 @@ def encode(tokenizer: Any, x: str, y: str, *, join: Join = "auto", max_length: i
       between "Assistant:" and y stands one space, or the white space that y begins with;
     - pair: x and y as the two segments of an encoder such as BERT;
     - chat: the tokenizer's chat template over the turns of x and one assistant turn y, whose outer white
-      space is removed. x is a chat (JSON text), a dialogue of "Human:" and "Assistant:" turns, or one turn.
+      space is removed. x is a chat (JSON text), a dialogue of "Human:" and "Assistant:" turns, or one turn. Where the
+      template refuses two turns of one speaker in a row, they are one.
 
     A leading BOS or CLS token stays when the text is cut.
     """
@@ -71,9 +72,12 @@ def turns(x: str, y: str) -> list[Message]:
 
 
 def _render(tokenizer: Any, x: str, y: str) -> str:
-    try:
-        return rendered(tokenizer, turns(x, y), prompt=False)
-    except Exception as error:  # a template may raise anything
-        raise PleError(
-            f"the reward model's chat template refuses a query ({error}): x begins {x[:80]!r}; use --join text instead"
-        ) from error
+    messages = turns(x, y)
+    for asked in (messages, alternating(messages)):
+        try:
+            return rendered(tokenizer, asked, prompt=False)
+        except Exception as error:  # a template may raise anything
+            refused = error
+    raise PleError(
+        f"the reward model's chat template refuses a query ({refused}): x begins {x[:80]!r}; use --join text instead"
+    ) from refused

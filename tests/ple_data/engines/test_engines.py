@@ -537,6 +537,12 @@ def test_vllm_seeds_hold_in_other_batches(probe: dict[str, Any]) -> None:
 
 
 @pytest.mark.vllm
+def test_vllm_says_of_which_models_it_loads_no_adapter(probe: dict[str, Any]) -> None:
+    assert "vllm loads no adapter on a GPT2LMHeadModel" in probe["GPT2LMHeadModel"]
+    assert probe["LlamaForCausalLM"] == "not refused"
+
+
+@pytest.mark.vllm
 def test_vllm_is_never_left_to_choose_float16(probe: dict[str, Any]) -> None:
     assert probe["machine"] == ["bfloat16", "cpu"]
     assert probe["on an older card"] == "float32"  # vLLM itself would take float16
