@@ -67,6 +67,9 @@ def world(policy: Path, adapter: Path, reward: Path, run_forked: Callable[..., E
         write_rows(
             root / f"{name}.jsonl", [{"id": q["id"], "x": q["x"], "y": f" {name} {q['id']}"} for q in queries[:6]]
         )
+    for name in ("preferences", "held_out"):
+        pairs = [{"prompt": q["x"], "chosen": " good", "rejected": " very bad", "topic": "film"} for q in queries[:6]]
+        write_rows(root / f"{name}.jsonl", pairs)
     for name in ("judge", "second_judge", "length_reward", "len"):
         (root / f"{name}.py").write_text("def score(xs, ys):\n    return [float(len(y)) for y in ys]\n")
     run = {
