@@ -72,9 +72,10 @@ def world(policy: Path, adapter: Path, reward: Path, run_forked: Callable[..., E
         write_rows(
             root / f"{name}.jsonl", [{"id": q["id"], "x": q["x"], "y": f" {name} {q['id']}"} for q in queries[:6]]
         )
-    scores = {"score_chosen": 1.0, "score_rejected": 0.5}
-    pairs = [{"prompt": q["x"], "chosen": " good.", "rejected": " bad."} | scores for q in queries[:6]]
-    write_rows(root / "preferences.jsonl", pairs)
+    beside = {"topic": "film", "score_chosen": 1.0, "score_rejected": 0.5}
+    pairs = [{"prompt": q["x"], "chosen": " good.", "rejected": " very bad."} | beside for q in queries[:6]]
+    for name in ("preferences", "held_out"):
+        write_rows(root / f"{name}.jsonl", pairs)
     for name in ("judge", "second_judge", "length_reward", "len"):
         (root / f"{name}.py").write_text("def score(xs, ys):\n    return [float(len(y)) for y in ys]\n")
     run = {
