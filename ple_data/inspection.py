@@ -64,6 +64,7 @@ def inspect(
         "rounds": statistics.to_dicts(),
         "warnings": warnings(statistics),
         "sources": _sources(pairs),
+        "unanswered": _unanswered(pairs),
         "histogram": _histogram(pairs),
         "rows": _rows(pairs, tau0, alpha, sort, rows) if rows else [],
     }
@@ -74,6 +75,13 @@ def _sources(pairs: pl.LazyFrame) -> list[dict[str, Any]]:
     """By round: the distinct policies, principles and reward models of the rows."""
     by_round = pairs.group_by("round").agg(pl.col(_SOURCES).unique()).sort("round")
     return collect(by_round.with_columns(pl.col(_SOURCES).list.sort())).to_dicts()
+
+
+def _unanswered(pairs: pl.LazyFrame) -> list[dict[str, Any]]:
+    """By round, where thoughts were taken off: how many responses of each arm are a thought without an end."""
+    arms = [(~pl.col(f"{arm}_answered")).sum().alias(arm) for arm in ARMS]
+    known = pairs.filter(pl.col("y_answered").is_not_null())
+    return collect(known.group_by("round").agg(pl.len().alias("rows"), *arms).sort("round")).to_dicts()
 
 
 def _histogram(pairs: pl.LazyFrame) -> dict[str, Any]:
@@ -155,12 +163,18 @@ def _format(found: dict[str, Any]) -> str:
         parts += [[""], _statistics_lines(found["rounds"], found["tau0"], found["alpha"], None)]
         if found["beta"] is not None:
             parts += [["", rest([(r["round"], r["margin_q50"]) for r in found["rounds"]], found["beta"])]]
+        if unanswered := found["unanswered"]:
+            parts += [[f"Thoughts without an end, so no answer: {_unanswered_words(unanswered)}"]]
         parts += [[""], _histogram_lines(found["histogram"]), [""], _source_lines(found["sources"])]
         parts += [[f"warning: {message}" for message in found["warnings"]]]
     else:
         parts += [["no pairs yet: ple-score makes them from the responses"]]
     parts += [["", *_pair_lines(row)] for row in found["rows"]]
     return "\n".join(line for part in parts for line in part)
+
+
+def _unanswered_words(rounds: list[dict[str, Any]]) -> str:
+    return "; ".join(f"round {r['round']}: {r['y']} y and {r['y_prompt']} y_prompt of {r['rows']}" for r in rounds)
 
 
 def _count_lines(counts: list[dict[str, Any]]) -> list[str]:

@@ -39,7 +39,7 @@ def _stage(kind: type[options.Options], *command: str, without: Collection[str] 
 
 
 def _key(known: Any) -> tuple[Any, Any]:
-    if known.name == "engine_arg":
+    if options.about(known).metavar == "NAME=VALUE":
         return dict[str, JsonValue], {}
     if options.is_repeated(known):
         return list[Annotated[options.kind_of(known), Field(min_length=1)]], []  # type: ignore[misc]
@@ -119,8 +119,12 @@ class BaselineStage(_stage(options.Baseline, "ple", "baseline")):  # type: ignor
         return self
 
 
-class SftStage(_stage(options.Sft, "ple", "sft", without=["prompt_format"])):  # type: ignore[misc]
-    """Options of `ple sft`; its output, RUN/sft, becomes the start policy. It renders as `gen.prompt_format` says."""
+RENDERED = tuple(known.name for known in options.Prompting.in_order())
+"""Options that say how a query becomes a prompt: those of `gen` hold for `sft` too."""
+
+
+class SftStage(_stage(options.Sft, "ple", "sft", without=RENDERED)):  # type: ignore[misc]
+    """Options of `ple sft`; its output, RUN/sft, becomes the start policy. It renders as `gen` says (`RENDERED`)."""
 
     data: str
 

@@ -30,7 +30,7 @@ from ple_train.run.serve import Server
 from schemas.errors import DamagedError, PleError, UsageError
 from schemas.files import locked, refuse_outside, write_atomic
 from schemas.options import Baseline, Dpo, Gen, Reward, Score, Sft, Train, about, flag
-from schemas.recipe import GIVEN, BaselineStage, Recipe, differences, dump_recipe, load_recipe
+from schemas.recipe import GIVEN, RENDERED, BaselineStage, Recipe, differences, dump_recipe, load_recipe
 from schemas.records import TRAINED, read_record
 from schemas.training import StageRecord, Stages
 
@@ -86,7 +86,7 @@ def plan(recipe: Recipe) -> list[Stage]:
         reward_model = str(run / "reward")
         stages.append(_stage("reward", None, recipe.reward, {**_written(run, "reward", "reward"), **seed}))
     if recipe.sft is not None:
-        how = {} if recipe.gen.prompt_format == "auto" else {"prompt_format": recipe.gen.prompt_format}
+        how = {key: value for key, value in _chosen(recipe.gen).items() if key in RENDERED}
         stages.append(_stage("sft", None, recipe.sft, {**base, **_written(run, "sft", "sft"), **seed, **how}))
         base = {"model": run / "sft"}
     name, trainer, schedule = "train", recipe.train, {"tau0": recipe.tau0, "alpha": recipe.alpha}
@@ -213,18 +213,23 @@ def _stage(name: str, t: int | None, options: BaseModel, given: dict[str, Any]) 
     program, *first_words = options.command  # type: ignore[attr-defined]
     if isinstance(options, BaselineStage):
         first_words.append(options.method)
-    own = {
-        key: getattr(options, key)
-        for key, field in type(options).model_fields.items()
-        if key not in ("command", "method", "server", "launch")
-        and getattr(options, key) != field.get_default(call_default_factory=True)
-    }
+    own = _chosen(options)
     starter, *its_words = getattr(options, "launch", None) or [""]
     launch = (find_program(starter), *its_words) if starter else ()
     found = find_program(program)
     if launch:
         found = shutil.which(found) or found  # torchrun takes a file
     return Stage(name, t, (found, *first_words, *_words(own), *_words(given)), launch)
+
+
+def _chosen(options: BaseModel) -> dict[str, Any]:
+    """The options of a stage that are not its command's defaults."""
+    return {
+        key: getattr(options, key)
+        for key, field in type(options).model_fields.items()
+        if key not in ("command", "method", "server", "launch")
+        and getattr(options, key) != field.get_default(call_default_factory=True)
+    }
 
 
 def _words(options: dict[str, Any]) -> list[str]:

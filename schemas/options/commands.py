@@ -120,7 +120,7 @@ class Dpo(Policy, Stores, Seed, Passes, Lora, Computing, Written):
     gradient_checkpointing: bool = option(False, "Less memory, more time.", MACHINE, machine=True)
 
 
-class Ppo(Policy, Seed, Reading, Steps, Lora, Rewards, Computing, Written):
+class Ppo(Policy, Seed, Reading, Thoughts, Steps, Lora, Rewards, Computing, Written):
     queries: str = option(MISSING, HUB_OR_FILE, place=True)
     reward_model: str = option(
         MISSING,
