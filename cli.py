@@ -139,6 +139,7 @@ COMMANDS = {
     "judge": command("judge", options.Judge, "ple_data.judge.judge:run"),
     "inspect": command("inspect", options.Inspect, "ple_data.inspection:inspect", by_name=True),
     "export": command("export", options.Export, "ple_data.export:export", by_name=True),
+    "convert": command("convert", options.Convert, "ple_train.model.convert:convert"),
     "verify": command("verify", options.Verify, _verify),
     "purity": command("purity", options.Purity, "ple_train.measure.purity:purity"),
     "report": command("report", options.Report, "ple_data.report.page:report", by_name=True),

@@ -9,12 +9,15 @@ from schemas.errors import UsageError
 
 EXTRAS = {
     "datasets": "hub",
+    "gguf": "gguf",
     "httpx": "http",
     "matplotlib": "report",
     "ray": "ray",
     "sacrebleu": "eval",
     "tensorboard": "tensorboard",
+    "textblob": "demo-real",
     "trl": "trl",
+    "vaderSentiment": "demo-real",
     "vllm": "vllm",
     "wandb": "wandb",
 }
