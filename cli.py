@@ -126,7 +126,7 @@ baseline = group(
     },
 )
 COMMANDS = {
-    "demo": command("demo", options.Demo, "ple_train.demo.demo:demo", by_name=True),
+    "demo": command("demo", options.Demo, "ple_train.demo.demo:demo"),
     "run": command("run", options.Run, _run),
     "gen": gen,
     "score": score,

@@ -6,6 +6,7 @@ appears whole, under its name, or not at all. Never trains.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def convert(options: Convert) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         card = output / CARD
         if card.is_file() and digest in card.read_text(encoding="utf-8", errors="replace"):
-            return say(f"{output} is this file's already; nothing to do")
+            say(f"{output} is this file's already; nothing to do")
+            return
         raise UsageError(f"{output} exists and was not made of this file: give a folder that is not there yet")
     from transformers.utils import logging
 
@@ -91,9 +93,10 @@ def _model(file: Path, metadata: dict[str, Any], vocabulary: int) -> Any:
 
     from ple_data.common.device import refuse_made_up
 
+    model: Any
     architecture = metadata.get("general.architecture")
     advice = f"is its architecture ({architecture}) one of a text model that this version of transformers reads?"
-    with loading(str(file), advice):
+    with loading(str(file), advice), redirect_stderr(io.StringIO()):  # a progress bar that no switch turns off
         model, info = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
@@ -130,7 +133,9 @@ def _tokenizer(file: Path, metadata: dict[str, Any]) -> tuple[Any, list[str]]:
         built["added_tokens"] = [token for token in built["added_tokens"] if token["id"] < known]
         names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
         told = {name: getattr(tokenizer, name) for name in names}
-        held = {n: v for n, v in told.items() if n == "chat_template" or (v and tokenizer.convert_tokens_to_ids(v) < known)}
+        held = {
+            n: v for n, v in told.items() if n == "chat_template" or (v and tokenizer.convert_tokens_to_ids(v) < known)
+        }
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(built)), **held)
     pre = metadata.get("tokenizer.ggml.pre")
     cut = built["pre_tokenizer"] or {}
@@ -141,9 +146,11 @@ def _tokenizer(file: Path, metadata: dict[str, Any]) -> tuple[Any, list[str]]:
             )
             notes.append(f"mended: each digit is a token of its own, as the file says ({pre})")
         else:
-            notes.append(f"lost: how texts are cut into words ({pre}); they are cut as GPT-2 does, so some tokens differ")
+            notes.append(
+                f"lost: how texts are cut into words ({pre}); they are cut as GPT-2 does, so some tokens differ"
+            )
     notes += _mend_bos(tokenizer, metadata)
-    back = tokenizer.decode(tokenizer(SENTENCE, add_special_tokens=False)["input_ids"])
+    back: str = tokenizer.decode(tokenizer(SENTENCE, add_special_tokens=False)["input_ids"])
     if back.strip() != SENTENCE:
         raise UsageError(f"{file}: its tokenizer makes {back[:80]!r} of {SENTENCE!r}: transformers does not read it")
     if tokenizer.eos_token is None:
