@@ -84,7 +84,9 @@ def test_responses_do_not_depend_on_their_company(policy: Path) -> None:
 
 
 def here(command: list[str]) -> Ended:
-    return Ended(CliRunner().invoke(cli.ple, command[1:]).exit_code, 0)
+    found = CliRunner().invoke(cli.ple, command[1:])
+    print(found.stderr)
+    return Ended(found.exit_code, 0)
 
 
 def test_demo_in_small(
