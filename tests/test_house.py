@@ -10,9 +10,10 @@ from tests.conftest import ROOT
 from tests.test_imports import sources
 
 FILE_LINES = 450
-ALL_LINES = 20_000
+ALL_LINES = 20_400
 """Of Python in the product. Raised from 15,535 for what is refused in words of every model and file (docs/safety.md),
-and from 16,600 for eight objectives, their kept reference, KL and on-policy distillation (docs/objectives.md)."""
+and from 16,600 for eight objectives, their kept reference, KL and on-policy distillation (docs/objectives.md),
+and from 20,000 for `ple convert` and the real demo."""
 PARAMETERS = 8
 
 

