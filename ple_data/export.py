@@ -25,7 +25,7 @@ from schemas.errors import UsageError
 from schemas.files import writing_atomic
 
 STDOUT = "-"
-EXPORTED = ["query_id", "round", "sample", "x", "y", "s", "y_prompt", "s_prompt"]
+EXPORTED = ["query_id", "round", "sample", "x", "y", "s", "y_prompt", "s_prompt", "reward_model"]
 ANSWER_COLUMNS = ["sample", "x", "y", "policy"]
 
 Rows = list[dict[str, Any]]

@@ -13,7 +13,7 @@ import polars as pl
 
 from ple_data.common.secrets import public
 from ple_data.common.terminal import WIDTH, clipped, printable, shorten, shown, side_by_side, text_table
-from ple_data.partition import QUANTILES, own_tau, partition, round_statistics, warnings
+from ple_data.partition import QUANTILES, own_tau, partition, reward_statistics, round_statistics, warnings
 from ple_data.selection import ARMS
 from ple_data.storage.store import Store, collect
 from schemas import tables
@@ -64,6 +64,8 @@ def inspect(
         "rounds": statistics.to_dicts(),
         "warnings": warnings(statistics),
         "sources": _sources(pairs),
+        "unanswered": _unanswered(pairs),
+        "rewards": reward_statistics(pairs, store.reward_models()),
         "histogram": _histogram(pairs),
         "rows": _rows(pairs, tau0, alpha, sort, rows) if rows else [],
     }
@@ -74,6 +76,13 @@ def _sources(pairs: pl.LazyFrame) -> list[dict[str, Any]]:
     """By round: the distinct policies, principles and reward models of the rows."""
     by_round = pairs.group_by("round").agg(pl.col(_SOURCES).unique()).sort("round")
     return collect(by_round.with_columns(pl.col(_SOURCES).list.sort())).to_dicts()
+
+
+def _unanswered(pairs: pl.LazyFrame) -> list[dict[str, Any]]:
+    """By round, where thoughts were taken off: how many responses of each arm are a thought without an end."""
+    arms = [(~pl.col(f"{arm}_answered")).sum().alias(arm) for arm in ARMS]
+    known = pairs.filter(pl.col("y_answered").is_not_null())
+    return collect(known.group_by("round").agg(pl.len().alias("rows"), *arms).sort("round")).to_dicts()
 
 
 def _histogram(pairs: pl.LazyFrame) -> dict[str, Any]:
@@ -149,18 +158,39 @@ def _statistics_lines(rounds: list[dict[str, Any]], tau0: float, alpha: float, a
     ]
 
 
+def _reward_lines(rewards: list[dict[str, Any]]) -> list[str]:
+    header = ["", "reward by", "y", "y_prompt", *[f"with {at + 1}" for at in range(len(rewards))]]
+    rows = [
+        [at, shorten(printable(public(each["model"])), 50), _number(each["mean_y"]), _number(each["mean_y_prompt"])]
+        + ["–" if value is None else f"{value:.3f}" for value in each["correlations"]]
+        for at, each in enumerate(rewards, start=1)
+    ]
+    return [
+        "Rewards that were put together: means, and correlations over all responses",
+        *text_table(header, rows, left=2),
+    ]
+
+
 def _format(found: dict[str, Any]) -> str:
     parts = [[f"{printable(found['data'])}: committed rows"], _count_lines(found["counts"])]
     if found["rounds"]:
         parts += [[""], _statistics_lines(found["rounds"], found["tau0"], found["alpha"], None)]
         if found["beta"] is not None:
             parts += [["", rest([(r["round"], r["margin_q50"]) for r in found["rounds"]], found["beta"])]]
+        if unanswered := found["unanswered"]:
+            parts += [[f"Thoughts without an end, so no answer: {_unanswered_words(unanswered)}"]]
+        if found["rewards"]:
+            parts += [["", *_reward_lines(found["rewards"])]]
         parts += [[""], _histogram_lines(found["histogram"]), [""], _source_lines(found["sources"])]
         parts += [[f"warning: {message}" for message in found["warnings"]]]
     else:
         parts += [["no pairs yet: ple-score makes them from the responses"]]
     parts += [["", *_pair_lines(row)] for row in found["rows"]]
     return "\n".join(line for part in parts for line in part)
+
+
+def _unanswered_words(rounds: list[dict[str, Any]]) -> str:
+    return "; ".join(f"round {r['round']}: {r['y']} y and {r['y_prompt']} y_prompt of {r['rows']}" for r in rounds)
 
 
 def _count_lines(counts: list[dict[str, Any]]) -> list[str]:

@@ -6,6 +6,8 @@ uses these expressions. This room reads no file and keeps no rows.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import polars as pl
 
@@ -80,6 +82,30 @@ def _float(column: str) -> pl.Expr:
 def _inverse_length(ids: str) -> pl.Expr:
     length = pl.col(ids).list.len().cast(pl.Float64)
     return pl.when(length > 0).then(1 / length).otherwise(0.0)
+
+
+def reward_statistics(rows: pl.LazyFrame, models: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each of several reward models whose rewards were put together, in their order: its `model`, `mean_y` and
+    `mean_y_prompt` over the pairs, and `correlations` with each over all responses (Pearson; None of one that is
+    constant).
+    """
+    if not models:
+        return []
+    arms = {"mean_y": "rewards", "mean_y_prompt": "rewards_prompt"}
+    of_arms = {
+        name: rows.select(pl.col(column).list.get(at).cast(pl.Float64).alias(str(at)) for at in range(len(models)))
+        for name, column in arms.items()
+    }
+    means = {name: collect(frame.mean()).row(0) for name, frame in of_arms.items()}
+    places = [(a, b) for a in range(len(models)) for b in range(len(models))]
+    both = pl.concat(of_arms.values())
+    found = collect(both.select(pl.corr(str(a), str(b)).fill_nan(None).alias(f"{a} {b}") for a, b in places)).row(0)
+    correlations = dict(zip(places, found, strict=True))
+    return [
+        {"model": model, **{name: values[at] for name, values in means.items()}}
+        | {"correlations": [correlations[at, other] for other in range(len(models))]}
+        for at, model in enumerate(models)
+    ]
 
 
 def round_statistics(rows: pl.LazyFrame, tau0: float, alpha: float, at_round: int | None = None) -> pl.DataFrame:

@@ -7,7 +7,12 @@ both, and carries what there is. A query is known by its id and x: two stores ma
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import polars as pl
+
+from schemas.errors import UsageError
+from schemas.options import of_pairs
 
 ARMS = {"y": "s", "y_prompt": "s_prompt"}
 """The arms of a pair, each with its reward."""
@@ -44,9 +49,19 @@ def best_of_n(rows: pl.DataFrame) -> pl.DataFrame:
     """RAFT (Dong et al. 2023): the response with the highest reward of each query and round, and of how many (n).
 
     All samples and both arms compete; of equal rewards the first sample wins, in it y. Where the samples of a query
-    stand in several tables, the choices from each are candidates for `best`.
+    stand in several tables, the choices from each are candidates for `best`. Raises UsageError where the rewards are of
+    pairs.
     """
+    refuse_of_pairs(rows["reward_model"].unique() if "reward_model" in rows.columns else ())
     return best(responses(rows).with_columns(pl.lit(1, dtype=pl.UInt32).alias("n")))
+
+
+def refuse_of_pairs(models: Iterable[str]) -> None:
+    """Raise UsageError where responses of several pairs would be compared by a reward that is of a pair together."""
+    if name := next(filter(of_pairs, models), None):
+        raise UsageError(
+            f"rewards by {name} compare the two responses of a pair and no others: this needs another --combine"
+        )
 
 
 def best(candidates: pl.DataFrame) -> pl.DataFrame:

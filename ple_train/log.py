@@ -4,7 +4,12 @@ import os
 import sys
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of several training processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_to_log(line: str) -> None:
     """One line on stderr, in the first of several training processes."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(line, file=sys.stderr, flush=True)

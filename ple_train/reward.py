@@ -1,13 +1,13 @@
 """`ple reward`: a reward model from labelled texts (classifier) or from preferences (Bradley-Terry).
 
 The result is a plain `AutoModelForSequenceClassification` with its tokenizer, read by `ple-score` and by anything else.
-It never samples.
+`--test` measures it, `--eval` any other one. It never samples.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from ple_data.common.device import default_device, load_weights
 from ple_data.common.models import load_config, pad_id, positions_of, refuse_unknown
+from ple_data.evaluation.accuracy import HeldOut, measure, read_held_out
+from ple_data.inputs.columns import PREFERENCES, column, labels
 from ple_data.inputs.readers import read_rows
 from ple_data.rewards.texts import encode
 from ple_train.engine.session import Session
-from ple_train.engine.tabular import ShuffledSequences, column, file_digest
-from ple_train.log import print_to_log
+from ple_train.engine.tabular import ShuffledSequences, file_digest
+from ple_train.log import is_first_process, print_to_log
 from ple_train.model.batches import Sequence, padded_rows
+from ple_train.model.policy import merged
 from ple_train.objectives import make_objective
 from schemas.errors import UsageError
-from schemas.options import Join, Ppo, Reward
+from schemas.options import Join, Ppo, Reward, RewardTraining
 
 
 class PaddedClassifier(nn.Module):
@@ -38,35 +41,89 @@ class PaddedClassifier(nn.Module):
         return self.model(**inputs).logits.float()
 
 
-def train_reward(options: Reward) -> None:
-    """Train all weights of `model` as a reward model on `data`; write model and tokenizer to `output`.
+def reward(options: Reward) -> str | None:
+    """`ple reward`: train one, measure it on --test where that is given; or with --eval only measure → what to print.
+
+    Raises UsageError for options that do not go together.
+    """
+    test = read_held_out(options.test, options.group) if options.test else None
+    if options.measured is not None:
+        given = {"--model": options.model, "--data": options.data, "--output": options.output}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise UsageError(f"{', '.join(wrong)}: --eval measures a reward model and trains none; leave it out")
+        if test is None:
+            raise UsageError("--eval measures on held-out rows: give them with --test")
+        return measure(options.measured, test, options)
+    if None in (options.model, options.data, options.output):
+        raise UsageError(
+            "give --model, --data and --output to train a reward model, or --eval and --test to measure one"
+        )
+    train_reward(options, test)
+    return measure(str(options.output), test, options) if test and is_first_process() else None
+
+
+def train_reward(options: Reward, test: HeldOut | None = None) -> None:
+    """Train `model` as a reward model on `data`; write model and tokenizer to `output`.
 
     Columns text, label (0 .. k-1) make a classifier of k outputs; prompt, chosen, rejected a one-output model of the
-    preferences. Texts are kept to their last `max_length` ids: the response stands at the end.
-    Raises UsageError for bad data, LockedError while another process writes `output`.
+    preferences. Texts are kept to their last `max_length` ids: the response stands at the end. `test` must be of the
+    same kind. Raises UsageError for bad data, LockedError while another process writes `output`.
     """
     more = {"data_digest": file_digest(options.data), "full": True}
-    with Session("reward", options, more=more) as session:
+    with Session("reward", options.part(RewardTraining), more=more) as session:
         if session.finished:
             return
         tokenizer = session.load_tokenizer(ends=False)
         longest = longest_text(options)
-        sequences, labels = read_examples(options.data, tokenizer, longest)
+        sequences, outputs = read_examples(options.data, tokenizer, longest)
+        _refuse_other_kind(options, test, outputs)
         tokenizer.model_max_length = longest  # scoring cuts where training did
-        if labels:
+        if outputs:
             tokenizer.chat_template = None  # it read plain texts, so scoring must not render chats
-        classifier = load_classifier(options, labels or 1)
+        classifier = load_classifier(options, outputs or 1)
         vocabulary = classifier.get_input_embeddings().weight.shape[0]
         texts = (each.ids for s in sequences for each in (s, s.beside) if each is not None)
         refuse_unknown(texts, vocabulary, options.model)
         pad = pad_id(tokenizer, vocabulary)
         classifier.config.pad_token_id = pad
-        wrapped = PaddedClassifier(classifier, pad).to(default_device())
+        tuned = classifier if options.lora_rank is None else with_adapter(classifier, options)
+        wrapped = PaddedClassifier(tuned, pad).to(default_device())
         stream = ShuffledSequences(sequences, options.batch_size, options.seed, divisor=len)
         session.note_machine(session.options.precision)
-        objective = make_objective("label" if labels else "preference")
-        history = session.fit(wrapped, stream, objective, dict(classifier.named_parameters()))
-        session.finish(classifier, history, "reward model")
+        objective = make_objective("label" if outputs else "preference")
+        trained = {name: weight for name, weight in tuned.named_parameters() if weight.requires_grad}
+        history = session.fit(wrapped, stream, objective, trained)
+        session.finish(classifier if tuned is classifier else merged(tuned), history, "reward model")
+
+
+def _refuse_other_kind(options: Reward, test: HeldOut | None, labels: int) -> None:
+    """Before a training, not behind it."""
+    if test and test.labels is not None and not labels:
+        raise UsageError(f"{options.data} has preferences and --test {test.source} labels; give one kind for both")
+    if test and test.labels is None and labels and options.output_index is None:
+        raise UsageError(
+            f"--test {test.source} has preferences, and a model of {options.data} an output for each label; say with "
+            "--output-index which one is the reward"
+        )
+
+
+def with_adapter(classifier: Any, options: Reward) -> Any:
+    """The classifier under a fresh LoRA adapter on each linear layer of its body; the rest is trained whole."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(options.seed)
+    rank, alpha = cast(int, options.lora_rank), cast(int, options.lora_alpha)
+    outside = [each for each in classifier.named_children() if each[1] is not classifier.base_model]
+    heads = [name for name, part in outside if next(part.parameters(), None) is not None]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules="all-linear",
+        exclude_modules=rf"({'|'.join(heads)})(\..*)?",
+        modules_to_save=heads,
+        task_type="SEQ_CLS",
+    )
+    return get_peft_model(classifier, config)
 
 
 def longest_text(options: Reward) -> int:
@@ -81,34 +138,17 @@ def longest_text(options: Reward) -> int:
 def read_examples(data: Path, tokenizer: Any, max_length: int) -> tuple[list[Sequence], int]:
     """Sequences and the number of labels (0 for preferences: chosen texts, beside each the rejected one)."""
     rows = read_rows(data)
-    if {"prompt", "chosen", "rejected"} <= set(rows.columns):
+    if set(PREFERENCES) <= set(rows.columns):
         prompts = column(rows, "prompt")
         chosen, rejected = (
             _encode(tokenizer, prompts, column(rows, side), max_length, join="auto") for side in ("chosen", "rejected")
         )
         return [Sequence(good, 0, beside=Sequence(bad, 0)) for good, bad in zip(chosen, rejected, strict=True)], 0
-    if "label" not in rows.columns:
-        raise UsageError(
-            f"{data} needs columns text, label or prompt, chosen, rejected; it has {', '.join(rows.columns)}"
-        )
-    texts = column(rows, "text", "x")
-    labels = [
-        _label(label, f"{data} {place}")
-        for place, label in zip(rows.places, column(rows, "label", of=object), strict=True)
-    ]
-    if max(labels) == 0:
+    found, texts = labels(rows), column(rows, "text", "x")
+    if max(found) == 0:
         raise UsageError(f"{data}: every label is 0; a classifier needs at least two")
     ids = _encode(tokenizer, [""] * len(texts), texts, max_length, join="text")
-    return [Sequence(i, 0, label) for i, label in zip(ids, labels, strict=True)], max(labels) + 1
-
-
-def _label(value: Any, place: str) -> int:
-    """A label as a number; a CSV file holds it as text."""
-    if isinstance(value, str) and value.strip().isdecimal():
-        return int(value)
-    if not isinstance(value, int) or value < 0:
-        raise UsageError(f"{place}: label {value!r} is not a whole number from 0 up; correct it")
-    return value
+    return [Sequence(i, 0, label) for i, label in zip(ids, found, strict=True)], max(found) + 1
 
 
 def _encode(tokenizer: Any, xs: list[str], ys: list[str], max_length: int, join: Join) -> list[np.ndarray]:

@@ -13,11 +13,13 @@ import numpy as np
 
 from ple_data.common.models import refuse_unknown
 from ple_data.common.tokens import ids_after
+from ple_data.inputs.columns import column
 from ple_data.inputs.principles import render
+from ple_data.inputs.queries import refuse_beyond_text
 from ple_data.inputs.readers import read_rows
-from ple_data.inputs.templates import response_form
+from ple_data.inputs.templates import instructed, response_form
 from ple_train.engine.session import Session
-from ple_train.engine.tabular import ShuffledSequences, column, file_digest
+from ple_train.engine.tabular import ShuffledSequences, file_digest
 from ple_train.log import print_to_log
 from ple_train.model.batches import Sequence
 from ple_train.model.policy import Policy, merged
@@ -37,7 +39,8 @@ def sft(options: Sft) -> None:
     with Session("sft", options, more={"data_digest": file_digest(options.data)}) as session:
         if session.finished:
             return
-        sequences = read_sequences(options.data, session.load_tokenizer(), options.max_length, options.prompt_format)
+        tokenizer = instructed(session.load_tokenizer(), options)
+        sequences = read_sequences(options.data, tokenizer, options.max_length, options.prompt_format)
         policy = session.load_policy()
         stream = sequence_stream(sequences, policy, options)
         history = session.fit(policy, stream, make_objective("sft", policy))
@@ -66,7 +69,9 @@ def read_sequences(
     xs = column(rows, "x", "prompt", "messages", of=(str, list))
     ys = column(rows, "y", "response", "completion", "reference")
     finish = column(rows, "finish") if "finish" in rows.columns else ["stop"] * len(rows)
-    for place, end in zip(rows.places, finish, strict=True):
+    for place, row, x, end in zip(rows.places, rows.rows, xs, finish, strict=True):
+        if isinstance(x, list):
+            refuse_beyond_text(f"{data} {place}", x, row)
         if end not in ("stop", "length"):
             raise UsageError(f"{data} {place}: finish is {end!r}; it must be stop or length")
     empty = render(tokenizer, "", prompt_format="plain")

@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from ple_data.partition import partition, tau
+from ple_data.selection import refuse_of_pairs
 from ple_data.storage.store import collect, scan_shards
 from ple_train.model.batches import Sequence
 from ple_train.snapshot import ID_COLUMNS, SnapshotShard, base_of, base_of_round, fits, read_rows
@@ -134,6 +135,7 @@ def plain_rewards(snapshot: list[SnapshotShard]) -> dict[tuple[int, str, str], n
     """Rewards of the plain responses by round, query and reward model. Raises UsageError where there is one alone."""
     rows = scan_shards("pairs", [part.shard for part in snapshot])
     found = collect(rows.group_by("round", "query_id", "reward_model").agg(pl.col("s")))
+    refuse_of_pairs(found["reward_model"].unique())
     alone = found.filter(pl.col("s").list.len() < 2)
     if alone.height:
         raise UsageError(

@@ -39,7 +39,7 @@ def _stage(kind: type[options.Options], *command: str, without: Collection[str] 
 
 
 def _key(known: Any) -> tuple[Any, Any]:
-    if known.name == "engine_arg":
+    if options.about(known).metavar == "NAME=VALUE":
         return dict[str, JsonValue], {}
     if options.is_repeated(known):
         return list[Annotated[options.kind_of(known), Field(min_length=1)]], []  # type: ignore[misc]
@@ -69,7 +69,7 @@ class GenServer(Strict):
     sleep: bool = False
 
 
-class GenStage(_stage(options.Gen, "ple-gen", without=OF_REWARDS)):  # type: ignore[misc]
+class GenStage(_stage(options.Gen, "ple-gen", without={*OF_REWARDS, "combine", "normalize_rewards"})):  # type: ignore[misc]
     """Options of `ple-gen`; `command` may come from another environment, e.g. `[.venv-vllm/bin/ple-gen]`."""
 
     server: GenServer | None = None
@@ -119,13 +119,17 @@ class BaselineStage(_stage(options.Baseline, "ple", "baseline")):  # type: ignor
         return self
 
 
-class SftStage(_stage(options.Sft, "ple", "sft", without=["prompt_format"])):  # type: ignore[misc]
-    """Options of `ple sft`; its output, RUN/sft, becomes the start policy. It renders as `gen.prompt_format` says."""
+RENDERED = tuple(known.name for known in options.Prompting.in_order())
+"""Options that say how a query becomes a prompt: those of `gen` hold for `sft` too."""
+
+
+class SftStage(_stage(options.Sft, "ple", "sft", without=RENDERED)):  # type: ignore[misc]
+    """Options of `ple sft`; its output, RUN/sft, becomes the start policy. It renders as `gen` says (`RENDERED`)."""
 
     data: str
 
 
-class RewardStage(_stage(options.Reward, "ple", "reward")):  # type: ignore[misc]
+class RewardStage(_stage(options.Reward, "ple", "reward", without={*OF_REWARDS, "measured", "as_json"})):  # type: ignore[misc]
     """Options of `ple reward`; its output, RUN/reward, becomes the reward model."""
 
     model: str
@@ -150,7 +154,7 @@ class Recipe(Strict):
     revision: str | None = None
     queries: str
     principles: str
-    reward_model: str | None = None
+    reward_model: str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     run_dir: str
     rounds: int = Field(default=5, ge=1, le=MOST_ROUNDS)
     queries_per_round: int | None = Field(default=None, ge=1)
@@ -169,7 +173,16 @@ class Recipe(Strict):
     def _one_reward(self) -> "Recipe":
         if (self.reward_model is None) == (self.reward is None):
             raise ValueError("give either reward_model (one to use) or reward (one to train first)")
+        try:
+            options.combination(self.score.combine, len(self.reward_models) or 1, self.score.normalize_rewards)
+        except UsageError as error:
+            raise ValueError(f"score.combine: {error}") from error
         return self
+
+    @property
+    def reward_models(self) -> list[str]:
+        """Those to use, none where one is trained first."""
+        return [self.reward_model] if isinstance(self.reward_model, str) else self.reward_model or []
 
     @model_validator(mode="after")
     def _adapters(self) -> "Recipe":

@@ -82,7 +82,7 @@ def seal_of(fields: dict[str, Any]) -> str:
     return hashlib.sha256(_SORTED.encode(fields).encode()).hexdigest()
 
 
-Kind = Literal["responses", "pairs", "answers"]
+Kind = Literal["responses", "pairs", "answers", "rewards"]
 """The tables that a data directory holds."""
 
 

@@ -9,7 +9,9 @@ that nothing is computed twice, a row of `verdicts` is what a judge said of two 
 `version` and where the rows come from; in a data directory also `round` and `unit`.
 
 A column that came after version 1 is nullable and carries the version it came with in its field metadata
-(`since`); in older files it reads as null. This room reads tables and never writes one.
+(`since`); in older files it reads as null. From version 3 on a file has such a column only where it holds something
+(`as_written`), so that a store that an older version began stays of one form. This room reads tables and never writes
+one.
 """
 
 import json
@@ -65,6 +67,10 @@ RESPONSES = pa.schema(
         pa.field("y_logps", pa.list_(pa.float32())),  # of the policy, one a sampled id, given x
         pa.field("y_prompt_logps", pa.list_(pa.float32())),  # given [p, x]
         _since(2, "reference", pa.string()),  # the answer that came with the query, if one did
+        _since(3, "y_thought", pa.string()),  # with --strip-thoughts: what stood before the answer y; null: nothing
+        _since(3, "y_prompt_thought", pa.string()),
+        _since(3, "y_answered", pa.bool_()),  # with --strip-thoughts: false where the thought never ended
+        _since(3, "y_prompt_answered", pa.bool_()),
     ]
 )
 
@@ -74,10 +80,15 @@ PAIRS = pa.schema(
         _required("s", pa.float32()),
         _required("s_prompt", pa.float32()),
         _required("reward_model", pa.string()),
+        _since(3, "rewards", pa.list_(pa.float32())),  # of y by each model, where several scored it: in the order of
+        _since(3, "rewards_prompt", pa.list_(pa.float32())),  # `reward_models` in the file's metadata; null of one
     ]
 )
+KEY = ["query_id", "round", "sample"]
+REWARDS = pa.schema([PAIRS.field(name) for name in (*KEY, "s", "s_prompt", "reward_model")])
+"""Of one model of several, before they are put together."""
 
-_GUIDED = {"y_prompt", "y_prompt_ids", "y_prompt_finish", "y_prompt_empty", "y_prompt_logps", "principle"}
+_GUIDED = {field.name for field in RESPONSES if field.name.startswith("y_prompt")} | {"principle"}
 ANSWERS = pa.schema(
     [
         field.remove_metadata() if field.name == "reference" else field  # which answers had from the first version on
@@ -152,6 +163,7 @@ PURITY_LOGPS = pa.schema(
 SCHEMAS: dict[str, pa.Schema] = {
     "responses": RESPONSES,
     "pairs": PAIRS,
+    "rewards": REWARDS,
     "answers": ANSWERS,
     "evaluation": EVALUATION,
     "cases": CASES,
@@ -163,13 +175,23 @@ STORED = ("responses", "pairs", "answers")
 """The kinds that a data directory holds."""
 VERSIONS = {kind: max(map(since, schema)) for kind, schema in SCHEMAS.items()}
 """The version of a table is that of its newest column."""
-KEY = ["query_id", "round", "sample"]
+ALWAYS = 2
+"""The version up to which every file has all columns."""
 _NAMED = 5  # rows that a message names
 
 
-def metadata_bytes(kind: str, provenance: Mapping[str, Any]) -> dict[bytes, bytes]:
+def as_written(kind: str, table: pa.Table) -> tuple[pa.Table, int]:
+    """The table as a file of `kind` holds it, and the file's version: that of the newest column which holds something,
+    without those of later versions."""
+    fields = list(SCHEMAS[kind])
+    held = [since(field) for field in fields if since(field) <= ALWAYS or table[field.name].null_count < len(table)]
+    kept = [field.name for field in fields if since(field) <= max(held)]
+    return (table, VERSIONS[kind]) if len(kept) == len(fields) else (table.select(kept), max(held))
+
+
+def metadata_bytes(kind: str, provenance: Mapping[str, Any], version: int | None = None) -> dict[bytes, bytes]:
     """The key-value metadata of a file of `kind`: kind and version beside the provenance (JSON values)."""
-    record = {**provenance, "kind": kind, "version": VERSIONS[kind]}
+    record = {**provenance, "kind": kind, "version": version or VERSIONS[kind]}
     return {METADATA_KEY: json.dumps(record, sort_keys=True, ensure_ascii=False).encode()}
 
 

@@ -181,3 +181,37 @@ def qrpo(q: float, q_prompt: float, d: float, d_prompt: float, beta: float) -> t
     log_partition = math.log(beta * (math.exp(1 / beta) - 1))
     errors = [quantile - beta * log_partition - beta * ratio for quantile, ratio in ((q, d), (q_prompt, d_prompt))]
     return sum(error**2 for error in errors), -2 * beta * errors[0], -2 * beta * errors[1]
+
+
+# Rewards: how often one is right, and several put together.
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def right(chosen: float, rejected: float) -> float:
+    if chosen == rejected:
+        return 0.5
+    return 1.0 if chosen > rejected else 0.0
+
+
+def normalized(values: list[float]) -> list[float]:
+    """Each less the mean of all, divided by their standard deviation (of all, not of a sample); 0 where all agree."""
+    middle = mean(values)
+    deviation = math.sqrt(math.fsum((value - middle) ** 2 for value in values) / len(values))
+    return [(value - middle) / deviation if max(values) > min(values) else 0.0 for value in values]
+
+
+def together(rule: str, numbers: list[float], s: list[float], s_prompt: list[float]) -> tuple[float, float]:
+    """s and s_prompt of one pair from those of each reward; numbers: the weights, or the tolerance."""
+    if rule == "lexicographic":
+        for a, b in zip(s, s_prompt, strict=True):
+            if abs(b - a) > numbers[0]:
+                return a, b
+        return s[-1], s_prompt[-1]
+    if rule == "min":
+        return min(s), min(s_prompt)
+    weights = numbers if rule == "weighted" else [1 / len(s)] * len(s)
+    a, b = (math.fsum(w * value for w, value in zip(weights, arm, strict=True)) for arm in (s, s_prompt))
+    return a, b

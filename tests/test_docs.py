@@ -168,6 +168,18 @@ def test_python_examples_run_as_they_stand(page: str, world: Path, monkeypatch: 
         exec(compile(snippet, page, "exec"), {})
 
 
+def test_the_notebook_runs(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbclient
+    import nbformat
+
+    run = Path(shutil.copytree(world / "runs" / "hh-qwen", tmp_path / "run", symlinks=True))
+    monkeypatch.setenv("PLE_RUN", str(run))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "examples" / "look_at_pairs.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert (run / "residual" / "adapter_model.safetensors").exists()
+
+
 def test_every_key_of_a_recipe_is_explained() -> None:
     table = [
         line.split("|")[1] for line in (ROOT / "docs/recipe.md").read_text().splitlines() if line.startswith("| `")

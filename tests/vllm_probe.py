@@ -76,6 +76,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     answers["greedy"] = sample([requests], temperature=0.0)
     answers["stop"] = sample([requests], stop=tuple(job["stop"]))
     answers["no logps"] = sample([requests], logprobs=False)
+    answers["top_k"], answers["min_p"] = sample([requests], top_k=1), sample([requests], min_p=1.0)
+    answers["penalized"] = sample([requests], temperature=0.0, repetition_penalty=3.0)
     answers["cold"] = sample([requests], temperature=0.3, top_p=0.5)
     engine.close()
     engine.close()

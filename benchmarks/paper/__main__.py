@@ -8,7 +8,8 @@
 
 --frontier moves every method's brake and compares at equal KL; without it there is one point a method. Each step is a
 `ple` command in a process of its own, and a finished one does nothing: run the same command again after any stop. The
-tables and the figures go to --results (docs/results by default). One point of the frontier again, from nothing:
+tables and the figures go to --results (docs/results by default). The frontier keeps its points there too: with that
+folder it goes on on another machine, seed by seed. One point of the frontier again, from nothing:
 
     python -m benchmarks.paper imdb --data imdb.parquet --output runs/point --frontier --seeds 0 \\
         --only ple-residual:1.5 --rates docs/results/imdb-frontier.json
@@ -33,7 +34,7 @@ from benchmarks.paper.commands import (
     write_round0,
 )
 from benchmarks.paper.methods import LEARNING_RATES, METHODS, Run
-from benchmarks.paper.sweep import select, sweep
+from benchmarks.paper.sweep import is_whole, select, show_points, sweep
 from benchmarks.paper.tables import write_results
 from benchmarks.paper.tasks import ROOT, TASKS, Task
 
@@ -73,6 +74,9 @@ def main() -> None:
     os.environ |= {"IMDB_JUDGE": "judge.json", "OMP_NUM_THREADS": str(THREADS // arguments.workers or 1)}
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
+    if arguments.frontier and not arguments.only and is_whole(task, results, seeds):
+        sweep(task, results, seeds, arguments.workers, rates)
+        return
     if not PREPARED.exists():
         task.prepare(inputs, Path())
         PREPARED.touch()
@@ -80,8 +84,10 @@ def main() -> None:
     write_references(task, seeds)
     with warm_commands():
         write_round0(task, seeds)
-        if arguments.frontier:
-            sweep(task, results, seeds, arguments.workers, rates, arguments.only)
+        if arguments.only:
+            show_points(task, seeds, arguments.workers, rates, arguments.only)
+        elif arguments.frontier:
+            sweep(task, results, seeds, arguments.workers, rates)
         else:
             one_point(task, results, seeds, arguments.workers, rates, arguments.rates)
 

@@ -1,6 +1,6 @@
 """The pages of a task's frontier: raw JSON, curves with bands, tables at equal KL, ablations, answers as they came.
 
-The numbers are of the evaluations below the current directory; the math is in `frontier`. Trains and samples nothing.
+The numbers are of the record beside the pages; the math is in `frontier`. Trains and samples nothing.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import numpy as np
 
 from benchmarks.paper.frontier import along, area, estimate, reaches
 from benchmarks.paper.methods import FRONTIER, MAIN, RATE, ROUNDS, TABLES, Method, Run
-from benchmarks.paper.points import METRICS, Curve, Point, read_curves
-from benchmarks.paper.tables import PACKAGES, listed, save, wrapped
+from benchmarks.paper.points import METRICS, Curve, Point, Record, read_curves
+from benchmarks.paper.tables import listed, save, wrapped
 from benchmarks.paper.tasks import Task
-from benchmarks.side_by_side import made_with
 from schemas.files import write_atomic
 from schemas.reports import Estimate
 
@@ -40,10 +39,12 @@ Curves = dict[str, list[Curve]]
 TITLES = {method.name: method.title for method in FRONTIER}
 
 
-def write_pages(task: Task, results: Path, runs: list[Run], rates: dict[str, float], tried: Tried) -> None:
-    """TASK-frontier.md, .json and .png and TASK-answers.md in `results`."""
-    curves = read_curves(runs)
-    seeds = sorted({run.seed for run in runs})
+def write_pages(
+    task: Task, results: Path, runs: list[Run], rates: dict[str, float], tried: Tried, kept: Record
+) -> None:
+    """TASK-frontier.md, .json and .png and TASK-answers.md in `results`, of those runs that are in the record."""
+    curves = read_curves(runs, kept)
+    seeds = sorted({curve.seed for own in curves.values() for curve in own})
     name = f"{task.name}-frontier"
     levels = {level: at_equal_kl(curves, level) for level in LEVELS}
     areas = compare(curves, lambda curve, what: area(curve.draws["kl"], curve.draws[what], LEVELS[-1]), LEVELS[-1])
@@ -54,8 +55,9 @@ def write_pages(task: Task, results: Path, runs: list[Run], rates: dict[str, flo
         f"- Made by: `python -m benchmarks.paper {task.name} --frontier --seeds {','.join(map(str, seeds))} "
         f"{' '.join(f'--{name} {name.upper()}' for name in task.inputs)} --output runs/paper/{task.name}`",
         f"- Rounds: {ROUNDS} rounds of {task.queries_per_round} queries; KL in nats a response, on own responses",
-        f"- Made with: {made_with(*PACKAGES)}; {datetime.now(UTC):%d %B %Y}",
-        f"- Raw numbers: [{name}.json]({name}.json); texts: [{task.name}-answers.md]({task.name}-answers.md)",
+        *(f"- Seeds {', '.join(map(str, own))} with: {made}" for made, own in kept.made_with(seeds).items()),
+        f"- Raw numbers: [{name}.json]({name}.json), query by query in {name}/; {datetime.now(UTC):%d %B %Y}",
+        f"- Texts: [{task.name}-answers.md]({task.name}-answers.md)",
         "",
         f"![rewards against KL and against perplexity]({name}.png)",
         "",
@@ -82,6 +84,7 @@ def write_pages(task: Task, results: Path, runs: list[Run], rates: dict[str, flo
         "seeds": seeds,
         "levels": LEVELS,
         "rates": rates,
+        "tried": tried,
         "start": {str(curve.seed): curve.start.metrics for curve in next(iter(curves.values()))},
         "equal_kl": levels,
         "area": areas,
@@ -261,7 +264,7 @@ def answers(task: Task, curves: Curves) -> list[str]:
             points = curves[method.name][0].points.values()
             shown_at[method.title] = min(points, key=lambda point: abs(point.metrics["kl"]["mean"] - level))
     start = next(iter(curves.values()))[0].start
-    queries = random.Random(0).sample(start.rows["query_id"].to_list(), ANSWERS)
+    queries = sample_queries(start.rows["query_id"].to_list())
     lines = [
         f"# {task.title}: answers at equal KL",
         "",
@@ -277,6 +280,11 @@ def answers(task: Task, curves: Curves) -> list[str]:
             kl = point.metrics["kl"]["mean"]
             lines.append(f"| {title} | {kl:.1f} | {row['reward']:.2f} | {plain(row['y'])} |")
     return lines
+
+
+def sample_queries(ids: list[str]) -> list[str]:
+    """ANSWERS of them, or all."""
+    return random.Random(0).sample(sorted(ids), min(ANSWERS, len(ids)))
 
 
 def plain(text: str) -> str:

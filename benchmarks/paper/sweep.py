@@ -1,7 +1,8 @@
 """The frontier of a task: every brake of every method trained and evaluated, learning rates chosen at one KL.
 
-A point's training and evaluation are done by one worker, and its evaluation lies in a folder of its own: what is there
-is never made again, and the tables are of what is there. The math is in `frontier`, the tables in `pages`.
+A point's training and evaluation are done by one worker. What was found goes into the record beside the pages: what is
+there is never made again, on this machine or another one, and the pages are of what is there. The math is in
+`frontier`, the tables in `pages`.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
 from benchmarks.paper.commands import evaluate, train
 from benchmarks.paper.frontier import along
-from benchmarks.paper.methods import LEARNING_RATES, MAIN, RATE, Method, Run, frontier
-from benchmarks.paper.pages import Tried, write_pages
-from benchmarks.paper.points import BASE, evaluated, folder, metrics
+from benchmarks.paper.methods import LEARNING_RATES, RATE, START, Method, Run, frontier
+from benchmarks.paper.pages import Tried, sample_queries, write_pages
+from benchmarks.paper.points import BASE, Record, evaluated, folder, metrics
 from benchmarks.paper.tasks import Task
+from ple_data.common.digests import model_digest
 
 TUNED_AT = 10.0
 """KL to the start policy, in nats a response, at which a method's learning rates are compared."""
@@ -29,31 +33,78 @@ TRIED_BRAKES = slice(1, 3)
 """The brakes that each learning rate is tried with: the middle ones."""
 
 
-def sweep(
-    task: Task, results: Path, seeds: list[int], workers: int, rates: dict[str, float] | None, only: list[str] | None
-) -> None:
-    """Every point that is not there yet, then the pages; of `only` the points alone, shown instead.
+def sweep(task: Task, results: Path, seeds: list[int], workers: int, rates: dict[str, float] | None) -> None:
+    """Every point that is not in the record yet, then the pages.
 
-    `rates`: by method, the learning rate to take; where it is None, rates are tried with the first seed.
+    `rates`: by method, the learning rate to take; where it is None, those of the pages that are there, else rates are
+    tried with the first seed.
     """
-    wanted = select(task, only)
     tried: Tried = {}
-    if rates is None and task.rate is not None:
-        rates = {method.name: task.rate for method in frontier(task)}
-    elif rates is None:
-        names = {method.ablates or method.name for method, _ in wanted}
-        tuned = [method for method in MAIN if method.tuned and method.name in names]
-        tried = try_rates(task, tuned, seeds[0], workers)
-        rates = {name: best_rate(own) for name, own in tried.items()}
-    points = [point(method, brake, seed, rates) for seed in seeds for method, brake in wanted]
+    if rates is None:
+        rates, tried = known_rates(task, results) or choose_rates(task, frontier(task), seeds[0], workers)
+    record = record_of(task, results)
+    points = all_points(task, seeds, rates)
     for seed, group in product(seeds, (True, False)):  # the methods of a seed before their ablations
         runs = [run for run in points if run.seed == seed and (run.method.ablates is None) == group]
-        finish(task, runs, "unseen", workers)
-        for run in runs if only else ():
-            if place := evaluated(run, "unseen"):
-                print(json.dumps({"point": run.label, "seed": run.seed, **metrics(place, run.label)}))
-        if not only:
-            write_pages(task, results, points, rates, tried)
+        finish(task, runs, "unseen", workers, record)
+        write_pages(task, results, points, rates, tried, record)
+
+
+def show_points(
+    task: Task, seeds: list[int], workers: int, rates: dict[str, float] | None, only: list[str] | None
+) -> None:
+    """The points of `only` from the commands alone, printed; no record is read or written."""
+    wanted = select(task, only)
+    if rates is None and task.rate is None:
+        names = {method.ablates or method.name for method, _ in wanted}
+        rates, _ = choose_rates(task, [m for m in frontier(task) if m.name in names], seeds[0], workers)
+    rates = rates or one_rate(task)
+    runs = [point(method, brake, seed, rates) for seed in seeds for method, brake in wanted]
+    finish(task, runs, "unseen", workers)
+    for run in runs:
+        if place := evaluated(run, "unseen"):
+            print(json.dumps({"point": run.label, "seed": run.seed, **metrics(place, run.label)}))
+
+
+def is_whole(task: Task, results: Path, seeds: list[int]) -> bool:
+    """Whether the record has every point, so that nothing is left but pages."""
+    known = known_rates(task, results)
+    record = record_of(task, results)
+    return known is not None and all(run.label in record.labels(run.seed) for run in all_points(task, seeds, known[0]))
+
+
+def record_of(task: Task, results: Path) -> Record:
+    queries = pl.read_parquet("unseen.parquet")["id"].to_list() if Path("unseen.parquet").exists() else []
+    return Record(results / f"{task.name}-frontier", tuple(sample_queries(queries)))
+
+
+def known_rates(task: Task, results: Path) -> tuple[dict[str, float], Tried] | None:
+    """The learning rates of a task's pages, and what they were chosen by; of a task that has one rate, that one."""
+    if task.rate is not None:
+        return one_rate(task), {}
+    path = results / f"{task.name}-frontier.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    tried = {
+        name: {float(rate): [(kl, reward) for kl, reward in curve] for rate, curve in own.items()}
+        for name, own in found["tried"].items()
+    }
+    return found["rates"], tried
+
+
+def one_rate(task: Task) -> dict[str, float]:
+    return {} if task.rate is None else {method.name: task.rate for method in frontier(task)}
+
+
+def choose_rates(task: Task, methods: Iterable[Method], seed: int, workers: int) -> tuple[dict[str, float], Tried]:
+    """By tuned method, the best of LEARNING_RATES, and what it was chosen by."""
+    tried = try_rates(task, [method for method in methods if method.tuned], seed, workers)
+    return {name: best_rate(own) for name, own in tried.items()}, tried
+
+
+def all_points(task: Task, seeds: list[int], rates: dict[str, float]) -> list[Run]:
+    return [point(method, brake, seed, rates) for seed in seeds for method, brake in select(task, None)]
 
 
 def select(task: Task, only: list[str] | None) -> list[tuple[Method, float]]:
@@ -104,11 +155,15 @@ def best_rate(tried: dict[float, list[tuple[float, float]]]) -> float:
     )[1]
 
 
-def finish(task: Task, runs: list[Run], queries: str, workers: int) -> None:
+def finish(task: Task, runs: list[Run], queries: str, workers: int, record: Record | None = None) -> None:
     """Train and evaluate what is not there yet, several at once; says how long the rest will take."""
-    for seed in {run.seed for run in runs}:
-        evaluate(task, [], f"{queries}.parquet", folder(queries, seed), seed=seed, threads=None)
-    missing = [run for run in runs if not evaluated(run, queries)]
+    missing = [run for run in runs if not (run.label in record.labels(run.seed) if record else evaluated(run, queries))]
+    start = model_digest(START) if record and missing else ""
+    for seed in {run.seed for run in missing}:
+        base = folder(queries, seed)
+        evaluate(task, [], f"{queries}.parquet", base, seed=seed, threads=None)
+        if record:
+            record.add(seed, BASE, base, start)
     took: list[float] = []
     failed: list[str] = []
 
@@ -125,6 +180,8 @@ def finish(task: Task, runs: list[Run], queries: str, workers: int) -> None:
         place = folder(queries, run.seed, run.label)
         begin_with(folder(queries, run.seed), place)
         evaluate(task, [run], f"{queries}.parquet", place, seed=run.seed, threads=None)
+        if record:
+            record.add(run.seed, run.label, place, start)
         took.append(time.monotonic() - began)
         kl, reward = kl_and_reward(place, run.label)
         left = len(missing) - len(took)

@@ -16,7 +16,7 @@ from ple_data.common.extras import missing
 from ple_data.common.models import AdapterInfo
 from ple_data.common.tokens import added_ids, text_after
 from schemas.errors import PleError, UsageError
-from schemas.json_text import parse_json
+from schemas.json_text import named_values
 from schemas.options import ENGINES, Sampling
 
 Probed = list[dict[str, float]]
@@ -40,7 +40,8 @@ class Completion:
 
     ids: the sampled token ids. One that stopped ends with its end token (or with the token that completed a stop
     string); one cut by length has no end token. text: what the ids say after the prompt, cut before a stop string.
-    logps: the model's log-probability of each id, before temperature and top-p; None where not asked for.
+    logps: the model's log-probability of each id, before penalty, temperature, min-p, top-k and top-p; None where not
+    asked for.
     """
 
     ids: list[int]
@@ -118,18 +119,8 @@ def make_engine(name: str, spec: EngineSpec, engine_args: Mapping[str, Any]) -> 
 
 
 def parse_engine_args(texts: Iterable[str]) -> dict[str, Any]:
-    """`name=value` texts as a dictionary; a value is JSON where it can be read as such (also True, False, None)."""
-    words = {"True": True, "False": False, "None": None}
-    arguments: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise UsageError(f"--engine-arg {text!r} must be name=value")
-        try:
-            arguments[name.replace("-", "_")] = words[value] if value in words else parse_json(value)
-        except ValueError:
-            arguments[name.replace("-", "_")] = value
-    return arguments
+    """`--engine-arg` as a dictionary. Raises UsageError."""
+    return named_values(texts, "--engine-arg")
 
 
 def refuse_unknown(engine_args: Mapping[str, Any], known: Iterable[str], engine: str) -> None:

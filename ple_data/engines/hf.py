@@ -111,7 +111,7 @@ class HfEngine:
     @torch.inference_mode()
     def _sample_batch(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
         input_ids, attention_mask = self._left_padded(batch)  # (batch, longest prompt) each
-        noise = _SeededSampler([request.seed for request in batch], sampling, self._device)
+        noise = _SeededSampler([request.seed for request in batch], sampling, attention_mask)
         width = input_ids.shape[1]
         prompts = [request.prompt_ids for request in batch]
         criteria = [_StopStrings(self._spec, sampling.stop, prompts, width)] if sampling.stop else []
@@ -155,22 +155,35 @@ start = HfEngine
 class _SeededSampler(LogitsProcessor):
     """Turns greedy search into sampling: adds Gumbel noise from each request's own generator (Gumbel-max).
 
-    Temperature and top-p are applied first, and the raw log-probability of the winning token is kept.
+    First comes what `drawn_from` does; the raw log-probability of the winning token is kept. prompts: (batch, longest
+    prompt), where its tokens stand.
     """
 
-    def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
-        self._sampling = sampling
-        self._generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, prompts: torch.Tensor) -> None:
+        self._sampling, self._prompts = sampling, prompts
+        self._generators = [torch.Generator(device=prompts.device).manual_seed(seed) for seed in seeds]
         self._steps: list[torch.Tensor] = []
+        self._seen: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
         raw = torch.log_softmax(scores.float(), dim=-1)  # (batch, vocabulary)
+        seen = self._note_seen(input_ids, raw) if self._sampling.repetition_penalty != 1 else None
         chosen = raw
         if self._sampling.temperature > 0:
-            chosen = _top_p(scores.float() / self._sampling.temperature, self._sampling.top_p) + self._noise(raw)
+            chosen = drawn_from(scores.float(), self._sampling, seen) + self._noise(raw)
+        elif seen is not None:
+            chosen = penalized(scores.float(), self._sampling.repetition_penalty, seen)
         if self._sampling.logprobs:
             self._steps.append(raw.gather(1, chosen.argmax(dim=-1, keepdim=True)))
         return chosen
+
+    def _note_seen(self, input_ids: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """(batch, vocabulary): the tokens that prompt and response have."""
+        if self._seen is None:  # what pads a prompt is not in it
+            self._seen = torch.zeros_like(like, dtype=torch.int64).scatter_add_(1, input_ids, self._prompts) > 0
+        else:
+            self._seen.scatter_(1, input_ids[:, -1:], True)
+        return self._seen
 
     def _noise(self, like: torch.Tensor) -> torch.Tensor:
         exponential = torch.empty_like(like, dtype=torch.float64)  # in float32, 0 is drawn too often for a vocabulary
@@ -198,6 +211,30 @@ class _StopStrings(StoppingCriteria):
     def _recent(self, prompt: Sequence[int], ids: list[int]) -> str:
         before = max(0, len(ids) - self._window)
         return response_text(self._spec, [*prompt, *ids[:before]], ids[before:])
+
+
+def drawn_from(logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits (batch, vocabulary) of the distribution that a token is drawn from, from the model's float32 ones.
+
+    In vLLM's order: repetition penalty on the tokens `seen`, temperature (above 0), then min-p, top-k and top-p, each
+    on what the one before has left; -inf is left out.
+    """
+    if seen is not None:
+        logits = penalized(logits, sampling.repetition_penalty, seen)
+    logits = logits / sampling.temperature
+    if sampling.min_p > 0:
+        probabilities = logits.softmax(dim=-1)
+        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < least, float("-inf"))
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    return _top_p(logits, sampling.top_p)
+
+
+def penalized(logits: torch.Tensor, penalty: float, seen: torch.Tensor) -> torch.Tensor:
+    """Logits of the tokens `seen` divided by the penalty where they are above 0, else multiplied by it."""
+    return torch.where(seen, logits * torch.where(logits > 0, 1 / penalty, penalty), logits)
 
 
 def _top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -129,7 +129,7 @@ class ServerEngine:
             "prompt": list(request.prompt_ids),
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
+            **{name: getattr(sampling, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")},
             "seed": request.seed,
             "stop": list(sampling.stop) or None,
             "stop_token_ids": list(self._spec.end_ids),

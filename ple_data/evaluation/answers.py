@@ -6,7 +6,7 @@ the same question is never sampled twice, and another one never meets them.
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ KEPT_APART = (
     *("reader", "query_column", "prefix_words", "split", "max_new_tokens", "temperature", "top_p", "stop", "logprobs"),
 )
 """Options whose value is in the name of every folder of answers."""
+AS_IS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""How a policy is sampled as it is."""
 _ONLY_FASTER = {
     *("batch_size", "device", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "enforce_eager"),
     *("kv_cache_memory_bytes", "swap_space", "cpu_offload_gb", "max_model_len"),
@@ -45,7 +47,7 @@ _ONLY_FASTER = {
 class Answers:
     """One policy's answers. A row is a dict of query_id, sample, x, x_ids, y, y_ids (an array), tokens, finish,
     reference, and label and policy (its name); what is measured of an answer is put there too. chat: the queries were
-    asked as chats. as_is: all were drawn at temperature 1 and top_p 1, so from the policy itself.
+    asked as chats. as_is: all were drawn from the policy itself, at temperature 1 and with nothing else (`AS_IS`).
     """
 
     policy: NamedPolicy
@@ -79,7 +81,7 @@ def sample_answers(policies: Sequence[NamedPolicy], output: Path, source: str, a
         references = {query.id: query.reference for query in queries.queries}
         rows = _rows(collect(_answers(Store(data), "answers")), policy)
         rows = [row | {"reference": references[row["query_id"]]} for row in rows]
-        found.append(Answers(policy, rows, chat, asked.temperature == asked.top_p == 1))
+        found.append(Answers(policy, rows, chat, _drawn_as_is(asked.values())))
     return found
 
 
@@ -131,7 +133,9 @@ def _rows(frame: pl.DataFrame, policy: NamedPolicy) -> list[dict[str, Any]]:
 
 def _answers(store: Store, kind: str, round: int | None = None) -> pl.LazyFrame:
     """The rows of `Answers` in one table of a store, with `chat` and `as_is` of each."""
-    shards = [(shard, (asked_as_chat(shard), _drawn_as_is(shard))) for shard in store.shards(kind, round=round)]
+    shards = [
+        (shard, (asked_as_chat(shard), _drawn_as_is(_sampling_of(shard)))) for shard in store.shards(kind, round=round)
+    ]
     parts = []
     for how in itertools.product((False, True), repeat=2):
         rows = scan_shards(kind, [shard for shard, own in shards if own == how])
@@ -141,7 +145,11 @@ def _answers(store: Store, kind: str, round: int | None = None) -> pl.LazyFrame:
     return rows.select(*_COLUMNS, tokens, pl.col("y_finish").alias("finish"), "chat", "as_is")
 
 
-def _drawn_as_is(shard: Shard) -> bool:
-    """Whether the responses of a shard were drawn at temperature 1 and top_p 1, as its writer noted."""
-    sampling = read_metadata(shard.path, shard.kind).get("sampling")
-    return isinstance(sampling, dict) and sampling.get("temperature") == sampling.get("top_p") == 1
+def _sampling_of(shard: Shard) -> dict[str, Any]:
+    """How the responses of a shard were drawn, as its writer noted, over what older ones did not know."""
+    noted = read_metadata(shard.path, shard.kind).get("sampling")
+    return {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0} | (noted if isinstance(noted, dict) else {})
+
+
+def _drawn_as_is(sampling: Mapping[str, Any]) -> bool:
+    return all(sampling.get(name) == value for name, value in AS_IS.items())

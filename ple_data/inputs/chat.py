@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from schemas.json_text import parse_json
@@ -16,6 +17,8 @@ CHAT_START = '[{"role": '
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 TITLES = {role: title for title, role in HH_ROLES.items()}
+BESIDE = ("tools", "functions", "images", "image", "audio", "videos")
+"""Columns and fields of a turn in which tools and pictures stand."""
 SPEAKERS = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
@@ -46,6 +49,24 @@ def is_turns(value: Any) -> TypeGuard[list[Message]]:
         isinstance(turn, dict) and all(isinstance(turn.get(field), str) for field in ("role", "content"))
         for turn in value
     )
+
+
+def beyond_text(messages: Any, row: Mapping[str, Any]) -> str | None:
+    """What chat messages, or the row that they stand in, hold beside text, in words; None where that is nothing."""
+    if beside := next((name for name in BESIDE if row.get(name) not in (None, [], {}, "", "[]", "null")), None):
+        return beside
+    for turn in messages if isinstance(messages, list) else []:
+        if not isinstance(turn, dict):
+            continue
+        if beside := next((name for name in (*BESIDE, "tool_calls", "function_call") if turn.get(name)), None):
+            return beside
+        if turn.get("role") in ("tool", "function"):
+            return f"a turn of the role {turn['role']}"
+        parts = turn.get("content")
+        for part in parts if isinstance(parts, list) else []:
+            if isinstance(part, dict) and part.get("type") != "text":
+                return f"content of the type {str(part.get('type'))[:40]}"
+    return None
 
 
 def hh_messages(x: str) -> list[Message]:

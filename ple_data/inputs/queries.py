@@ -5,7 +5,7 @@ A query has an id that stays the same in every round and run: its `id` field, el
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import polars as pl
 
 from ple_data.common.digests import json_digest, text_digest
 from ple_data.common.uncollected import uncollected
-from ple_data.inputs.chat import HH_TURN, X, hh_messages, is_turns, to_text
+from ple_data.inputs.chat import HH_TURN, X, beyond_text, hh_messages, is_turns, to_text
 from ple_data.inputs.readers import Rows, Source, columns_of, open_rows
 from schemas.errors import UsageError
 from schemas.options import Reading
@@ -165,6 +165,7 @@ def _messages(source: _Part) -> _Found:
     found: _Found = []
     for place, row in zip(source.rows.places, source.rows.rows, strict=True):
         messages = row.get("messages")
+        refuse_beyond_text(f"{source.rows.source} {place}", messages, row)
         if not is_turns(messages) or not any(turn["role"] == "user" for turn in messages):
             raise UsageError(
                 f"{source.rows.source} {place}: messages must be a list of role and content, with a user turn, "
@@ -177,6 +178,12 @@ def _messages(source: _Part) -> _Found:
             raise UsageError(f"{source.rows.source} {place}: reference must be text, but is {_shown(reference)}")
         found.append((turns[:end], reference))
     return found
+
+
+def refuse_beyond_text(place: str, messages: Any, row: Mapping[str, Any]) -> None:
+    """Raise UsageError where chat messages carry tools, images or the like: they would be left out unsaid."""
+    if found := beyond_text(messages, row):
+        raise UsageError(f"{place} has {found}: prompts are text alone, without tools or images; remove the row")
 
 
 def _hh(source: _Part) -> _Found:

@@ -1,18 +1,26 @@
 """What a tokenizer's chat template writes: a dialogue, the end of a turn, its own system message, today's date.
 
+`--system` and `--chat-template-arg` become its beginning, so that all that is rendered heeds them.
+
 All of it is seen by rendering, never by a model's name. A template may raise anything, or write anything.
 """
 
+import copy
+import keyword
+import re
 from datetime import date, datetime, time
 from typing import Any, NamedTuple
 
 from ple_data.common.tokens import added_ids
 from ple_data.inputs.chat import Message
 from schemas.errors import UsageError
-from schemas.options import PromptFormat
+from schemas.json_text import named_values
+from schemas.options import PromptFormat, Prompting
 
 STANDING_DATE = date(2024, 7, 26)
 """What a template that writes today's date writes outside of a round: in SFT and to reward models."""
+OURS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+"""What a template is given beside the values that a user may give."""
 LONGEST = 10**7
 """Characters of a dialogue at most: no model takes more, and their ids would fill memory."""
 _PROBE = "a text to look for"
@@ -26,6 +34,42 @@ def uses_chat(tokenizer: Any, prompt_format: PromptFormat = "auto") -> bool:
     if prompt_format == "chat" and not tokenizer.chat_template:
         raise UsageError("--prompt-format chat needs a tokenizer with a chat template; this one has none")
     return prompt_format == "chat"
+
+
+def instructed(tokenizer: Any, how: Prompting) -> Any:
+    """The tokenizer with a chat template that begins by setting what `how` says; itself where that is nothing.
+
+    A copy: what is saved with a model is never changed. Raises UsageError for what the template has no place for.
+    """
+    values = named_values(how.chat_template_arg, "--chat-template-arg")
+    if how.system is None and not values:
+        return tokenizer
+    name = tokenizer.name_or_path
+    if not uses_chat(tokenizer, how.prompt_format):
+        why = "--prompt-format is plain" if tokenizer.chat_template else f"{name} has none"
+        raise UsageError(f"--system and --chat-template-arg are for a chat template, and {why}: leave them out")
+    template = tokenizer.get_chat_template()
+    if how.system is not None and own_system(tokenizer) is None:
+        raise UsageError(
+            f"--system: the chat template of {name} takes no system message; leave it out, or say it in the queries"
+        )
+    for word in values:
+        if (
+            word in OURS
+            or keyword.iskeyword(word)
+            or not word.isidentifier()
+            or not re.search(rf"\b{word}\b", template)
+        ):
+            raise UsageError(f"--chat-template-arg {word}: the chat template of {name} asks for no such value")
+    parts = [f"{{% set {word} = {value!r} +%}}" for word, value in values.items()]
+    if how.system is not None:
+        first = f"[{{'role': 'system', 'content': {how.system!r}}}]"
+        parts.append(
+            "{% if messages[0]['role'] != 'system' +%}{% set messages = " + first + " + messages +%}{% endif +%}"
+        )
+    found = copy.copy(tokenizer)
+    found.chat_template = "".join(parts) + template
+    return found
 
 
 def rendered(tokenizer: Any, messages: list[Message], *, today: date | None = None, prompt: bool = True) -> str:

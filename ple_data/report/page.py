@@ -91,8 +91,10 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
     if sources.recipe:
         recipe = sources.recipe
         rows |= {"model": recipe.model, "queries": recipe.queries, "principle": recipe.principles}
-        if recipe.reward_model:
-            rows["reward model"] = shown_spec(recipe.reward_model)
+        if recipe.reward_models:
+            rows["reward model"] = ", ".join(map(shown_spec, recipe.reward_models))
+            if len(recipe.reward_models) > 1:
+                rows["reward model"] += f" ({recipe.score.combine}{', normalized' * recipe.score.normalize_rewards})"
         elif recipe.reward:
             rows["reward model"] = f"{recipe.reward.model}, trained"
         rows["method"] = sources.method + _safeguards(recipe)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
+from ple_data.common.secrets import public
 from ple_data.evaluation.purity_text import L_BIAS, policy_table, steps_down
-from ple_data.partition import round_statistics, warnings
+from ple_data.partition import reward_statistics, round_statistics, warnings
 from ple_data.report import figures, svg
 from ple_data.report import round_tables as statistics
 from ple_data.report.evaluation import evaluations, judged
@@ -47,6 +48,8 @@ def _of_pairs(sources: Sources) -> Iterator[Section]:
         figures.gap(rows, sets),
     )
     rewards.tables.append(_round_table(rows, sets))
+    if own := reward_statistics(pairs, sources.store.reward_models()):
+        rewards.tables.append(_reward_table(own))
     yield rewards
 
     margins = Section("margins", "Margins and the rank set" if sets else "Margins")
@@ -104,6 +107,16 @@ def _round_table(rows: list[dict[str, Any]], sets: bool) -> Table:
     ]
     head = ["round", "pairs", "s", "s_prompt", "gap", *(["τ_t", "rank set"] if sets else []), "lowered"]
     return Table("Means with 95 % intervals (1.96 standard errors over queries)", head, cells)
+
+
+def _reward_table(own: list[dict[str, Any]]) -> Table:
+    cells = [
+        [str(at), visible(public(each["model"])), f"{each['mean_y']:.3f}", f"{each['mean_y_prompt']:.3f}"]
+        + ["–" if value is None else f"{value:.3f}" for value in each["correlations"]]
+        for at, each in enumerate(own, start=1)
+    ]
+    head = ["", "reward by", "y", "y_prompt", *[f"with {at + 1}" for at in range(len(own))]]
+    return Table("Rewards that s and s_prompt are made of: means, and correlations over all responses", head, cells)
 
 
 def _response_table(rows: list[dict[str, Any]]) -> Table:

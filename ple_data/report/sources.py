@@ -107,6 +107,7 @@ class Sources:
             names += self.cases.reward_models
             marked |= set(self.cases.trained)
         own = set(collect(self.store.scan("pairs").select("reward_model").unique())["reward_model"])
+        own |= set(self.store.reward_models())
         found = {}
         for place, name in enumerate(dict.fromkeys(names), start=1):
             origin = "which scored the pairs of this run" if name in own else ""

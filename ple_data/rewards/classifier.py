@@ -39,6 +39,13 @@ def _split_output(spec: str, output_index: int | None) -> tuple[str, int | None]
     return (spec[: found.start()], int(found.group(1))) if found and not Path(spec).exists() else (spec, output_index)
 
 
+def output_specs(spec: str) -> list[str]:
+    """A spec for each output of a classifier, whichever of them it names itself. Raises UsageError."""
+    model, _ = _split_output(spec, None)
+    check_model(model)
+    return [f"{model}[{output}]" for output in range(load_config(model).num_labels)]
+
+
 class ClassifierReward(RewardModel):
     """AutoModelForSequenceClassification with its own tokenizer, attention mask and padding.
 

@@ -12,6 +12,7 @@ from ple_data.engines import Completion, Request
 from ple_data.inputs.chat import to_text
 from ple_data.sampling.plan import Plan, Prompt, Unit
 from ple_data.sampling.reuse import Reuse
+from ple_data.sampling.thoughts import Told
 from ple_data.storage.store import Store
 from schemas.errors import ClaimLostError
 from schemas.leases import elsewhere
@@ -28,6 +29,8 @@ class GenerateSummary:
     rows_done_before: int = 0
     rows_by_others: int = 0
     tokens: int = 0
+    unanswered: int = 0
+    """New responses whose thought never ended."""
     counts: dict[str, int] = field(default_factory=dict)
     dry_run: str | None = None
     """What `--dry-run` prints: a rendered prompt of each arm with its token ids."""
@@ -87,14 +90,19 @@ class Collector:
     def add(self, request: Request, completion: Completion) -> None:
         """Take in one response; the last one of a unit commits it."""
         unit_id, row, arm = request.key
-        opened = self._open[unit_id]
+        opened, thoughts = self._open[unit_id], self.plan.terms.thoughts
+        ids, text = completion.ids, completion.text
+        told = thoughts.of(request.prompt_ids, ids, text) if thoughts else Told(text)
         opened.rows[row] |= {
-            arm: completion.text,
-            f"{arm}_ids": completion.ids,
+            arm: told.answer,
+            f"{arm}_ids": ids,
             f"{arm}_finish": completion.finish,
-            f"{arm}_empty": not completion.text.strip(),
+            f"{arm}_empty": not told.answer.strip(),
             f"{arm}_logps": completion.logps,
+            f"{arm}_thought": told.thought,
+            f"{arm}_answered": told.answered,
         }
+        self.summary.unanswered += told.answered is False
         opened.missing -= 1
         self.summary.tokens += len(completion.ids)
         self.progress.advance(1, f"{self.summary.tokens / self.progress.seconds:.0f} tokens/s")

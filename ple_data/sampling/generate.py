@@ -38,6 +38,7 @@ from ple_data.engines import (
 )
 from ple_data.inputs.principles import load_principle
 from ple_data.inputs.queries import load_queries
+from ple_data.inputs.templates import instructed
 from ple_data.sampling.collector import Collector, GenerateSummary
 from ple_data.sampling.plan import AHEAD, Plan, Taken, Unit, default_unit_size
 from ple_data.sampling.reuse import Reuse
@@ -75,7 +76,7 @@ def generate(options: Gen) -> GenerateSummary:
     adapter = check_adapter(options.adapter, model) if options.adapter else None
     engine = engine_module(engine_name)
     engine.check(arguments, adapter)
-    tokenizer = load_tokenizer(model, revision, note=_say)
+    tokenizer = instructed(load_tokenizer(model, revision, note=_say), options)
     store = Store(options.data)
     config = load_config(model, revision)
     plan, source = make_plan(options, tokenizer, store, vocabulary_of(config))
@@ -136,7 +137,7 @@ def make_plan(options: Gen, tokenizer: Any, store: Store, vocabulary: int | None
         taken=taken,
         unit_size=unit_size,
         identity=identity,
-        settings=identity | read,
+        settings=read | identity,
         terms=terms,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
@@ -267,6 +268,7 @@ def _result(summary: GenerateSummary, what: str, seconds: float) -> str:
         f"{what} done before": summary.rows_done_before,
         "sampled by other processes": summary.rows_by_others,
     }
+    others["thoughts without an end (no answer came)"] = summary.unanswered
     parts = [f"{count} {how}" for how, count in others.items() if count]
     return ", ".join([f"{summary.rows_sampled} {what} sampled ({rate})", *parts])
 

@@ -4,6 +4,7 @@ They come from the tokenizer's chat template and are fixed when a round first st
 began goes on as it was made. Only where a model is concerned do they count in what a round is.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -14,23 +15,27 @@ from ple_data.common.digests import text_digest
 from ple_data.common.models import end_ids
 from ple_data.inputs.chat import stored_chat
 from ple_data.inputs.principles import Form, Principle, render_all
-from ple_data.inputs.templates import own_system, response_form, uses_chat, writes_date
+from ple_data.inputs.templates import instructed, own_system, response_form, uses_chat, writes_date
+from ple_data.sampling.thoughts import Thoughts
 from ple_data.storage.store import Store
-from schemas.options import Gen
+from schemas.json_text import named_values
+from schemas.options import Gen, Prompting
 from schemas.records import RoundManifest, read_record
 
-IN_OLDER = {"end_tokens": None, "principle_form": "replace"}
+IN_OLDER = {"end_tokens": None, "principle_form": "replace", "strip_thoughts": None}
 """What held before a round's settings said it."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """ends: all ids that end a response. chat: prompts are chats. identity: what of it decides the rows, as JSON."""
+    """ends: all ids that end a response. chat: prompts are chats. identity: what of it decides the rows, as JSON.
+    thoughts: what takes a response apart, where one is asked for."""
 
     form: Form
     chat: bool
     ends: tuple[int, ...]
     identity: dict[str, Any]
+    thoughts: Thoughts | None = None
 
 
 def terms_of(
@@ -38,7 +43,7 @@ def terms_of(
 ) -> Terms:
     """The terms of a round: those that it was begun under, else what the options and the tokenizer say now."""
     number, prompt_format, begun = options.round, options.prompt_format, store.load_manifest(options.round)
-    identity: dict[str, Any] = {}
+    identity = _said(options)
 
     def fixed(name: str, value: Any, otherwise: str) -> bool:
         if holds := begun is None or name in begun.settings:
@@ -63,7 +68,21 @@ def terms_of(
     if chat and principle and principle.text and own_system(tokenizer, today):
         new = fixed("principle_form", form, "the principle replaces the template's own system message")
         form = form if new else "replace"
-    return Terms(Form(prompt_format, form, today), chat, ends, identity)
+    thoughts = Thoughts(tokenizer, options.strip_thoughts) if options.strip_thoughts is not None else None
+    if thoughts:
+        identity["strip_thoughts"] = list(thoughts.marks)
+    return Terms(Form(prompt_format, form, today), chat, ends, identity, thoughts)
+
+
+def _said(options: Prompting) -> dict[str, Any]:
+    """What the chat template is told, values in one spelling; nothing where it is told nothing."""
+    values = named_values(options.chat_template_arg, "--chat-template-arg")
+    spelt = [f"{name}={json.dumps(values[name], ensure_ascii=False)}" for name in sorted(values)]
+    return {
+        name: told
+        for name, told in {"system": options.system, "chat_template_arg": spelt}.items()
+        if told not in (None, [])
+    }
 
 
 def rendered_again(
@@ -76,6 +95,8 @@ def rendered_again(
     chat, day = made.get("prompts") == "chat", made.get("template_date")
     how = made.get("principle_form", IN_OLDER["principle_form"])
     form = Form("auto" if chat else "plain", how, date.fromisoformat(day) if day else None)
+    told = Prompting(system=made.get("system"), chat_template_arg=tuple(made.get("chat_template_arg", ())))
+    tokenizer = instructed(tokenizer, told)
     queries = [(stored_chat(x) if chat else None) or x for x in xs]
     p = Principle("of these rows", principle, text_digest(principle))
     return render_all(tokenizer, queries, how=form), render_all(tokenizer, queries, p, form)

@@ -15,12 +15,13 @@ from ple_data.common.digests import text_digest
 from ple_data.common.finite import refuse_non_finite
 from ple_data.common.progress import Progress
 from ple_data.common.secrets import public
+from ple_data.common.terminal import printable
 from ple_data.rewards import RewardModel, as_read
 from ple_data.storage.store import OWNER, Shard, Store, Waits
 from schemas.errors import ClaimLostError, UsageError
 from schemas.files import write_new
 from schemas.leases import elsewhere
-from schemas.tables import PAIRS, read_metadata
+from schemas.tables import read_metadata
 
 
 @dataclass
@@ -43,20 +44,38 @@ def score(
     dies. Raises UsageError where there are no responses or where the pairs there belong to another reward model, and
     PleError where a reward is NaN or infinite; the units before it stay committed.
     """
-    target = output or store
+    return score_units(store, output or store, reward_model, Units, round=round)
+
+
+def score_units(
+    store: Store,
+    target: Store,
+    reward_model: Any,
+    units: "type[Units]",
+    *,
+    round: int | None,
+    kind: str = "pairs",
+) -> ScoreCounts:
+    """The stage itself, for what commits to the table `kind`: pairs, or the rewards of one model of several.
+
+    reward_model: such a one, or what stands in its place and says which units are `ready`.
+    """
     shards = store.shards("responses", round=round)
     if not shards:
         where = store.root if round is None else f"round {round} of {store.root}"
         raise UsageError(f"there are no responses in {where} to score: run ple-gen first")
-    _refuse_other_model(target, reward_model)
-    pending = [shard for shard in shards if not target.is_committed("pairs", shard.round, shard.unit)]
+    reward_model.name = refuse_other_model(target, reward_model.name)
+    pending = [shard for shard in shards if not target.is_committed(kind, shard.round, shard.unit)]
     total = sum(shard.rows for shard in shards)
     counts = ScoreCounts(rows_done_before=total - sum(shard.rows for shard in pending))
+    ready = getattr(reward_model, "ready", None)
+    pending = [shard for shard in pending if ready is None or ready(shard)]
     cut_before = reward_model.truncated
-    with Progress("score", total, "rows", done=counts.rows_done_before) as progress:
-        waits = Waits(target, "pairs", progress.note)
+    label = "score" if kind == "pairs" else f"score with {printable(reward_model.name)}"
+    with Progress(label, total, "rows", done=counts.rows_done_before) as progress:
+        waits = Waits(target, kind, progress.note)
         while pending:
-            with closing(_Units(store, target, reward_model, progress, counts)) as work:
+            with closing(units(store, target, kind, reward_model, progress, counts)) as work:
                 for name, rewards in reward_model.score_each(work.claimed(pending)):
                     work.commit(name, rewards)
             if not work.taken:
@@ -69,10 +88,10 @@ def score(
             )
     for number in {shard.round for shard in shards}:
         if store.finished_units("responses", number):  # some may have come meanwhile
-            units = [shard.unit for shard in store.shards("responses", round=number)]
-            if all(target.is_committed("pairs", number, unit) for unit in units):
-                target.finish("pairs", number)
-    for number, rows, asked in store.unfinished(shards):
+            names = [shard.unit for shard in store.shards("responses", round=number)]
+            if all(target.is_committed(kind, number, unit) for unit in names):
+                target.finish(kind, number)
+    for number, rows, asked in store.unfinished(shards) if kind == "pairs" else ():
         progress.note(
             f"warning: round {number} has {rows} of its {asked} pairs so far: run ple-gen to its end, then this again"
         )
@@ -80,7 +99,7 @@ def score(
 
 
 @dataclass
-class _Open:
+class Opened:
     """A unit that is claimed: its rows, and the (x, y) of both arms."""
 
     shard: Shard
@@ -97,30 +116,31 @@ class _Open:
 
 
 @dataclass
-class _Units:
+class Units:
     """Claims units, and commits each when its rewards are there."""
 
     store: Store
     target: Store
-    reward_model: RewardModel
+    kind: str
+    reward_model: Any
     progress: Progress
     counts: ScoreCounts
     locked: list[Shard] = field(default_factory=list)
     """Those that another process holds."""
     taken: int = 0
-    _open: dict[str, _Open] = field(default_factory=dict)
+    _open: dict[str, Opened] = field(default_factory=dict)
 
-    def claimed(self, pending: Sequence[Shard]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """The unit and the (x, y) to score of each that is ours; it is claimed when it is asked for."""
+    def claimed(self, pending: Sequence[Shard]) -> Iterator[tuple[str, Any]]:
+        """The unit and what there is to do of each that is ours; it is claimed when it is asked for."""
         for at, shard in enumerate(pending):
             claim = ExitStack()
-            if claim.enter_context(self.target.claim("pairs", shard.round, shard.unit)):
+            if claim.enter_context(self.target.claim(self.kind, shard.round, shard.unit)):
                 opened = self._begin(shard, claim)
                 self.taken += 1
-                yield f"unit {shard.unit} of round {shard.round}", opened.distinct
+                yield f"unit {shard.unit} of round {shard.round}", self.job(opened)
                 continue
             claim.close()
-            if self.target.is_committed("pairs", shard.round, shard.unit):
+            if self.target.is_committed(self.kind, shard.round, shard.unit):
                 self.counts.rows_by_others += shard.rows
                 self.progress.advance(shard.rows)
                 continue
@@ -129,18 +149,26 @@ class _Units:
                 yield from self.claimed(elsewhere(pending[at + 1 :]))
                 return
 
-    def commit(self, name: str, rewards: list[float]) -> None:
-        """Write a unit's pairs. Raises PleError for a reward that is no finite float32."""
+    def job(self, opened: Opened) -> Any:
+        """What is to do of a unit: its (x, y) to score."""
+        return opened.distinct
+
+    def added(self, opened: Opened, rewards: Any) -> dict[str, Any]:
+        """The columns that the responses get. Raises PleError for a reward that is no finite float32."""
+        reward_of = dict(zip(opened.distinct, rewards, strict=True))
+        arms = ([reward_of[pair] for pair in arm] for arm in (opened.plain, opened.guided))
+        return checked(opened, self.reward_model.name, *arms)
+
+    def commit(self, name: str, rewards: Any) -> None:
+        """Write a unit's rows. Raises PleError for a reward that is no finite float32."""
         opened = self._open.pop(name)
-        shard, table, model = opened.shard, opened.table, self.reward_model.name
+        shard, table = opened.shard, opened.table
         with opened.claim:
-            s, s_prompt = self._checked(opened, dict(zip(opened.distinct, rewards, strict=True)))
-            added = {"s": s, "s_prompt": s_prompt, "reward_model": [model] * len(table)}
-            columns = {name: table[name] for name in table.column_names} | added
-            pairs = pa.table({name: columns[name] for name in PAIRS.names}, schema=PAIRS)
+            added = self.added(opened, rewards) | {"reward_model": [self.reward_model.name] * len(table)}
+            pairs = pa.table({name: table[name] for name in table.column_names} | added)
             _own_pairs(self.target, self.reward_model)
             try:
-                self.target.commit("pairs", shard.round, shard.unit, pairs, opened.provenance)
+                self.target.commit(self.kind, shard.round, shard.unit, pairs, opened.provenance)
             except ClaimLostError as error:
                 self.progress.note(f"{error}: its rewards are left to them")
                 self.locked.append(shard)
@@ -154,52 +182,55 @@ class _Units:
         for opened in self._open.values():
             opened.claim.close()
 
-    def _begin(self, shard: Shard, claim: ExitStack) -> _Open:
+    def _begin(self, shard: Shard, claim: ExitStack) -> Opened:
         table = self.store.read(shard)
         provenance = {**read_metadata(shard.path, "responses"), "reward_model": self.reward_model.name}
         x, y, y_prompt = (table[column].to_pylist() for column in ("x", "y", "y_prompt"))
         x = as_read(self.reward_model, x, chat=provenance.get("prompts") == "chat")
         plain, guided = list(zip(x, y, strict=True)), list(zip(x, y_prompt, strict=True))
-        opened = _Open(shard, claim, table, provenance, plain, guided)
+        opened = Opened(shard, claim, table, provenance, plain, guided)
         self._open[f"unit {shard.unit} of round {shard.round}"] = opened
         return opened
 
-    def _checked(self, opened: _Open, reward_of: dict[tuple[str, str], float]) -> tuple[np.ndarray, np.ndarray]:
-        """s and s_prompt as float32, one a row."""
-        with np.errstate(over="ignore"):  # a reward beyond float32 becomes infinite, and is refused as such
-            s, s_prompt = (
-                np.array([reward_of[pair] for pair in arm], dtype=np.float32) for arm in (opened.plain, opened.guided)
-            )
-        table = opened.table
-        keys = zip(table["query_id"].to_pylist(), table["sample"].to_pylist(), strict=True)
-        refuse_non_finite(
-            f"reward model {self.reward_model.name} gave rewards that are not finite float32 numbers for "
-            f"{opened.shard.path}",
-            (
-                (f"query {query_id!r} sample {sample} {arm}", values[row])
-                for row, (query_id, sample) in enumerate(keys)
-                for arm, values in (("s", s), ("s_prompt", s_prompt))
-            ),
-            "this unit was not committed; correct the reward model and run the same command again",
-        )
-        return s, s_prompt
+
+def checked(opened: Opened, model: str, s: Any, s_prompt: Any) -> dict[str, np.ndarray]:
+    """s and s_prompt as float32, one a row. Raises PleError where one is not finite."""
+    with np.errstate(over="ignore"):  # a reward beyond float32 becomes infinite, and is refused as such
+        arms = {arm: np.array(found, dtype=np.float32) for arm, found in (("s", s), ("s_prompt", s_prompt))}
+    table = opened.table
+    keys = zip(table["query_id"].to_pylist(), table["sample"].to_pylist(), strict=True)
+    refuse_non_finite(
+        f"reward model {model} gave rewards that are not finite float32 numbers for {opened.shard.path}",
+        (
+            (f"query {query_id!r} sample {sample} {arm}", values[row])
+            for row, (query_id, sample) in enumerate(keys)
+            for arm, values in arms.items()
+        ),
+        "this unit was not committed; correct the reward model and run the same command again",
+    )
+    return arms
 
 
-def _refuse_other_model(target: Store, reward_model: RewardModel) -> None:
-    """Raise UsageError where the pairs of `target` were scored by another reward model."""
+def refuse_other_model(target: Store, name: str, *, begins: bool = False) -> str:
+    """The name under which the pairs of `target` are scored by this model. Raises UsageError where another scored them.
+
+    begins: of several models put together, those are named that are known so far.
+    """
     owner = target.reward_model()
-    if owner is not None and public(owner, text_digest) == reward_model.name:
-        reward_model.name = owner  # older versions recorded an address with what in its path may be a key
-    if owner not in (None, reward_model.name):
-        raise UsageError(
-            f"the pairs in {target.root} were scored by {owner}, not by {reward_model.name}: two reward "
-            "models are never mixed in one store; give another store with --output"
-        )
+    if owner is None:
+        return name
+    known, name = public(owner, text_digest), name.removesuffix(")") + ", " if begins else name
+    if (begins and known.startswith(name)) or name in (known, owner):
+        return owner  # older versions recorded an address with what in its path may be a key
+    raise UsageError(
+        f"the pairs in {target.root} were scored by {owner}, not by {name}{'...)' * begins}: two reward "
+        "models are never mixed in one store; give another store with --output"
+    )
 
 
-def _own_pairs(target: Store, reward_model: RewardModel) -> None:
+def _own_pairs(target: Store, reward_model: Any) -> None:
     """Make `target` this model's before the first commit: of two that start at once, one is refused."""
     record = target.inside(*OWNER.parts)
     if not record.exists():
         write_new(record, reward_model.name + "\n", target.root / ".ple" / "tmp")
-    _refuse_other_model(target, reward_model)
+    reward_model.name = refuse_other_model(target, reward_model.name)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.files import write_atomic
-from schemas.tables import SCHEMAS, metadata_bytes
+from schemas.tables import SCHEMAS, as_written, metadata_bytes
 
 
 def parquet_bytes(kind: str, table: pa.Table, provenance: Mapping[str, Any], row_group: int | None = None) -> bytes:
@@ -17,8 +17,9 @@ def parquet_bytes(kind: str, table: pa.Table, provenance: Mapping[str, Any], row
     In memory, so that a full disk meets one plain write.
     """
     sink = pa.BufferOutputStream()
+    table, version = as_written(kind, table)
     pq.write_table(
-        table.replace_schema_metadata(metadata_bytes(kind, provenance)),
+        table.replace_schema_metadata(metadata_bytes(kind, provenance, version)),
         sink,
         row_group_size=row_group,
         compression="zstd",

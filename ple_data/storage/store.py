@@ -305,6 +305,11 @@ class Store:
         shards = self.shards("pairs")
         return tables.read_metadata(shards[0].path, "pairs").get("reward_model") if shards else None
 
+    def reward_models(self) -> list[str]:
+        """The models whose rewards were put together, in the order of the column `rewards`; none where it was one."""
+        shards = self.shards("pairs")
+        return tables.read_metadata(shards[-1].path, "pairs").get("reward_models", []) if shards else []
+
     # Paths
 
     def path(self, kind: str, round: int, unit: str) -> Path:

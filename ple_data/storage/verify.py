@@ -21,6 +21,7 @@ _NAMED = 5  # doubled keys that one problem names
 _REMAKE = {
     "responses": "run the same ple-gen command again to sample this unit anew",
     "pairs": "run the same ple-score (or ple-gen --reward-model) command again; its responses are not sampled again",
+    "rewards": "run the same ple-score command again to score this unit anew",
     "answers": "run the same ple eval command again to sample this unit anew",
 }
 
@@ -60,23 +61,30 @@ def verify(store: Store) -> Iterator[Problem]:
     asked: dict[int, int] = {}
     yield from _manifests(store, asked)
     for kind in tables.STORED:
-        shards: list[Shard] = []
-        yield from _records(store, kind, shards)
-        yield from _orphans(store, kind)
-        whole, owner = [], None
-        with suppress(DamagedError):  # said above
-            owner = store.reward_model()
-        for shard in shards:
-            if faults := list(_faults(shard, owner)):
-                record = store.record_path(kind, shard.round, shard.unit)
-                remake = f"restore it from a copy, or remove it and {record}, then {_REMAKE[kind]}"
-                yield Problem(shard.path, "; ".join(faults), remake)
-            else:
-                whole.append(shard)
-        yield from _doubled_keys(kind, whole)
-        yield from _counts(store, kind, shards, asked)
+        yield from _of_kind(store, kind, asked)
+    for own in sorted((store.root / ".ple" / "rewards").glob("*")):  # of each of several reward models
+        yield from _of_kind(Store(own), "rewards", {})
     yield from _leftovers(store)
     yield from _unscored(store)
+
+
+def _of_kind(store: Store, kind: str, asked: Mapping[int, int]) -> Iterator[Problem]:
+    """What is wrong with the tables of a kind and their records."""
+    shards: list[Shard] = []
+    yield from _records(store, kind, shards)
+    yield from _orphans(store, kind)
+    whole, owner = [], None
+    with suppress(DamagedError):  # said above
+        owner = store.reward_model()
+    for shard in shards:
+        if faults := list(_faults(shard, owner)):
+            record = store.record_path(kind, shard.round, shard.unit)
+            remake = f"restore it from a copy, or remove it and {record}, then {_REMAKE[kind]}"
+            yield Problem(shard.path, "; ".join(faults), remake)
+        else:
+            whole.append(shard)
+    yield from _doubled_keys(kind, whole)
+    yield from _counts(store, kind, shards, asked)
 
 
 def _links(store: Store) -> Iterator[Problem]:

@@ -23,8 +23,9 @@ from ple_data.common.tokens import text_after
 from ple_data.inputs.chat import to_text
 from ple_data.inputs.principles import Form, render_all
 from ple_data.inputs.queries import load_queries
-from ple_data.inputs.templates import response_form, uses_chat
+from ple_data.inputs.templates import instructed, response_form, uses_chat
 from ple_data.rewards import RewardModel, as_read, load_reward_model, recorded_spec
+from ple_data.sampling.thoughts import Thoughts
 from ple_train.baselines import trl_tools
 from ple_train.engine.checkpoint import History
 from ple_train.engine.session import Session
@@ -45,7 +46,7 @@ def ppo(options: Ppo) -> None:
     """
     version = trl_tools.require_trl("ppo")
     check_model(options.model)
-    tokenizer = load_tokenizer(options.model, options.revision, note=print_to_log)
+    tokenizer = instructed(load_tokenizer(options.model, options.revision, note=print_to_log), options)
     query_set = load_queries(options.queries, options, chat=uses_chat(tokenizer, options.prompt_format))
     xs = [query.x for query in query_set.queries]
     rendered = zip(render_all(tokenizer, xs, how=Form(options.prompt_format)), xs, strict=True)
@@ -75,7 +76,8 @@ def ppo(options: Ppo) -> None:
         chat = uses_chat(tokenizer, options.prompt_format)
         texts = dict(zip(texts, as_read(rewards, list(texts.values()), chat=chat), strict=True))
         end = response_form(tokenizer, options.prompt_format).end
-        scorer = RewardScorer(rewards, session.load_tokenizer(), end, texts)
+        thoughts = Thoughts(tokenizer, options.strip_thoughts) if options.strip_thoughts is not None else None
+        scorer = RewardScorer(rewards, session.load_tokenizer(), end, texts, thoughts)
         batching = trl_tools.micro_batching(options.batch_size, options.microbatch_tokens // longest)
         scratch = session.private / "trl"
         arguments = trl_tools.training_arguments(scratch, options) | batching
@@ -109,10 +111,17 @@ class RewardScorer(nn.Module):
 
     base_model_prefix = "backbone"
 
-    def __init__(self, rewards: RewardModel, tokenizer: Any, end: int, texts: Mapping[tuple[int, ...], str]) -> None:
+    def __init__(
+        self,
+        rewards: RewardModel,
+        tokenizer: Any,
+        end: int,
+        texts: Mapping[tuple[int, ...], str],
+        thoughts: Thoughts | None = None,
+    ) -> None:
         """end: the id that ends a response; texts: x as the reward model reads it, by the token ids of x."""
         super().__init__()
-        self.rewards, self.tokenizer, self.end, self.texts = rewards, tokenizer, end, texts
+        self.rewards, self.tokenizer, self.end, self.texts, self.thoughts = rewards, tokenizer, end, texts, thoughts
         self.lengths = sorted({len(ids) for ids in texts})
         self.tokens = 0
         self.score = nn.Identity()
@@ -128,7 +137,8 @@ class RewardScorer(nn.Module):
             self.tokens += end - width
             x_ids, y_ids = tuple(ids[start:width]), ids[width:end]
             said = y_ids[:-1] if y_ids and y_ids[-1] == self.end else y_ids
-            pairs.append((self.texts[x_ids], text_after(self.tokenizer, x_ids, said)))
+            y = text_after(self.tokenizer, x_ids, said)
+            pairs.append((self.texts[x_ids], self.thoughts.of(x_ids, said, y).answer if self.thoughts else y))
         values = self.rewards.score(pairs)
         for (x, _), value in zip(pairs, values, strict=True):
             if not math.isfinite(value):

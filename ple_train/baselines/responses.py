@@ -14,7 +14,7 @@ import polars as pl
 
 from ple_data import selection
 from ple_data.common.tokens import ids_after
-from ple_data.inputs.templates import response_form
+from ple_data.inputs.templates import instructed, response_form
 from ple_data.sampling.terms import rendered_again
 from ple_data.storage.store import Store, asked_as_chat, scan_shards
 from ple_train import snapshot as snapshots
@@ -27,14 +27,14 @@ from ple_train.sft import read_sequences, sequence_stream
 from ple_train.stream import Limits, checked_ids
 from ple_train.train import note_principle
 from schemas.errors import UsageError
-from schemas.options import Baseline, BaselineSft, ContextDistillation, PromptFormat
+from schemas.options import Baseline, BaselineSft, ContextDistillation, PromptFormat, Prompting
 
 ON_POLICY = "on-policy context-distillation"
 CHOOSERS = {"context-distillation": selection.guided, "raft": selection.best_of_n}
 SAMPLED_FOR = {"context-distillation": ("y_prompt_ids",), "raft": ("y_ids", "y_prompt_ids"), "sft": ()}
 SAMPLED_FOR[ON_POLICY] = ("y_ids",)
 """The ids whose sampling a method needs, whether it trains on them or not."""
-CHOSEN_FROM = ["query_id", "round", "sample", "s", "s_prompt", "x_ids", "y_ids", "y_prompt_ids"]
+CHOSEN_FROM = ["query_id", "round", "sample", "s", "s_prompt", "reward_model", "x_ids", "y_ids", "y_prompt_ids"]
 REFERENCE_COLUMNS = ["query_id", "round", "x_ids", "reference"]
 GUIDED_COLUMNS = ["query_id", "round", "x", "x_ids", "y_ids", "y_prompt_ids", "principle"]
 _TOKENIZED_AT_ONCE = 1024
@@ -67,7 +67,8 @@ def baseline(method: str, options: Baseline) -> None:
         sampled: dict[int, int] = {}
         if files and isinstance(options, BaselineSft):
             how = options.max_length, options.prompt_format
-            sequences = [s for path in files for s in read_sequences(path, tokenizer, *how)]
+            renders = instructed(tokenizer, options)
+            sequences = [s for path in files for s in read_sequences(path, renders, *how)]
         else:
             longest_pair = None if method == "sft" else options.max_length  # a reference's pair is not trained on
             snapshot = snapshots.frozen_snapshot(session, options.data, options.round, longest_pair, first)
@@ -86,9 +87,10 @@ def baseline(method: str, options: Baseline) -> None:
 def _refuse_for_stores(options: Baseline) -> None:
     if options.round is None:
         raise UsageError("--round is missing: it says up to which round the pairs of --data are taken")
-    if isinstance(options, BaselineSft) and options.prompt_format != "auto":
+    if isinstance(options, BaselineSft) and options.part(Prompting) != Prompting():
         raise UsageError(
-            "--prompt-format goes with files of (x, y) rows; the pairs of a folder have their prompts: leave it out"
+            "--prompt-format, --system and --chat-template-arg go with files of (x, y) rows; the pairs of a folder "
+            "have their prompts: leave them out"
         )
 
 

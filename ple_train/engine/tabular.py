@@ -1,39 +1,19 @@
-"""Columns of a training file, and a shuffled stream over sequences in memory."""
+"""The digest of a training file, and a shuffled stream over sequences in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ple_data.inputs.readers import Rows
 from ple_train.model.batches import Sequence
-from schemas.errors import UsageError
 from schemas.files import sha256_file
 
 
 def file_digest(data: Path) -> str | None:
     """SHA-256 of a data file; None for a hub dataset, whose id and revision stand for it."""
     return sha256_file(data) if Path(data).is_file() else None
-
-
-def column(rows: Rows, *names: str, of: type | tuple[type, ...] = str) -> list[Any]:
-    """The first of the columns `names` that there is, every value of type `of`.
-
-    Raises UsageError where there is none, or that names the first row without a value or with one of another type.
-    """
-    name = next((name for name in names if name in rows.columns), None)
-    if name is None:
-        raise UsageError(f"{rows.source} has no column {' or '.join(names)}; it has {', '.join(rows.columns)}")
-    values = [row.get(name) for row in rows.rows]
-    for place, value in zip(rows.places, values, strict=True):
-        if value is None:
-            raise UsageError(f"{rows.source} {place}: {name} is missing; fill or remove the row")
-        if not isinstance(value, of):
-            raise UsageError(f"{rows.source} {place}: {name} is {value!r}, which is no text; correct or remove the row")
-    return values
 
 
 class ShuffledSequences:

@@ -1,6 +1,6 @@
 """How far each policy has gone from the first: log-probabilities of its own responses, under itself and the first.
 
-They say something of a policy's distribution only where it was sampled as it is, at temperature 1 and top_p 1. Never
+They say something of a policy's distribution only where it was sampled as it is (`evaluation.answers.AS_IS`). Never
 samples.
 """
 
@@ -29,7 +29,7 @@ def score_responses(answers: ListLike[Answers], at: int, likelihoods: Likelihood
     Gives a sentence on what could not be computed, if there is one; each is given once.
     """
     if otherwise := ", ".join(each.policy.label for each in answers if not each.as_is):
-        how = "to be drawn at --temperature 1 and --top-p 1"
+        how = "to be drawn at --temperature 1, without --top-p, --top-k, --min-p and --repetition-penalty"
         return [] if at else [f"No KL and no entropy: responses of {otherwise} are not known {how}"]
     own, others, said = answers[at].rows, [] if at else answers[1:], []
     if strangers := ", ".join(each.policy.label for each in others if not _reads(answers[0].policy, each)):

@@ -30,7 +30,7 @@ from ple_train.run.serve import Server
 from schemas.errors import DamagedError, PleError, UsageError
 from schemas.files import locked, refuse_outside, write_atomic
 from schemas.options import Baseline, Dpo, Gen, Reward, Score, Sft, Train, about, flag
-from schemas.recipe import GIVEN, BaselineStage, Recipe, differences, dump_recipe, load_recipe
+from schemas.recipe import GIVEN, RENDERED, BaselineStage, Recipe, differences, dump_recipe, load_recipe
 from schemas.records import TRAINED, read_record
 from schemas.training import StageRecord, Stages
 
@@ -80,12 +80,12 @@ def plan(recipe: Recipe) -> list[Stage]:
     run, seed = Path(recipe.run_dir), {"seed": recipe.seed}
     stages = []
     base: dict[str, Any] = {"model": recipe.model, "revision": recipe.revision}
-    reward_model = recipe.reward_model
+    reward_models = recipe.reward_models
     if recipe.reward is not None:
-        reward_model = str(run / "reward")
+        reward_models = [str(run / "reward")]
         stages.append(_stage("reward", None, recipe.reward, {**_written(run, "reward", "reward"), **seed}))
     if recipe.sft is not None:
-        how = {} if recipe.gen.prompt_format == "auto" else {"prompt_format": recipe.gen.prompt_format}
+        how = {key: value for key, value in _chosen(recipe.gen).items() if key in RENDERED}
         stages.append(_stage("sft", None, recipe.sft, {**base, **_written(run, "sft", "sft"), **seed, **how}))
         base = {"model": run / "sft"}
     name, trainer, schedule = "train", recipe.train, {"tau0": recipe.tau0, "alpha": recipe.alpha}
@@ -100,7 +100,7 @@ def plan(recipe: Recipe) -> list[Stage]:
         written = _written(run, f"policy/round={t:03d}", f"round={t:03d}")
         stages += [
             _stage("gen", t, recipe.gen, {**policy, **queries, **data, **seed, "reuse": recipe.reuse}),
-            _stage("score", t, recipe.score, {**data, "reward_model": reward_model}),
+            _stage("score", t, recipe.score, {**data, "reward_model": reward_models}),
             _stage(name, t, trainer, {**policy, **data, **written, **schedule, **seed}),
         ]
         policy = {"model": written["output"]} if trainer.full else {**base, "adapter": written["output"]}
@@ -209,18 +209,23 @@ def _stage(name: str, t: int | None, options: BaseModel, given: dict[str, Any]) 
     program, *first_words = options.command  # type: ignore[attr-defined]
     if isinstance(options, BaselineStage):
         first_words.append(options.method)
-    own = {
-        key: getattr(options, key)
-        for key, field in type(options).model_fields.items()
-        if key not in ("command", "method", "server", "launch")
-        and getattr(options, key) != field.get_default(call_default_factory=True)
-    }
+    own = _chosen(options)
     starter, *its_words = getattr(options, "launch", None) or [""]
     launch = (find_program(starter), *its_words) if starter else ()
     found = find_program(program)
     if launch:
         found = shutil.which(found) or found  # torchrun takes a file
     return Stage(name, t, (found, *first_words, *_words(own), *_words(given)), launch)
+
+
+def _chosen(options: BaseModel) -> dict[str, Any]:
+    """The options of a stage that are not its command's defaults."""
+    return {
+        key: getattr(options, key)
+        for key, field in type(options).model_fields.items()
+        if key not in ("command", "method", "server", "launch")
+        and getattr(options, key) != field.get_default(call_default_factory=True)
+    }
 
 
 def _words(options: dict[str, Any]) -> list[str]:
@@ -263,8 +268,9 @@ def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:
     Of a reward model's address the copy holds the query only as its digest, unless the file there has it already.
     """
     path = directory / "recipe.yaml"
-    secret = {} if recipe.reward_model is None else {"reward_model": recorded_spec(recipe.reward_model)}
-    kept = recipe.model_copy(update=secret)
+    recorded = [recorded_spec(spec) for spec in recipe.reward_models]
+    one = isinstance(recipe.reward_model, str)
+    kept = recipe.model_copy(update={"reward_model": recorded[0] if one else recorded or None})
     if path.exists():
         frozen = _frozen(path)
         if frozen.reward_model == recipe.reward_model:  # the user's own recipe: it must work again
@@ -305,7 +311,8 @@ def _telling_words(command: Sequence[str]) -> list[list[str]]:
             groups.append([word])
         else:
             groups[-1].append(word)
-    return sorted(group for group in groups if group[0] not in MACHINE_ONLY)
+    telling = (group for group in groups if group[0] not in MACHINE_ONLY)
+    return sorted(telling, key=lambda group: group[:1] if group[0] == "--reward-model" else group)  # theirs is an order
 
 
 def _load_records(directory: Path) -> list[StageRecord]:

@@ -5,6 +5,7 @@ A group is a small frozen dataclass; a command is a dataclass of the groups that
 (`ple_data.common.settings`) are made from here. Nothing is read or computed here, and nothing heavy is imported.
 """
 
+from schemas.options.combination import *
 from schemas.options.commands import *
 from schemas.options.form import *
 from schemas.options.groups import *

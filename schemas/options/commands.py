@@ -4,10 +4,11 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Literal
 
+from schemas.options.combination import RULES, Combination, combination
 from schemas.options.form import Options, option
 from schemas.options.groups import *
 
-LLM, PEOPLE = "Language model", "People"
+LLM, PEOPLE, TEST = "Language model", "People", "Test"
 HUB_OR_FILE = "Queries: Parquet, JSONL, JSON, CSV or a hub dataset id."
 PAIRS_DATA = "Folder of pairs; may be repeated."
 
@@ -19,7 +20,36 @@ class Stores(Options):
     round: int = option(MISSING, "Round T, counted from 0.", least=0)
 
 
-class Gen(Policy, Asked, Spread, Rewards):
+class Scored(Options):
+    """What scores responses, of a kind that is stated in docs/rewards.md."""
+
+    reward_model: tuple[str, ...] = option(
+        MISSING,
+        "Classifier (directory or hub id; MODEL[1] for one of its outputs), file.py:function, module:function, or "
+        "http(s)://address; may be repeated.",
+    )
+    combine: str = option(
+        "mean",
+        f"How several rewards become one: {RULES}.",
+        REWARD,
+        metavar="RULE",
+    )
+    normalize_rewards: bool = option(
+        False,
+        "First take from each reward its mean over the round's responses, and divide by their standard deviation.",
+        REWARD,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.combination()
+
+    def combination(self) -> Combination | None:
+        """How several rewards are put together; None where there is one. Raises UsageError."""
+        return combination(self.combine, len(self.reward_model), self.normalize_rewards)
+
+
+class Gen(Policy, Asked, Spread, Rewards, Scored):
     queries: str = option(MISSING, HUB_OR_FILE, place=True)
     principles: str | None = option(MISSING, "hh, imdb or tldr (the paper's), a text file, or none (an ablation).")
     principle_form: PrincipleForm = option(
@@ -27,8 +57,8 @@ class Gen(Policy, Asked, Spread, Rewards):
         "add: in front of the system message that a chat template writes by itself; replace: in place of it.",
         QUERIES,
     )
-    reward_model: str | None = option(
-        None, "Score the responses as well, as ple-score does; without it, stop after sampling."
+    reward_model: tuple[str, ...] = option(
+        (), "Score the responses as well, as ple-score does; without it, stop after sampling; may be repeated."
     )
     data: Path = option(MISSING, "Folder of the responses and pairs.", machine=True)
     round: int = option(MISSING, "Round T, counted from 0.", least=0, most=2**31 - 1)
@@ -46,13 +76,8 @@ class Gen(Policy, Asked, Spread, Rewards):
     )
 
 
-class Score(Spread, Rewards):
+class Score(Spread, Rewards, Scored):
     data: Path = option(MISSING, "Folder of the responses.", machine=True)
-    reward_model: str = option(
-        MISSING,
-        "Classifier (directory or hub id; MODEL[1] for one of its outputs), file.py:function, module:function, or "
-        "http(s)://address.",
-    )
     round: int | None = option(None, "Score this round only.", least=0)
     output: Path | None = option(
         None, "Write the pairs to another DATA, so that two reward models stay apart.", machine=True
@@ -77,12 +102,44 @@ class Sft(Model, Prompting, Loop, Trainable, Tracked):
     batch_size: int = option(32, "Rows of one step, over all processes.", TRAINING, least=1)
 
 
-class Reward(Model, Loop, Tracked):
-    data: Path = option(MISSING, "Rows with text and label, or with prompt, chosen and rejected.", place=True)
-    output: Path = option(MISSING, "Folder of the reward model.", machine=True)
+class RewardTraining(Loop, Tracked):
+    """What of `ple reward` decides what is learned, or how."""
+
+    model: str = option(None, "Model to train: a directory or a hub id.", place=True)
+    revision: str | None = option(None, "Branch, tag or commit of a hub model.", place=True)
+    data: Path = option(None, "Rows with text and label, or with prompt, chosen and rejected.", place=True)
+    output: Path = option(None, "Folder of the reward model.", machine=True)
     learning_rate: float = option(5e-5, "AdamW's learning rate.", TRAINING, above=0, most=1e30)
     batch_size: int = option(32, "Rows of one step, over all processes.", TRAINING, least=1)
     max_length: int = option(512, "Keep the last N token ids.", TRAINING, least=1)
+    lora_rank: int | None = option(
+        None, "Train a LoRA adapter of this rank and the head, merged at the end; else all weights.", MODEL, least=1
+    )
+    lora_alpha: float = option(16, "Scale of the LoRA adapter.", MODEL, above=0, most=1_000_000)
+
+
+class RewardTest(Rewards):
+    test: Path | None = option(
+        None,
+        "Print how often the model is right on these held-out rows, beside the rule 'longer wins'.",
+        TEST,
+        machine=True,
+    )
+    group: str | None = option(
+        None, "Print it by this column of --test as well; subset, where it has one.", TEST, machine=True
+    )
+    as_json: bool = option(False, "Print it as one JSON object.", TEST, names="--json", machine=True)
+
+
+class Reward(RewardTraining, RewardTest):
+    measured: str | None = option(
+        None,
+        "Measure this reward model (as --reward-model of ple-score) on --test, and train nothing.",
+        TEST,
+        names="--eval",
+        metavar="MODEL",
+        machine=True,
+    )
 
 
 class Baseline(Policy, Stores, Loop, Trainable, Tracked):
@@ -119,7 +176,7 @@ class Dpo(Policy, Stores, Seed, Passes, Lora, Computing, Written):
     gradient_checkpointing: bool = option(False, "Less memory, more time.", MACHINE, machine=True)
 
 
-class Ppo(Policy, Seed, Reading, Steps, Lora, Rewards, Computing, Written):
+class Ppo(Policy, Seed, Reading, Thoughts, Steps, Lora, Rewards, Computing, Written):
     queries: str = option(MISSING, HUB_OR_FILE, place=True)
     reward_model: str = option(
         MISSING, "Classifier (directory or hub id), file.py:function, module:function, or http(s)://address."

@@ -41,6 +41,18 @@ class Threshold(Options):
 
 class Prompting(Options):
     prompt_format: PromptFormat = option("auto", "auto: the tokenizer's chat template where it has one.", QUERIES)
+    system: str | None = option(
+        None,
+        "System message of chats that have none of their own, in place of that which the chat template writes.",
+        QUERIES,
+        metavar="TEXT",
+    )
+    chat_template_arg: tuple[str, ...] = option(
+        (),
+        "Give the chat template a value, e.g. enable_thinking=false; may be repeated.",
+        QUERIES,
+        metavar="NAME=VALUE",
+    )
 
 
 class Reading(Prompting):
@@ -77,8 +89,25 @@ class Sampling(Options):
     max_new_tokens: int = option(1024, "Longest response.", RESPONSES, least=1)
     temperature: float = option(1.0, "0 takes the likeliest token.", RESPONSES, least=0)
     top_p: float = option(1.0, "Nucleus sampling.", RESPONSES, above=0, most=1)
+    top_k: int = option(0, "Take one of the K likeliest tokens; 0: of all.", RESPONSES, least=0, below=2**31)
+    min_p: float = option(
+        0.0, "Leave out tokens below this share of the likeliest one's probability.", RESPONSES, least=0, most=1
+    )
+    repetition_penalty: float = option(
+        1.0, "Above 1: tokens that prompt and response have become less likely.", RESPONSES, above=0, most=100
+    )
     stop: tuple[str, ...] = option((), "Text that ends a response; may be repeated.", RESPONSES)
     logprobs: bool = option(True, "Keep the log-probability of each sampled token.", RESPONSES)
+
+
+class Thoughts(Options):
+    strip_thoughts: str | None = option(
+        None,
+        "The response y is the answer behind the model's thought; training sees both. think: the marks <think> and "
+        "</think>; auto: those of the chat template; else both marks with a space between.",
+        RESPONSES,
+        metavar="MARKS",
+    )
 
 
 class Engine(Options):
@@ -113,7 +142,7 @@ class Spread(Options):
     )
 
 
-class Asked(Seed, Queries, Sampling, Engine):
+class Asked(Seed, Queries, Sampling, Thoughts, Engine):
     """All that decides which responses are sampled, beside the policy, the principle and the round."""
 
     samples: int = option(1, "Pairs of responses a query.", RESPONSES, least=1, most=10_000)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from statistics import stdev
@@ -13,8 +14,8 @@ from scipy.stats import t as student
 from benchmarks.paper import pages
 from benchmarks.paper.frontier import STUDENT, along, area, estimate, reaches, weights
 from benchmarks.paper.methods import FRONTIER, RATE, Run
-from benchmarks.paper.points import BASE, evaluated, folder, read_curves
-from benchmarks.paper.sweep import begin_with, best_rate, point, select
+from benchmarks.paper.points import BASE, Record, evaluated, folder, read_curves
+from benchmarks.paper.sweep import begin_with, best_rate, known_rates, point, select
 from benchmarks.paper.tasks import TASKS
 from ple_data.storage.parquet import save_rows
 
@@ -125,22 +126,24 @@ def write_evaluation(place: Path, label: str, kl: float, judge: float, seed: int
     (place / "eval.json").write_text(json.dumps({"reward_models": models, "policies": reports}))
 
 
-def write_points(height: dict[str, float]) -> list[Run]:
+def write_points(height: dict[str, float]) -> tuple[list[Run], Record]:
     """Every point of two seeds; a method's reward is its height a KL, and 0.1 more with the second seed."""
-    runs = []
+    texts = tuple(pages.sample_queries([f"q{n:02d}" for n in range(12)]))
+    runs, record = [], Record(Path("results", "imdb-frontier").absolute(), texts)
     for seed in (0, 1):
         write_evaluation(folder("unseen", seed), BASE, 0.0, 0.0, seed)
+        record.add(seed, BASE, folder("unseen", seed), "digest")
         for method in (NAMED[name] for name in height):
             for at, brake in enumerate(method.brakes):
                 run = Run(
                     method, brake if method.brake == RATE else 1e-3, seed, None if method.brake == RATE else brake
                 )
                 kl = 6.0 * (at + 1)
-                write_evaluation(
-                    folder("unseen", seed, run.label), run.label, kl, height[method.name] * kl + 0.1 * seed, seed
-                )
+                place = folder("unseen", seed, run.label)
+                write_evaluation(place, run.label, kl, height[method.name] * kl + 0.1 * seed, seed)
+                record.add(seed, run.label, place, "digest")
                 runs.append(run)
-    return runs
+    return runs, record
 
 
 HEIGHT = {"dpo": 0.1, "stable-ple": 0.15, "dpo-means": 0.1, "ple-residual": 0.2, "ple-residual-no-rank": 0.1, "sft": 0}
@@ -148,11 +151,11 @@ HEIGHT = {"dpo": 0.1, "stable-ple": 0.15, "dpo-means": 0.1, "ple-residual": 0.2,
 
 def test_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    runs = write_points(HEIGHT)
+    runs, record = write_points(HEIGHT)
     missing = Run(NAMED["raft"], 1e-3, 0)
     assert evaluated(missing, "unseen") is None
     tried = {"dpo": {3e-4: [(0.0, 0.2), (5.0, 0.4)], 1e-3: [(0.0, 0.2)]}}
-    pages.write_pages(TASKS["imdb"], tmp_path / "results", [*runs, missing], {"dpo": 3e-4}, tried)
+    pages.write_pages(TASKS["imdb"], tmp_path / "results", [*runs, missing], {"dpo": 3e-4}, tried, record)
     found = json.loads((tmp_path / "results" / "imdb-frontier.json").read_text())
     at_14 = found["equal_kl"]["14.0"]
     assert at_14["dpo"]["judge"]["by_seed"] == pytest.approx([1.4, 1.5])
@@ -180,9 +183,28 @@ def test_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_curve_that_ends_early_has_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    curves = read_curves(write_points({"sft": 0.1, "dpo": 0.1}))
+    curves = read_curves(*write_points({"sft": 0.1, "dpo": 0.1}))
     assert pages.at_equal_kl(curves, 24.5) == {}
     assert "| SFT | ends at 24.0 " in "\n".join(pages.table("T", {}, curves, 24.5))
+
+
+def test_another_machine_goes_on_from_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no folder of an evaluation left: the same pages; points of another start policy are refused."""
+    monkeypatch.chdir(tmp_path)
+    runs, record = write_points({"dpo": 0.1})
+    tried = {"dpo": {3e-4: [(0.0, 0.2), (5.0, 0.4)]}}
+    pages.write_pages(TASKS["imdb"], tmp_path / "results", runs, {"dpo": 3e-4}, tried, record)
+    written = {path: path.read_bytes() for path in record.folder.parent.glob("*.md")}
+    size = record.path(0).stat().st_size
+    shutil.rmtree("eval")
+    rates, again = known_rates(TASKS["imdb"], tmp_path / "results") or ({}, {})
+    pages.write_pages(TASKS["imdb"], tmp_path / "results", runs, rates, again, Record(record.folder))
+    assert {path: path.read_bytes() for path in record.folder.parent.glob("*.md")} == written
+    assert record.labels(0, "digest") == {BASE, *(run.label for run in runs)}
+    assert record.labels(7, "another") == set()
+    assert size == record.path(0).stat().st_size
+    with pytest.raises(SystemExit, match="points of another start policy"):
+        record.labels(0, "another")
 
 
 def test_an_evaluation_begins_with_the_start_policys(tmp_path: Path) -> None:

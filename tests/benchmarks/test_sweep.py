@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -12,7 +13,7 @@ import pytest
 
 from benchmarks.paper.commands import warm_commands, write_round0
 from benchmarks.paper.methods import WARM
-from benchmarks.paper.sweep import sweep
+from benchmarks.paper.sweep import is_whole, show_points, sweep
 from benchmarks.paper.tasks import Task
 from ple_data.storage.store import Store
 from tests.conftest import ROOT
@@ -78,7 +79,7 @@ def test_points_are_made_once(
     write_round0(task, [0])
     told = []
     for _ in range(2):
-        sweep(task, tmp_path / "results", [0], 2, {"dpo": 1e-2, "ple-residual": 1e-2}, only)
+        show_points(task, [0], 2, {"dpo": 1e-2, "ple-residual": 1e-2}, only)
         out, messages = capsys.readouterr()
         told.append([json.loads(line) for line in out.splitlines()])
     assert told[0] == told[1]
@@ -91,6 +92,25 @@ def test_points_are_made_once(
     begun = Store(Path("round0", "guided", "seed=0")).scan("responses").select("query_id", "y", "y_prompt").collect()
     taken = whole.scan("pairs").filter(pl.col("round") == 0).select("query_id", "y", "y_prompt").collect()
     assert set(taken.rows()) < set(begun.rows())
+
+
+def test_a_sweep_goes_on_from_its_record(
+    warm: None, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two methods with one brake each; then everything but the results is gone, and nothing is left to do."""
+    monkeypatch.chdir(tmp_path)
+    task = replace(tiny_task(tmp_path, policy), rate=1e-2, brakes={"dpo": (0.03,), "ple": (1e-3,)})
+    write_round0(task, [0])
+    results = tmp_path / "results"
+    assert not is_whole(task, results, [0])
+    sweep(task, results, [0], 2, None)
+    assert is_whole(task, results, [0])
+    kept = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    assert {"tiny-frontier.json", "seed=0.parquet", "tiny-answers.md"} <= {path.name for path in kept}
+    for name in ("runs", "eval", "start"):
+        shutil.rmtree(name)
+    sweep(task, results, [0], 2, None)
+    assert {path for path, data in kept.items() if path.read_bytes() != data} <= {results / "tiny-frontier.png"}
 
 
 DATA = {"ple-residual-newest": "data/round=3", "dpo": "data"}

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ple_data.inputs.principles import render
+from ple_data.inputs.templates import instructed
 from ple_data.rewards import load_reward_model
 from ple_train.reward import train_reward
 from ple_train.sft import read_sequences, sft
@@ -47,6 +48,39 @@ def test_prompts_are_rendered_as_the_rounds_render_them(chat_policy, tmp_path):
         [row] = read_sequences(path, tokenizer, None, prompt_format)
         assert row.ids[: row.prompt].tolist() == render(tokenizer, "the film", prompt_format=prompt_format)
     assert row.prompt < read_sequences(path, tokenizer, None, "chat")[0].prompt
+
+
+def test_prompts_have_the_system_message_and_the_tokenizer_that_is_saved_has_not(tmp_path):
+    template = tiny.TURNS + "{% if loud is defined %}!{% endif %}"
+    model = tiny.policy_of(tmp_path / "m", tiny.tiny_tokenizer(chat=template, special=("<|turn|>", "<|over|>")))
+    (tmp_path / "rows.jsonl").write_text('{"x": "the film", "y": "great"}')
+    how = {"data": tmp_path / "rows.jsonl", "system": "Be brave.", "chat_template_arg": ["loud=1"]}
+    sft(Sft(model=str(model), output=tmp_path / "out", **how))
+    plain, told = (
+        AutoTokenizer.from_pretrained(model),
+        instructed(AutoTokenizer.from_pretrained(model), Sft(model=str(model), output=tmp_path / "out", **how)),
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == plain.chat_template
+    [row] = read_sequences(how["data"], told, None)
+    trained = pl.read_parquet(tmp_path / "out" / "metrics.parquet")["trained_tokens"][0]
+    assert (
+        tiny_text(told, row)
+        == "<|turn|>system\nBe brave.<|over|>\n<|turn|>user\nthe film<|over|>\n<|turn|>assistant\n!"
+    )
+    assert trained == row.response
+    with pytest.raises(UsageError, match=r"system: 'Be brave\.' then, None now"):
+        sft(Sft(model=str(model), output=tmp_path / "out", data=how["data"], chat_template_arg=["loud=1"]))
+
+
+def tiny_text(tokenizer, row) -> str:
+    return tokenizer.decode(row.ids[: row.prompt])
+
+
+def test_rows_with_tools_or_images_are_refused(policy, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "f"}], "y": "great"}')
+    with pytest.raises(UsageError, match="line 1 has tools: prompts are text alone"):
+        read_sequences(path, AutoTokenizer.from_pretrained(policy), None)
 
 
 def test_an_empty_prompt_is_what_begins_a_text_and_never_its_end(tmp_path):

@@ -120,7 +120,10 @@ def test_greedy_is_the_argmax_of_the_model(engine: HfEngine, reference: Any, tra
     assert max(len(completion.ids) for completion in found.values()) == 24
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "top_p": 0.7}])
+CHANGED = {"temperature": 0.7, "top_k": 9, "min_p": 0.01, "repetition_penalty": 1.5}
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "top_p": 0.7}, CHANGED])
 def test_logps_are_the_models_own(engine: HfEngine, reference: Any, trap: Path, options: dict[str, float]) -> None:
     requests = requests_for(trap)
     found = sample(engine, [requests], **options)
@@ -487,7 +490,7 @@ def probe(vllm_python: str, trap: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.vllm
 def test_vllm_finish_reasons_and_logps(probe: dict[str, Any], reference: Any, trap: Path) -> None:
     """Also cold: temperature and top-p change what is sampled, not the log-probabilities that are kept."""
-    for way in ("sampled", "cold"):
+    for way in ("sampled", "cold", "penalized"):
         for request, completion in zip(requests_for(trap), probe[way], strict=True):
             assert_ends_right(completion, [1, *MORE_ENDS], 24)
             assert_true_logps(reference, request, completion["ids"], completion["logps"], atol=2e-3)
@@ -501,10 +504,12 @@ def test_vllm_finish_reasons_and_logps(probe: dict[str, Any], reference: Any, tr
 @pytest.mark.vllm
 def test_vllm_greedy_is_that_of_hf(probe: dict[str, Any], engine: HfEngine, trap: Path) -> None:
     """The traps of generation_config.json change nothing here either."""
-    found = sample(engine, [requests_for(trap)], temperature=0.0)
-    same = sum(found[at].ids == completion["ids"] for at, completion in enumerate(probe["greedy"]))
-    assert same >= len(PROMPTS) - 1
-    assert found[0].text == probe["greedy"][0]["text"]
+    greedy = sample(engine, [requests_for(trap)], temperature=0.0)
+    penalized = sample(engine, [requests_for(trap)], temperature=0.0, repetition_penalty=3.0)
+    for way, found in (("greedy", greedy), ("top_k", greedy), ("min_p", greedy), ("penalized", penalized)):
+        same = sum(found[at].ids == completion["ids"] for at, completion in enumerate(probe[way]))
+        assert same >= len(PROMPTS) - 1, way
+    assert greedy[0].text == probe["greedy"][0]["text"] != probe["penalized"][0]["text"]
 
 
 @pytest.mark.vllm

@@ -95,6 +95,12 @@ def test_rows_are_those_of_the_model_and_of_the_adapter(
     again = run(running.address, data="again", seed=0, temperature=0.0)
     run(running.address, data="once more", seed=1, temperature=0.0)
     assert again.rows_sampled == 40
+    run(running.address, data="of one", seed=3, top_k=1)
+    run(running.address, data="of the likeliest", seed=3, min_p=1.0)
+    for same in ("of one", "of the likeliest"):
+        assert committed(tmp_path / same)["y"].equals(committed(tmp_path / "again")["y"])
+    run(running.address, data="penalized", temperature=0.0, repetition_penalty=3.0)
+    assert not committed(tmp_path / "penalized")["y"].equals(committed(tmp_path / "again")["y"])
     assert committed(tmp_path / "again")["y"].equals(committed(tmp_path / "once more")["y"])
 
 

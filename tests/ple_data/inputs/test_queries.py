@@ -162,6 +162,42 @@ def test_bad_rows_are_named(tmp_path: Path, rows: list[dict[str, Any]], message:
         load_queries(write(tmp_path / "q.jsonl", rows))
 
 
+HI = {"role": "user", "content": "hi"}
+BEYOND = [
+    ({"messages": [HI], "tools": [{"type": "function"}]}, "tools"),
+    ({"messages": [HI], "images": ["a.png"]}, "images"),
+    ({"messages": [HI, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, HI]}, "tool_calls"),
+    ({"messages": [HI, {"role": "tool", "content": "5"}, HI]}, "a turn of the role tool"),
+    ({"messages": [HI | {"images": ["a.png"]}]}, "images"),
+    (
+        {"messages": [HI | {"content": [{"type": "image"}, {"type": "text", "text": "hi"}]}]},
+        "content of the type image",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "what"), BEYOND)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_queries_with_tools_or_images_are_refused(tmp_path: Path, row: dict[str, Any], what: str, suffix: str) -> None:
+    path = write(tmp_path / "q.jsonl", [{"messages": [HI], "tools": [], "images": None}, row])
+    place = "line 2"
+    if suffix == ".parquet":
+        if what.startswith("content"):  # a column holds one type
+            path.write_text(path.read_text().splitlines()[1])
+        frame = pl.read_ndjson(path)
+        path, place = tmp_path / "q.parquet", f"row {frame.height}"
+        frame.write_parquet(path)
+    with pytest.raises(
+        UsageError, match=rf"^{path} {place} has {what}: prompts are text alone, without tools or images"
+    ):
+        load_queries(path)
+
+
+def test_columns_for_tools_and_images_may_be_empty(tmp_path: Path) -> None:
+    rows = [{"messages": [HI], "tools": empty, "images": empty} for empty in ([], None, "[]", "")]
+    assert len(load_queries(write(tmp_path / "q.jsonl", rows))) == 4
+
+
 def test_many_bad_rows_are_cut_short(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"line 10 and 15 more"):
         load_queries(write(tmp_path / "q.jsonl", [{"x": ""}] * 25))

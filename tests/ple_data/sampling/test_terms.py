@@ -183,3 +183,42 @@ def test_reuse_that_finds_nothing_says_which_setting_differs(run, tmp_path, caps
     [said] = [line for line in capsys.readouterr().err.splitlines() if "--reuse" in line]
     assert "no row there fits this round" in said
     assert reason in said
+
+
+CHANGES = {
+    **{"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "system": "Be brave."},
+    "chat_template_arg": ("role=1",),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_sampled_with_is_a_setting_of_the_round(run, tmp_path, name):
+    """Of a round that an older version began too; both ways."""
+    run("own", limit=1)
+    before = Store(tmp_path / "data").load_manifest(0).settings
+    assert not CHANGES.keys() & before.keys()
+    with pytest.raises(UsageError, match=rf"begun with other settings: {name}: .*, there "):
+        run("own", limit=1, **{name: CHANGES[name]})
+    run("own", "changed", limit=1, **{name: CHANGES[name]})
+    assert run("own", "changed", limit=1, **{name: CHANGES[name]}).rows_done_before == 1
+    with pytest.raises(UsageError, match=f"{name}: "):
+        run("own", "changed", limit=1)
+    units = [sorted((tmp_path / data / "responses/round=000").iterdir())[0].name for data in ("data", "changed")]
+    assert units[0] != units[1]
+    assert run("own", "other", limit=1, reuse=[tmp_path / "changed"]).rows_reused == (name == "chat_template_arg")
+
+
+def test_a_value_of_the_template_is_the_same_in_every_spelling(run, tmp_path):
+    run("own", limit=1, chat_template_arg=("role=true", "content=1"))
+    again = run("own", limit=1, chat_template_arg=("content=1", "role=True"))
+    assert again.rows_done_before == 1
+    assert Store(tmp_path / "data").load_manifest(0).settings["chat_template_arg"] == ["content=1", "role=true"]
+    with pytest.raises(UsageError, match=r"chat_template_arg: \['role=false'\], there \['content=1', 'role=true'\]"):
+        run("own", limit=1, chat_template_arg=("role=false",))
+
+
+def test_dry_run_shows_the_system_message(run):
+    shown = run("turns", dry_run=True, system="Be brave.").dry_run
+    assert shown.count("Be brave.") == 2
+    with pytest.raises(UsageError, match="--system and --chat-template-arg are for a chat template"):
+        run("plain", dry_run=True, system="Be brave.")

@@ -21,6 +21,7 @@ from ple_data import selection
 from ple_data.common.digests import text_digest
 from ple_data.common.progress import Progress
 from ple_data.rewards.endpoint import HttpReward
+from ple_data.sampling.thoughts import Thoughts
 from ple_data.storage.store import Store
 from ple_train import sft as sft_room
 from ple_train import train as training
@@ -739,6 +740,19 @@ def test_the_scorer_reads_query_and_response_out_of_padded_ids(policy, trl_with_
     assert rewards.rows == [("X short", f"{tail} great."), ("X long", " very bad.")]
     assert scores.tolist() == [len(y) for _, y in rewards.rows]
     assert scorer.tokens == len(long) - len(short) + len(good) + 1 + len(bad)
+
+
+def test_the_scorer_reads_the_answer_behind_a_thought(policy):
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    x = tuple(tokenizer("the film<think>").input_ids)
+    rewards = Recorder()
+    thoughts = Thoughts(tokenizer, "think")
+    scorer = ppo_room.RewardScorer(rewards, tokenizer, tokenizer.eos_token_id, {x: "X"}, thoughts)
+    for said, answer in (("so so</think> great.", "great."), ("so so", "")):
+        ids = torch.tensor([[*x, *tokenizer(said).input_ids, tokenizer.eos_token_id]])
+        scorer.backbone(ids, torch.ones_like(ids))
+        assert rewards.rows == [("X", answer)]
+    assert scorer.tokens == len(tokenizer("so so</think> great.").input_ids) + len(tokenizer("so so").input_ids) + 2
 
 
 def test_a_row_alone_is_read_as_the_longest_query_that_it_begins_with(policy):

@@ -124,6 +124,8 @@ FORMS = {
     "no system message": ({"chat": "no-system"}, {}, CHATS[::2]),
     "own system message": (OWN, {}, CHATS),
     "own system message replaced": (OWN, {"principle_form": "replace"}, CHATS),
+    "a system message of the round": ({"chat": True, "add_bos": True}, {"system": 'Be "brave".'}, CHATS),
+    "the template told": (OWN, {"system": "", "chat_template_arg": ["role=1"]}, TEXTS),
     "dated": ({"chat": DATED, "special": SPECIAL}, {}, CHATS),
     "no principle": ({}, {"principles": "none"}, TEXTS),
 }

@@ -130,14 +130,15 @@ def test_on_many_samples_they_are_the_exact_ones(policy, adapter, models: dict, 
         assert math.sqrt(variances[name]) < 0.1 * value
 
 
-@pytest.mark.parametrize("change", [{"temperature": 0.7}, {"top_p": 0.9}])
+@pytest.mark.parametrize("change", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 9}, {"min_p": 0.1}])
 def test_other_draws_than_the_policys_own_have_neither(
     change: dict, inputs: dict, tmp_path, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr(ple_train.measure.perplexity, "load_policy", refuse)
     found = evaluate(Evaluate(**inputs | change | {"policy": inputs["policy"][:2], "output": tmp_path / "out"}))
     sentence = (
-        "No KL and no entropy: responses of base, tuned are not known to be drawn at --temperature 1 and --top-p 1"
+        "No KL and no entropy: responses of base, tuned are not known to be drawn at --temperature 1, without --top-p, "
+        "--top-k, --min-p and --repetition-penalty"
     )
     assert not DIVERGENCE & means(found, "base").keys()
     assert found.left_out == [sentence]

@@ -513,6 +513,30 @@ def test_set_changes_a_key_and_refuses_nonsense(bench: Bench) -> None:
             load_recipe(path, [wrong])
 
 
+def test_how_a_query_becomes_a_prompt_is_said_once_for_sft_and_every_round(bench: Bench) -> None:
+    bench.values["sft"] = {"data": "sft.jsonl"}
+    bench.values["gen"] |= {"system": "Be brave.", "chat_template_arg": {"enable_thinking": False, "date": "today"}}
+    bench.values["gen"] |= {"top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1, "strip_thoughts": "think"}
+    stages = {stage.title: list(stage.command) for stage in rounds.plan(bench.recipe)}
+    told = [
+        "--system",
+        "Be brave.",
+        "--chat-template-arg",
+        "enable_thinking=false",
+        "--chat-template-arg",
+        "date=today",
+    ]
+    for title in ("sft", "round 0 gen", "round 1 gen"):
+        at = stages[title].index("--system")
+        assert stages[title][at : at + 6] == told
+    drawn = ["--top-k", "20", "--min-p", "0.05", "--repetition-penalty", "1.1", "--strip-thoughts", "think"]
+    assert set(drawn) <= set(stages["round 1 gen"])
+    assert not set(drawn) & set(stages["sft"])
+    assert "--system" not in stages["round 0 train"]
+    with pytest.raises(UsageError, match=r"sft\.system: unknown key"):
+        parse_recipe(bench.values | {"sft": {"data": "d", "system": "s"}}, "test")
+
+
 def test_reward_model_is_given_or_trained(bench: Bench) -> None:
     bench.values["reward"] = {"model": "m", "data": "d"}
     with pytest.raises(UsageError, match="either reward_model"):

@@ -1,9 +1,11 @@
-"""The files of examples/scale: they parse, and the commands in them have only options that there are."""
+"""The files of examples: they parse, and the commands in them have only options and files that there are."""
 
 import itertools
 import re
 import shlex
+import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,23 @@ def test_what_skypilot_sets_in_a_recipe_is_there(tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: m\nqueries: q\nprinciples: hh\nreward_model: r\nrun_dir: run\n")
     assert load_recipe(recipe, overrides).train.launch == ["torchrun", "--nproc-per-node", "8"]
+
+
+def test_the_image_is_made_of_files_and_extras_that_there_are():
+    text = re.sub(r"\\\n\s*", " ", (ROOT / "examples" / "Dockerfile").read_text())
+    copied = [word for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE) for word in line.split()]
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = {
+        wheel["project"]["readme"],
+        *wheel["project"]["license-files"],
+        "cli.py",
+        "schemas",
+        "ple_data",
+        "ple_train",
+    }
+    assert needed <= set(copied)
+    asked = {extra for extras in re.findall(r"'\.\[(.*?)\]'", text) for extra in extras.split(",")}
+    assert asked <= wheel["project"]["optional-dependencies"].keys()
+    if hadolint := shutil.which("hadolint"):
+        subprocess.run([hadolint, ROOT / "examples" / "Dockerfile"], check=True)

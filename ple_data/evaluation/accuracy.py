@@ -1,0 +1,166 @@
+"""How often a reward model is right on held-out preferences or labels, beside the simplest rule that knows no model.
+
+Of preferences that rule is "longer wins", of labels the most frequent one. Trains nothing and samples nothing.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ple_data.common.terminal import printable, text_table
+from ple_data.evaluation.intervals import bootstrap
+from ple_data.inputs.columns import PREFERENCES, column, labels
+from ple_data.inputs.readers import read_rows
+from ple_data.rewards import RewardModel, kind_of, load_reward_model, shown_spec
+from schemas.errors import PleError, UsageError
+from schemas.options import RewardTest
+from schemas.reports import Estimate
+
+LONGER, FREQUENT = "longer wins", "most frequent label"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to measure on.
+
+    rows: (x, y) to score: of preferences all chosen ones, then all rejected ones; of labels ("", text). queries: what
+    is drawn together. simple: how right the simple rule is on each row: 1, 0, or 0.5 of a tie.
+    """
+
+    source: str
+    rows: list[tuple[str, str]]
+    queries: list[str]
+    groups: list[str]
+    labels: list[int] | None
+    simple: list[float]
+
+    @property
+    def rule(self) -> str:
+        return LONGER if self.labels is None else FREQUENT
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of one group of rows, or of all: shares between 0 and 1 with their intervals over queries."""
+
+    group: str
+    rows: int
+    right: Estimate
+    simple: Estimate
+    difference: Estimate
+
+    @property
+    def beats(self) -> bool:
+        """Whether the interval of the difference on the same rows lies above 0."""
+        return self.difference.count > 1 and self.difference.low > 0
+
+
+def read_held_out(path: Path, group: str | None = None) -> HeldOut:
+    """Columns prompt, chosen, rejected, or text, label; by the column `group` (`subset` where it is not given and
+    there is one, as in RewardBench). Raises UsageError for what a row lacks.
+    """
+    rows = read_rows(path)
+    by = group or ("subset" if "subset" in rows.columns else None)
+    groups = [str(value) for value in column(rows, by, of=object)] if by else []
+    if set(PREFERENCES) <= set(rows.columns):
+        prompts, chosen, rejected = (column(rows, name) for name in PREFERENCES)
+        simple = [right(len(good), len(bad)) for good, bad in zip(chosen, rejected, strict=True)]
+        pairs = [(x, y) for side in (chosen, rejected) for x, y in zip(prompts, side, strict=True)]
+        return HeldOut(rows.source, pairs, prompts, groups, None, simple)
+    found, texts = labels(rows), column(rows, "text", "x")
+    [(most, _)] = Counter(found).most_common(1)
+    return HeldOut(
+        rows.source, [("", text) for text in texts], texts, groups, found, [float(label == most) for label in found]
+    )
+
+
+def right(chosen: float, rejected: float) -> float:
+    """1 where the chosen one has more, 0 where the other one has, 0.5 where both have the same."""
+    return float(chosen > rejected) + 0.5 * float(chosen == rejected)
+
+
+def measure(spec: str, held_out: HeldOut, options: RewardTest) -> str:
+    """What `ple reward --test` prints of a reward model. Raises UsageError where it does not give what is measured."""
+    rows, found = len(held_out.queries), held_out.labels
+    if found is None:
+        model = load_reward_model(spec, options)
+        rewards = _finite(model, held_out)
+        name, scores = model.name, [right(*pair) for pair in zip(rewards[:rows], rewards[rows:], strict=True)]
+    else:
+        if kind_of(spec) != "classifier":
+            raise UsageError(f"{held_out.source} has labels, which {shown_spec(spec)} does not give; test on pairs")
+        from ple_data.rewards.classifier import output_specs
+
+        outputs = [load_reward_model(each, options.but(output_index=None)) for each in output_specs(spec)]
+        if len(outputs) == 1 or max(found) >= len(outputs):
+            raise UsageError(
+                f"{held_out.source} has labels up to {max(found)}, and {spec} has {len(outputs)} outputs: give pairs "
+                "(prompt, chosen, rejected), or a classifier of these labels"
+            )
+        name = outputs[0].name.replace("[0]", "")
+        likeliest = np.argmax([_finite(output, held_out) for output in outputs], axis=0)
+        scores = [float(label == output) for label, output in zip(found, likeliest, strict=True)]
+    return _shown(name, held_out, accuracies(held_out, scores), as_json=options.as_json)
+
+
+def _finite(model: RewardModel, held_out: HeldOut) -> list[float]:
+    rewards = model.score(held_out.rows)
+    if not np.isfinite(rewards).all():
+        place = int(np.argmin(np.isfinite(rewards))) % len(held_out.queries) + 1
+        raise PleError(f"reward model {model.name} gave no finite number for row {place} of {held_out.source}")
+    return rewards
+
+
+def accuracies(held_out: HeldOut, scores: Sequence[float]) -> list[Accuracy]:
+    """One for each group by name, where there are some, and one for all rows. scores: 1, 0.5 or 0 a row."""
+    everything = np.arange(len(scores))
+    parts = {name: everything[np.array(held_out.groups) == name] for name in sorted(set(held_out.groups))}
+    return [_accuracy(name, held_out, scores, places) for name, places in [*parts.items(), ("all", everything)]]
+
+
+def _accuracy(name: str, held_out: HeldOut, scores: Sequence[float], places: np.ndarray) -> Accuracy:
+    numbers: dict[str, int] = {}
+    query = np.array([numbers.setdefault(held_out.queries[place], len(numbers)) for place in places])
+    counts = np.bincount(query)
+
+    def share(values: np.ndarray) -> Estimate:
+        sums = np.bincount(query, values[places])
+        return bootstrap(lambda drawn: sums[drawn].sum(axis=-1) / counts[drawn].sum(axis=-1), len(counts))
+
+    found, simple = np.asarray(scores), np.asarray(held_out.simple)
+    return Accuracy(name, len(places), share(found), share(simple), share(found - simple))
+
+
+def _shown(name: str, held_out: HeldOut, found: Sequence[Accuracy], *, as_json: bool) -> str:
+    rule, total = held_out.rule, found[-1]
+    if as_json:
+        groups = [
+            {"group": each.group, "rows": each.rows, "beats": each.beats}
+            | {what: getattr(each, what).model_dump() for what in ("right", "simple", "difference")}
+            for each in found
+        ]
+        return json.dumps({"reward_model": name, "test": held_out.source, "beside": rule, "groups": groups}, indent=1)
+    what = "pairs" if held_out.labels is None else "texts"
+    rows = [
+        [printable(each.group), each.rows, _percent(each.right), _percent(each.simple), _percent(each.difference, "+")]
+        for each in found
+    ]
+    lines = [
+        f"{printable(name)} on {total.rows} {what} of {printable(held_out.source)}",
+        "right in % (a tie is half) [95 % interval over queries]",
+        "",
+        *text_table(["group", what, "reward model", rule, "difference"], rows, left=1),
+        "",
+    ]
+    verdict = "beats" if total.beats else "does not beat"
+    lies = "lies above 0" if total.beats else "does not lie above 0"
+    return "\n".join([*lines, f'{verdict} "{rule}": the interval of the difference on the same rows {lies}'])
+
+
+def _percent(share: Estimate, sign: str = "") -> str:
+    value, low, high = (f"{100 * part:{sign}.1f}" for part in (share.mean, share.low, share.high))
+    return f"{value} [{low}, {high}]"
