@@ -165,7 +165,7 @@ baseline = group(
     },
 )
 COMMANDS = {
-    "demo": command("demo", options.Demo, "ple_train.demo.demo:demo", by_name=True),
+    "demo": command("demo", options.Demo, "ple_train.demo.demo:demo"),
     "run": command("run", options.Run, _run),
     "gen": gen,
     "score": score,
@@ -180,6 +180,7 @@ COMMANDS = {
     "export": command("export", options.Export, "ple_data.exchange.export:export", by_name=True),
     "import": command("import", options.Import, "ple_data.exchange.importing:import_pairs"),
     "push": command("push", options.Push, "ple_data.exchange.push:push"),
+    "convert": command("convert", options.Convert, "ple_train.model.convert:convert"),
     "verify": command("verify", options.Verify, _verify),
     "purity": command("purity", options.Purity, "ple_train.measure.purity:purity"),
     "report": command("report", options.Report, _report),

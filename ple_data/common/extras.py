@@ -9,6 +9,7 @@ from schemas.errors import UsageError
 
 EXTRAS = {
     "datasets": "hub",
+    "gguf": "gguf",
     "httpx": "http",
     "matplotlib": "report",
     "mlflow": "mlflow",
@@ -16,7 +17,9 @@ EXTRAS = {
     "sacrebleu": "eval",
     "tensorboard": "tensorboard",
     "trackio": "trackio",
+    "textblob": "demo-real",
     "trl": "trl",
+    "vaderSentiment": "demo-real",
     "vllm": "vllm",
     "wandb": "wandb",
 }

@@ -71,7 +71,9 @@ def check_model(model: str | Path, *, quantized: bool = False) -> None:
         return
     files = {path.suffix for path in (directory.iterdir() if directory.is_dir() else [directory])}
     if ".gguf" in files and ".safetensors" not in files:
-        raise UsageError(f"{model} is in GGUF format, which is not read: give the safetensors that it was made of")
+        raise UsageError(
+            f"{model} is in GGUF format: make a model folder of it with `ple convert`, or give the safetensors"
+        )
     if not directory.is_dir():
         raise UsageError(f"{model} is a file; a model is a directory written by save_pretrained, or a hub id")
     _refuse_endless(directory)

@@ -60,7 +60,7 @@ def _legend(report: EvalReport, counts: Mapping[str, int]) -> list[str]:
     if "perplexity" in counts:
         lines.append(f"{'perplexity':<11} of the references given x, by token")
     lines.append(f"{'tokens, cut':<11} mean length of a response, and the share that --max-new-tokens cut")
-    if "bleu" not in counts:
+    if not {"bleu", "perplexity"} & counts.keys():
         lines.append("No references, so neither perplexity nor BLEU: --references names them.")
     lines += map(printable, report.left_out)
     for name in ("perplexity", "bleu"):

@@ -87,6 +87,16 @@ def grade(body: str) -> Verdict:
     return Verdict(sum(known) / len(found), len(known) / len(found))
 
 
+def polarity(xs: list[str], ys: list[str]) -> list[float]:
+    """The grammar as a reward model: mean polarity of each response."""
+    return [grade(y).polarity for y in ys]
+
+
+def grammatical(xs: list[str], ys: list[str]) -> list[float]:
+    """The same of the share of sentences that it could have written."""
+    return [grade(y).grammatical for y in ys]
+
+
 _POLARITY = {sentence: polarity for polarity in (-1, 0, 1) for sentence in sentences(polarity)}
 
 

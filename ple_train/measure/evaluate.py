@@ -14,7 +14,7 @@ import numpy as np
 
 from ple_data.common.settings import counted
 from ple_data.evaluation.answers import Answers, asked_settings, sample_answers, stored_answers
-from ple_data.evaluation.metrics import Mean, Metric, Perplexity, bleu, distinct
+from ple_data.evaluation.metrics import Mean, Metric, Perplexity, bleu, distinct, need_bleu
 from ple_data.evaluation.policies import parse_policies
 from ple_data.evaluation.references import load_references, references_beside, refuse_strangers
 from ple_data.evaluation.rewards import check_reward_models, score_answers
@@ -62,10 +62,17 @@ def evaluate(options: Evaluate) -> EvalReport:
         likelihoods = Likelihoods(each.policy, output, precision, options.microbatch_tokens)
         score_references(each, references, likelihoods)
         left_out += score_responses(answers, at, likelihoods)
+    with_bleu = True
+    if given is None and any(known):
+        try:
+            need_bleu()
+        except UsageError as error:  # references that nobody asked for
+            with_bleu = False
+            left_out.append(f"No BLEU: {error}")
     for sentence in left_out:
         print_to_log(sentence)
     uses = score_answers(answers, options, output)
-    metrics, signature = _metrics([each.by_query() for each in answers], uses)
+    metrics, signature = _metrics([each.by_query() for each in answers], uses, with_bleu)
     _note_unequal_tokens(answers)
     report = EvalReport(
         queries=source or ", ".join(map(str, data)),
@@ -125,7 +132,7 @@ def _comparable(answers: Sequence[Answers]) -> list[Answers]:
 
 
 def _metrics(
-    policies: Sequence[dict[str, list[Row]]], uses: Sequence[RewardModelUse]
+    policies: Sequence[dict[str, list[Row]]], uses: Sequence[RewardModelUse], with_bleu: bool
 ) -> tuple[list[dict[str, Metric]], str | None]:
     """Of each policy's rows by query: its metrics by name, rewards in the order of `uses`. And BLEU's signature."""
     found: list[dict[str, Metric]] = []
@@ -142,7 +149,7 @@ def _metrics(
         if scored:
             likelihoods = [(queries[id][0]["reference_nll"], queries[id][0]["reference_tokens"]) for id in scored]
             own["perplexity"] = Perplexity(np.array(likelihoods, dtype=np.float64))
-        if answered := [query for query in rows if query[0]["reference"] is not None]:
+        if with_bleu and (answered := [query for query in rows if query[0]["reference"] is not None]):
             own["bleu"], signature = bleu(_texts(answered), [query[0]["reference"] for query in answered])
         own["length"] = _mean(rows, lambda row: row["tokens"])
         own["truncated"] = _mean(rows, lambda row: row["finish"] == "length")

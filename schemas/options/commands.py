@@ -377,6 +377,16 @@ class Report(Options):
     )
 
 
+class Convert(Options):
+    gguf: Path = option(MISSING, "The GGUF file.", positional=True)
+    output: Path = option(MISSING, "Folder of the model; it must not be there yet.", positional=True)
+
+
 class Demo(Options):
-    output: Path = option(Path("demo"), "Folder of everything that the demo makes.")
-    rounds: int = option(3, "Rounds of PLE.", least=1, most=10_000)
+    output: Path | None = option(
+        None, "Folder of everything that the demo makes.  [default: demo; demo-real with --real]"
+    )
+    rounds: int | None = option(None, "Rounds of PLE.  [default: 3; 2 with --real]", least=1, most=10_000)
+    real: bool = option(
+        False, "A pretrained model of 135M parameters and lexicons, from Python packages.", names="--real"
+    )

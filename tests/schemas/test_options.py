@@ -22,6 +22,7 @@ COMMANDS = {
     **{"eval": options.Evaluate, "cases": options.Cases, "judge": options.Judge, "inspect": options.Inspect},
     **{"export": options.Export, "verify": options.Verify, "purity": options.Purity, "report": options.Report},
     **{"demo": options.Demo, "import": options.Import, "push": options.Push},
+    "convert": options.Convert,
 }
 BASELINES = {
     **{"sft": options.BaselineSft, "context-distillation": options.ContextDistillation, "raft": options.Baseline},
