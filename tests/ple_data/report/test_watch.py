@@ -153,9 +153,7 @@ def test_what_is_no_question_is_refused(asked):
 
 def test_prompts_are_those_that_the_model_saw(tmp_path, chat_policy, monkeypatch):
     """Against the token ids that were sampled from: of y as they are stored, of y_prompt as the plan made them."""
-    (tmp_path / "q.jsonl").write_text(
-        "".join(json.dumps({"id": f"{i}", "query": f"the film {i}"}) + "\n" for i in "abc")
-    )
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"id": f"{i}", "x": f"the film {i}"}) + "\n" for i in "abc"))
     seen = {}
     from ple_data.engines.hf import HfEngine
 
