@@ -220,7 +220,7 @@ def test_rows_of_a_file_are_rendered_as_asked(chat_policy, tmp_path):
 
 
 def test_a_stores_prompts_are_not_rendered_anew(run):
-    with pytest.raises(UsageError, match="--prompt-format goes with files"):
+    with pytest.raises(UsageError, match="--chat-template-arg go with files"):
         run("sft", prompt_format="plain")
 
 
