@@ -10,7 +10,7 @@ PRODUCT := $(shell find ple_data ple_train schemas *.py -type f -not -name '*.py
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # What test-wheel runs: quick, and in need of nothing of the source tree.
 FAST := test_wheel.py test_cli.py schemas/test_schemas.py \
-  $(addprefix ple_data/,common inputs storage scoring test_partition.py test_inspect.py test_export.py) \
+  $(addprefix ple_data/,common inputs storage scoring test_partition.py test_inspect.py exchange/test_export.py) \
   ple_data/report/test_report.py ple_train/test_loss.py ple_train/model/test_batches.py
 
 .DEFAULT_GOAL := help

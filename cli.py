@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 
 
 def _gen(chosen: options.Gen) -> str | None:
-    from ple_data.rewards import check_reward_model
+    from ple_data.rewards import check_reward_model, kind_of
     from ple_data.sampling.generate import generate
 
+    if chosen.rubric is None and "judge" in map(kind_of, chosen.reward_model):
+        chosen = chosen.but(rubric=chosen.principles)
     for spec in chosen.reward_model:
-        check_reward_model(spec, chosen.output_index)
+        check_reward_model(spec, chosen)
     summary = generate(chosen)
     if summary.dry_run is None and chosen.reward_model:
         parts = (chosen.part(kind).values() for kind in (options.Rewards, options.Spread, options.Scored))
@@ -35,30 +38,34 @@ def _gen(chosen: options.Gen) -> str | None:
 
 
 def _score(chosen: options.Score) -> None:
-    from ple_data.rewards import check_reward_model
+    from ple_data.rewards import check_reward_model, kind_of
     from ple_data.scoring.combine import score_together
     from ple_data.scoring.score import score
     from ple_data.storage.store import Store
+    from schemas.errors import UsageError
 
+    if chosen.workers and "judge" in map(kind_of, chosen.reward_model):
+        raise UsageError("--workers: a judge is asked from one process; --reward-concurrency says how much at once")
     store, output = Store(chosen.data), Store(chosen.output) if chosen.output else None
-    loads = [partial(_reward_model, chosen, spec) for spec in chosen.reward_model]
+    keep = (output or store).inside(".ple", "ratings")
+    loads = [partial(_reward_model, chosen, spec, keep) for spec in chosen.reward_model]
     together = chosen.combination()
     if together is None:
         with loads[0]() as reward_model:
             score(store, reward_model, round=chosen.round, output=output)
         return
     for spec in chosen.reward_model:
-        check_reward_model(spec, chosen.output_index)
+        check_reward_model(spec, chosen)
     score_together(store, loads, together, round=chosen.round, output=output)
 
 
 @contextlib.contextmanager
-def _reward_model(chosen: options.Score, spec: str) -> Iterator["RewardModel"]:
-    """The reward model, or many workers with one each; gone at the end."""
+def _reward_model(chosen: options.Score, spec: str, keep: Path) -> Iterator["RewardModel"]:
+    """The reward model, or many workers with one each; gone at the end. keep: where a judge's answers are kept."""
     from ple_data.rewards import load_reward_model
 
     if not chosen.workers:
-        yield load_reward_model(spec, chosen)
+        yield load_reward_model(spec, chosen, keep)
         return
     from ple_data.common.workers import Wanted
     from ple_data.scoring.workers import WorkersReward
@@ -114,6 +121,18 @@ def _evaluate(chosen: options.Evaluate) -> str:
     return json.dumps(report.model_dump(mode="json"), indent=1) if chosen.as_json else format_report(report)
 
 
+def _report(chosen: options.Report) -> str:
+    if chosen.watch:
+        from ple_data.report.watch import watch
+
+        return watch(chosen)
+    from ple_data.report.page import report
+
+    if chosen.port is not None:
+        raise click.UsageError("--port: it is for --watch; give both, or leave it out")
+    return report(**{name: value for name, value in chosen.values().items() if name not in ("watch", "port")})
+
+
 def _point_to_policy(_: click.Context, option: click.Parameter, given: str | None) -> None:
     if given is not None:
         raise click.UsageError(
@@ -158,11 +177,13 @@ COMMANDS = {
     "baseline": baseline,
     "judge": command("judge", options.Judge, "ple_data.judge.judge:run"),
     "inspect": command("inspect", options.Inspect, "ple_data.inspection:inspect", by_name=True),
-    "export": command("export", options.Export, "ple_data.export:export", by_name=True),
+    "export": command("export", options.Export, "ple_data.exchange.export:export", by_name=True),
+    "import": command("import", options.Import, "ple_data.exchange.importing:import_pairs"),
+    "push": command("push", options.Push, "ple_data.exchange.push:push"),
     "convert": command("convert", options.Convert, "ple_train.model.convert:convert"),
     "verify": command("verify", options.Verify, _verify),
     "purity": command("purity", options.Purity, "ple_train.measure.purity:purity"),
-    "report": command("report", options.Report, "ple_data.report.page:report", by_name=True),
+    "report": command("report", options.Report, _report),
 }
 ple = debug(version(group("ple", COMMANDS)))
 

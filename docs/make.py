@@ -45,7 +45,7 @@ def options_page() -> str:
         for known in kind.in_order():
             told = about(known)
             if told.offered:
-                name = known.name.upper() if told.positional else flag(known)
+                name = (told.metavar or known.name.upper()) if told.positional else flag(known)
                 mark = " ⚙" if told.machine else ""
                 rows.append(f"| `{name}`{mark} | {_default(known)} | {told.help.replace('|', chr(92) + '|')} |")
         parts.append("\n".join([f"## {command}", "", *rows]))

@@ -6,7 +6,7 @@ uses these expressions. This room reads no file and keeps no rows.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import polars as pl
@@ -167,9 +167,13 @@ def rank_shares(rows: pl.LazyFrame, tau: float) -> pl.DataFrame:
 def own_tau(rows: pl.LazyFrame, tau0: float, alpha: float) -> pl.Expr:
     """tau_t of each row's own round t: the very numbers of `tau`, so that equal margins fall in the same set.
 
-    Reads the rounds that there are. (A flat choice, since `replace_strict` does not stream.)
+    Reads the rounds that there are.
     """
-    rounds = collect(rows.select(pl.col("round").unique()).sort("round"))["round"].to_list()
+    return tau_of(collect(rows.select(pl.col("round").unique()).sort("round"))["round"].to_list(), tau0, alpha)
+
+
+def tau_of(rounds: Iterable[int], tau0: float, alpha: float) -> pl.Expr:
+    """As `own_tau`, where the rounds are known. (A flat choice, since `replace_strict` does not stream.)"""
     choices = [pl.when(pl.col("round") == t).then(tau(tau0, alpha, t)) for t in rounds]
     return pl.coalesce([*choices, pl.lit(None, dtype=pl.Float64)])
 

@@ -17,19 +17,24 @@ class Paid(Record):
     request: str = Field(min_length=1)
 
 
-class Answer(Paid):
-    """One line of `answers.jsonl`: what an endpoint answered to one request, as it came.
+class Answered(Paid):
+    """What a language model's endpoint answered to one request, as it came: one line of a reward model's answers.
 
     request: digest of the API's kind and the whole request body, so that an answer is used again for the very same
     request only, at whatever address. Tokens are None where the endpoint did not say.
     """
 
-    query_id: str
-    order: Order
     text: str
     finish: str | None
     prompt_tokens: int | None = Field(ge=0, le=10**12)
     completion_tokens: int | None = Field(ge=0, le=10**12)
+
+
+class Answer(Answered):
+    """One line of `answers.jsonl`: an answer to one query, and in which order its responses stood."""
+
+    query_id: str
+    order: Order
 
 
 class Reward(Paid):

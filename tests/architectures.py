@@ -106,6 +106,8 @@ step.
   whole sequence. Where rows of a batch disturb one another, they are sampled one by one, which is said. Where that is
   not enough, the model is refused.
 - **Padding is masked**, so a pad token without a row in the embedding does no harm.
+- **vLLM has no adapters for some kinds of models**, GPT-2 among them. `--engine vllm` says so when it starts with one;
+  use `--engine hf`.
 - **Adapters** are plain LoRA (rsLoRA and DoRA too): a setting of `adapter_config.json` that is not known to be
   harmless, such as `kasa_config` or `layer_replication`, is refused. One that trained biases, or whose
   `init_lora_weights` rewrote the base (PiSSA, OLoRA, LoftQ), samples with `hf`, but training does not go on from it:

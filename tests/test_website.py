@@ -59,5 +59,5 @@ def test_the_docs_are_a_site(tmp_path: Path) -> None:
     website.build(ROOT, tmp_path)
     search = json.loads((tmp_path / "search.json").read_text())
     assert any("trust region" in item["text"] for item in search["items"])
-    assert 'href="recipe.html"' in (tmp_path / "docs" / "start.html").read_text()
+    assert 'href="recipe.html"' in (tmp_path / "docs" / "hub.html").read_text()
     assert "googleapis" not in (tmp_path / "index.html").read_text()

@@ -8,8 +8,9 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -26,6 +27,14 @@ def refused(engine_args: dict[str, Any], adapter: AdapterInfo | None = None) -> 
     """The message with which arguments are refused."""
     try:
         vllm.check(engine_args, adapter)
+    except UsageError as error:
+        return str(error)
+    return "not refused"
+
+
+def refused_without_adapters(spec: EngineSpec) -> str:
+    try:
+        vllm._refuse_without_adapters(spec)
     except UsageError as error:
         return str(error)
     return "not refused"
@@ -57,6 +66,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         "dora": refused({}, AdapterInfo(Path("a"), 8, {"use_dora": True})),
     }
     answers["machine"] = vllm.resolve_machine("auto", {})
+    for name in ("GPT2LMHeadModel", "LlamaForCausalLM"):
+        with patch.object(vllm, "load_config", lambda *_, name=name: SimpleNamespace(architectures=[name])):
+            answers[name] = refused_without_adapters(replace(spec, adapter=AdapterInfo(Path("a"), 8, {})))
     with card_of([torch.float16, torch.float32]):
         answers["on an older card"] = vllm.resolve_machine("auto", {})[0]
     try:
@@ -72,6 +84,11 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         return [found[key] for key in range(len(requests))]
 
     answers["sampled"] = sample([requests])
+    told: list[int] = []
+    engine.under_way = told.append
+    with patch.object(vllm, "TELL_SECONDS", 0.0):
+        answers["told of"] = sample([requests])
+    answers["told"] = told.copy()
     answers["other batches"] = sample([[request] for request in reversed(requests)])
     answers["greedy"] = sample([requests], temperature=0.0)
     answers["stop"] = sample([requests], stop=tuple(job["stop"]))

@@ -28,11 +28,14 @@ def parameters_of(kind: type[Options]) -> list[click.Parameter]:
 def _parameter(known: "Field[Any]") -> click.Parameter:
     told, kind, word = about(known), kind_of(known), flag(known)
     if told.positional:
-        return click.Argument([known.name], type=_type(known))
+        many = is_repeated(known)
+        return click.Argument(
+            [known.name], type=_type(known), nargs=-1 if many else 1, required=True, metavar=told.metavar
+        )
     default: dict[str, Any] = {} if known.default in (MISSING, None, ()) else {"default": known.default}
     type_ = None if kind is bool else _type(known)
     option = SectionedOption(
-        [told.names or (f"{word}/--no-{word[2:]}" if kind is bool else word), known.name],
+        [*(told.names or (f"{word}/--no-{word[2:]}" if kind is bool else word)).split(), known.name],
         type=type_,
         is_flag=True if kind is bool else None,
         multiple=is_repeated(known),

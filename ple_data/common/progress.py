@@ -2,48 +2,66 @@
 
 import sys
 import time
-from typing import Self
+from collections import deque
+from typing import Any, NamedTuple, Self
 
-LINE_EVERY = 5.0
-"""Seconds between two plain lines."""
+LINE_EVERY, BAR_EVERY = 5.0, 0.2
+"""Seconds between two plain lines, and between two looks of the bar."""
 EARLIEST = 0.02
 """Share of the work behind which the time left is said: before, start-up makes it look long."""
+WINDOW = 60.0
+"""Seconds that a rate is of; more where nothing moved in them."""
+
+
+class _Mark(NamedTuple):
+    """Where the work stood at a moment: units done here, tokens of those, and tokens of units that are under way."""
+
+    time: float
+    done: int
+    settled: int
+    pending: int
 
 
 class Progress:
     """Counts work that is done, with its rate and the time left. Use it as a context manager."""
 
-    def __init__(self, label: str, total: int, unit: str, *, done: int = 0) -> None:
-        """label: what is going on; total, done: in `unit`s; done: what an earlier run left finished."""
-        self._label, self._total, self._unit = label, total, unit
+    def __init__(self, label: str, total: int, unit: str, *, done: int = 0, most_tokens: int = 0) -> None:
+        """label: what is going on; total, done: in `unit`s; done: what an earlier run left finished.
+
+        most_tokens: that a unit may have; then tokens are counted too, and those of unfinished units move the rest.
+        """
+        self._label, self._total, self._unit, self._most_tokens = label, total, unit, most_tokens
         self._done = self._start = done
+        self._settled = self._pending = self._with_tokens = 0
         self._detail = ""
-        self._began = self._last_line = time.monotonic()
+        self._began = self._last_line = self._last_bar = time.monotonic()
+        self._marks = deque([self._mark()])
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(desc=label, total=total, initial=done, unit=f" {unit}", file=sys.stderr)
+            self._bar = tqdm(desc=label, total=total, initial=done, file=sys.stderr, bar_format="{desc} |{bar}|")
         elif done:
             self._line(f"{done} of {total} {unit} were done before")
 
-    def advance(self, count: int, detail: str = "") -> None:
-        """Count `count` more as done; `detail` (a loss, say) is shown beside the count."""
+    def advance(self, count: int, detail: str = "", *, tokens: int = 0) -> None:
+        """Count `count` more as done, which have `tokens`; `detail` (a loss, say) is shown beside the count."""
         self._done += count
+        self._settled += tokens
+        self._with_tokens += count if tokens else 0
+        self._pending = max(0, self._pending - tokens)
         self._detail = detail
-        if self._bar is not None:
-            self._bar.set_postfix_str(detail, refresh=False)
-            self._bar.update(count)
-        elif self._done < self._total and time.monotonic() - self._last_line >= LINE_EVERY:
-            self._line(self._state())  # the last one is written at the end
+        self._moved_on()
+
+    def under_way(self, tokens: int) -> None:
+        """Note how many tokens the unfinished units have by now; `advance` takes away those of a finished one."""
+        self._pending = tokens
+        self._moved_on()
 
     def skip(self, count: int) -> None:
         """Count `count` more as what an earlier run left finished."""
         self._done += count
         self._start += count
-        if self._bar is not None:
-            self._bar.initial += count
-            self._bar.update(count)
 
     def expect(self, total: int) -> None:
         """Take another total: it was not known how much there is."""
@@ -59,8 +77,7 @@ class Progress:
     def restart_clock(self) -> None:
         """Count the rate from now on: what came before was preparation."""
         self._began, self._start = time.monotonic(), self._done
-        if self._bar is not None:
-            self._bar.unpause()
+        self._marks = deque([self._mark()])
 
     def note(self, message: str) -> None:
         """Write one line without spoiling the bar."""
@@ -74,18 +91,53 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
+            self._draw(self._bar)
             self._bar.close()
         elif self._done > self._start:
             self._line(self._state())
 
+    def _mark(self) -> _Mark:
+        return _Mark(time.monotonic(), self._done - self._start, self._settled, self._pending)
+
+    def _moved_on(self) -> None:
+        now = self._mark()
+        if now.time - self._marks[-1].time >= 1:
+            self._marks.append(now)
+        if self._bar is not None:
+            if now.time - self._last_bar >= BAR_EVERY:
+                self._draw(self._bar)
+        elif self._done < self._total and now.time - self._last_line >= LINE_EVERY:
+            self._line(self._state())  # the last one is written at the end
+
+    def _units(self, mark: _Mark) -> float:
+        """Units done here, with the parts of those under way: by the mean length so far, else by the longest."""
+        mean = self._settled / self._with_tokens if self._with_tokens else self._most_tokens
+        return mark.done + (mark.pending / mean if mean else 0.0)
+
     def _state(self) -> str:
-        rate = (self._done - self._start) / self.seconds
-        share = 100 * self._done // max(self._total, 1)
-        state = f"{self._done}/{self._total} {self._unit} ({share} %), {rate:.3g} {self._unit}/s"
+        now = self._mark()
+        while len(self._marks) > 2 and self._marks[1].time <= now.time - WINDOW:
+            self._marks.popleft()
+        first = self._marks[0] if self._done < self._total else _Mark(self._began, 0, 0, 0)  # at the end, of all
+        seconds, units = max(now.time - first.time, 1e-9), self._units(now)
+        rate = (units - self._units(first)) / seconds
+        share = min(100, int(100 * (self._start + units) / max(self._total, 1)))
+        state = f"{self._done}/{self._total} {self._unit} ({share} %)"
+        if self._most_tokens:
+            tokens = now.settled + now.pending
+            state += f", {tokens} tokens, {(tokens - first.settled - first.pending) / seconds:.3g} tokens/s"
+        else:
+            state += f", {rate:.3g} {self._unit}/s"
         state += f", {self._detail}" if self._detail else ""
-        if self._done >= self._total or self._done - self._start < EARLIEST * (self._total - self._start):
+        left = self._total - self._start - units
+        if left <= 0 or rate <= 0 or units < EARLIEST * (self._total - self._start):
             return state
-        return f"{state}, {_clock((self._total - self._done) / rate)} left"
+        return f"{state}, {'' if self._with_tokens or not now.pending else 'at most '}{_clock(left / rate)} left"
+
+    def _draw(self, bar: Any) -> None:
+        self._last_bar = time.monotonic()
+        bar.n = min(self._total, self._start + self._units(self._mark()))
+        bar.set_description_str(f"{self._label}: {self._state()}")
 
     def _line(self, text: str) -> None:
         self._last_line = time.monotonic()

@@ -23,6 +23,7 @@ DIGESTS = {
     "data": ("data_digest", "data_digests"),
     "queries": ("queries_digest",),
     "reward_model": ("reward",),
+    "rubric": ("reward",),
 }
 """Where the digest of what an option names is kept. Where there is none (a hub dataset), its name counts."""
 FOR_PEOPLE = ("trl", "full", "reward_options")

@@ -7,7 +7,7 @@ its completion as soon as that is finished, in any order. It pulls the next unit
 import difflib
 import importlib
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -76,7 +76,12 @@ class EngineDiedError(PleError):
 
 
 class Engine(Protocol):
-    """Samples responses. `close` frees the device and ends every process of the engine; it may be called twice."""
+    """Samples responses. `close` frees the device and ends every process of the engine; it may be called twice.
+
+    under_way: set by the caller; an engine that sees them tells it how many tokens its unfinished responses have.
+    """
+
+    under_way: Callable[[int], None]
 
     def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
         """Yield every request of every unit with its completion, in any order."""

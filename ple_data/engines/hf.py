@@ -5,7 +5,7 @@ after a kill is the same to the bit (float32 on CPU). Never trains and never mer
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class HfEngine:
     def __init__(self, spec: EngineSpec, engine_args: Mapping[str, Any]) -> None:
         """Load the model straight to its device, and its adapter."""
         self._spec = spec
+        self.under_way: Callable[[int], None] = lambda tokens: None
         self._batch_size = int(engine_args.get("batch_size", DEFAULT_BATCH))
         if self._batch_size < 1:
             raise UsageError(f"--engine-arg batch_size must be at least 1, not {self._batch_size}")
@@ -114,7 +115,9 @@ class HfEngine:
         noise = _SeededSampler([request.seed for request in batch], sampling, attention_mask)
         width = input_ids.shape[1]
         prompts = [request.prompt_ids for request in batch]
-        criteria = [_StopStrings(self._spec, sampling.stop, prompts, width)] if sampling.stop else []
+        ends = {*self._spec.end_ids, *([self._pad_id] if sampling.stop else [])}  # what stands behind a stop string
+        criteria: list[StoppingCriteria] = [_Tells(ends, self.under_way)]
+        criteria += [_StopStrings(self._spec, sampling.stop, prompts, width)] if sampling.stop else []
         output = self._model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -194,6 +197,23 @@ class _SeededSampler(LogitsProcessor):
     def logps(self, steps: int) -> list[list[float]]:
         """Log-probabilities of the sampled tokens, one list a request, `steps` long."""
         return torch.cat(self._steps[:steps], dim=1).tolist()
+
+
+class _Tells(StoppingCriteria):
+    """Tells after each step how many tokens the batch has; ends none."""
+
+    def __init__(self, ends: set[int], tell: Callable[[int], None]) -> None:
+        self._ends, self._tell, self._tokens = torch.tensor(sorted(ends)), tell, 0
+        self._ended: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        last = input_ids[:, -1].cpu()
+        none = torch.zeros(len(last), dtype=torch.bool)
+        ended = none if self._ended is None else self._ended
+        self._tokens += int((~ended).sum())
+        self._tell(self._tokens)
+        self._ended = ended | torch.isin(last, self._ends)
+        return none.to(input_ids.device)
 
 
 class _StopStrings(StoppingCriteria):

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -47,6 +47,8 @@ CPU_BATCHED_TOKENS = 4096
 """Prompt tokens of one step on a CPU, vLLM's own default; raised where one request needs more."""
 ALIVE_SECONDS = 1.0
 """How often it is looked whether the engine's process is there."""
+TELL_SECONDS = 1.0
+"""How often it is said how many tokens are there."""
 WINDOW = 2
 """Requests in flight, as a multiple of those that the engine runs at once."""
 
@@ -83,6 +85,8 @@ class VllmEngine:
         """Start vLLM (tens of seconds). `engine_args` are fields of vLLM's EngineArgs. Raises PleError."""
         _set_environment()
         self._spec = spec
+        self.under_way: Callable[[int], None] = lambda tokens: None
+        self._told = 0.0
         _refuse_made_up(spec)
         arguments = _engine_arguments(spec, engine_args)
         self._watchdog = Watchdog()
@@ -98,6 +102,7 @@ class VllmEngine:
             self.close()
             if interrupts:
                 raise KeyboardInterrupt from error
+            _refuse_without_adapters(spec)
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
             raise PleError(f"vLLM did not start: {reason.strip()} (its own messages are above)") from error
         except BaseException:
@@ -126,6 +131,14 @@ class VllmEngine:
                 if output.finished:
                     request = in_flight.pop(output.request_id)
                     yield request, self._completion(request, output.outputs[0], sampling)
+            self._tell()
+
+    def _tell(self) -> None:
+        """Say, now and then, how many tokens the unfinished responses have: vLLM gives each out once it is whole."""
+        if (now := time.monotonic()) >= self._told + TELL_SECONDS:
+            self._told, processor = now, getattr(self.llm.llm_engine, "output_processor", None)
+            states = getattr(processor, "request_states", {}).values()
+            self.under_way(sum(state.detokenizer.num_output_tokens() for state in states))
 
     def close(self) -> None:
         """Shut vLLM down and end every process of it."""
@@ -226,6 +239,15 @@ def _refuse_made_up(spec: EngineSpec) -> None:
         model = load_weights(AutoModelForCausalLM, spec.model, META, what, **options)
         if spec.adapter is not None:
             load_adapter(model, spec.adapter.path)
+
+
+def _refuse_without_adapters(spec: EngineSpec) -> None:
+    """Raise UsageError where vLLM has no adapters for such a model: its worker says so, but not to us."""
+    from vllm.model_executor.models import ModelRegistry, supports_lora
+
+    for name in (load_config(spec.model, spec.revision).architectures or []) if spec.adapter else []:
+        if name in ModelRegistry.models and not supports_lora(ModelRegistry.models[name].load_model_cls()):
+            raise UsageError(f"vllm loads no adapter on a {name}, the kind of {spec.model}; use --engine hf")
 
 
 def _engine_arguments(spec: EngineSpec, engine_args: Mapping[str, Any]) -> dict[str, Any]:

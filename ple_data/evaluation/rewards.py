@@ -21,7 +21,7 @@ def check_reward_models(options: Judged) -> None:
                 f"--trained-with {shown_spec(spec)} must be one of the --reward-model options, word for word"
             )
     for at, spec in enumerate(specs):
-        check_reward_model(spec, options.output_index)
+        check_reward_model(spec, options)
         if spec in specs[:at]:
             raise UsageError(f"--reward-model {shown_spec(spec)} is given twice; give each once")
 
@@ -37,7 +37,7 @@ def score_answers(answers: Sequence[Answers], options: Judged, output: Path) -> 
     for row in rows:
         row["rewards"] = []
     for spec in options.reward_model:
-        model = load_reward_model(spec, options)
+        model = load_reward_model(spec, options, output / "rewards" / "ratings")
         if model.name in [use.name for use in uses]:
             raise UsageError(f"--reward-model {model.name} is given twice, in two spellings; give each once")
         uses.append(RewardModelUse(name=model.name, trained=spec in options.trained_with))

@@ -91,6 +91,12 @@ def as_chat(x: str) -> list[Message]:
     return [{"role": "user", "content": x}]
 
 
+def alternating(messages: list[Message]) -> list[Message]:
+    """The same dialogue with neighbouring turns of one role as one, as some chat templates ask for."""
+    groups = itertools.groupby(messages, key=lambda turn: turn["role"])
+    return [{"role": role, "content": "\n\n".join(turn["content"] for turn in turns)} for role, turns in groups]
+
+
 def as_text(x: str) -> str:
     """x itself; a stored chat as a Human/Assistant dialogue that ends where the answer begins."""
     stored = stored_chat(x)

@@ -7,10 +7,12 @@ from typing import Any, get_args
 from ple_data.common.click_options import refuse_given
 from ple_data.common.digests import json_digest, text_digest
 from ple_data.common.finite import refuse_non_finite
+from ple_data.common.journal import Journal
+from ple_data.common.llm import APIS, parse_request_args
 from ple_data.common.progress import Progress
+from ple_data.common.settings import counted
 from ple_data.judge import people, results
-from ple_data.judge.journal import Journal
-from ple_data.judge.llm import APIS, LanguageModelJudge, parse_request_args
+from ple_data.judge.llm import LanguageModelJudge
 from ple_data.judge.prompt import load_template, preference
 from ple_data.judge.results import REWARD, Outcome, Verdict
 from ple_data.judge.sources import Pair, choose, load_pairs, named
@@ -67,18 +69,18 @@ def judge(options: Judge) -> str:
     more: dict[str, Any] = {}
     with locked(output / ".lock"):
         if kind == REWARD:
-            reward_model = load_reward_model(name, options)
+            reward_model = load_reward_model(name, options, output / "ratings")
             name = f"{REWARD}:{reward_model.name}"
             results.refuse_other(output, a, b, name, None)
             with Journal(output / "rewards.jsonl", Reward) as journal:
                 verdicts = by_reward(reward_model, chosen, journal)
-            settings["reward_options"] = options.part(Rewards).values()
+            settings["reward_options"] = counted(options.part(Rewards))
         else:
             model = LanguageModelJudge(kind, name, endpoint, load_template(template), request_args)
             name, digest = model.name, text_digest(model.template.text)
             results.refuse_other(output, a, b, name, digest)
             with Journal(output / "answers.jsonl", Answer) as file:
-                answers = model.ask(chosen, file, options.concurrency)
+                answers = model.verdicts(chosen, file, options.concurrency)
             verdicts = [by_answers(pair, answers) for pair in chosen]
             paid = list({answer.request: answer for answer in answers.values()}.values())
             _warn(verdicts, paid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ple_data.judge.results import PEOPLE, REWARD
-from ple_data.report import figures
+from ple_data.report import figures, reading
 from ple_data.report.pairs import visible
 from ple_data.report.section import WIDE, Section, Table, label, side
 from ple_data.report.sources import RewardModel
@@ -29,7 +29,8 @@ def evaluations(reports: Sequence[tuple[str, EvalReport]], reward_models: Mappin
         far = [(label(policy), own) for policy, own in found.items() if "kl" in own]
         if rewards := {name: title for name, title in titles.items() if any(name in own for _, own in far)}:
             picture = figures.rewards_by_kl(far, rewards)
-            section.draw(f"rewards-by-kl-{place}", f"{folder}: reward against KL", KL, picture)
+            said = reading.rewards_by_kl(far, rewards)
+            section.draw(f"rewards-by-kl-{place}", f"{folder}: reward against KL", KL, picture, said)
         section.tables.append(_metrics_table(f"{folder}: values with 95 % intervals over queries", found, titles))
         for baseline, differences in report.differences().items():
             what = f"{folder}: differences from {label(baseline, WIDE)}, paired on the same queries"
@@ -66,6 +67,7 @@ def judged(reports: Sequence[tuple[str, JudgeReport]]) -> Section:
         "Won, tied, lost",
         " ".join(["Verdicts by query.", *dict.fromkeys(_how_a_wins(report.judge) for _, report in reports)]),
         figures.win_rates([(_bar_label(report), report) for _, report in reports]),
+        reading.win_rates([(f"{side(report.a)} against {side(report.b)}", report) for _, report in reports]),
     )
     head = ["A", "B", "judge", "won", "tied", "lost", "orders disagree", "unparsed", "win rate", "tokens",
             "people (kappa)"]  # fmt: skip

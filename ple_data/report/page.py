@@ -6,10 +6,13 @@ load, and every script but the one whose hash it names. Model text reaches it th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ple_data.judge.page import csp_hash
+from ple_data.report.browse import PAGE
 from ple_data.report.pairs import SHOWN_PAIRS, sample_pairs, visible
 from ple_data.report.section import Section
 from ple_data.report.sections import sections
@@ -18,6 +21,10 @@ from ple_data.rewards import shown_spec
 from schemas.files import refuse_outside, write_atomic
 from schemas.options import Safeguards, flag
 from schemas.recipe import Recipe
+from schemas.tables import STORED
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -43,7 +50,7 @@ def report(
     """
     sources = Sources(Path(run), evals, judges, purity, cases, tau0, alpha)
     parts = sections(sources)
-    page = _render(sources, parts)
+    page = render(sources, parts)
     path = Path(output) if output else Path(run) / "report.html"
     folder = path.parent / f"{path.stem}-figures"
     images = {folder / f"{chart.name}.png": chart.png for part in parts for chart in part.charts}
@@ -56,22 +63,18 @@ def report(
     return str(path)
 
 
-def _render(sources: Sources, parts: list[Section]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = (ASSETS / "report.js").read_text(encoding="utf-8")
-    return environment.get_template("report.html").render(
+def render(sources: Sources, parts: list[Section], rounds: Sequence[int] | None = None) -> str:
+    """The page; with the `rounds` that have pairs it is the live one, whose pairs are read from the server."""
+    live = rounds is not None
+    script = (ASSETS / ("live.js" if live else "report.js")).read_text(encoding="utf-8")
+    return template("report.html").render(
         title=visible("/".join(sources.root.resolve().parts[-2:]).strip("/")),
         facts=_facts(sources),
         parts=parts,
-        pairs=sample_pairs(sources.store.scan("pairs"), sources.tau0, sources.alpha),
+        live=live,
+        rounds=rounds,
+        page_size=PAGE,
+        pairs=[] if live else sample_pairs(sources.store.scan("pairs"), sources.tau0, sources.alpha),
         sets=sources.sets,
         all_pairs=sum(shard.rows for shard in sources.store.shards("pairs")),
         limit=SHOWN_PAIRS,
@@ -83,11 +86,22 @@ def _render(sources: Sources, parts: list[Section]) -> str:
     )
 
 
+@cache
+def template(name: str) -> Template:
+    """A template of the page, which escapes what it is given."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    look = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return Environment(loader=FileSystemLoader(ASSETS), **look).get_template(name)  # type: ignore[arg-type]
+
+
 def _facts(sources: Sources) -> list[tuple[str, str]]:
     """What was run, in a few words each."""
     rows: dict[str, Any] = {}
     shards = sources.store.shards("pairs")
     rows["pairs"] = f"{sum(shard.rows for shard in shards)} in {len({shard.round for shard in shards})} rounds"
+    if now := under_way(sources):
+        rows["under way"] = now
     if sources.recipe:
         recipe = sources.recipe
         rows |= {"model": recipe.model, "queries": recipe.queries, "principle": recipe.principles}
@@ -103,6 +117,22 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
     if sources.sets:
         rows["threshold"] = f"τ_t = {sources.tau0:g} · {sources.alpha:g}^t"
     return [(name, visible(value)) for name, value in rows.items()]
+
+
+def under_way(sources: Sources) -> str:
+    """How far the last round is that lacks pairs, and the stage that has not ended; nothing where all is done."""
+    store = sources.store
+    words = []
+    for manifest in map(store.read_manifest, store.manifest_paths()[-1:]):
+        kinds = {kind: sum(shard.rows for shard in store.shards(kind, round=manifest.round)) for kind in STORED[:2]}
+        sampled, scored = max(kinds.values()), kinds["pairs"]
+        if manifest.rows and scored < manifest.rows:
+            words.append(f"round {manifest.round}: {sampled} of {manifest.rows} sampled, {scored} scored")
+    last = sources.stages[-1] if sources.stages else None
+    if last and last["exit_code"] is None:
+        t = last["round"]
+        words.append(f"{last['stage']}{'' if t is None else f' of round {t}'} is running, or was killed")
+    return "; ".join(words)
 
 
 def _safeguards(recipe: Recipe) -> str:

@@ -17,11 +17,14 @@ import polars as pl
 
 from ple_data.partition import own_tau, partition
 from ple_data.storage.store import collect
-from schemas.tables import KEY
+from schemas.tables import ARMS, KEY
 
 SHOWN_PAIRS = 300
 LONGEST_TEXT = 4000
 """Characters of a text that are shown."""
+
+SHOWN = ["x", "y", "y_prompt", "y_finish", "y_prompt_finish", "s", "s_prompt", "margin", "set", "tau"]
+LENGTHS = [pl.col(f"{arm}_ids").list.len().alias(f"length_{arm}") for arm in ARMS]
 
 Segments = list[tuple[bool, str]]
 """Pieces of a text in order: (it differs from the other response, text)."""
@@ -50,14 +53,13 @@ def sample_pairs(pairs: pl.LazyFrame, tau0: float, alpha: float, limit: int = SH
     for place, part in enumerate(parts):
         count = min(limit // len(parts) + (place < limit % len(parts)), part.height)
         chosen.append(part[np.unique(np.linspace(0, part.height - 1, count).round().astype(int))])
-    lengths = [pl.col(f"{arm}_ids").list.len().alias(f"length_{arm}") for arm in ("y", "y_prompt")]
-    texts = ["x", "y", "y_prompt", "y_finish", "y_prompt_finish", "s", "s_prompt", "margin", "set", "tau"]
-    rows = collect(frame.join(pl.concat(chosen).lazy(), on=KEY, how="semi").select(*KEY, *texts, *lengths))
+    rows = collect(frame.join(pl.concat(chosen).lazy(), on=KEY, how="semi").select(*KEY, *SHOWN, *LENGTHS))
     order = rows.sort("round", "margin", "query_id", "sample", descending=[False, True, False, False])
-    return [_card(row) for row in order.iter_rows(named=True)]
+    return [card(row) for row in order.iter_rows(named=True)]
 
 
-def _card(row: dict[str, Any]) -> dict[str, Any]:
+def card(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of SHOWN and LENGTHS as the template shows it."""
     y, y_prompt = word_difference(clipped(row["y"]), clipped(row["y_prompt"]))
     return row | {"query_id": visible(row["query_id"]), "x": clipped(row["x"]), "y": y, "y_prompt": y_prompt}
 

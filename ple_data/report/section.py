@@ -18,13 +18,20 @@ WIDE = 40
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn figure: its name (of ids and of the PNG file), what is said above and below it, and its two forms."""
+    """A drawn figure: its name (of ids and of the PNG file), what stands above and below it, and what its numbers say
+    about this run."""
 
     name: str
     title: str
     caption: str
     svg: str
-    png: bytes
+    figure: Figure
+    says: str = ""
+
+    @property
+    def png(self) -> bytes:
+        with svg.style():
+            return svg.to_png(self.figure)
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,9 @@ class Section:
     tables: list[Table] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
-    def draw(self, name: str, title: str, caption: str, figure: Figure) -> None:
-        self.charts.append(Chart(name, title, caption, svg.to_svg(figure, name, title, caption), svg.to_png(figure)))
+    def draw(self, name: str, title: str, caption: str, figure: Figure, says: str = "") -> None:
+        described = f"{caption} {says}".rstrip()
+        self.charts.append(Chart(name, title, caption, svg.to_svg(figure, name, title, described), figure, says))
 
 
 def label(text: str, width: int = 20) -> str:

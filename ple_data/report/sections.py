@@ -9,7 +9,7 @@ from typing import Any
 from ple_data.common.secrets import public
 from ple_data.evaluation.purity_text import L_BIAS, policy_table, steps_down
 from ple_data.partition import reward_statistics, round_statistics, warnings
-from ple_data.report import figures, svg
+from ple_data.report import figures, reading, svg
 from ple_data.report import round_tables as statistics
 from ple_data.report.evaluation import evaluations, judged
 from ple_data.report.pairs import visible
@@ -40,12 +40,14 @@ def _of_pairs(sources: Sources) -> Iterator[Section]:
         "Mean reward by round",
         "Rewards of the pairs that each round's policy sampled (Figure 3 of the paper), with 95 % intervals.",
         figures.rewards(rows),
+        reading.rewards(rows),
     )
     rewards.draw(
         "gap",
         "Gap and threshold by round" if sets else "Gap by round",
         "Mean of s_prompt − s with its 95 % interval." + (" A pair above τ_t is in the rank set." if sets else ""),
         figures.gap(rows, sets),
+        reading.gap(rows, sets),
     )
     rewards.tables.append(_round_table(rows, sets))
     if own := reward_statistics(pairs, sources.store.reward_models()):
@@ -66,25 +68,29 @@ def _of_pairs(sources: Sources) -> Iterator[Section]:
         figures.margins(
             statistics.margins(pairs, tau0, alpha), {row["round"]: row["tau"] for row in rows} if sets else None
         ),
+        reading.margins(rows, sets),
     )
     margins.draw(
         "rank-share" if sets else "lowered-share",
         "Share in the rank set" if sets else "Share whose reward the principle lowered",
         "With 95 % intervals (Wilson)." + (" Each round at its own τ_t." if sets else ""),
         figures.shares(rows, sets),
+        reading.shares(rows, sets),
     )
     yield margins
 
     lengths = Section("length", "Rewards against length")
-    ends = sorted({rows[0]["round"], rows[-1]["round"]})
+    by_length = {t: statistics.rewards_by_length(pairs, t) for t in sorted({rows[0]["round"], rows[-1]["round"]})}
     lengths.draw(
         "rewards-by-length",
         "Mean reward against length",
         "Responses of the first and the last round in bins of about equal count, with 95 % intervals: does the reward "
         "model pay for length?",
-        figures.rewards_by_length({t: statistics.rewards_by_length(pairs, t) for t in ends}),
+        figures.rewards_by_length(by_length),
+        reading.rewards_by_length(by_length[rows[-1]["round"]], rows[-1]["round"]),
     )
-    lengths.draw("lengths", "Length by round", "Mean length of the responses in tokens.", figures.lengths(rows))
+    said = "Mean length of the responses in tokens."
+    lengths.draw("lengths", "Length by round", said, figures.lengths(rows), reading.lengths(rows))
     lengths.tables.append(_response_table(rows))
     yield lengths
 
@@ -162,6 +168,7 @@ def _purity(report: PurityReport | None) -> Section:
         "Share of pairs in which the policy ranks the two responses as the reward does, in bins of about equal count, "
         "with 95 % intervals (Wilson). Chance is 50 %.",
         figures.purity_by_margin(policies),
+        reading.purity(policies),
     )
     if any(pure.e is not None for policy in policies for pure in policy.all_pairs.pure_sets):
         section.draw(
@@ -169,6 +176,7 @@ def _purity(report: PurityReport | None) -> Section:
             "Smallest pure e",
             "The smallest margin e whose level set is this pure; no point where none is.",
             figures.smallest_pure(policies),
+            reading.smallest_pure(policies),
         )
     caption = "Agreement of each policy, and the smallest pure e with the number of pairs in its level set"
     labels = [policy.label for policy in policies]
@@ -205,7 +213,8 @@ def _stages(stages: list[dict[str, Any]]) -> Section:
         code = records[-1]["exit_code"]
         ended = "running, or killed" if code is None else "done" if code == 0 else f"exit code {code}"
         attempts.append([name, "" if t is None else str(t), str(len(records)), f"{time:.1f}", ended])
-    section.draw("stages", "Time by stage", "Minutes, all attempts together.", figures.stage_times(seconds))
+    said = reading.stage_times(seconds)
+    section.draw("stages", "Time by stage", "Minutes, all attempts together.", figures.stage_times(seconds), said)
     total = sum(stage["seconds"] or 0.0 for stage in stages)
     head = ["stage", "round", "attempts", "seconds", "ended"]
     section.words.append(f"{total / 60:.1f} minutes in all.")

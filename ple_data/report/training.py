@@ -6,7 +6,7 @@ import itertools
 
 import polars as pl
 
-from ple_data.report import figures
+from ple_data.report import figures, reading
 from ple_data.report.section import Section
 
 CURVE_POINTS = 48
@@ -26,7 +26,7 @@ def training(metrics: dict[int, pl.DataFrame]) -> Section:
     said = f"Terms of Eq. 6, per pair of the batch; {means}. They are linear in log-probabilities: below 0 is no fault."
     if not terms:
         terms, said = curves_of(steps, {"loss": "loss"}, every), f"The loss of the method that trained; {means}."
-    section.draw("loss", "Loss by step", said, figures.training(terms, borders, "loss"))
+    section.draw("loss", "Loss by step", said, figures.training(terms, borders, "loss"), reading.curves(terms))
     logps = {
         "rank, y_prompt": "mean_logps_rank_y_prompt",
         "rank, y": "mean_logps_rank_y",
@@ -39,6 +39,7 @@ def training(metrics: dict[int, pl.DataFrame]) -> Section:
             "Log-probability of the responses",
             f"Mean log π(token | x) by set and response, in nats a token; {means}.",
             figures.training(curves, borders, "nats a token"),
+            reading.logps(curves),
         )
     if curves := curves_of(steps, {"responses pushed down": "drift_pushed_down"}, every):
         section.draw(
@@ -47,6 +48,7 @@ def training(metrics: dict[int, pl.DataFrame]) -> Section:
             "Mean log-probability now less the start policy's, of responses with a negative coefficient. Far below 0 "
             "they run away, since the printed loss has no lower bound.",
             figures.training(curves, borders, "nats a token"),
+            reading.drift(next(iter(curves.values()))),
         )
     else:
         section.missing.append("No drift: ple-train alone measures it, and only where it trains an adapter.")

@@ -47,12 +47,14 @@ class RewardModel(Protocol):
 
 KINDS: dict[str, Callable[[str], bool]] = {
     "endpoint": lambda spec: spec.startswith(("http://", "https://")),
+    "judge": lambda spec: spec.startswith("judge:"),
     "function": lambda spec: ":" in spec and not Path(spec).exists(),
     "classifier": lambda spec: True,
 }
 """The kinds of reward models, each a module here, and which specs are theirs; the first that takes a spec has it.
 
-The module has `check(spec, output_index)`, which loads nothing, and `load(spec, options)`. That of addresses, which may
+The module has `check(spec, options)`, which loads nothing, and `load(spec, options)`; that of judges, whose answers are
+paid for, `load(spec, options, keep)`. That of addresses, which may
 hold something secret, has `shown(spec)` for messages and `recorded(spec)` for files.
 """
 
@@ -67,9 +69,9 @@ def kind_of(spec: str) -> str:
     return next(kind for kind, takes in KINDS.items() if takes(spec))
 
 
-def check_reward_model(spec: str, output_index: int | None = None) -> None:
+def check_reward_model(spec: str, options: Rewards | None = None) -> None:
     """Raise UsageError for a spec that cannot be used. Loads no model, runs no function and asks no endpoint."""
-    _module(spec).check(spec, output_index)
+    _module(spec).check(spec, options or Rewards())
 
 
 def shown_spec(spec: str) -> str:
@@ -82,17 +84,20 @@ def recorded_spec(spec: str) -> str:
     return _module(spec).recorded(spec) if kind_of(spec) == "endpoint" else spec
 
 
-def load_reward_model(spec: str, options: Rewards | None = None) -> RewardModel:
+def load_reward_model(spec: str, options: Rewards | None = None, keep: Path | None = None) -> RewardModel:
     """The reward model that `spec` names.
 
     - `http://...` or `https://...`: an endpoint (ple_data/rewards/endpoint.py);
+    - `judge:MODEL`: a language model with a rubric (ple_data/rewards/judge.py), whose answers are kept in the folder
+      `keep` where there is one;
     - `file.py:function` or `module:function`: a Python function (ple_data/rewards/function.py);
     - a directory or a hub id: a sequence classifier (ple_data/rewards/classifier.py), whose output that is the
-      reward may be named as in `sentiment[1]`. Only this kind uses the options.
+      reward may be named as in `sentiment[1]`.
 
     Raises UsageError where the spec names nothing usable.
     """
-    return _module(spec).load(spec, options or Rewards())
+    more = {"keep": keep} if kind_of(spec) == "judge" else {}
+    return _module(spec).load(spec, options or Rewards(), **more)
 
 
 def _module(spec: str) -> Any:

@@ -27,9 +27,9 @@ _NO_LIMIT = 10**6
 """Tokenizers without a limit of their own report a huge number as model_max_length."""
 
 
-def check(spec: str, output_index: int | None) -> None:
+def check(spec: str, options: Rewards) -> None:
     """Refuse what is no classifier, or has no such output, by its configuration alone. Raises UsageError."""
-    model, output = _split_output(spec, output_index)
+    model, output = _split_output(spec, options.output_index)
     check_model(model)
     choose_output(load_config(model), output, model)
 

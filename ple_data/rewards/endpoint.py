@@ -1,6 +1,5 @@
-"""An HTTP endpoint as reward model.
+"""An HTTP endpoint as reward model, asked in one of the forms of `ple_data.rewards.forms`.
 
-POST {"inputs": [{"x": "...", "y": "..."}, ...]}, answered by {"scores": [number, ...]} in the same order.
 The key in PLE_REWARD_API_KEY, if set, is sent as `Authorization: Bearer` and is never written or shown.
 """
 
@@ -16,7 +15,8 @@ from ple_data.common.digests import text_digest
 from ple_data.common.secrets import public
 from ple_data.common.web import ask_json, checked_url, excerpt
 from ple_data.rewards import RewardModel
-from schemas.errors import PleError
+from ple_data.rewards.forms import FORMS, number_of
+from schemas.errors import PleError, UsageError
 from schemas.json_text import parse_json
 from schemas.options import Rewards
 
@@ -26,14 +26,19 @@ if TYPE_CHECKING:
 API_KEY_VARIABLE = "PLE_REWARD_API_KEY"
 
 
-def check(spec: str, output_index: int | None) -> None:
-    """Refuse a wrong address. Raises UsageError."""
-    shown(spec)
+def check(spec: str, options: Rewards) -> None:
+    """Refuse a wrong address, or a --join that the form does not have. Raises UsageError."""
+    HttpReward(spec, options)
 
 
 def load(spec: str, options: Rewards) -> HttpReward:
-    """The endpoint; it is not asked yet."""
-    return HttpReward(spec)
+    """The endpoint. It is not asked yet, but whether it has a chat template where the form and `auto` leave that open.
+
+    Raises UsageError, PleError.
+    """
+    found = HttpReward(spec, options)
+    found.choose_join()
+    return found
 
 
 def shown(spec: str) -> str:
@@ -52,10 +57,12 @@ def recorded(url: str) -> str:
 class HttpReward(RewardModel):
     """A reward model behind a URL. Several requests are in flight at once; each is tried several times.
 
-    batch_size: rows a request; timeout: seconds a try; first_wait: seconds, doubled every try.
+    batch_size: rows a request; in_flight: requests, where `how` has none; timeout: seconds a try; first_wait: seconds,
+    doubled every try.
     """
 
     url: str = field(repr=False)
+    how: Rewards = field(default_factory=Rewards)
     batch_size: int = 32
     in_flight: int = 4
     tries: int = 6
@@ -63,11 +70,40 @@ class HttpReward(RewardModel):
     first_wait: float = 0.5
 
     def __post_init__(self) -> None:
-        self.name = recorded(self.url)
-        self._who = f"reward model at {shown(self.url)}"
+        self._form = FORMS[self.how.reward_format]
+        if self._form.joins and self.how.join not in self._form.joins:
+            raise UsageError(
+                f"--join {self.how.join}: --reward-format {self.how.reward_format} has {', '.join(self._form.joins)}"
+            )
+        parts = checked_url(self.url, "reward model", API_KEY_VARIABLE)
+        if self._form.path and parts.path == "/":
+            self.url = str(parts.copy_with(path=self._form.path))
+        self.name, self._who = recorded(self.url), f"reward model at {shown(self.url)}"
+        self._join = self.how.join
+        if self.how.reward_format != "ple":
+            output = "" if self.how.output_index is None else f"[{self.how.output_index}]"
+            joined = "" if self._join == "auto" else f"+{self._join}"
+            self.name = f"{self.how.reward_format}{output}{joined}:{self.name}"
+
+    def choose_join(self) -> None:
+        """How x and y are joined where that was left open: a server that refuses a chat has no chat template."""
+        if not self._form.joins:
+            return
+        if self._join == "auto":
+            self._join = self._form.joins[-1]
+            try:
+                if self._join == "chat":
+                    self.score([("x", "y")])
+            except web.RefusedError as error:
+                if error.status != 400:
+                    raise
+                self._join = "text"
+        self.runs_on = self._join == "text"
 
     def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
-        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        size = 1 if self._join == "chat" else self.batch_size  # vLLM takes one chat a request
+        in_flight = self.how.reward_concurrency or self.in_flight * (8 if self._join == "chat" else 1)
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         key = web.key_from_environment(API_KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         with web.open_client(headers=headers, timeout=self.timeout) as client:
@@ -76,7 +112,7 @@ class HttpReward(RewardModel):
                 response = ask_json(
                     client,
                     self.url,
-                    {"inputs": [{"x": x, "y": y} for x, y in batch]},
+                    self._form.body(batch, self._join),
                     web.Patience(self.tries, self.first_wait, stop),
                     what=self._who,
                     failed="what was finished before is kept; check the server and run the same command again",
@@ -84,20 +120,24 @@ class HttpReward(RewardModel):
                 )
                 return self._scores(response, len(batch), key)
 
-            for index, scores in web.each(score_batch, batches, self.in_flight):
-                yield list(enumerate(scores, start=index * self.batch_size))
+            for index, scores in web.each(score_batch, batches, in_flight):
+                yield list(enumerate(scores, start=index * size))
 
     def _scores(self, response: httpx.Response, expected: int, key: str | None) -> list[float]:
         try:
-            scores = parse_json(response.content)["scores"]
-        except (ValueError, KeyError, TypeError):
-            raise PleError(f'{self._who}: expected {{"scores": [...]}}, got {excerpt(response, key)}') from None
-        numbers = isinstance(scores, list) and all(
-            type(score) is float or (type(score) is int and abs(score) < 1e308) for score in scores
-        )
-        if not numbers or len(scores) != expected:
-            got = f"{len(scores)} values" if isinstance(scores, list) else type(scores).__name__
+            values = self._form.read(parse_json(response.content))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise PleError(f"{self._who}: expected {self._form.answer}, got {excerpt(response, key)}") from None
+        lists = bool(self._form.joins)
+        rows = values if isinstance(values, list) else []
+        scores = [number_of(row, self.how.output_index) if lists or type(row) is not list else None for row in rows]
+        if several := next((score for score in scores if isinstance(score, str)), None):
+            raise UsageError(f"{self._who}: {several}")
+        found = [score for score in scores if isinstance(score, float)]
+        if len(found) != expected or len(scores) != expected:
+            got = f"{len(scores)} values" if isinstance(values, list) else type(values).__name__
             raise PleError(
-                f'{self._who}: "scores" must be a list of {expected} numbers, got {got}: {excerpt(response, key)}'
+                f'{self._who}: "{self._form.field}" must be a list of {expected} numbers, got {got}: '
+                f"{excerpt(response, key)}"
             )
-        return [float(score) for score in scores]
+        return found

@@ -29,7 +29,7 @@ def load(spec: str, options: Rewards) -> "FunctionReward":
     return FunctionReward(spec)
 
 
-def check(spec: str, output_index: int | None = None) -> None:
+def check(spec: str, options: Rewards | None = None) -> None:
     """Refuse a spec that is not of the form, or whose file is not there. Runs nothing. Raises UsageError."""
     location, _, function = spec.rpartition(":")
     if not location or not function.isidentifier():

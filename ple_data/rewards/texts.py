@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ple_data.inputs.chat import as_chat, as_text
+from ple_data.inputs.chat import Message, alternating, as_chat, as_text
 from ple_data.inputs.templates import rendered
 from schemas.errors import PleError, UsageError
 from schemas.options import Join
@@ -37,7 +37,8 @@ def encode(tokenizer: Any, x: str, y: str, *, join: Join = "auto", max_length: i
       between "Assistant:" and y stands one space, or the white space that y begins with;
     - pair: x and y as the two segments of an encoder such as BERT;
     - chat: the tokenizer's chat template over the turns of x and one assistant turn y, whose outer white
-      space is removed. x is a chat (JSON text), a dialogue of "Human:" and "Assistant:" turns, or one turn.
+      space is removed. x is a chat (JSON text), a dialogue of "Human:" and "Assistant:" turns, or one turn. Where the
+      template refuses two turns of one speaker in a row, they are one.
 
     A leading BOS or CLS token stays when the text is cut.
     """
@@ -49,7 +50,7 @@ def encode(tokenizer: Any, x: str, y: str, *, join: Join = "auto", max_length: i
         both = tokenizer(as_text(x), y, verbose=False)
         ids, types = both["input_ids"], both.get("token_type_ids")
     else:
-        ids = tokenizer(_run_on(as_text(x), y), verbose=False)["input_ids"]
+        ids = tokenizer(run_on(x, y), verbose=False)["input_ids"]
     if max_length is None or len(ids) <= max_length:
         return Encoded(ids, types, cut=False)
     head = 1 if ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else 0
@@ -57,17 +58,26 @@ def encode(tokenizer: Any, x: str, y: str, *, join: Join = "auto", max_length: i
     return Encoded(ids[:head] + ids[first:], types and types[:head] + types[first:], cut=True)
 
 
-def _run_on(x: str, y: str) -> str:
+def run_on(x: str, y: str) -> str:
+    """x and y as one text; a stored chat is written as a dialogue."""
+    x = as_text(x)
     if x.endswith(("Assistant:", "Assistant: ")) and y:
         x = x.removesuffix(" ") + ("" if y[0].isspace() else " ")
     return x + y
 
 
+def turns(x: str, y: str) -> list[Message]:
+    """The turns of x and one assistant turn y, without its outer white space."""
+    return [*as_chat(x), {"role": "assistant", "content": y.strip()}]
+
+
 def _render(tokenizer: Any, x: str, y: str) -> str:
-    messages = [*as_chat(x), {"role": "assistant", "content": y.strip()}]
-    try:
-        return rendered(tokenizer, messages, prompt=False)
-    except Exception as error:  # a template may raise anything
-        raise PleError(
-            f"the reward model's chat template refuses a query ({error}): x begins {x[:80]!r}; use --join text instead"
-        ) from error
+    messages = turns(x, y)
+    for asked in (messages, alternating(messages)):
+        try:
+            return rendered(tokenizer, asked, prompt=False)
+        except Exception as error:  # a template may raise anything
+            refused = error
+    raise PleError(
+        f"the reward model's chat template refuses a query ({refused}): x begins {x[:80]!r}; use --join text instead"
+    ) from refused

@@ -105,7 +105,7 @@ class Collector:
         self.summary.unanswered += told.answered is False
         opened.missing -= 1
         self.summary.tokens += len(completion.ids)
-        self.progress.advance(1, f"{self.summary.tokens / self.progress.seconds:.0f} tokens/s")
+        self.progress.advance(1, tokens=len(completion.ids))
         if not opened.missing:
             self._commit(opened)
 

@@ -160,7 +160,9 @@ def sample_round(
     done = store.committed(plan.kind, plan.round)
     todo: Iterable[Unit] = plan.units
     engine, began = None, time.monotonic()
-    with Progress("generate", len(plan.arms) * plan.most_rows, "responses") as progress, ExitStack() as stack:
+    responses, longest = len(plan.arms) * plan.most_rows, plan.sampling.max_new_tokens
+    progressing = Progress("generate", responses, "responses", most_tokens=longest)
+    with progressing as progress, ExitStack() as stack:
         waits = Waits(store, plan.kind, progress.note)
         while True:
             with closing(Collector(store, plan, provenance, reuse, progress, summary, done)) as collector:
@@ -172,6 +174,7 @@ def sample_round(
                         provenance |= getattr(engine, "machine", {})
                         name = "{engine} in {dtype} on {device}".format(**provenance)
                         progress.note(f"engine {name}, started in {time.monotonic() - began:.0f} s")
+                        engine.under_way = progress.under_way
                         progress.restart_clock()
                         began = time.monotonic()
                     for request, completion in engine.sample(itertools.chain([first], units), plan.sampling):

@@ -43,6 +43,8 @@ class Told:
 class Workers:
     """The `Engine` of several workers. `machine`: what they sample with, for the files' metadata."""
 
+    under_way: Callable[[int], None]
+
     def __init__(
         self, wanted: Wanted, engine: str, spec: EngineSpec, engine_args: Mapping[str, Any], say: Callable[[str], None]
     ) -> None:

@@ -60,7 +60,7 @@ def learning_rate_at(step: int, total: int, settings: Loop) -> float:
 def make_accelerator(report_to: str | None = None, directory: Path | None = None) -> Any:
     """The `Accelerator` of this process, one of one or of many (torchrun, accelerate launch).
 
-    report_to: `tensorboard` or `wandb`; the tracker writes below `directory`.
+    report_to: `tensorboard`, `wandb`, `mlflow` or `trackio`; the first writes below `directory`.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs

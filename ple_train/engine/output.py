@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from ple_data.common.device import describe
 from ple_data.common.settings import Settings
 from ple_train.engine.checkpoint import Checkpoints, History, newest_checkpoint, read_state, resolved, saving
+from ple_train.engine.tracking import Tracker
 from ple_train.log import print_to_log
 from ple_train.model.shard import in_parts, whole_weights
 from schemas import records
@@ -50,6 +51,7 @@ class Output:
         self.checkpoints = Checkpoints(self.private / "checkpoints", settings, self.machine)
         self.finished = False
         self.found: dict[str, Any] = {}
+        self._tracker = Tracker(accelerator)
 
     def __enter__(self) -> Self:
         main = self.accelerator.is_main_process
@@ -72,8 +74,8 @@ class Output:
                 if main:
                     self._clear()  # a kill between the record and the end leaves what the next call removes
                     print_to_log(f"{self.directory} is complete already ({record.steps} steps); nothing to do")
-            elif self.accelerator.log_with:
-                self.accelerator.init_trackers("ple", config={k: str(v) for k, v in self.settings.values.items()})
+            else:
+                self._tracker.begin(self.directory, self.settings.values)
             self._lock = lock.pop_all()
         return self
 
@@ -99,13 +101,12 @@ class Output:
             return None
 
     def __exit__(self, *exception: object) -> None:
-        self.accelerator.end_training()
+        self._tracker.end()
         self._lock.close()
 
     def report(self, metrics: dict[str, Any]) -> None:
         """Send one step's metrics to the tracker, where one was asked for."""
-        if self.accelerator.log_with:
-            self.accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=metrics["step"])
+        self._tracker.send(metrics)
 
     def publish(self, model: Any, tokenizer: Any, history: History, title: str, cost: dict[str, float]) -> None:
         """Put model, tokenizer, model card, metrics and, last, the record in place; then drop the checkpoints.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ple_data.common.settings import counted
 from ple_data.evaluation.answers import Answers, asked_settings, sample_answers, stored_answers
 from ple_data.evaluation.metrics import Mean, Metric, Perplexity, bleu, distinct, need_bleu
 from ple_data.evaluation.policies import parse_policies
@@ -92,7 +93,7 @@ def evaluate(options: Evaluate) -> EvalReport:
             "round": options.round,
             "references": where,
             "precision": precision,
-            "reward_options": options.part(Rewards).values(),
+            "reward_options": counted(options.part(Rewards)),
             **(asked_settings(options, source) if source is not None else {}),
         },
         left_out=left_out,

@@ -297,10 +297,14 @@ def merged(tuned: Any) -> Any:
 
 def _fresh_lora(causal: Any, options: Lora, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(seed)
     rank, alpha = options.lora_rank, cast(int, options.lora_alpha)  # any number will do
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    turned = any(isinstance(module, Conv1D) for module in causal.modules())  # GPT-2's weights are [in, out]
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=turned
+    )
     return get_peft_model(causal, config)
 
 

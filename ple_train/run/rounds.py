@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from ple_data.common.command import say
 from ple_data.common.digests import text_digest
 from ple_data.common.secrets import public
-from ple_data.rewards import recorded_spec
+from ple_data.rewards import kind_of, recorded_spec
 from ple_train.run.child import GRACE_SECONDS, run_child
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
 from ple_train.run.serve import Server
@@ -43,6 +43,7 @@ MACHINE_ONLY = {
     for word in (flag(known), f"--no-{flag(known)[2:]}")
 }
 """Options that may change between two starts of a run."""
+_ADDRESSES = ("--reward-model", "--reward-endpoint")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Stage:
     def recorded(self) -> list[str]:
         """The words as files and messages show them: of a reward model's address the query only as its digest."""
         words = itertools.pairwise(("", *self.command))
-        return [recorded_spec(word) if before == "--reward-model" else word for before, word in words]
+        return [recorded_spec(word) if before in _ADDRESSES else word for before, word in words]
 
     @property
     def shell_line(self) -> str:
@@ -91,6 +92,9 @@ def plan(recipe: Recipe) -> list[Stage]:
     name, trainer, schedule = "train", recipe.train, {"tau0": recipe.tau0, "alpha": recipe.alpha}
     if recipe.baseline is not None:
         name, trainer, schedule = "baseline", recipe.baseline, {}
+    scored: dict[str, Any] = {"reward_model": reward_models}
+    if recipe.score.rubric is None and "judge" in map(kind_of, reward_models):
+        scored["rubric"] = recipe.principles
     policy = base  # samples and starts a round: the start policy, then with the last round's adapter
     for t in range(recipe.rounds):
         data = {"data": run / "data", "round": t}
@@ -100,7 +104,7 @@ def plan(recipe: Recipe) -> list[Stage]:
         written = _written(run, f"policy/round={t:03d}", f"round={t:03d}")
         stages += [
             _stage("gen", t, recipe.gen, {**policy, **queries, **data, **seed, "reuse": recipe.reuse}),
-            _stage("score", t, recipe.score, {**data, "reward_model": reward_models}),
+            _stage("score", t, recipe.score, {**data, **scored}),
             _stage(name, t, trainer, {**policy, **data, **written, **schedule, **seed}),
         ]
         policy = {"model": written["output"]} if trainer.full else {**base, "adapter": written["output"]}
@@ -268,12 +272,19 @@ def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:
     Of a reward model's address the copy holds the query only as its digest, unless the file there has it already.
     """
     path = directory / "recipe.yaml"
+    endpoint = recipe.score.reward_endpoint
     recorded = [recorded_spec(spec) for spec in recipe.reward_models]
     one = isinstance(recipe.reward_model, str)
-    kept = recipe.model_copy(update={"reward_model": recorded[0] if one else recorded or None})
+    secret: dict[str, Any] = {"reward_model": recorded[0] if one else recorded or None}
+    if endpoint is not None:
+        secret["score"] = recipe.score.model_copy(update={"reward_endpoint": recorded_spec(endpoint)})
+    kept = recipe.model_copy(update=secret)
     if path.exists():
         frozen = _frozen(path)
-        if frozen.reward_model == recipe.reward_model:  # the user's own recipe: it must work again
+        if (frozen.reward_model, frozen.score.reward_endpoint) == (
+            recipe.reward_model,
+            endpoint,
+        ):  # the user's own recipe: it must work again
             kept = recipe
         changed = differences(frozen, kept)
         if not changed:

@@ -25,8 +25,8 @@ class Scored(Options):
 
     reward_model: tuple[str, ...] = option(
         MISSING,
-        "Classifier (directory or hub id; MODEL[1] for one of its outputs), file.py:function, module:function, or "
-        "http(s)://address; may be repeated.",
+        "Classifier (directory or hub id; MODEL[1] for one of its outputs), file.py:function, module:function, "
+        "http(s)://address, or judge:MODEL; may be repeated.",
     )
     combine: str = option(
         "mean",
@@ -78,6 +78,7 @@ class Gen(Policy, Asked, Spread, Rewards, Scored):
 
 class Score(Spread, Rewards, Scored):
     data: Path = option(MISSING, "Folder of the responses.", machine=True)
+    reward_endpoint: str | None = option(None, JUDGE_SERVER, REWARD, names="--reward-endpoint --endpoint", machine=True)
     round: int | None = option(None, "Score this round only.", least=0)
     output: Path | None = option(
         None, "Write the pairs to another DATA, so that two reward models stay apart.", machine=True
@@ -179,7 +180,8 @@ class Dpo(Policy, Stores, Seed, Passes, Lora, Computing, Written):
 class Ppo(Policy, Seed, Reading, Thoughts, Steps, Lora, Rewards, Computing, Written):
     queries: str = option(MISSING, HUB_OR_FILE, place=True)
     reward_model: str = option(
-        MISSING, "Classifier (directory or hub id), file.py:function, module:function, or http(s)://address."
+        MISSING,
+        "Classifier (directory or hub id), file.py:function, module:function, http(s)://address, or judge:MODEL.",
     )
     sampled_tokens: int = option(MISSING, "Stop with the step that has sampled so many tokens.", least=1)
     max_new_tokens: int = option(1024, "Longest response.", RESPONSES, least=1)
@@ -247,12 +249,44 @@ class Judge(Rewards):
 
 class Export(Options):
     data: Path = option(MISSING, "Folder of pairs.", positional=True)
-    format: Literal["trl-preference", "sft", "messages", "alpacaeval"] = option(
+    format: Literal["trl-preference", "trl-kto", "distilabel", "argilla", "sft", "messages", "alpacaeval"] = option(
         MISSING,
-        "prompt, chosen, rejected; prompt, completion (the best response); the same as chat; instruction, output.",
+        "prompt, chosen, rejected; prompt, completion, label; generations with ratings; records to annotate; prompt, "
+        "completion (the best response); the same as chat; instruction, output.",
     )
     round: int | None = option(None, "This round only; alpacaeval: the newest if not given.", least=0)
     output: str = option(MISSING, "File: .jsonl or .parquet (alpacaeval: .json), or - for stdout.")
+
+
+class Import(Model, Prompting):
+    files: tuple[str, ...] = option(
+        MISSING,
+        "Preferences of TRL, Online-RLHF or distilabel: Parquet, JSONL, JSON, CSV or a hub dataset id.",
+        positional=True,
+        metavar="FILE...",
+    )
+    data: Path = option(MISSING, "Folder that takes the rows.", positional=True)
+    round: int = option(0, "Round that the rows become.", least=0, most=2**31 - 1)
+    scored_by: str | None = option(
+        None,
+        "Name of what gave the scores, so that several imports of its scores share DATA.  "
+        "[default: imported, with a digest of the files]",
+    )
+
+
+class Push(Options):
+    source: Path = option(
+        MISSING,
+        "Folder of pairs, an adapter or model that ple trained, or a run (its newest policy).",
+        positional=True,
+        metavar="DATA|ADAPTER|RUN",
+    )
+    to: str = option(MISSING, "Repository on the hub; made where it is not there.", metavar="OWNER/NAME")
+    license: str | None = option(None, "Licence that the card names, as the hub writes it: apache-2.0, cc-by-4.0, ...")
+    base_model: str | None = option(None, "The adapter's base model on the hub, where it was a folder here.")
+    eval: Path | None = option(None, "Folder of ple eval for the card. Default: RUN/eval where it is there.")
+    private: bool = option(True, "Only you and those you name see it, or everybody.")
+    dry_run: bool = option(False, "Show the files, their sizes and the card; send nothing.", names="--dry-run")
 
 
 class Verify(Options):
@@ -264,8 +298,8 @@ class Judged(Rewards):
 
     reward_model: tuple[str, ...] = option(
         (),
-        "Classifier (one of its outputs: MODEL[1]), file.py:function, module:function or http(s)://address; may be "
-        "repeated.",
+        "Classifier (one of its outputs: MODEL[1]), file.py:function, module:function, http(s)://address or "
+        "judge:MODEL; may be repeated.",
         REWARD,
     )
     trained_with: tuple[str, ...] = option(
@@ -335,6 +369,8 @@ class Report(Options):
     output: Path | None = option(
         None, "The page; NAME-figures/ beside it takes the PNG files. Default: RUN/report.html."
     )
+    watch: bool = option(False, "Write nothing: serve the page on this machine, with all pairs, and follow the run.")
+    port: int | None = option(None, "Port of --watch; 0 takes any free one. Default: 8765.", least=0, most=65535)
     tau0: float | None = option(None, "Threshold of round 0. Default: the recipe's, else 0.2.", METHOD, least=0)
     alpha: float | None = option(
         None, "Decay of the threshold. Default: the recipe's, else 0.9.", METHOD, above=0, below=1

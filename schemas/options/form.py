@@ -1,6 +1,7 @@
 """What an option is: a field of a frozen dataclass that says its default, bounds, help and heading. States none."""
 
 import inspect
+import re
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -15,8 +16,8 @@ class About:
 
     above, below: bounds that are not allowed themselves. machine: it does not change what is learned or sampled, beyond
     rounding. place: a path or hub id, whose content counts (by its digest) and not where it lies. names: on the command
-    line, where they are not made from the field's name. positional: an argument, not an option. offered: False where
-    the command has one value of it and no option.
+    line, where they are not made from the field's name: `--on/--off`, or several that mean the same. positional:
+    an argument, not an option. offered: False where the command has one value of it and no option.
     """
 
     help: str
@@ -47,7 +48,7 @@ def about(known: "Field[Any]") -> About:
 def flag(known: "Field[Any]") -> str:
     """The option's name on the command line."""
     names = about(known).names
-    return names.split("/")[0] if names else "--" + known.name.replace("_", "-")
+    return re.split("[/ ]", names)[0] if names else "--" + known.name.replace("_", "-")
 
 
 def kind_of(known: "Field[Any]") -> Any:

@@ -12,12 +12,14 @@ PromptFormat = Literal["auto", "plain", "chat"]
 PrincipleForm = Literal["add", "replace"]
 Reader = Literal["auto", "hh", "imdb", "tldr"]
 Join = Literal["auto", "text", "pair", "chat"]
+RewardFormat = Literal["ple", "openrlhf", "vllm-classify", "vllm-pooling"]
 Without = Literal["rank", "wsft"]
 EngineName = Literal["vllm", "hf", "server"]
 ENGINES: dict[EngineName, str] = {"vllm": "vllm", "hf": "transformers", "server": "httpx"}
 """Modules of `ple_data.engines` and the package that each needs; the first whose package is there is the default."""
 RESPONSES, QUERIES, MODEL = "Sampling", "Queries", "Model"
 REWARD, METHOD, TRAINING, MACHINE = "Reward model", "Method", "Training", "Machine"
+JUDGE_SERVER = "Address of a judge's OpenAI-compatible server, up to and with /v1.  [default: OpenAI's]"
 SAFEGUARDS, ENGINE = "Safeguards (off: the paper)", "Engine"
 
 
@@ -158,6 +160,30 @@ class Rewards(Options):
     batch_tokens: int | None = option(None, "Tokens of one batch, padding counted.", REWARD, least=1, machine=True)
     reward_device: str = option("auto", "auto: a GPU where there is one, else the CPU.", REWARD, machine=True)
     reward_dtype: Literal["float32", "bfloat16"] = option("float32", "Number type of its weights.", REWARD)
+    reward_format: RewardFormat = option(
+        "ple", "How a reward model at an address is asked: our own form, or that of another server.", REWARD
+    )
+    rubric: str | None = option(
+        None,
+        "What a judge goes by: hh, imdb or tldr (the paper's principles), or a text file.",
+        REWARD,
+        place=True,
+    )
+    reward_endpoint: str | None = option(None, JUDGE_SERVER, REWARD, machine=True)
+    reward_arg: tuple[str, ...] = option(
+        (),
+        "Put a field into every request to a judge, e.g. reasoning_effort=low; null leaves one out; may be repeated.",
+        REWARD,
+        metavar="NAME=VALUE",
+    )
+    reward_concurrency: int | None = option(
+        None,
+        "Requests to a reward model that are in flight at once.  [default: 4; judge: 8; of one chat each: 32]",
+        REWARD,
+        least=1,
+        most=1000,
+        machine=True,
+    )
 
 
 class Lora(Options):
@@ -261,6 +287,6 @@ class Written(Options):
 class Tracked(Written):
     """Written, and followed on the way."""
 
-    report_to: Literal["tensorboard", "wandb"] | None = option(
+    report_to: Literal["tensorboard", "wandb", "mlflow", "trackio"] | None = option(
         None, "Also report the metrics there.", MACHINE, machine=True
     )

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,3 +19,13 @@ def test_ours_alone_is_measured_in_one_command(more: str, expected: str) -> None
     found = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert expected in found.stdout
+
+
+def test_a_models_own_weights_are_measured(policy: Path) -> None:
+    words = (
+        f"-m benchmarks.real_speed {policy} --contenders ours --pairs 8 --repeats 1 --threads 1 --lengths hh".split()
+    )
+    found = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    for each in ("a product of matrices of its own shape", "sampling with hf", "ours: "):
+        assert each in found.stdout

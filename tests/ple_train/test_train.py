@@ -1,8 +1,10 @@
 """`ple-train` end to end on a tiny real model: equivalences, resume, the snapshot, safeguards and what is saved."""
 
+import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -530,6 +532,55 @@ def test_metrics_are_per_step_numbers(run):
 def test_tensorboard_gets_the_metrics(run):
     output = run("tracked", report_to="tensorboard")
     assert list(output.rglob("events.out.tfevents.*"))
+
+
+def metrics_of(output: Path) -> dict[int, dict[str, float]]:
+    return {row["step"]: row for row in pl.read_parquet(output / "metrics.parquet").to_dicts()}
+
+
+def test_mlflow_gets_the_metrics_of_every_step(run, tmp_path, monkeypatch, capsys):
+    """The client's own store of files, where tracking servers keep what clients send them."""
+    mlflow = pytest.importorskip("mlflow", reason="pip install 'ple-align[mlflow]'")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    with pytest.raises(UsageError, match=r"--report-to mlflow cannot begin .*: set MLFLOW_TRACKING_URI to the address"):
+        run("refused", report_to="mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    output = run("tracked", report_to="mlflow")
+    client = mlflow.MlflowClient()
+    (experiment,) = client.search_experiments(filter_string="name = 'ple'")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert (found.info.run_name, found.info.status) == ("tracked", "FINISHED")
+    assert found.data.params["objective"] == "ple"
+    sent = {m.step: m.value for m in client.get_metric_history(found.info.run_id, "loss")}
+    assert sent == {step: pytest.approx(row["loss"]) for step, row in metrics_of(output).items()}
+    assert capsys.readouterr().out == ""
+
+
+def test_trackio_gets_the_metrics_of_every_step(policy, pairs, tmp_path, run_ple):
+    pytest.importorskip("trackio", reason="pip install 'ple-align[trackio]'")
+    output = tmp_path / "tracked"
+    words = ["train", "--model", policy, "--data", pairs, "--round", 1, "--batch-size", 8, "--output", output]
+    found = run_ple(*words, "--report-to", "trackio", env={"TRACKIO_DIR": str(tmp_path / "trackio")})
+    assert (found.returncode, found.stdout) == (0, ""), found.stderr
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "ple.db")) as database:
+        rows = database.execute("SELECT step, run_name, metrics FROM metrics ORDER BY step").fetchall()
+    assert {name for _, name, _ in rows} == {"tracked"}
+    sent = {step: json.loads(metrics)["loss"] for step, _, metrics in rows}
+    assert sent == {step: pytest.approx(row["loss"]) for step, row in metrics_of(output).items()}
+
+
+def test_a_tracker_that_fails_ends_no_training(run, monkeypatch, capsys):
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", fail)
+    output = run("alone", report_to="tensorboard")
+    said = [line for line in capsys.readouterr().err.splitlines() if "the server is gone" in line]
+    assert len(said) == 1
+    assert "training goes on without it" in said[0]
+    assert metrics_of(output).keys() == metrics_of(run("untracked")).keys()
 
 
 def test_a_round_without_pairs_is_named(run, tmp_path):

@@ -21,7 +21,7 @@ COMMANDS = {
     **{"gen": Gen, "score": options.Score, "train": Train, "sft": Sft, "reward": Reward, "run": options.Run},
     **{"eval": options.Evaluate, "cases": options.Cases, "judge": options.Judge, "inspect": options.Inspect},
     **{"export": options.Export, "verify": options.Verify, "purity": options.Purity, "report": options.Report},
-    "demo": options.Demo,
+    **{"demo": options.Demo, "import": options.Import, "push": options.Push},
     "convert": options.Convert,
 }
 BASELINES = {

@@ -158,6 +158,14 @@ def test_batches_never_cross_a_unit(engine: HfEngine, trap: Path) -> None:
     assert {**sample(engine, [requests[5:]]), **sample(engine, [requests[:5]])} == streamed
 
 
+def test_it_tells_of_every_step_how_many_tokens_the_batch_has(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, told = HfEngine(spec_of(trap), {"batch_size": 64}), []
+    monkeypatch.setattr(engine, "under_way", told.append)
+    lengths = [len(found.ids) for found in sample(engine, [requests_for(trap)]).values()]
+    assert told == [sum(min(length, step) for length in lengths) for step in range(1, max(lengths) + 1)]
+    assert min(lengths) < max(lengths)
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.6)])
 def test_samples_follow_the_distribution(
     engine: HfEngine, reference: Any, trap: Path, temperature: float, top_p: float
@@ -502,6 +510,15 @@ def test_vllm_finish_reasons_and_logps(probe: dict[str, Any], reference: Any, tr
 
 
 @pytest.mark.vllm
+def test_vllm_tells_how_many_tokens_are_under_way(probe: dict[str, Any]) -> None:
+    """After the first step a token of each; at the end none is under way."""
+    told, lengths = probe["told"], [len(completion["ids"]) for completion in probe["told of"]]
+    assert told[0] > 0
+    assert max(lengths) < max(told) < sum(lengths)
+    assert told[-1] == 0
+
+
+@pytest.mark.vllm
 def test_vllm_greedy_is_that_of_hf(probe: dict[str, Any], engine: HfEngine, trap: Path) -> None:
     """The traps of generation_config.json change nothing here either."""
     greedy = sample(engine, [requests_for(trap)], temperature=0.0)
@@ -517,6 +534,12 @@ def test_vllm_seeds_hold_in_other_batches(probe: dict[str, Any]) -> None:
     same = sum(a["ids"] == b["ids"] for a, b in zip(probe["sampled"], probe["other batches"], strict=True))
     assert same >= len(PROMPTS) - 2
     assert len({tuple(completion["ids"]) for completion in probe["sampled"]}) == len(PROMPTS)
+
+
+@pytest.mark.vllm
+def test_vllm_says_of_which_models_it_loads_no_adapter(probe: dict[str, Any]) -> None:
+    assert "vllm loads no adapter on a GPT2LMHeadModel" in probe["GPT2LMHeadModel"]
+    assert probe["LlamaForCausalLM"] == "not refused"
 
 
 @pytest.mark.vllm

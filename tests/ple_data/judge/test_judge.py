@@ -22,10 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cli
+from ple_data.common import llm
+from ple_data.common.journal import Journal
 from ple_data.inputs.chat import readable
 from ple_data.judge import judge as judging
-from ple_data.judge import llm
-from ple_data.judge.journal import Journal
 from ple_data.judge.judge import by_answers
 from ple_data.judge.prompt import load_template, preference
 from ple_data.judge.results import win_rate

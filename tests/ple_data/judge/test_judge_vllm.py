@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ple_data.common import llm
 from ple_data.common.models import load_tokenizer
-from ple_data.judge import llm
 from ple_data.judge.prompt import load_template
 from schemas import tables
 from schemas.errors import UsageError

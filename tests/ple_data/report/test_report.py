@@ -422,7 +422,7 @@ def test_a_reward_model_trained_where_it_is_marked_or_scored_the_pairs(tmp_path)
 def test_rewards_of_cases_say_whose_they_are(run, tmp_path):
     """They share the numbers of the evaluations: policy is R1 and second R2 there."""
     results = make_results(tmp_path)
-    page = Path(report(run, **results)).read_text().partition('<section id="cases">')[2]
+    page = Path(report(run, **results)).read_text().partition('<section id="cases"')[2]
     assert "3 tokens, stop, R2 0.5, R3 -1.25" in page
     assert "R1" not in page
     assert "R2: reward by second, not marked as having trained a policy." in page

@@ -144,6 +144,7 @@ def test_rows_hold_everything(run: Any, rows: Any, policy: Path, tmp_path: Path)
     provenance = store.provenance(store.shards("responses")[0])
     assert provenance["sampling"] == {
         "max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "stop": [], "logprobs": True,
+        "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
     }  # fmt: skip
     assert provenance["policy"] == table["policy"][0]
     assert (provenance["engine"], provenance["dtype"], provenance["device"]) == ("hf", "float32", "cpu")

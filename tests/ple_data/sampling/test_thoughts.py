@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from ple_data.common.models import load_tokenizer
-from ple_data.export import export
+from ple_data.exchange.export import export
 from ple_data.inspection import inspect
 from ple_data.judge.sources import load_responses
 from ple_data.rewards import load_reward_model

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ple_data.export import export
+from ple_data.exchange.export import export
 from ple_data.inspection import inspect
 from ple_data.rewards import RewardModel
 from ple_data.scoring.combine import Load, combined, score_together

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from ple_data.export import export
+from ple_data.exchange.export import export
 from ple_data.storage.store import Store
 from schemas.errors import DamagedError, UsageError
 from tests.tables import table
@@ -47,6 +47,43 @@ def test_preferences_by_reward_without_ties(data, tmp_path, capsys):
     assert said.out == ""
 
 
+def test_kto_has_both_responses_of_each_preference(data, tmp_path, capsys):
+    export(data, format="trl-kto", output=str(tmp_path / "kto.jsonl"), round=0)
+    assert [(row["prompt"], row["completion"], row["label"]) for row in lines(tmp_path / "kto.jsonl")] == [
+        ("The film", " was great.", True),
+        ("The film", " was bad.", False),
+        ("A story", " is long.", True),
+        ("A story", " is sad.", False),
+    ]
+    assert "4 rows to" in (said := capsys.readouterr().err)
+    assert "from 3 of 1 rounds; 1 pairs with equal rewards left out" in said
+
+
+def test_distilabel_and_argilla_have_a_row_a_pair(data, tmp_path):
+    export(data, format="distilabel", output=str(tmp_path / "d.jsonl"), round=0)
+    assert lines(tmp_path / "d.jsonl")[0] == {
+        "instruction": "The film",
+        "messages": None,
+        "generations": [" was bad.", " was great."],
+        "ratings": [-1.0, 2.0],
+        "generation_models": ["tiny@0123456789ab"] * 2,
+    }
+    export(data, format="argilla", output=str(tmp_path / "a.jsonl"), round=0)
+    found = lines(tmp_path / "a.jsonl")
+    assert [row["preference"] for row in found] == ["response_2", "response_1", None]
+    assert found[0] == {
+        "id": "0/a/0",
+        "instruction": "The film",
+        "response_1": " was bad.",
+        "response_2": " was great.",
+        "preference": "response_2",
+        "reward_1": -1.0,
+        "reward_2": 2.0,
+        "round": 0,
+        "policy": "tiny@0123456789ab",
+    }
+
+
 def test_sft_and_messages_are_the_best_response_of_each_query_and_round(data, tmp_path):
     best = [("The film", " was great."), ("A story", " is long."), ("My friend", " ran.")]
     export(data, format="sft", output=str(tmp_path / "sft.jsonl"), round=0)
@@ -58,7 +95,7 @@ def test_sft_and_messages_are_the_best_response_of_each_query_and_round(data, tm
     assert lines(tmp_path / "messages.jsonl") == expected
 
 
-@pytest.mark.parametrize("format", ["trl-preference", "sft", "messages"])
+@pytest.mark.parametrize("format", ["trl-preference", "trl-kto", "distilabel", "argilla", "sft", "messages"])
 def test_parquet_holds_the_same_rows(data, tmp_path, format):
     export(data, format=format, output=str(tmp_path / "out.jsonl"))
     export(data, format=format, output=str(tmp_path / "out.parquet"))
@@ -186,3 +223,18 @@ def test_trl_trains_on_the_preferences_as_they_stand(data, policy, tmp_path, suf
     model = AutoModelForCausalLM.from_pretrained(policy)
     trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(policy))
     assert trainer.train().training_loss == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_trl_trains_kto_on_the_rows_as_they_stand(data, policy, tmp_path):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import KTOConfig, KTOTrainer
+
+    export(data, format="trl-kto", output=str(tmp_path / "out.parquet"))
+    rows = Dataset.from_parquet(str(tmp_path / "out.parquet"), cache_dir=str(tmp_path / "cache"))
+    quiet = {"report_to": "none", "save_strategy": "no", "bf16": False, "gradient_checkpointing": False}
+    quiet |= {"disable_tqdm": True, "dataloader_pin_memory": False, "per_device_train_batch_size": 2}
+    config = KTOConfig(output_dir=str(tmp_path / "trl"), max_steps=1, **quiet)
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    trainer = KTOTrainer(model, args=config, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(policy))
+    assert trainer.train().training_loss == pytest.approx(0.5, abs=1e-3)

@@ -25,7 +25,9 @@ from schemas.errors import UsageError
 from schemas.files import writing_atomic
 
 STDOUT = "-"
-EXPORTED = ["query_id", "round", "sample", "x", "y", "s", "y_prompt", "s_prompt", "reward_model"]
+EXPORTED = ["query_id", "round", "sample", "x", "y", "s", "y_prompt", "s_prompt", "policy", "reward_model"]
+WITHOUT_TIES = {"trl-preference": 1, "trl-kto": 2}
+"""Formats that leave out pairs with equal rewards, and how many rows they make of any other."""
 ANSWER_COLUMNS = ["sample", "x", "y", "policy"]
 
 Rows = list[dict[str, Any]]
@@ -36,6 +38,10 @@ def export(data: Path, *, format: str, output: str, round: int | None = None) ->
 
     - trl-preference: prompt, chosen, rejected by reward (and score_chosen, score_rejected), for TRL's DPOTrainer. Pairs
       with equal rewards are left out, and counted on stderr.
+    - trl-kto: prompt, completion, label: the same pairs as two rows each, for TRL's KTOTrainer.
+    - distilabel: instruction (and messages, of a chat), generations, ratings, generation_models: a row a pair.
+    - argilla: a record a pair: id, instruction, response_1 and response_2 (y and y_prompt), preference (the one with
+      the higher reward), and their rewards, round and policy as metadata.
     - sft: prompt and completion, the response with the highest reward of each query and round.
     - messages: the same as chat messages.
     - alpacaeval: a JSON array of instruction, output, generator: the plain responses of the newest round (or `round`),
@@ -46,7 +52,7 @@ def export(data: Path, *, format: str, output: str, round: int | None = None) ->
     write = _writer(format, output)
     store = Store(data)
     shards = _shards(store, format, round)
-    preferences = format == "trl-preference"
+    by_pair = WITHOUT_TIES.get(format)
     columns = ANSWER_COLUMNS if format == "alpacaeval" else EXPORTED
     read, count = sum(shard.rows for shard in shards), 0
 
@@ -57,7 +63,7 @@ def export(data: Path, *, format: str, output: str, round: int | None = None) ->
             count += len(rows)
             yield rows
         if not count:
-            left_out = "all pairs have equal rewards" if preferences else "there is no first sample of a query"
+            left_out = "all pairs have equal rewards" if by_pair else "there is no first sample of a query"
             raise UsageError(f"{data}: no row to write, as {left_out if read else 'its shards hold none'}")
 
     try:
@@ -68,7 +74,7 @@ def export(data: Path, *, format: str, output: str, round: int | None = None) ->
             f"--output {output}: some queries are text and some are chats, which one Parquet column cannot hold; "
             "write to a .jsonl file"
         ) from error
-    ties = f"; {read - count} pairs with equal rewards left out" if preferences else ""
+    ties = f"; {read - count // by_pair} pairs with equal rewards left out" if by_pair else ""
     where, rounds = "stdout" if output == STDOUT else output, len({shard.round for shard in shards})
     print(f"export: {count} rows to {where}, from {read} of {rounds} rounds{ties}", file=sys.stderr, flush=True)
 
@@ -120,6 +126,44 @@ def _trl_preference(pairs: pl.DataFrame) -> Rows:
     ]
 
 
+def _trl_kto(pairs: pl.DataFrame) -> Rows:
+    return [
+        {"prompt": _prompt(row["x"]), "completion": _answer(row["x"], row[side]), "label": side == "chosen"}
+        for row in selection.preferences(pairs).iter_rows(named=True)
+        for side in ("chosen", "rejected")
+    ]
+
+
+def _distilabel(pairs: pl.DataFrame) -> Rows:
+    return [
+        {
+            "instruction": _instruction(row["x"]),
+            "messages": stored_chat(row["x"]),
+            "generations": [row["y"], row["y_prompt"]],
+            "ratings": [row["s"], row["s_prompt"]],
+            "generation_models": [row["policy"]] * 2,
+        }
+        for row in pairs.iter_rows(named=True)
+    ]
+
+
+def _argilla(pairs: pl.DataFrame) -> Rows:
+    return [
+        {
+            "id": "{round}/{query_id}/{sample}".format(**row),
+            "instruction": _instruction(row["x"]),
+            "response_1": row["y"],
+            "response_2": row["y_prompt"],
+            "preference": None if row["s"] == row["s_prompt"] else f"response_{1 + (row['s_prompt'] > row['s'])}",
+            "reward_1": row["s"],
+            "reward_2": row["s_prompt"],
+            "round": row["round"],
+            "policy": row["policy"],
+        }
+        for row in pairs.iter_rows(named=True)
+    ]
+
+
 def _sft(pairs: pl.DataFrame) -> Rows:
     best = selection.best_of_n(pairs).select("x", "y").iter_rows()
     return [{"prompt": _prompt(x), "completion": _answer(x, y)} for x, y in best]
@@ -137,6 +181,9 @@ def _alpacaeval(answers: pl.DataFrame) -> Rows:
 
 FORMATS: dict[str, Callable[[pl.DataFrame], Rows]] = {
     "trl-preference": _trl_preference,
+    "trl-kto": _trl_kto,
+    "distilabel": _distilabel,
+    "argilla": _argilla,
     "sft": _sft,
     "messages": _messages,
     "alpacaeval": _alpacaeval,
