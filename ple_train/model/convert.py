@@ -188,8 +188,8 @@ def _of_weights(kinds: dict[str, str]) -> list[str]:
     counts = Counter(kind for kind in kinds.values() if kind not in PLAIN)
     if not counts:
         return []
-    found = ", ".join(f"{count} of {len(kinds)} tensors in {kind}" for kind, count in counts.most_common())
-    return [f"lost: the weights were quantized ({found}); they are kept as rounded, in float32"]
+    found = ", ".join(f"{kind}: {count}" for kind, count in counts.most_common())
+    return [f"lost: the weights were quantized ({found} of {len(kinds)} tensors); they stay as rounded, in float32"]
 
 
 def _of_positions(config: Any, metadata: dict[str, Any], kinds: dict[str, str]) -> list[str]:
