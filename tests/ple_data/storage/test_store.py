@@ -97,7 +97,7 @@ def test_scan_sees_committed_rows_of_all_versions(store):
     store.record_path("pairs", 1, UNIT).write_text(json.dumps(values))
     (store.root / "pairs" / "round=000" / "part-stranger.parquet").write_bytes(shard.path.read_bytes())
     rows = store.scan("pairs").collect()
-    assert rows.columns == tables.PAIRS.names
+    assert rows.columns == ALWAYS_THERE
     assert rows.height == 6
     assert rows["reference"].to_list() == [None] * 6
 
@@ -786,10 +786,13 @@ def two_rounds(store) -> Path:
     return store.root
 
 
+ALWAYS_THERE = [field.name for field in tables.PAIRS if tables.since(field) <= tables.ALWAYS]
+
+
 def test_polars_reads_pairs_unaided(two_rounds):
 
     rows = pl.scan_parquet(f"{two_rounds}/pairs/**/*.parquet").collect()
-    assert rows.columns == tables.PAIRS.names
+    assert rows.columns == ALWAYS_THERE
     assert rows["round"].to_list() == [0, 0, 0, 1, 1, 1]
     assert rows["round"].dtype == pl.Int32
     assert rows["y_prompt_ids"].to_list() == [[10, 11, 12, 1]] * 6
@@ -815,7 +818,7 @@ def test_datasets_reads_pairs_unaided(two_rounds, tmp_path):
         split="train",
         cache_dir=str(tmp_path / "cache"),
     )
-    assert sorted(rows.column_names) == sorted(tables.PAIRS.names)
+    assert sorted(rows.column_names) == sorted(ALWAYS_THERE)
     assert rows["round"][:] == [0, 0, 0, 1, 1, 1]
     assert rows[0]["y_ids"] == [8, 9, 1]
 
