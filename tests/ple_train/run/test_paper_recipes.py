@@ -1,10 +1,9 @@
 """The recipes of the paper: they parse, say what the paper says, and run whole on small models of the same kinds."""
 
 import contextlib
-import importlib
 import re
+import runpy
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,12 +126,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pl.DataFrame(rows).write_parquet(root / f"{task}-{part}.parquet")
             words += [f"--{part}", str(root / f"{task}-{part}.parquet")]
         with pytest.MonkeyPatch.context() as patch:
-            patch.syspath_prepend(PAPER)
             patch.setattr(
                 "sys.argv", ["prepare.py", task, *words, "--output", str(root / "runs" / "paper-data" / task)]
             )
-            importlib.import_module("prepare").main()
-            del sys.modules["prepare"]
+            runpy.run_path(str(PAPER / "prepare.py"), run_name="__main__")
     return root
 
 
