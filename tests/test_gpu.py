@@ -432,7 +432,7 @@ def test_a_step_that_is_not_finite_is_named_and_its_checkpoint_is_never_written(
 def test_the_machine_is_said_and_recorded(card, capsys, tmp_path):
     from ple_train.engine.output import Output
 
-    accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cuda", 0))
+    accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cuda", 0), log_with=[])
     out = Output(Settings(Written, {}), "ple", Written(output=tmp_path), accelerator)
     card(9, 0)
     out.note_machine("bf16", attention=attention.VARLEN, layout="shared")

@@ -95,11 +95,11 @@ def test_an_unknown_model_and_a_refused_field_are_said(endpoint, sources, tmp_pa
 
 
 def test_a_query_too_long_for_the_judge_is_counted(endpoint, sources, tmp_path, capsys):
-    """2,048 positions: the first query's response fills them."""
+    """2,048 positions: the first query's response fills them. Both orders are refused for one reason, told once."""
     rows = [json.loads(line) for line in Path(sources[0]).read_text().splitlines()]
     rows[0]["y"] = "was long " * 2000
     Path(sources[0]).write_text("\n".join(map(json.dumps, rows)))
     judge(*sources, "openai:tiny", tmp_path / "out", endpoint=endpoint, request_args=SHORT)
-    assert capsys.readouterr().err.count("no verdict: query 'q0': judge openai:tiny") == 2
+    assert capsys.readouterr().err.count("no verdict: query 'q0': judge openai:tiny") == 1
     [first, *_] = tables.read_table(tmp_path / "out" / "verdicts.parquet", "verdicts").to_pylist()
-    assert (first["verdict"], first["a_first_answer"]) == ("unparsed", None)
+    assert (first["verdict"], first["a_first_answer"], first["b_first_answer"]) == ("unparsed", None, None)
