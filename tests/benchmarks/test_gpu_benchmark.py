@@ -21,6 +21,7 @@ from benchmarks.on_gpu.worlds import pieces
 from tests.conftest import ROOT
 
 NEEDS_GPU = "needs a GPU"
+LONG = "a,g"
 STEPS_OF_A = (
     "machine",
     "llama: one step, bf16",
@@ -47,13 +48,14 @@ def results(output: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Every section that is over in seconds."""
     output = tmp_path_factory.mktemp("gpu")
-    return output, measure(output)
+    return output, measure(output, "--skip", LONG)
 
 
-def test_every_section_runs_to_its_end_on_a_cpu(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    output, ended = whole
+def assert_whole(output: Path, ended: subprocess.CompletedProcess[str], letters: str) -> None:
+    """Those sections ran to their end, and no part of one failed."""
     found = results(output)
     wrong = {
         part: values["traceback"]
@@ -63,19 +65,25 @@ def test_every_section_runs_to_its_end_on_a_cpu(whole: tuple[Path, subprocess.Co
     }
     assert not wrong, "\n".join(wrong.values())
     assert ended.returncode == 0, ended.stderr
-    assert list(found) == [section.name for section in SECTIONS]
+    assert list(found) == [section.name for section in SECTIONS if section.letter in letters]
     assert all(result["complete"] for result in found.values())
     assert (output / "summary.txt").read_text() in ended.stdout
 
 
-def test_every_named_step_of_the_first_section_passes(whole: tuple[Path, Any]) -> None:
-    parts = results(whole[0])["runs"]["parts"]
+def test_quick_sections_run_to_their_end_on_a_cpu(quick: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    assert_whole(*quick, "bcdef")
+
+
+@pytest.mark.long
+def test_long_sections_run_to_their_end_on_a_cpu(tmp_path: Path) -> None:
+    assert_whole(tmp_path, measure(tmp_path, "--only", LONG), LONG)
+    parts = results(tmp_path)["runs"]["parts"]
     assert set(STEPS_OF_A) <= set(parts)
     assert parts["llama: ple run killed and resumed"]["killed_after_step"] >= 1
 
 
-def test_what_only_a_gpu_can_do_is_named_and_is_no_failure(whole: tuple[Path, Any]) -> None:
-    found = results(whole[0])
+def test_what_only_a_gpu_can_do_is_named_and_is_no_failure(quick: tuple[Path, Any]) -> None:
+    found = results(quick[0])
     assert found["profile"]["parts"]["small: training step waits"]["not_here"] == NEEDS_GPU
     one_call = [part for part in found["attention"]["parts"] if part.endswith(": one call")]
     assert one_call

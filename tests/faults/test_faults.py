@@ -7,7 +7,7 @@ import pytest
 from tests.faults.__main__ import run
 from tests.faults.disk import compiler
 
-MOST = 4
+MOST = 2
 """Faults of each stage."""
 
 

@@ -7,7 +7,7 @@ import pytest
 from tests.faults.disk import compiler
 from tests.hostile.__main__ import run
 
-MOST = 5
+MOST = 3
 """Inputs of each family."""
 
 

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 pytest.importorskip("ray")
 
 
-@pytest.mark.scale
+@pytest.mark.long
 def test_machines_that_are_killed_change_no_row() -> None:
     """A process of its own: Ray and its cluster leave threads and variables behind."""
     command = [sys.executable, "-m", "tests.scale", "--kills", "2", "--seed", "1"]

@@ -105,6 +105,7 @@ def test_rows_are_those_of_the_model_and_of_the_adapter(
 
 
 @pytest.mark.vllm
+@pytest.mark.long
 def test_a_server_that_is_killed_and_started_again_loses_and_doubles_nothing(
     running: VllmServer, run: Any, adapter: Path, tmp_path: Path
 ) -> None:

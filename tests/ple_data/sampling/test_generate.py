@@ -531,6 +531,7 @@ class Vllm:
 
 
 @pytest.mark.vllm
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
     vllm_python: str, policy: Path, tmp_path: Path, rows: Any
@@ -585,6 +586,7 @@ def test_vllm_interrupted_in_every_way_leaves_no_process_and_loses_nothing(
 
 
 @pytest.mark.vllm
+@pytest.mark.long
 def test_vllm_that_cannot_start_is_one_clear_line(
     vllm_python: str, policy: Path, queries: Path, tmp_path: Path
 ) -> None:

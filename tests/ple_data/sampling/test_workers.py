@@ -200,6 +200,7 @@ def gone(mark: str, what: str = "") -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.long
 def test_nothing_is_left_of_a_driver_that_was_killed_and_a_rerun_completes(
     run: Any, driver: Any, tmp_path: Path
 ) -> None:
@@ -245,7 +246,7 @@ def marked(mark: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.vllm
-@pytest.mark.scale
+@pytest.mark.long
 def test_vllm_whose_process_is_killed_makes_room_for_another_worker(
     vllm_python: str, driver: Any, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_what_does_not_go_together_is_found_first(bench: Bench, gen: dict, train
 
 
 @pytest.mark.vllm
+@pytest.mark.long
 def test_rounds_on_a_real_server(
     policy: Path, reward: Path, vllm_python: str, tmp_path: Path, run_forked: Callable[..., Ended], monkeypatch
 ) -> None:
