@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 
 
 def _gen(chosen: options.Gen) -> str | None:
-    from ple_data.rewards import check_reward_model, kind_of
+    from ple_data.rewards import check_reward_model, kind_of, rubric_of
     from ple_data.sampling.generate import generate
 
-    if chosen.rubric is None and "judge" in map(kind_of, chosen.reward_model):
-        chosen = chosen.but(rubric=chosen.principles)
+    chosen = chosen.but(rubric=rubric_of(chosen.reward_model, chosen.rubric, chosen.principles))
     for spec in chosen.reward_model:
         check_reward_model(spec, chosen)
     summary = generate(chosen)
     if summary.dry_run is None and chosen.reward_model:
         parts = (chosen.part(kind).values() for kind in (options.Rewards, options.Spread, options.Scored))
         how = {name: value for part in parts for name, value in part.items()}
+        if "judge" in map(kind_of, chosen.reward_model):  # it is asked from one process
+            how["workers"] = None
         _score(options.Score(data=chosen.data, round=chosen.round, **how))
     return summary.dry_run
 

@@ -24,7 +24,7 @@ COMMANDS: dict[str, type[Options]] = {
     "ple inspect": options.Inspect, "ple export": options.Export, "ple verify": options.Verify,
     "ple baseline sft": options.BaselineSft, "ple baseline context-distillation": options.ContextDistillation,
     "ple baseline raft": options.Baseline, "ple baseline dpo": options.Dpo, "ple baseline ppo": options.Ppo,
-    "ple demo": options.Demo,
+    "ple import": options.Import, "ple push": options.Push, "ple convert": options.Convert, "ple demo": options.Demo,
 }  # fmt: skip
 INTRODUCTION = """\
 # Options

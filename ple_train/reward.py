@@ -46,6 +46,8 @@ def reward(options: Reward) -> str | None:
 
     Raises UsageError for options that do not go together.
     """
+    if options.test is None and (options.group is not None or options.as_json):
+        raise UsageError("--group and --json are of what is measured on --test: give that, or leave them out")
     test = read_held_out(options.test, options.group) if options.test else None
     if options.measured is not None:
         given = {"--model": options.model, "--data": options.data, "--output": options.output}

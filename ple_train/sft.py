@@ -85,8 +85,9 @@ def read_sequences(
         if sequence.response > 0 and (max_length is None or len(ids) <= max_length):
             sequences.append(sequence)
     left_out = len(rows) - len(sequences)
+    too_long = "" if max_length is None else f", or longer than --max-length {max_length}"
     if not sequences:
-        raise UsageError(f"{data}: no row to train on ({left_out} rows are empty or longer than --max-length)")
+        raise UsageError(f"{data}: no row to train on ({left_out} rows are empty{too_long})")
     if left_out:
-        print_to_log(f"{left_out} of {len(rows)} rows left out: empty, or longer than --max-length {max_length}")
+        print_to_log(f"{left_out} of {len(rows)} rows left out: empty{too_long}")
     return sequences

@@ -135,12 +135,12 @@ def freeze(data: Sequence[Path], round: int, max_length: int | None, first: int 
                 rows = lengths.filter(fits(max_length)).height
             parts.append(SnapshotShard(Path(root), shard, rows))
     present = {part.shard.round for part in parts}
-    missing = [t for t in range(first, round + 1) if t not in present]
-    if missing:
+    missing = next((t for t in range(first, round + 1) if t not in present), None)
+    if missing is not None:
         names = ", ".join(str(path) for path in data)
         raise UsageError(
-            f"no pairs of round {missing[0]} in {names}: generate and score it first "
-            f"(ple-gen --round {missing[0]} --reward-model R, or ple-score)"
+            f"no pairs of round {missing} in {names}: generate and score it first "
+            f"(ple-gen --round {missing} --reward-model R, or ple-score)"
         )
     if not any(part.rows for part in parts):
         raise UsageError(f"every pair is longer than --max-length {max_length}: nothing to train on")

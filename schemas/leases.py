@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from schemas.errors import DamagedError
+from schemas.errors import DamagedError, PleError
 from schemas.files import TMP_SUFFIX, explained, unfollowed
 from schemas.holders import Process, this_process
 
@@ -211,8 +211,9 @@ class _Renewals:
             with self._lock:
                 leases = list(self._leases)
             for lease in leases:
-                if not lease.renew():
-                    self.drop(lease)
+                with suppress(OSError, PleError):  # what fails for a moment: the next time is soon enough
+                    if not lease.renew():
+                        self.drop(lease)
 
 
 _renewals = _Renewals()

@@ -111,7 +111,7 @@ class BaselineStage(_stage(options.Baseline, "ple", "baseline")):  # type: ignor
     @model_validator(mode="after")
     def _options_of_the_method(self) -> "BaselineStage":
         kind = options.Dpo if self.method == "dpo" else options.Baseline
-        own = {known.name for known in kind.in_order()} | {"command", "method"}
+        own = {known.name for known in kind.in_order()} | {"command", "method", "launch"}
         own |= {"on_policy"} if self.method == "context-distillation" else set()
         for name, field in type(self).model_fields.items():
             if name not in own and getattr(self, name) != field.get_default(call_default_factory=True):
@@ -127,6 +127,12 @@ class SftStage(_stage(options.Sft, "ple", "sft", without=RENDERED)):  # type: ig
     """Options of `ple sft`; its output, RUN/sft, becomes the start policy. It renders as `gen` says (`RENDERED`)."""
 
     data: str
+
+    @model_validator(mode="after")
+    def _merged(self) -> "SftStage":
+        if self.shard and not self.full:
+            raise ValueError("shard needs full: an adapter is merged at the end, which takes the whole model")
+        return self
 
 
 class RewardStage(_stage(options.Reward, "ple", "reward", without={*OF_REWARDS, "measured", "as_json"})):  # type: ignore[misc]
@@ -186,8 +192,9 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _adapters(self) -> "Recipe":
-        if self.gen.server and self.train.full:
-            raise ValueError("gen.server serves one model with each round's adapter: leave it out, or train.full")
+        name = "train" if self.baseline is None else "baseline"
+        if self.gen.server and getattr(self, name).full:
+            raise ValueError(f"gen.server serves one model with each round's adapter: leave it out, or {name}.full")
         return self
 
     @model_validator(mode="after")

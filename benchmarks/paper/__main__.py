@@ -68,6 +68,8 @@ def main() -> None:
     inputs = {name: path.absolute() for name, path in inputs.items()}
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     select(task, arguments.only)
+    if arguments.rates and not arguments.rates.exists():
+        parser.error(f"--rates {arguments.rates}: there is no such file")
     rates = read_rates(arguments.rates) if arguments.rates else None
     arguments.output.mkdir(parents=True, exist_ok=True)
     os.chdir(arguments.output)  # every name below is relative, so that the whole directory may move

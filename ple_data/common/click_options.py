@@ -14,6 +14,15 @@ from schemas.options import Options, about, choices_of, flag, is_repeated, kind_
 _METAVARS = {click.IntRange: "N", click.FloatRange: "X"}
 
 
+class FilePath(click.Path):
+    """A path; an empty text, such as of a variable that is not set, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("must not be an empty text", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class SectionedOption(click.Option):
     """An option that --help shows under a heading."""
 
@@ -53,7 +62,7 @@ def _type(known: "Field[Any]") -> Any:
     if choices := choices_of(known):
         return click.Choice(choices)
     if kind is Path:
-        return click.Path(path_type=Path)
+        return FilePath(path_type=Path)
     if kind not in (int, float) or {told.least, told.above, told.most, told.below} == {None}:
         return kind
     low = told.least if told.above is None else told.above

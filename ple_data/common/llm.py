@@ -102,8 +102,8 @@ class Keeping(Generic[Asked, Kept]):
 class LanguageModel:
     """One model behind one endpoint. `fields` go into every request; a field that is None is left out."""
 
-    role, field_option = "judge", "--request-arg"
-    """What messages call it, and the option that gives a field."""
+    role, field_option, address_option = "judge", "--request-arg", "--endpoint"
+    """What messages call it, and the options that give a field and its address."""
 
     def __init__(self, kind: str, model: str, endpoint: str | None, fields: dict[str, Any]) -> None:
         """Raises UsageError for a wrong address, or where the kind's own endpoint lacks its key."""
@@ -112,7 +112,10 @@ class LanguageModel:
         base = web.checked_url((endpoint or self._api.endpoint).rstrip("/"), self.role, self._api.key_variable)
         self._key = web.key_from_environment(self._api.key_variable)
         if endpoint is None and not self._key:
-            raise UsageError(f"{self.role} {self.name}: set the environment variable {self._api.key_variable}")
+            raise UsageError(
+                f"{self.role} {self.name}: set the environment variable {self._api.key_variable}, or give the address "
+                f"of a server of your own with {self.address_option}"
+            )
         self._url = str(base.copy_with(path=f"{base.path}/{self._api.path}"))
         self.address = web.shown_url(base)
         self._who = f"{self.role} {self.name} at {self.address}"
@@ -134,7 +137,6 @@ class LanguageModel:
         fails in every try. Raises PleError where the endpoint is down, UsageError where it refuses everything; what was
         answered is kept.
         """
-        import httpx
 
         digests = {asked: self.digest(question) for asked, question in questions.items()}
         same: dict[str, list[Asked]] = {}
@@ -146,9 +148,8 @@ class LanguageModel:
             return
         headers = self._api.headers(self._key) if self._key else {}
         self._faults.begin(answered=len(waiting) < len(same), enough=min(MOST_FAULTS, len(waiting)))
-        limits = httpx.Limits(max_connections=concurrency)
         with contextlib.ExitStack() as stack:
-            client = stack.enter_context(web.open_client(headers=headers, timeout=TIMEOUT, limits=limits))
+            client = stack.enter_context(web.open_client(concurrency, headers=headers, timeout=TIMEOUT))
             progress = None
             if keeping.label:
                 told = Progress(keeping.label, len(same), "answers", done=len(same) - len(waiting))

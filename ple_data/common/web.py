@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +34,9 @@ LONGEST_WAIT, LONGEST_ASKED = 60.0, 600.0
 """Seconds between two tries at most, and the wait at which a server that asks for more is not tried again."""
 MOST_BYTES, WHOLE = 16 * 2**20, 1.5
 """An answer's size at most, as it comes and unpacked; and its time, as a multiple of the client's timeout."""
+
+HERE = ("all://127.0.0.1", "all://localhost", "all://[::1]")
+"""This machine, which no proxy reaches for us."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -92,13 +95,14 @@ def shown_url(url: httpx.URL) -> str:
     return public(str(url.copy_with(query=None, fragment=None)))
 
 
-def open_client(**options: Any) -> httpx.Client:
-    """A client whose connections are not used twice, so that each can be cut. Raises UsageError."""
+def open_client(connections: int, **options: Any) -> httpx.Client:
+    """A client with so many connections at most, none used twice, so that each can be cut. Raises UsageError."""
     import httpx
 
     headers = {"Connection": "close", "Accept-Encoding": "identity", **options.pop("headers", {})}
     try:
-        return httpx.Client(headers=headers, **options)
+        limits = httpx.Limits(max_connections=connections)
+        return httpx.Client(headers=headers, limits=limits, mounts=dict.fromkeys(HERE), **options)
     except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
         raise _unreachable(error) from None
 
@@ -111,13 +115,42 @@ def _unreachable(error: Exception) -> UsageError:
     return UsageError(f"this environment allows no HTTP client ({why}): correct {given or 'its proxies'}")
 
 
+class Cut:
+    """Ends all requests in flight that were made with it, and those to come."""
+
+    def __init__(self) -> None:
+        self._ways, self._lock, self._over = set[Callable[[], None]](), threading.Lock(), False
+
+    def now(self) -> None:
+        with self._lock:
+            self._over, ways = True, list(self._ways)
+        for way in ways:
+            way()
+
+    @contextlib.contextmanager
+    def by(self, way: Callable[[], None]) -> Iterator[None]:
+        """While this is entered, `way` ends a request."""
+        with self._lock:
+            self._ways.add(way)
+            over = self._over
+        if over:
+            way()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._ways.discard(way)
+
+
 @dataclass(frozen=True)
 class Patience:
-    """How long a server is tried. first_wait: seconds, doubled every try; stop: set, it ends the waiting."""
+    """How long a server is tried. first_wait: seconds, doubled every try; stop: set, it ends the waiting; cut: ends a
+    request in flight."""
 
     tries: int
     first_wait: float
     stop: threading.Event
+    cut: Cut = field(default_factory=Cut)
 
 
 def ask_json(
@@ -136,7 +169,7 @@ def ask_json(
     for attempt in range(patience.tries):
         pause = patience.first_wait * 2**attempt * random.uniform(0.5, 1.0)
         try:
-            response = _exchange(client, url, body)
+            response = _exchange(client, url, body, patience.cut)
         except UnansweredError as error:
             raise UnansweredError(f"{what} {error}: {failed}") from error
         except UnicodeError as error:  # no host has such a name: the server's was looked at, so it is a proxy's
@@ -162,7 +195,7 @@ def ask_json(
     raise raised(f"{what} failed {attempt + 1} times, the last with {fault}: {failed}")
 
 
-def _exchange(client: httpx.Client, url: str, body: Any) -> httpx.Response:
+def _exchange(client: httpx.Client, url: str, body: Any, ends: Cut) -> httpx.Response:
     """One try: the whole answer, unpacked. Raises httpx.TransportError, and UnansweredError without the server's name
     where another try would end no better.
     """
@@ -170,7 +203,7 @@ def _exchange(client: httpx.Client, url: str, body: Any) -> httpx.Response:
 
     seconds, raw = WHOLE * (client.timeout.read or 0.0), bytearray()
     late = UnansweredError(f"gave no whole answer in {seconds:.0f} seconds")
-    with _deadline(seconds) as (over, trace):
+    with _deadline(seconds, ends) as (over, trace):
         try:
             how: dict[str, Any] = {} if body is None else {"json": body}
             with client.stream("POST" if how else "GET", url, **how, extensions={"trace": trace}) as found:
@@ -188,9 +221,9 @@ def _exchange(client: httpx.Client, url: str, body: Any) -> httpx.Response:
 
 
 @contextlib.contextmanager
-def _deadline(seconds: float) -> Iterator[tuple[threading.Event, Callable[[str, dict[str, Any]], None]]]:
-    """Cut a request's connection when its time is over, in a handshake, headers or the body: whether that was done,
-    and the trace of httpx that finds the connection. Its socket is duplicated, as TLS takes the first one over.
+def _deadline(seconds: float, ends: Cut) -> Iterator[tuple[threading.Event, Callable[[str, dict[str, Any]], None]]]:
+    """Cut a request's connection when its time or all is over, in a handshake, headers or the body: whether that was
+    done, and the trace of httpx that finds the connection. Its socket is duplicated, as TLS takes the first one over.
     """
     over, sockets = threading.Event(), list[socket.socket]()
 
@@ -210,7 +243,8 @@ def _deadline(seconds: float) -> Iterator[tuple[threading.Event, Callable[[str, 
     timer.daemon = True
     timer.start()
     try:
-        yield over, trace
+        with ends.by(cut):
+            yield over, trace
     finally:
         timer.cancel()
         timer.join()

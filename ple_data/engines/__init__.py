@@ -7,6 +7,7 @@ its completion as soon as that is finished, in any order. It pulls the next unit
 import difflib
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,6 +137,16 @@ def refuse_unknown(engine_args: Mapping[str, Any], known: Iterable[str], engine:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known)[:20])}"
             raise UsageError(f"--engine-arg {name}: the {engine} engine has no such argument; {hint}")
+
+
+def refuse_no_numbers(engine_args: Mapping[str, Any], least: Mapping[str, float]) -> None:
+    """Raise UsageError for an argument below its least, or that is no number; a whole one where its least is an int."""
+    for name, smallest in least.items():
+        kinds = int if isinstance(smallest, int) else (int, float)
+        value = engine_args.get(name, smallest)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not smallest <= value < math.inf:
+            whole = "a whole number" if kinds is int else "a number"
+            raise UsageError(f"--engine-arg {name} must be {whole} of at least {smallest}, not {value!r}")
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:

@@ -22,7 +22,16 @@ from transformers import (
 from ple_data.common.device import chosen_device, describe, load_adapter, load_weights, natural_dtype, upload
 from ple_data.common.loading import is_out_of_memory
 from ple_data.common.models import AdapterInfo, pad_id
-from ple_data.engines import Completion, EngineSpec, Request, Sampling, cut_at_stop, refuse_unknown, response_text
+from ple_data.engines import (
+    Completion,
+    EngineSpec,
+    Request,
+    Sampling,
+    cut_at_stop,
+    refuse_no_numbers,
+    refuse_unknown,
+    response_text,
+)
 from schemas.errors import UsageError, first_line
 
 ENGINE_ARGS = ("batch_size", "device", "attn_implementation")
@@ -37,6 +46,7 @@ STOP_WINDOW = 32
 def check(engine_args: Mapping[str, Any], adapter: AdapterInfo | None) -> None:
     """Refuse engine arguments that there are not."""
     refuse_unknown(engine_args, ENGINE_ARGS, "hf")
+    refuse_no_numbers(engine_args, {"batch_size": 1})
 
 
 class HfEngine:
@@ -46,9 +56,7 @@ class HfEngine:
         """Load the model straight to its device, and its adapter."""
         self._spec = spec
         self.under_way: Callable[[int], None] = lambda tokens: None
-        self._batch_size = int(engine_args.get("batch_size", DEFAULT_BATCH))
-        if self._batch_size < 1:
-            raise UsageError(f"--engine-arg batch_size must be at least 1, not {self._batch_size}")
+        self._batch_size = engine_args.get("batch_size", DEFAULT_BATCH)
         self._device = chosen_device(engine_args.get("device"), "--engine-arg device")
         options = {name: value for name, value in engine_args.items() if name == "attn_implementation"}
         options |= {"revision": spec.revision, "dtype": _dtype(spec.dtype, self._device)}

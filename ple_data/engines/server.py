@@ -31,6 +31,7 @@ from ple_data.engines import (
     Sampling,
     cut_at_stop,
     distance_of,
+    refuse_no_numbers,
     refuse_unknown,
     response_text,
 )
@@ -44,6 +45,9 @@ API_KEY_VARIABLE = "PLE_ENGINE_API_KEY"
 ARGUMENTS = {"concurrency": 256, "timeout": 600.0, "patience": 600.0}
 """What --engine-arg may say: requests in flight at a server; seconds for one; seconds for which servers that are away
 are tried, a restart, say."""
+LEAST = {"concurrency": 1, "timeout": 0.001, "patience": 0.0}
+GONE = 404
+"""What a server says of an adapter that another process, which is done, took off: it is loaded again."""
 PAUSE = 2.0
 """Seconds between two looks at servers that are all away."""
 PROBE = ("The", "The quick brown fox jumps over the lazy", "1 2 3 4 5 6 7", "I")
@@ -57,6 +61,7 @@ START_WITH = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora
 def check(engine_args: Mapping[str, Any], adapter: AdapterInfo | None) -> None:
     """Refuse arguments that there are not, and addresses that are none."""
     refuse_unknown(engine_args, [*ARGUMENTS, "endpoints"], "server")
+    refuse_no_numbers(engine_args, LEAST)
     if not engine_args.get("endpoints"):
         raise UsageError("--engine server needs the address of a vLLM server: --endpoint http://host:8000")
     for url in engine_args["endpoints"]:
@@ -79,14 +84,16 @@ class ServerEngine:
         told = ARGUMENTS | dict(engine_args)
         self._spec, self._patience, self._stop = spec, float(told["patience"]), threading.Event()
         self._key = web.key_from_environment(API_KEY_VARIABLE)
-        self._client = web.open_client(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {}, timeout=float(told["timeout"])
-        )
         self._name = spec.adapter and f"ple-{model_digest(spec.adapter.path)}"
         self.probe: Probed | None = None
         self._servers = [_Server(self, url) for url in told["endpoints"]]
         self._turn = itertools.count()
-        self._in_flight = int(told["concurrency"]) * len(self._servers)
+        self._in_flight, self._cut = int(told["concurrency"]) * len(self._servers), web.Cut()
+        self._client = web.open_client(
+            self._in_flight,
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=float(told["timeout"]),
+        )
         self._pool = ThreadPoolExecutor(self._in_flight, thread_name_prefix="server")
         try:
             self._when_there(self._servers, lambda server: None)
@@ -117,6 +124,7 @@ class ServerEngine:
         if self._stop.is_set():
             return
         self._stop.set()
+        self._cut.now()
         self._pool.shutdown(wait=True, cancel_futures=True)
         for server in self._servers:
             server.end()
@@ -141,13 +149,18 @@ class ServerEngine:
     def _when_there(self, turn: Sequence[_Server], work: Any) -> Any:
         """What `work` gives with the first server that is there; all are tried again while there is patience."""
         deadline = time.monotonic() + self._patience
+        fault: PleError
         while True:
             for server in turn:
                 try:
                     server.make_sure()
                     return work(server)
-                except (UsageError, RefusedError):
+                except UsageError:
                     raise
+                except RefusedError as error:
+                    if error.status != GONE or not self._name:
+                        raise
+                    server.known, fault = False, error
                 except PleError as error:
                     if server.known:
                         print(f"{error}: asking again for {self._patience:.0f} s", file=sys.stderr, flush=True)
@@ -189,7 +202,7 @@ class _Server:
     def ask(self, body: Mapping[str, Any], path: str = "v1/completions") -> Any:
         """The answer to a request of the policy. Raises RefusedError, and PleError where the server is away."""
         words = {"model": self._engine._name or self._model} if path == "v1/completions" else {}
-        return self._post(path, words | dict(body))
+        return self._post(path, words | dict(body), cut=self._engine._cut)
 
     def make_sure(self) -> None:
         """Look at a server that is not known, or was away: whether it holds the policy. Raises UsageError."""
@@ -264,8 +277,8 @@ class _Server:
             raise UsageError(f"{self.what} does not say which models it serves (v1/models); it must be vLLM")
         return models
 
-    def _post(self, path: str, body: Mapping[str, Any] | None, tries: int = 2) -> Any:
-        patience = web.Patience(tries, 0.5, self._engine._stop)
+    def _post(self, path: str, body: Mapping[str, Any] | None, tries: int = 2, cut: web.Cut | None = None) -> Any:
+        patience = web.Patience(tries, 0.5, self._engine._stop, cut or web.Cut())
         failed = "what was finished before is kept; check the server"
         key = self._engine._key
         return self._parsed(

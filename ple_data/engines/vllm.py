@@ -25,6 +25,7 @@ from ple_data.engines import (
     Request,
     Sampling,
     cut_at_stop,
+    refuse_no_numbers,
     refuse_unknown,
     response_text,
 )
@@ -63,6 +64,7 @@ def check(engine_args: Mapping[str, Any], adapter: AdapterInfo | None) -> None:
     for name, option in RESERVED.items():
         if name in engine_args:
             raise UsageError(f"--engine-arg {name}: use {option}")
+    refuse_no_numbers({n: v for n, v in engine_args.items() if v is not None}, {"max_lora_rank": 1, "max_model_len": 1})
     if adapter is None:
         return
     asked = engine_args.get("max_lora_rank")

@@ -22,6 +22,7 @@ from schemas.training import Trained
 
 PAPER = "Progressively Label Enhancement (PLE; Liu, Xu, Geng, ICML 2025)"
 SIZES = {"n<1K": 10**3, "1K<n<10K": 10**4, "10K<n<100K": 10**5, "100K<n<1M": 10**6, "1M<n<10M": 10**7}
+SIZES |= {"10M<n<100M": 10**8, "100M<n<1B": 10**9, "1B<n<10B": 10**10}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MOST_TEXTS = 3
 """Principles that a card shows in full."""
@@ -38,7 +39,7 @@ def dataset_card(store: Store, repo: str, license: str | None) -> str:
     rows = max(sum(shard.rows for shard in shards) for shards in kinds.values())
     head: dict[str, Any] = {"license": license} if license else {}
     head |= {"tags": ["ple", "preference", "synthetic"], "task_categories": ["text-generation"]}
-    head["size_categories"] = [next((name for name, most in SIZES.items() if rows < most), "n>10M")]
+    head["size_categories"] = [next((name for name, most in SIZES.items() if rows < most), "10B<n<100B")]
     order = sorted(kinds, key=lambda kind: kind != "pairs")
     head["configs"] = [
         {"config_name": kind, "data_files": f"{kind}/**/*.parquet", **({"default": True} if kind == order[0] else {})}

@@ -28,6 +28,13 @@ STDOUT = "-"
 EXPORTED = ["query_id", "round", "sample", "x", "y", "s", "y_prompt", "s_prompt", "policy", "reward_model"]
 WITHOUT_TIES = {"trl-preference": 1, "trl-kto": 2}
 """Formats that leave out pairs with equal rewards, and how many rows they make of any other."""
+MAY_BE_NULL = {
+    "preference": pa.string(),
+    "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+}
+"""What a Parquet file's columns hold that may be null in all of its first rows."""
+OF_BEST = {"sft", "messages"}
+"""Formats with one row a query and round, its best response."""
 ANSWER_COLUMNS = ["sample", "x", "y", "policy"]
 
 Rows = list[dict[str, Any]]
@@ -56,10 +63,17 @@ def export(data: Path, *, format: str, output: str, round: int | None = None) ->
     columns = ANSWER_COLUMNS if format == "alpacaeval" else EXPORTED
     read, count = sum(shard.rows for shard in shards), 0
 
+    def tables() -> Iterator[pl.DataFrame]:
+        every = (pl.DataFrame(pl.from_arrow(store.read(shard, columns))) for shard in shards)
+        if format in OF_BEST:  # the rows of a query may stand in several shards
+            yield selection.best(pl.concat([selection.best_of_n(pairs) for pairs in every], how="vertical_relaxed"))
+        else:
+            yield from every
+
     def converted() -> Iterator[Rows]:
         nonlocal count
-        for shard in shards:
-            rows = FORMATS[format](pl.DataFrame(pl.from_arrow(store.read(shard, columns))))
+        for table in tables():
+            rows = FORMATS[format](table)
             count += len(rows)
             yield rows
         if not count:
@@ -110,7 +124,7 @@ def _newest_plain(store: Store, round: int | None) -> list[Shard]:
     return sorted((shard for shard in shards if shard.round == newest), key=lambda shard: shard.unit)
 
 
-# One shard → rows
+# Rows of the store → rows of the file
 
 
 def _trl_preference(pairs: pl.DataFrame) -> Rows:
@@ -164,14 +178,13 @@ def _argilla(pairs: pl.DataFrame) -> Rows:
     ]
 
 
-def _sft(pairs: pl.DataFrame) -> Rows:
-    best = selection.best_of_n(pairs).select("x", "y").iter_rows()
-    return [{"prompt": _prompt(x), "completion": _answer(x, y)} for x, y in best]
+def _sft(best: pl.DataFrame) -> Rows:
+    return [{"prompt": _prompt(x), "completion": _answer(x, y)} for x, y in best.select("x", "y").iter_rows()]
 
 
-def _messages(pairs: pl.DataFrame) -> Rows:
-    best = selection.best_of_n(pairs).select("x", "y").iter_rows()
-    return [{"messages": [*as_chat(x), _assistant(y.strip())]} for x, y in best]
+def _messages(best: pl.DataFrame) -> Rows:
+    rows = best.select("x", "y").iter_rows()
+    return [{"messages": [*as_chat(x), _assistant(y.strip())]} for x, y in rows]
 
 
 def _alpacaeval(answers: pl.DataFrame) -> Rows:
@@ -228,10 +241,14 @@ def _write_parquet(file: BinaryIO, parts: Iterable[Rows]) -> None:
     with ExitStack() as stack:
         writer = None
         for rows in filter(None, parts):
-            table = pa.Table.from_pylist(rows, schema=writer.schema if writer else None)
+            table = pa.Table.from_pylist(rows, schema=writer.schema if writer else _schema(rows))
             if writer is None:
                 writer = stack.enter_context(pq.ParquetWriter(file, table.schema, compression="zstd"))
             writer.write_table(table)
+
+
+def _schema(rows: Rows) -> pa.Schema:
+    return pa.schema([f.with_type(MAY_BE_NULL.get(f.name, f.type)) for f in pa.Table.from_pylist(rows).schema])
 
 
 def _json(row: dict[str, Any]) -> bytes:

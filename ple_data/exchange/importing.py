@@ -19,6 +19,7 @@ import pyarrow as pa
 from ple_data.common.digests import digests_of, json_digest, policy_name, text_digest
 from ple_data.common.models import check_model, load_config, load_tokenizer, refuse_unknown, vocabulary_of
 from ple_data.common.progress import Progress
+from ple_data.common.secrets import public
 from ple_data.common.tokens import ids_after
 from ple_data.exchange.preferences import read_pairs
 from ple_data.inputs.chat import X, stored_chat
@@ -159,7 +160,8 @@ def _freeze(store: Store, ours: RoundManifest, files: list[dict[str, str]]) -> N
 
 def _refuse_other_model(store: Store, judge: str) -> None:
     """Raise UsageError where the pairs of a store are another reward model's."""
-    if (owner := store.reward_model()) not in (None, judge):
+    owner = store.reward_model()
+    if owner is not None and judge not in (owner, public(owner, text_digest)):
         raise UsageError(
             f"the pairs in {store.root} were scored by {owner}, not by {judge}: two reward models are never mixed in "
             "one store; give another DATA, or the same name with --scored-by where it was the same model"

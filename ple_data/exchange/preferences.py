@@ -113,7 +113,9 @@ def _of_several(x: X, name: str, responses: Any, rewards_name: str, rewards: Any
     if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(y, str) for y in responses):
         raise ValueError(f"{name} must be a list of two texts or more")
     if rewards is None:
-        return [(x, y, other, None, None) for y, other in zip(responses[::2], responses[1::2], strict=False)]
+        if len(responses) % 2:
+            raise ValueError(f"{name} without rewards become pairs, two and two: give an even number of them")
+        return [(x, y, other, None, None) for y, other in zip(responses[::2], responses[1::2], strict=True)]
     if not isinstance(rewards, list) or len(rewards) != len(responses):
         raise ValueError(f"{rewards_name} must be a list with one number for each of {name}")
     scores = [_score(rewards_name, reward) for reward in rewards]

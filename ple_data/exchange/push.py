@@ -59,7 +59,8 @@ def push(options: Push) -> str | None:
         _say("note: the card names no licence; say which with --license")
     if options.dry_run:
         return _shown(parcel, options)
-    _say(f"{_send(parcel, options)}: {len(parcel.files)} files, {'private' if options.private else 'public'}")
+    where, private = _send(parcel, options)
+    _say(f"{where}: {len(parcel.files)} files, {'private' if private else 'public'}")
     return None
 
 
@@ -140,8 +141,8 @@ def _shown(parcel: Parcel, options: Push) -> str:
     return printable("\n".join([*lines, "", card.decode()]))
 
 
-def _send(parcel: Parcel, options: Push) -> str:
-    """The address of the commit."""
+def _send(parcel: Parcel, options: Push) -> tuple[str, bool]:
+    """The address of the commit, and whether the repository is private."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="ple-align")
@@ -158,7 +159,8 @@ def _send(parcel: Parcel, options: Push) -> str:
             "read with it: give another --to, or remove them there"
         )
     message = f"ple push: {options.source.absolute().name}"
-    return str(_asked(options, lambda: api.create_commit(**where, operations=operations, commit_message=message)))
+    commit = _asked(options, lambda: api.create_commit(**where, operations=operations, commit_message=message))
+    return str(commit), bool(found.private)
 
 
 def _names(found: Any) -> Sequence[str]:

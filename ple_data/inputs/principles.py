@@ -5,6 +5,7 @@ template takes one, else before the first user turn. Where the template writes a
 front of it, so that the arms differ by p alone.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -41,7 +42,7 @@ def load_principle(name_or_path: str) -> Principle:
     path = Path(name_or_path)
     if name_or_path in BUILT_IN:
         text = (resources.files("ple_data.inputs") / "principles" / f"{name_or_path}.txt").read_text(encoding="utf-8")
-    elif path.exists() and not path.is_dir():
+    elif os.path.exists(path) and not os.path.isdir(path):  # False for what is too long to be a path
         text = read_given_text(path, "principle file")
     else:
         raise UsageError(f"principle {name_or_path} is neither built in ({', '.join(BUILT_IN)}, none) nor a file")

@@ -187,22 +187,27 @@ def refuse_beyond_text(place: str, messages: Any, row: Mapping[str, Any]) -> Non
 
 
 def _hh(source: _Part) -> _Found:
-    """x = the dialogue up to and including the last `Assistant:`; what follows it in `chosen` is the reference: as it
-    stands, or without the white space around it where the model takes messages.
+    """x = the dialogue up to and including the last `Assistant:`, which is added where a Human turn is the last; what
+    follows it in `chosen` is the reference: as it stands, or without the white space around it where the model takes
+    messages.
     """
     column = source.column("prompt", "chosen")
     answers = source.references("chosen") if column != "chosen" else [None] * len(source.rows)
     found: _Found = []
     for place, text, answer in zip(source.rows.places, source.texts(column), answers, strict=True):
         turns = list(HH_TURN.finditer(text))
-        last = next((turn for turn in reversed(turns) if turn.group(1) == "Assistant"), None)
-        if last is None or turns[0].group(1) != "Human":
+        if len(turns) > 1 and turns[-1].group(1) == "Human" and not text[turns[-1].end() :].strip():
+            text, turns = text[: turns[-1].start()], turns[:-1]  # nothing was said
+        if not turns or turns[0].group(1) != "Human":
             raise UsageError(
                 f"{source.rows.source} {place}: column {column} must be a dialogue of 'Human:' and 'Assistant:' "
                 f"turns, but is {_shown(text)}"
             )
-        x = text[: last.end()]
-        reference = text[last.end() :] if text[last.end() :].strip() else answer
+        end = turns[-1].end()
+        x, said = text[:end], text[end:]
+        if turns[-1].group(1) == "Human":
+            x, said = f"{text.rstrip()}\n\nAssistant:", ""
+        reference = said if said.strip() else answer and answer.removeprefix(x)
         found.append((hh_messages(x), reference and reference.strip()) if source.chat else (x, reference))
     return found
 

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 import secrets
 import sys
@@ -85,9 +86,9 @@ def open_rows(source: str | Path, split: str | None = None) -> Source:
     split: which split of a hub dataset, `train` if not given; refused for a file. Raises UsageError.
     """
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageError(f"{source} is a directory; give one file of it ({', '.join(FORMATS)})")
-    if not path.exists():
+    if not os.path.exists(path):  # False for what is too long to be a path
         if path.suffix in FORMATS or not _HUB_ID.match(str(source)) or str(source).startswith("."):
             raise UsageError(f"{source} does not exist; give a file ({', '.join(FORMATS)}) or a hub dataset id")
         return _hub(str(source), split or "train")

@@ -136,7 +136,7 @@ def lengths(rows: Rows) -> Figure:
     figure, axes, rounds = _by_round(rows, "mean length in tokens")
     for arm, colour, fmt, label in reversed(ARMS):
         axes.plot(rounds, [row[f"mean_len_{arm}"] for row in rows], fmt, color=PALETTE[colour], label=label)
-    axes.set_ylim(0, 1.12 * axes.dataLim.ymax)
+    axes.set_ylim(0, 1.12 * axes.dataLim.ymax or 1)
     return _legend(figure)
 
 
@@ -202,7 +202,7 @@ def smallest_pure(policies: Sequence[PurityPolicy]) -> Figure:
     shown = [policy.label if few else str(policy.after_round) for policy in policies]
     axes.set_xticks(places, shown, rotation=40 if few and len(policies) > 3 else 0, fontsize=8)
     axes.set_xlim(-0.3, len(policies) - 0.7)
-    axes.set_ylim(0, 1.12 * highest)
+    axes.set_ylim(0, 1.12 * highest or 1)
     axes.set_xlabel("policy")
     axes.set_ylabel("smallest pure e (margin)")
     return _legend(figure, 3)

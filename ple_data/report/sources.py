@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ple_data.common.secrets import public
 from ple_data.report.pairs import clipped, visible
 from ple_data.storage.store import Store, collect, scan_files
 from schemas.errors import DamagedError, UsageError, first_line
@@ -112,7 +113,8 @@ class Sources:
         for place, name in enumerate(dict.fromkeys(names), start=1):
             origin = "which scored the pairs of this run" if name in own else ""
             origin = "which trained a policy" if name in marked else origin
-            legend = f"R{place}: reward by {visible(name)}, {origin or 'not marked as having trained a policy'}."
+            said = origin or "not marked as having trained a policy"
+            legend = f"R{place}: reward by {visible(public(name))}, {said}."
             found[name] = RewardModel(f"R{place}", f"R{place}{' (trained)' if origin else ''}", legend)
         return found
 

@@ -139,10 +139,9 @@ class Server(ThreadingHTTPServer):
         """Make the page anew where files changed; where they cannot be read, the page stays and says so."""
         if (now := _state(self._chosen)) == self._state:
             return
-        self._state = now
         try:
-            self.shown = _made(self._chosen)
-        except PleError as error:
+            self.shown, self._state = _made(self._chosen), now
+        except (PleError, OSError) as error:
             self.shown = Shown(self.shown.page, self.shown.browser, str(error))
 
     def handle_error(self, request: Any, client_address: Any) -> None:

@@ -4,12 +4,15 @@ A reward model sees x and y and never the principle. Nothing here samples, train
 """
 
 import importlib
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ple_data.inputs.chat import as_chat, to_text
+from ple_data.inputs.principles import NO_PRINCIPLE
+from schemas.errors import UsageError
 from schemas.options import Rewards
 
 Key = TypeVar("Key")
@@ -48,7 +51,7 @@ class RewardModel(Protocol):
 KINDS: dict[str, Callable[[str], bool]] = {
     "endpoint": lambda spec: spec.startswith(("http://", "https://")),
     "judge": lambda spec: spec.startswith("judge:"),
-    "function": lambda spec: ":" in spec and not Path(spec).exists(),
+    "function": lambda spec: ":" in spec and not os.path.exists(spec),
     "classifier": lambda spec: True,
 }
 """The kinds of reward models, each a module here, and which specs are theirs; the first that takes a spec has it.
@@ -67,6 +70,18 @@ def as_read(model: RewardModel, xs: Sequence[str], *, chat: bool) -> list[str]:
 def kind_of(spec: str) -> str:
     """The kind of reward model that a spec is for."""
     return next(kind for kind, takes in KINDS.items() if takes(spec))
+
+
+def rubric_of(specs: Sequence[str], rubric: str | None, principle: str | None) -> str | None:
+    """What judges among the reward models of a run rate by: its rubric, else its principle.
+
+    Raises UsageError where a judge has neither.
+    """
+    if rubric is not None or "judge" not in map(kind_of, specs):
+        return rubric
+    if principle in (None, NO_PRINCIPLE):
+        raise UsageError("a judge rates by the principle, and there is none: give --rubric (in a recipe score.rubric)")
+    return principle
 
 
 def check_reward_model(spec: str, options: Rewards | None = None) -> None:

@@ -71,10 +71,11 @@ class HttpReward(RewardModel):
 
     def __post_init__(self) -> None:
         self._form = FORMS[self.how.reward_format]
-        if self._form.joins and self.how.join not in self._form.joins:
-            raise UsageError(
-                f"--join {self.how.join}: --reward-format {self.how.reward_format} has {', '.join(self._form.joins)}"
-            )
+        format, joins = self.how.reward_format, self._form.joins or ("auto",)
+        if self.how.join not in joins:
+            raise UsageError(f"--join {self.how.join}: --reward-format {format} has {', '.join(joins)}")
+        if self.how.output_index is not None and not self._form.joins:
+            raise UsageError(f"--output-index {self.how.output_index}: --reward-format {format} gives one number a row")
         parts = checked_url(self.url, "reward model", API_KEY_VARIABLE)
         if self._form.path and parts.path == "/":
             self.url = str(parts.copy_with(path=self._form.path))
@@ -106,7 +107,7 @@ class HttpReward(RewardModel):
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         key = web.key_from_environment(API_KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        with web.open_client(headers=headers, timeout=self.timeout) as client:
+        with web.open_client(in_flight, headers=headers, timeout=self.timeout) as client:
 
             def score_batch(batch: Sequence[tuple[str, str]], stop: threading.Event) -> list[float]:
                 response = ask_json(

@@ -80,7 +80,7 @@ class FunctionReward(RewardModel):
             if isinstance(value, str | bytes):
                 raise TypeError
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise PleError(
                 f"reward function {self._spec} gave back {type(value).__name__} {str(value)[:80]!r} for "
                 f"response {row}: expected a number"

@@ -32,7 +32,7 @@ _END = re.compile(r"[\s*_.]*")
 
 
 class _Model(LanguageModel):
-    role, field_option = "reward model", "--reward-arg"
+    role, field_option, address_option = "reward model", "--reward-arg", "--reward-endpoint"
 
 
 def check(spec: str, options: Rewards) -> None:
@@ -65,7 +65,8 @@ class JudgeReward(RewardModel):
         self._keep = keep
         self._answers: Records[Answered] = Records() if keep is None else SharedJournal(keep, Answered)
         about = [self._rubric, self._template, AGAIN, self._model.request_fields]
-        self.name = f"{spec}@{json_digest(about)}"
+        shown = f"judge:{Path(model).name}" if Path(model).is_absolute() else spec  # a server's folder is its own
+        self.name = f"{shown}@{json_digest([*about, model] if shown != spec else about)}"
 
     def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
         """Those that are rated as they are, at the end those that are not, as NaN. An answer without a rating is asked

@@ -69,6 +69,8 @@ def generate(options: Gen) -> GenerateSummary:
         )
     model, revision = options.model, options.revision
     engine_name, arguments = choose_engine(options.engine, options.endpoint), parse_engine_args(options.engine_arg)
+    if "endpoints" in arguments:
+        raise UsageError("--engine-arg endpoints: use --endpoint")
     arguments |= {"endpoints": list(options.endpoint)} if options.endpoint else {}
     if options.workers and engine_name == "server":
         raise UsageError("--workers start engines of their own, and --endpoint samples from servers: give one of them")

@@ -12,6 +12,7 @@ from typing import Any
 
 from ple_data.common.digests import digests_of, ids_digest
 from ple_data.common.settings import counted
+from ple_data.inputs.chat import to_text
 from ple_data.sampling.plan import Plan, Prompt
 from ple_data.sampling.terms import IN_OLDER
 from ple_data.storage.store import Shard, Store
@@ -51,6 +52,7 @@ class Reuse:
         store, shard, at = place
         row = self._table(store, shard).slice(at, 1).to_pylist()[0]
         row |= {"round": self._plan.round, "policy": self._plan.policy}
+        row |= {"x": to_text(prompt.query.x), "reference": prompt.query.reference}
         if not self._plan.sampling.logprobs:
             row |= {"y_logps": None, "y_prompt_logps": None}
         return row

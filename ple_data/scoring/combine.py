@@ -61,11 +61,12 @@ def score_together(
     for load in loads:
         _score_one(store, target, load, how, rounds, made, last=len(made) + 1 == len(loads))
     counts = score_units(store, target, _Combined(store, how, made), _CombinedUnits, round=round)
-    waiting = {s.round for s in shards if not target.is_committed("pairs", s.round, s.unit)}
-    if how.normalized and waiting:
+    there = store.shards("responses", round=round)
+    if waiting := {s.round for s in there if not target.is_committed("pairs", s.round, s.unit)}:
+        when = "when all of its responses are there" if how.normalized else "where all models have scored it"
+        more = "rewards are kept; run ple-gen to its end, then this again"
         which = ", ".join(map(str, sorted(waiting)))
-        more = "its rewards are kept; run ple-gen to its end, then this again"
-        print(f"round {which} becomes pairs when all of its responses are there: {more}", file=sys.stderr)
+        print(f"round {which} becomes pairs {when}: {more}", file=sys.stderr)
     return counts
 
 

@@ -321,8 +321,8 @@ class Store:
         return sorted((self._state / "commits" / kind).glob("round=*/*.json"))
 
     def manifest_paths(self) -> list[Path]:
-        """The settings of all rounds, readable or not."""
-        return sorted((self._state / "rounds").glob("round=*.json"))
+        """The settings of all rounds in their order, readable or not."""
+        return sorted((self._state / "rounds").glob("round=*.json"), key=lambda path: (len(path.name), path.name))
 
     def manifest_path(self, round: int) -> Path:
         """Where the settings of a round stand."""

@@ -74,7 +74,7 @@ def training_arguments(directory: Path, options: Any) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "adam_beta2": 0.95,
         "weight_decay": 0.0,
-        "seed": options.seed,
+        "seed": options.seed % 2**32,  # as far as numpy goes
         "bf16": False,  # no autocast: frozen weights are in bfloat16 as they were loaded, the adapter in float32
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,

@@ -31,6 +31,12 @@ History = list[dict[str, Any]]
 """The metrics of every step."""
 
 
+def as_table(history: History) -> pa.Table:
+    """A row a step, with the metrics of all steps; null where a step has none of that name."""
+    names = dict.fromkeys(name for step in history for name in step)
+    return pa.table({name: [step.get(name) for step in history] for name in names})
+
+
 @contextmanager
 def saving(temporary: Path) -> Iterator[None]:
     """Files being written to a temporary directory: it is removed, and the PleError says why, when the disk is full."""
@@ -62,7 +68,7 @@ class Checkpoints:
         with saving(writing):
             save_file(weights, writing / "weights.safetensors")
             save_file(moments, writing / "optimizer.safetensors")
-            pq.write_table(pa.Table.from_pylist(metrics), writing / "metrics.parquet")
+            pq.write_table(as_table(metrics), writing / "metrics.parquet")
             command = self.settings.kind.__name__
             state = CheckpointState(command=command, step=step, settings=self.settings.values, machine=self.machine)
             (writing / "state.json").write_text(state.to_json())

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ple_data.common.device import describe
 from ple_data.common.settings import Settings
-from ple_train.engine.checkpoint import Checkpoints, History, newest_checkpoint, read_state, resolved, saving
+from ple_train.engine.checkpoint import Checkpoints, History, as_table, newest_checkpoint, read_state, resolved, saving
 from ple_train.engine.tracking import Tracker
 from ple_train.log import print_to_log
 from ple_train.model.shard import in_parts, whole_weights
@@ -159,9 +159,10 @@ class Output:
 
     def _forget(self, record: Trained | None) -> None:
         """Remove what an earlier training left here: an old adapter beside a new model would be loaded with it."""
-        for name in (TRAINED, *LAST, *(record.files if record else ())):
-            with explained(self.directory / name, "remove"):
-                (self.directory / name).unlink(missing_ok=True)
+        found = [self.directory / name for name in (TRAINED, *LAST, *(record.files if record else ()))]
+        for path in (*found, self.private / SNAPSHOT):
+            with explained(path, "remove"):
+                path.unlink(missing_ok=True)
         self._clear()
 
     def _clear(self) -> None:
@@ -201,7 +202,7 @@ def kept_precision(directory: Path, resume: bool) -> str | None:
 
 def metrics_table(history: History) -> pa.Table:
     """Metrics of every step as a table: one row a step, numbers only, its version in the metadata."""
-    table = pa.Table.from_pylist(history)
+    table = as_table(history)
     # where nothing of this kind was in this round: still a number to whoever reads rounds together
     columns = [known.with_type(pa.float64()) if pa.types.is_null(known.type) else known for known in table.schema]
     return table.cast(pa.schema(columns, {b"ple": json.dumps(METRICS).encode()}))
@@ -210,9 +211,10 @@ def metrics_table(history: History) -> pa.Table:
 def model_card(title: str, settings: dict[str, Any], history: History) -> str:
     """A model card in the hub's format: what it is, what it was made from, with which settings."""
     base = str(settings["model"])
+    whole = settings.get("full") or settings.get("merge")
     rows = "\n".join(f"| {name} | `{value}` |" for name, value in settings.items() if value is not None)
     return (
-        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {'transformers' if settings.get('full') else 'peft'}\n"
+        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {'transformers' if whole else 'peft'}\n"
         f"tags: [ple, alignment]\n---\n\n# {title}\n\n"
         "Trained with the toolkit of PLE, Progressively Label Enhancement (Liu, Xu, Geng, ICML 2025).\n\n"
         f"Steps: {len(history)}. Last loss: {history[-1]['loss']:.4f}.\n\n"

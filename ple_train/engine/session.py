@@ -87,8 +87,10 @@ class Session(Output):
 
 def refuse_unfit(adapter: AdapterInfo, options: Lora) -> None:
     """Raise UsageError where --lora-rank or --lora-alpha contradict the adapter that training goes on from, or where
-    the model is not the start policy with it off. Merged (--full), nothing is off."""
-    if adapter.changes_base and not getattr(options, "full", False):
+    the model is not the start policy with it off. Merged (--full), nothing is off, and nothing of it goes on."""
+    if getattr(options, "full", False):
+        return
+    if adapter.changes_base:
         raise UsageError(
             f"--adapter {adapter.path} has {adapter.changes_base}: it changed weights of the model itself, so with it "
             f"off the model is not its start policy; {CONVERT}, or train all weights with --full"

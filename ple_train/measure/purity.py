@@ -95,7 +95,7 @@ def _policies_of_run(run: Path) -> Iterator[NamedPolicy]:
     recipe = load_recipe(run / "recipe.yaml")
     start, revision = (str(run / "sft"), None) if recipe.sft else (recipe.model, recipe.revision)
     yield named_policy("start", start, revision)
-    for directory in sorted((run / "policy").glob("round=*")):
+    for directory in sorted((run / "policy").glob("round=*"), key=lambda path: (len(path.name), path.name)):
         place = _ROUND.search(directory.name)
         if place is None or not (directory / "ple.json").is_file():  # its last file: without it, not finished
             continue

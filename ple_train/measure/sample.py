@@ -1,4 +1,4 @@
-"""One response to each query, in memory: what `ple demo` and the recipes measure. `ple eval` keeps its own in stores.
+"""One response to each query, in memory: what recipes measure. `ple eval` keeps its own in stores.
 
 It never trains and never writes a file.
 """

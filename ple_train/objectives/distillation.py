@@ -7,6 +7,7 @@ arXiv:2209.15189. Its least value is 0, where the policy answers x as the start 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class DistillationObjective:
         guided = self.policy.collate([s.beside for s in batch.sequences if s.beside])
         compared = step % COMPARED_EVERY == 0
         with self.policy.as_start_policy():
-            teacher = self.policy.predicting(guided)
+            teacher = self.policy(partial(self.policy.predicting, guided))
             start = self.policy(tokens, teacher).sum() if compared else 0.0
         loss = model(tokens, teacher).sum() / batch.total * batch.weight
         count, both = len(tokens.targets), (tokens, guided)

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from ple_data.common.command import say
 from ple_data.common.digests import text_digest
 from ple_data.common.secrets import public
-from ple_data.rewards import kind_of, recorded_spec
+from ple_data.rewards import recorded_spec, rubric_of
 from ple_train.run.child import GRACE_SECONDS, run_child
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
 from ple_train.run.serve import Server
@@ -93,8 +93,8 @@ def plan(recipe: Recipe) -> list[Stage]:
     if recipe.baseline is not None:
         name, trainer, schedule = "baseline", recipe.baseline, {}
     scored: dict[str, Any] = {"reward_model": reward_models}
-    if recipe.score.rubric is None and "judge" in map(kind_of, reward_models):
-        scored["rubric"] = recipe.principles
+    rubric = rubric_of(reward_models, recipe.score.rubric, recipe.principles)
+    scored |= {} if rubric == recipe.score.rubric else {"rubric": rubric}
     policy = base  # samples and starts a round: the start policy, then with the last round's adapter
     for t in range(recipe.rounds):
         data = {"data": run / "data", "round": t}

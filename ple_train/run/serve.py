@@ -23,6 +23,8 @@ from schemas.recipe import GenServer
 START_SECONDS = 3600.0
 """How long a server may take to load its model."""
 POLL_SECONDS = 0.5
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+"""No proxy stands before a server of this machine."""
 SWITCHES = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_SERVER_DEV_MODE": "1"}
 """What vLLM wants in its environment to load adapters, and to sleep."""
 
@@ -88,9 +90,7 @@ class Server:
 
     def _tell(self, what: str) -> None:
         try:
-            urllib.request.urlopen(
-                urllib.request.Request(f"{self._address}/{what}", method="POST"), timeout=600
-            ).close()
+            _open(urllib.request.Request(f"{self._address}/{what}", method="POST"), timeout=600).close()
         except (urllib.error.URLError, OSError) as error:
             raise UsageError(
                 f"the server does not {what.partition('?')[0]} ({error}): start it with --enable-sleep-mode, or leave "
@@ -99,7 +99,7 @@ class Server:
 
     def _answers(self, path: str) -> bool:
         try:
-            with urllib.request.urlopen(f"{self._address}/{path}", timeout=10) as answer:
+            with _open(f"{self._address}/{path}", timeout=10) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False

@@ -17,7 +17,7 @@ class Stores(Options):
     """The pairs that a training sees."""
 
     data: tuple[Path, ...] = option(MISSING, PAIRS_DATA, place=True)
-    round: int = option(MISSING, "Round T, counted from 0.", least=0)
+    round: int = option(MISSING, "Round T, counted from 0.", least=0, most=2**31 - 1)
 
 
 class Scored(Options):
@@ -161,7 +161,7 @@ class BaselineSft(Prompting, Baseline):
         "Folder of pairs whose queries came with references, or a file of (x, y) rows; may be repeated.",
         place=True,
     )
-    round: int = option(None, "Round T of a folder: its pairs of rounds up to T.", least=0)
+    round: int = option(None, "Round T of a folder: its pairs of rounds up to T.", least=0, most=2**31 - 1)
 
 
 class Dpo(Policy, Stores, Seed, Passes, Lora, Computing, Written):
@@ -190,6 +190,9 @@ class Ppo(Policy, Seed, Reading, Thoughts, Steps, Lora, Rewards, Computing, Writ
     kl_coef: float = option(0.05, "Penalty for leaving the start policy.", METHOD, least=0)
     ppo_epochs: int = option(4, "Passes over each batch of responses.", METHOD, least=1)
     batch_size: int = option(64, "Responses of one step.", TRAINING, least=1)
+    microbatch_tokens: int = option(
+        8192, "Tokens in memory at once; TRL samples and averages by these, so it matters a little.", MACHINE, least=1
+    )
 
 
 class Run(Options):

@@ -88,6 +88,8 @@ class Options:
         for known in self.in_order():
             given = getattr(self, known.name)
             values = given if is_repeated(known) else [given]
+            if kind_of(known) is Path and "" in values:
+                raise UsageError(f"{flag(known)} must not be an empty text")
             if kind_of(known) is Path:
                 values = [Path(value) if isinstance(value, str) else value for value in values]
             for value in values:

@@ -229,7 +229,7 @@ class PairObjectives(Options):
 
     objective: ObjectiveName = option(
         "ple",
-        "The loss on pairs; ple: as the paper prints it. The others stay near the start policy by --beta.",
+        "The loss on pairs; ple: as the paper prints it. Most others stay near the start policy by --beta.",
         METHOD,
     )
     beta: float | None = option(
