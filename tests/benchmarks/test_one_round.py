@@ -62,6 +62,7 @@ def output(words: list[str]) -> Path:
     return Path(words[words.index("--output") + 1])
 
 
+@pytest.mark.long
 def test_a_row_a_policy(output: Path) -> None:
     start, dpo, importance = json.loads((output / "one_round.json").read_text())["policies"]
     assert [row["name"] for row in (start, dpo, importance)] == ["start", "dpo-b0.1", "importance-b1"]
@@ -76,6 +77,7 @@ def test_a_row_a_policy(output: Path) -> None:
         assert only["mean_logps_y_prompt"] < 0
 
 
+@pytest.mark.long
 def test_a_rerun_does_nothing_twice(words: list[str], output: Path) -> None:
     found = (output / "one_round.json").read_text()
     kept = {path: path.stat().st_mtime_ns for place in ("data", "policies", "eval") for path in files(output / place)}
@@ -84,6 +86,7 @@ def test_a_rerun_does_nothing_twice(words: list[str], output: Path) -> None:
     assert (output / "one_round.json").read_text() == found
 
 
+@pytest.mark.long
 def test_importance_sees_what_sampled_y_prompt(policy: Path, output: Path) -> None:
     data = output / "data" / "imdb"
     options = Train(model=str(policy), data=(data,), round=0, output=output / "none")

@@ -100,7 +100,7 @@ def test_one_micro_batch_equals_many(run):
     torch.testing.assert_close(weights(once), weights(often), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.long)])
 def test_two_processes_equal_one(run, policy, pairs, tmp_path, launcher):
     alone = run("alone")
     launch = {

@@ -211,6 +211,7 @@ def test_nothing_is_left_of_a_driver_that_was_killed_and_a_rerun_completes(
     assert rows(tmp_path / "data").equals(rows(tmp_path / "one"))
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_all(driver: Any, tmp_path: Path) -> None:
     process = driver()
     os.killpg(process.pid, signal.SIGINT)
@@ -220,6 +221,7 @@ def test_ctrl_c_ends_all(driver: Any, tmp_path: Path) -> None:
     gone(str(tmp_path))
 
 
+@pytest.mark.long
 def test_workers_of_a_killed_driver_leave_a_cluster_that_stays(
     run: Any, driver: Any, cluster: tuple[str, str], tmp_path: Path
 ) -> None:
