@@ -254,7 +254,8 @@ class StandIn:
 
     def __call__(self, path: str, body: Any) -> tuple[int, str]:
         if path == "/v1/models":
-            return 200, json.dumps({"data": [*self._models, *({"id": name, "parent": "any"} for name in self.adapters)]})
+            adapters = [{"id": name, "parent": "any"} for name in self.adapters]
+            return 200, json.dumps({"data": [*self._models, *adapters]})
         if path == "/v1/load_lora_adapter":
             self.adapters, self.loaded = [body["lora_name"]], self.loaded + 1
         if path == "/v1/unload_lora_adapter":
