@@ -139,6 +139,24 @@ def test_principles_that_cannot_be_used(
 
 
 @pytest.mark.parametrize(
+    ("option", "text", "fact"),
+    [
+        ("--principles", "Be kind to all who ask. " * 20, "nor a file"),
+        ("--queries", "Why is the sky blue? " * 20, "does not exist"),
+        ("--reward-model", "Rate how kind it is. " * 20, "does not exist"),
+        ("--reward-model", "Rate: how kind it is. " * 20, "expected file.py:function"),
+        ("--reward-model", "rate" * 80 + ".py:f", "there is no file"),
+        ("--reward-model", "Rate how kind it is. " * 20 + "[1]", "does not exist"),
+    ],
+)
+def test_a_text_in_place_of_a_path_is_no_path(
+    policy: Path, queries: Path, tmp_path: Path, option: str, text: str, fact: str
+) -> None:
+    refused(ple(*gen_words(policy, queries, tmp_path / "data"), option, text), 2, text[:20], fact)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
     ("content", "facts"),
     [
         (None, ["does not exist"]),
@@ -282,6 +300,10 @@ def test_reward_labels_from_a_csv_file(policy: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,label\ngood,1\nbad,0\n")
     assert ple("reward", "--model", policy, "--data", path, "--output", tmp_path / "out").exit_code == 0
+
+
+def test_a_reward_model_that_is_no_path_is_refused_where_it_is_loaded(whole_data: Path) -> None:
+    refused(ple("score", "--data", whole_data, "--reward-model", "Rate how kind it is. " * 20), 2, "Rate how")
 
 
 def test_reward_function_that_is_not_there_or_gives_nan(whole_data: Path, tmp_path: Path) -> None:

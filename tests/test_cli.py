@@ -11,6 +11,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import click
@@ -217,6 +218,7 @@ def test_debug_shows_the_traceback_and_nothing_else_does(run_ple, tmp_path: Path
         (["gen", "--modle", "m"], "No such option '--modle'."),
         (["score", "--data", "d"], "Missing option '--reward-model'."),
         (["genn"], "No such command 'genn'."),
+        (["score", "--data", ""], "Invalid value for '--data': must not be an empty text"),
     ],
 )
 def test_wrong_options_are_usage_errors(runner: CliRunner, words: list[str], message: str) -> None:
@@ -224,6 +226,16 @@ def test_wrong_options_are_usage_errors(runner: CliRunner, words: list[str], mes
     assert found.exit_code == 2
     assert message.rstrip(".") in found.stderr
     assert found.stdout == ""
+
+
+def test_a_judge_scores_without_the_workers_that_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = []
+    monkeypatch.setattr("ple_data.sampling.generate.generate", lambda chosen: SimpleNamespace(dry_run=None))
+    monkeypatch.setattr(cli, "_score", scored.append)
+    asked = {"model": "m", "queries": "q", "data": "d", "round": 0, "principles": "hh", "workers": 2}
+    for spec in ("judge:m", "http://127.0.0.1:9"):
+        cli._gen(options.Gen(**asked, reward_model=[spec], reward_endpoint="http://127.0.0.1:9"))
+    assert [(chosen.workers, chosen.rubric) for chosen in scored] == [(None, "hh"), (2, None)]
 
 
 def recipe_file(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 Every fault is a UsageError that names the directory and what to do, raised before an engine is started.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class AdapterInfo:
 def check_model(model: str | Path, *, quantized: bool = False) -> None:
     """Refuse a model directory that is none, unfinished or, unless `quantized`, quantized. Hub ids: when they load."""
     directory = Path(model)
-    if not directory.exists():
+    if not os.path.exists(directory):  # False for what is too long to be a path
         if str(model).startswith((".", "/", "~")) or not _HUB_ID.match(str(model)):
             raise UsageError(f"model directory {model} does not exist; give a directory or a hub id")
         return

@@ -162,6 +162,8 @@ class ServerEngine:
                         raise
                     server.known, fault = False, error
                 except PleError as error:
+                    if self._stop.is_set():
+                        raise
                     if server.known:
                         print(f"{error}: asking again for {self._patience:.0f} s", file=sys.stderr, flush=True)
                     server.known, fault = False, error

@@ -5,9 +5,9 @@ One chosen output of the classification head, raw (no sigmoid or softmax), is th
 
 import inspect
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,9 @@ def check(spec: str, options: Rewards) -> None:
 
 def _split_output(spec: str, output_index: int | None) -> tuple[str, int | None]:
     found = _OUTPUT.search(spec)
-    return (spec[: found.start()], int(found.group(1))) if found and not Path(spec).exists() else (spec, output_index)
+    if found and not os.path.exists(spec):
+        return spec[: found.start()], int(found.group(1))
+    return spec, output_index
 
 
 def output_specs(spec: str) -> list[str]:
@@ -148,7 +150,7 @@ def _load(model: str, *, dtype: Any, device: Any) -> tuple[Any, Any]:
 
     from ple_data.common.device import load_weights
 
-    if Path(model).exists():
+    if os.path.exists(model):
         check_model(model)
     advice = "neither a URL, nor file.py:function, nor a model that transformers can load as a sequence classifier"
     with loading(f"the reward model {model}", advice):

@@ -7,6 +7,7 @@ with its rights: name only code that you trust.
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ def check(spec: str, options: Rewards | None = None) -> None:
     location, _, function = spec.rpartition(":")
     if not location or not function.isidentifier():
         raise UsageError(f"reward model {spec!r}: expected file.py:function or module:function")
-    if location.endswith(".py") and not Path(location).is_file():
+    if location.endswith(".py") and not os.path.isfile(location):
         raise UsageError(f"reward model {spec}: there is no file {Path(location).resolve()}")
 
 

@@ -13,7 +13,7 @@ import pytest
 from ple_data.storage.store import Store
 from ple_data.storage.verify import verify
 from schemas import files, leases
-from schemas.errors import ClaimLostError, DamagedError
+from schemas.errors import ClaimLostError, DamagedError, PleError
 from schemas.holders import named, this_process
 from tests.conftest import ROOT
 from tests.ple_data.storage.test_store import UNIT, fill, rows_of
@@ -123,6 +123,26 @@ def test_a_lease_is_renewed(folder, monkeypatch):
     lease.release()
     time.sleep(0.2)
     assert not lease.path.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PleError("cannot be read")], ids=["OS", "ours"])
+def test_a_renewal_that_fails_once_is_made_the_next_time(folder, monkeypatch, error):
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "_renewals", leases._Renewals())
+    lease, read, failed = take(folder), leases._read, []
+
+    def once(path: Path) -> bytes:
+        if not failed:
+            failed.append(lease.path.read_bytes())
+            raise error
+        return read(path)
+
+    monkeypatch.setattr(leases, "_read", once)
+    deadline = time.monotonic() + 20
+    while not failed or lease.path.read_bytes() == failed[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    lease.release()
 
 
 STOPPED = """

@@ -169,6 +169,12 @@ def test_a_path_that_no_file_could_keep_is_refused_before_a_training(kind: type[
         kind(**asked | change)
 
 
+@pytest.mark.parametrize("change", [{"output": ""}, {"data": ["d", ""]}])
+def test_an_empty_text_is_no_path(change: dict):
+    with pytest.raises(UsageError, match=f"--{next(iter(change))} must not be an empty text"):
+        Train(**{"model": "m", "data": ["d"], "round": 0, "output": "o"} | change)
+
+
 def test_an_address_of_a_reward_model_as_0_1_0_kept_it_is_the_same_one():
     at = "http://h/v1/{}/score".format
     how = {"model": "m", "queries": "q", "reward_model": at("[dd5d73ee52af]"), "output": "o", "sampled_tokens": 9}

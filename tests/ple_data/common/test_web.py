@@ -155,13 +155,39 @@ def test_a_wrong_answer_is_one_sentence(serve, talk, message: str):
         ("SSL_CERT_FILE", "/sesame"),
     ],
 )
-def test_a_proxy_that_cannot_be_used_is_said_by_the_name_of_its_variable(serve, monkeypatch, name: str, value: str):
+def test_a_proxy_that_cannot_be_used_is_said_by_the_name_of_its_variable(monkeypatch, name: str, value: str):
     for known in [known for known in os.environ if "_PROXY" in known.upper() or "SSL_CERT" in known]:
         monkeypatch.delenv(known)
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=f"correct {name}$") as caught:
-        ask(serve(answer(GOOD)))
+        HttpReward("http://reward.invalid/score", tries=1).score(ROWS)
     assert "ses" not in str(caught.value)
+
+
+def test_no_proxy_stands_before_a_server_of_this_machine(serve, monkeypatch: pytest.MonkeyPatch):
+    here, proxy = serve(answer(GOOD)), serve(answer(b'{"scores": [2.5]}'))
+    monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/score"))
+    assert ask(here) == [1.5]
+    assert HttpReward(here.url.replace("127.0.0.1", "localhost")).score(ROWS) == [1.5]
+    assert HttpReward("http://reward.invalid/score").score(ROWS) == [2.5]
+    assert (here.asked, proxy.asked) == (2, 1)
+
+
+def test_as_many_requests_are_in_flight_as_there_may_be(serve):
+    gate = threading.Barrier(200)
+
+    def wait_for_all(connection: socket.socket) -> None:
+        gate.wait(30)
+        answer(GOOD)(connection)
+
+    peer = serve(wait_for_all)
+    with web.open_client(200, timeout=30.0) as client:
+
+        def one(row: int, stop: threading.Event) -> int:
+            patience = web.Patience(1, 0.0, stop)
+            return web.ask_json(client, peer.url, {}, patience, what="it", failed="").status_code
+
+        assert [status for _, status in web.each(one, range(200), 200)] == [200] * 200
 
 
 @pytest.mark.parametrize("host", ["a..b", "." + "a" * 70, "a" * 70, "xn--a", ".", "999.1.1.1", "[::1", "h:x"])

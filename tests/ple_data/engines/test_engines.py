@@ -304,8 +304,9 @@ def test_sampling_out_of_range(options: dict[str, Any]) -> None:
 
 
 def test_bad_hf_arguments(policy: Path) -> None:
-    with pytest.raises(UsageError, match="batch_size must be at least 1"):
-        HfEngine(spec_of(policy), {"batch_size": 0})
+    for wrong in (0, 2.7, "abc", True, None):
+        with pytest.raises(UsageError, match=f"batch_size must be a whole number of at least 1, not {wrong!r}$"):
+            hf.check({"batch_size": wrong}, None)
     with pytest.raises(UsageError, match="--dtype must be auto"):
         HfEngine(spec_of(policy, dtype="int8"), {})
 

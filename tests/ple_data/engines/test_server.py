@@ -4,8 +4,9 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import httpx
 import polars as pl
 import pytest
 
-from ple_data.engines import Request, distance_of, server
-from ple_data.engines.server import same_model
+from ple_data.engines import Request, Sampling, distance_of, server
+from ple_data.engines.server import ServerEngine, same_model
 from ple_data.sampling.generate import generate
 from ple_data.storage.store import Store
 from ple_data.storage.verify import verify
@@ -23,7 +24,7 @@ from schemas.errors import PleError, UsageError
 from schemas.options import Gen
 from schemas.records import Probe, read_record
 from tests import tiny
-from tests.ple_data.engines.test_engines import AutoModelForCausalLM, assert_true_logps
+from tests.ple_data.engines.test_engines import AutoModelForCausalLM, assert_true_logps, requests_for, spec_of
 from tests.vllmserver import VllmServer
 
 
@@ -174,6 +175,23 @@ def test_what_does_not_go_together_is_said(run: Any) -> None:
         run("http://127.0.0.1:1", dtype="float32")
     with pytest.raises(UsageError, match="no such argument"):
         run("http://127.0.0.1:1", engine_arg=("concurency=3",))
+    with pytest.raises(UsageError, match="--engine-arg endpoints: use --endpoint"):
+        run(engine="server", engine_arg=('endpoints=["http://127.0.0.1:1"]',))
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("concurrency=0", "concurrency must be a whole number of at least 1, not 0"),
+        ("concurrency=x", "concurrency must be a whole number of at least 1, not 'x'"),
+        ("concurrency=true", "concurrency must be a whole number of at least 1, not True"),
+        ("timeout=0", "timeout must be a number of at least 0.001, not 0"),
+        ("patience=-1", "patience must be a number of at least 0.0, not -1"),
+    ],
+)
+def test_an_argument_that_is_no_such_number_is_refused(run: Any, arg: str, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^--engine-arg {message}$"):
+        run("http://127.0.0.1:1", engine_arg=(arg,))
 
 
 def test_a_server_that_is_not_there_is_said_after_some_patience(run: Any) -> None:
@@ -193,16 +211,83 @@ def test_answers_of_another_form_are_said(run: Any, policy: Path) -> None:
         run(address)
 
 
+def test_an_adapter_that_another_process_took_off_is_loaded_again(
+    run: Any, policy: Path, adapter: Path, tmp_path: Path
+) -> None:
+    vllm = StandIn(policy)
+    vllm.forget_at = 20
+    with other_server(vllm) as address:
+        run(address, adapter=str(adapter), engine_arg=("patience=20", "concurrency=3"))
+    assert committed(tmp_path / "data").height == 40
+    assert vllm.loaded == 2
+    assert vllm.adapters == []
+
+
+def test_a_model_that_a_server_does_not_know_is_said_at_once(run: Any, policy: Path) -> None:
+    vllm = StandIn(policy)
+    vllm.names.clear()
+    with other_server(vllm) as address, pytest.raises(PleError, match="refused the request: status 404"):
+        run(address)
+
+
+def test_what_hangs_at_a_server_is_cut_at_the_end(policy: Path, adapter: Path, capfd: Any) -> None:
+    vllm = StandIn(policy)
+    vllm.hang_at = 2
+    with other_server(vllm) as address:
+        engine = ServerEngine(spec_of(policy, adapter), {"endpoints": [address]})
+        assert next(engine.sample(iter([requests_for(policy)[:5]]), Sampling(max_new_tokens=6)))
+        began = time.monotonic()
+        engine.close()
+        assert time.monotonic() - began < 5
+        assert (vllm.loaded, vllm.adapters) == (1, [])
+        vllm.go_on.set()
+    assert capfd.readouterr().err == ""
+
+
+class StandIn:
+    """Answers as vLLM's server does, as far as the engine sees: adapters come and go, a response is one token."""
+
+    def __init__(self, policy: Path) -> None:
+        self.names, self.adapters, self.loaded = ["any"], list[str](), 0
+        self.sampled, self.forget_at, self.hang_at, self.go_on = 0, 1000, 1000, threading.Event()
+        self._models = [{"id": "any", "root": str(policy), "max_model_len": 2048}]
+
+    def __call__(self, path: str, body: Any) -> tuple[int, str]:
+        if path == "/v1/models":
+            adapters = [{"id": name, "parent": "any"} for name in self.adapters]
+            return 200, json.dumps({"data": [*self._models, *adapters]})
+        if path == "/v1/load_lora_adapter":
+            self.adapters, self.loaded = [body["lora_name"]], self.loaded + 1
+        if path == "/v1/unload_lora_adapter":
+            self.adapters = []
+        if path != "/v1/completions":
+            return 200, "{}"
+        if body["model"] not in [*self.names, *self.adapters]:
+            return 404, '{"error": "the model does not exist"}'
+        found: dict[str, Any] = {"token_ids": [5], "finish_reason": "length", "logprobs": {"token_logprobs": [-1.0]}}
+        if "return_token_ids" not in body:
+            found = {"logprobs": {"top_logprobs": [{"token_id:5": -1.0}]}}
+        else:
+            self.sampled += 1
+            if self.sampled == self.forget_at:
+                self.adapters = []
+            if self.sampled >= self.hang_at:
+                self.go_on.wait(60)
+        return 200, json.dumps({"choices": [found]})
+
+
 @contextmanager
-def other_server(answer: str) -> Iterator[str]:
-    """The address of a server that gives one answer to everything."""
+def other_server(answer: str | Callable[[str, Any], tuple[int, str]]) -> Iterator[str]:
+    """The address of a server that gives one answer to everything, or what a function gives."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(answer.encode())
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, text = (200, answer) if isinstance(answer, str) else answer(self.path, json.loads(body or b"null"))
+            with suppress(OSError):
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(text.encode())
 
         do_POST = do_GET
 

@@ -95,6 +95,33 @@ def test_sft_and_messages_are_the_best_response_of_each_query_and_round(data, tm
     assert lines(tmp_path / "messages.jsonl") == expected
 
 
+@pytest.mark.parametrize("format", ["sft", "messages"])
+def test_the_best_of_a_query_is_that_of_all_shards(tmp_path, format):
+    samples = [ROWS[0] | {"sample": 0}, ROWS[0] | {"sample": 1, "y": " was best.", "s": 9.0}, ROWS[0] | {"sample": 2}]
+    for unit, row in enumerate(samples):
+        Store(tmp_path / "data").commit("pairs", 0, f"{unit:05d}-0", table("pairs", [row]), {})
+    export(tmp_path / "data", format=format, output=str(tmp_path / "out.jsonl"))
+    (row,) = lines(tmp_path / "out.jsonl")
+    assert "was best." in json.dumps(row)
+
+
+@pytest.mark.parametrize(
+    ("format", "rows"),
+    [
+        ("argilla", [ROWS[2], ROWS[0]]),
+        ("distilabel", [ROWS[0], ROWS[0] | {"query_id": "chat", "x": CHAT}]),
+        ("distilabel", [ROWS[0] | {"query_id": "chat", "x": CHAT}, ROWS[0]]),
+    ],
+    ids=["ties first", "text first", "chat first"],
+)
+def test_what_is_null_in_all_of_the_first_rows_may_come_later(tmp_path, format, rows):
+    for unit, row in enumerate(rows):
+        Store(tmp_path / "data").commit("pairs", 0, f"{unit:05d}-0", table("pairs", [row]), {})
+    for name in ("out.jsonl", "out.parquet"):
+        export(tmp_path / "data", format=format, output=str(tmp_path / name))
+    assert pl.read_parquet(tmp_path / "out.parquet").to_dicts() == lines(tmp_path / "out.jsonl")
+
+
 @pytest.mark.parametrize("format", ["trl-preference", "trl-kto", "distilabel", "argilla", "sft", "messages"])
 def test_parquet_holds_the_same_rows(data, tmp_path, format):
     export(data, format=format, output=str(tmp_path / "out.jsonl"))

@@ -83,7 +83,7 @@ def test_each_form_of_a_row(row, pair):
 
 
 def test_responses_without_rewards_pair_up_as_neighbours():
-    found = to_pairs({"prompt": "Q", "responses": ["a", "b", "c", "d", "e"]})
+    found = to_pairs({"prompt": "Q", "responses": ["a", "b", "c", "d"]})
     assert [(y, y_prompt) for _, y, y_prompt, *_ in found] == [("a", "b"), ("c", "d")]
     chat = to_pairs(
         {"chosen": "\n\nHuman: Hi\n\nAssistant: Yo", "rejected": "\n\nHuman: Hi\n\nAssistant: No"}, chat=True
@@ -115,6 +115,7 @@ def test_responses_without_rewards_pair_up_as_neighbours():
         (ROWS[0] | {"score_chosen": 1e39}, r"score_chosen is 1e\+39"),
         (ROWS[0] | {"score_chosen": True}, "score_chosen is True"),
         ({"prompt": "Q", "responses": ["a"]}, "responses must be a list of two texts or more"),
+        ({"prompt": "Q", "responses": ["a", "b", "c"]}, "become pairs, two and two: give an even number of them"),
         ({"prompt": "Q", "responses": ["a", "b"], "rewards": [1]}, "rewards must be a list with one number for each"),
     ],
 )

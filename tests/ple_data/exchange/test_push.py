@@ -115,6 +115,13 @@ def test_a_dry_run_sends_nothing_and_shows_all(hub: Hub, data: Path):
     assert "note: the card names no licence" in found.stderr
 
 
+def test_a_repository_that_is_there_stays_as_private_as_it_is(hub: Hub, data: Path):
+    assert ple("push", data, "--to", "me/pairs").exit_code == 0
+    found = ple("push", data, "--to", "me/pairs", "--no-private")
+    assert found.stderr.endswith(" files, private\n")
+    assert ple("push", data, "--to", "me/open", "--no-private").stderr.endswith(" files, public\n")
+
+
 def test_what_is_there_is_not_sent_twice_and_a_lost_connection_is_made_good(hub: Hub, data: Path):
     hub.drop = 1
     assert ple("push", data, "--to", "me/pairs").exit_code == 0

@@ -117,6 +117,23 @@ def test_hh_from_prompt_and_from_chosen(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("row", "x", "reference"),
+    [
+        ({"prompt": HH, "chosen": f"{HH} Oil it."}, HH, " Oil it."),
+        ({"prompt": HH.removesuffix("\n\nAssistant:"), "chosen": f"{HH} Oil it."}, HH, " Oil it."),
+        ({"prompt": HH.removesuffix("\n\nAssistant:") + "\n", "chosen": "Oil it."}, HH, "Oil it."),
+        ({"chosen": f"{HH} Oil it.\n\nHuman:  \n"}, HH, " Oil it."),
+    ],
+    ids=["whole chosen", "Human last", "Human last and an answer", "nothing said last"],
+)
+def test_hh_turns_end_with_the_assistants(tmp_path: Path, row: dict[str, str], x: str, reference: str) -> None:
+    path = write(tmp_path / "q.jsonl", [{"id": "1"} | row])
+    assert load_queries(path, Reading(reader="hh")).queries == [Query("1", x, reference)]
+    [chat] = load_queries(path, Reading(reader="hh"), chat=True).queries
+    assert (chat.x[-1]["content"], chat.reference) == ("And how do I stop it?", "Oil it.")
+
+
 def test_hh_text_without_turns_names_the_line(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", [{"prompt": HH}, {"prompt": "no turns at all"}])
     with pytest.raises(UsageError, match=r"q\.jsonl line 2: column prompt must be a dialogue.*no turns at all"):

@@ -145,6 +145,12 @@ def test_figures_draw_the_numbers_they_are_given(rows):
     assert lengths.get_ylim()[1] > 1.1 * max(line.get_ydata().max() for line in lengths.lines)
 
 
+def test_figures_of_nothing_but_zeros_are_drawn(rows):
+    found = statistics.rounds(frame([row | {"y_ids": [], "y_prompt_ids": []} for row in rows]), TAU0, ALPHA)
+    with svg.style():
+        assert figures.lengths(found).axes[0].get_ylim() == (0, 1)
+
+
 def test_training_curves_run_through_all_rounds(tmp_path):
     run = make_run(tmp_path / "run", [plain_rows(4), plain_rows(4, 1)])
     steps, borders = training.numbered(Sources(run).metrics)

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cli
+from ple_data.report import watch
 from ple_data.report.browse import PAGE, Browser, Wanted
 from ple_data.report.sources import Sources
 from ple_data.report.watch import Server
@@ -270,6 +271,25 @@ def test_pairs_come_as_html_in_which_text_is_text(server):
     assert "&lt;script&gt;window.hit = 1&lt;/script&gt;" in found["html"]
     assert "⟨U+202E⟩evil ⟨U+001B⟩" in found["html"]
     assert json.loads(get(server, f"/{server.secret}/count")[1]) == {"count": 146}
+
+
+def test_a_page_that_could_not_be_made_is_made_at_the_next_look(tmp_path, monkeypatch):
+    run, made, failed = make_run(tmp_path / "run", [plain_rows(5)]), watch._made, []
+
+    def once(chosen: Report) -> Any:
+        if not failed:
+            failed.append(chosen)
+            raise OSError(5, "Input/output error")
+        return made(chosen)
+
+    with served(run) as server:
+        before = server.shown
+        monkeypatch.setattr(watch, "_made", once)
+        Store(run / "data").commit("pairs", 1, "00000-000000000001", table("pairs", plain_rows(9, 1), round=1), {})
+        server.look()
+        assert (server.shown.page, server.shown.fault) == (before.page, "[Errno 5] Input/output error")
+        server.look()
+        assert (server.shown.page == before.page, server.shown.fault) == (False, before.fault)
 
 
 # --- the command ---

@@ -182,7 +182,7 @@ def test_the_name_holds_the_form_the_output_and_the_join():
     def name(url: str, **options: Any) -> str:
         return load_reward_model(url, Rewards(**options)).name
 
-    assert name("http://h/score", join="text") == "http://h/score"
+    assert name("http://h/score") == "http://h/score"
     assert name("http://h:5", reward_format="openrlhf") == name("http://h:5/get_reward", reward_format="openrlhf")
     assert name("http://h", reward_format="vllm-classify", join="text") == "vllm-classify+text:http://h/classify"
     assert (name("http://h/a?token=sesame", reward_format="vllm-pooling", join="chat", output_index=0)).startswith(
@@ -195,6 +195,18 @@ def test_the_name_holds_the_form_the_output_and_the_join():
 def test_a_join_that_the_form_does_not_have_is_refused(form, join):
     with pytest.raises(UsageError, match=f"--join {join}: --reward-format {form} has auto, text"):
         check_reward_model("http://h", Rewards(reward_format=form, join=join))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"join": "pair"}, "--join pair: --reward-format ple has auto"),
+        ({"output_index": 0}, "--output-index 0: --reward-format ple gives one number a row"),
+    ],
+)
+def test_what_the_form_of_ple_has_no_use_for_is_refused(options, message):
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        check_reward_model("http://h", Rewards(**options))
 
 
 def test_another_fault_of_the_server_is_no_lack_of_a_template(serve):

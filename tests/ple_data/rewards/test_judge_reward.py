@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 import cli
 from ple_data.common import llm
-from ple_data.rewards import check_reward_model, load_reward_model
+from ple_data.rewards import check_reward_model, load_reward_model, rubric_of
 from ple_data.rewards.judge import AGAIN, rating_of
 from ple_data.scoring.score import score
 from ple_data.storage.store import Store
@@ -192,6 +192,18 @@ def test_the_name_holds_what_decides_the_rating(tmp_path: Path):
     others = [name(), name("judge:n"), name(reward_arg=["top_p=0.5"]), name(rubric="imdb")]
     others += [name(rubric=str(tmp_path / "a.txt")), name(rubric=str(tmp_path / "c.txt"))]
     assert len(set(others)) == 6
+    folders = [name(f"judge:/{place}/model") for place in ("mine", "yours")]
+    assert [found.partition("@")[0] for found in folders] == ["judge:model"] * 2
+    assert len(set(folders)) == 2
+
+
+def test_a_judge_without_a_rubric_rates_by_the_principle_which_must_be_one():
+    assert rubric_of(["judge:m"], None, "hh") == "hh"
+    assert rubric_of(["judge:m"], "imdb", "none") == "imdb"
+    assert rubric_of(["r", "m.py:f"], None, "none") is None
+    for principle in ("none", None):
+        with pytest.raises(UsageError, match="a judge rates by the principle, and there is none: give --rubric"):
+            rubric_of(["r", "judge:m"], None, principle)
 
 
 @pytest.mark.parametrize(

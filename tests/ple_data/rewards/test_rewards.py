@@ -374,6 +374,7 @@ def test_function_may_give_an_array(tmp_path: Path):
         ("return [1.0]", "gave back 1 rewards for 2 responses"),
         ("return ['1', '2']", "gave back str '1' for response 0"),
         ("return [1.0, None]", "gave back NoneType 'None' for response 1"),
+        ("return [1.0, 10**400]", "gave back int '1000.*' for response 1: expected a number"),
         ("return 'ab'", "gave back str: expected a list"),
         ("raise KeyError('no such word')", r"raised KeyError: 'no such word' \(.*bad\.py, line 2\)"),
         ("import json; json.loads('{')", r"raised JSONDecodeError: .*bad\.py, line 2\)"),

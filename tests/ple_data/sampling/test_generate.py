@@ -389,6 +389,17 @@ def test_rows_of_an_earlier_run_are_reused(run: Any, rows: Any, fake: Any, tmp_p
     assert run("third", reuse=[tmp_path / "old", tmp_path / "new"], seed=8).rows_reused == 20
 
 
+def test_a_reused_row_has_the_reference_of_the_query_at_hand(
+    run: Any, rows: Any, fake: Any, queries: Path, tmp_path: Path
+) -> None:
+    fake()
+    run("old", limit=4)
+    other = tmp_path / "other.jsonl"
+    other.write_text(queries.read_text().replace('"reference": "r', '"reference": "new r'))
+    assert run("new", limit=4, queries=str(other), reuse=[tmp_path / "old"]).rows_reused == 4
+    assert sorted(rows("new")["reference"]) == ["new r0", "new r1", "new r2", "new r3"]
+
+
 @pytest.mark.parametrize(
     "other",
     [

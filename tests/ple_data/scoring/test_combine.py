@@ -199,6 +199,20 @@ def test_a_round_that_is_still_sampled_waits_where_its_mean_is_needed(store: Sto
     assert len(more.asked) == 3 * 8  # the new unit alone
 
 
+def test_units_that_came_after_the_first_model_are_said_to_wait(store: Store, capfd):
+    how, loads = combination("mean", 2, False), Loads("words@1", "odd@2").all()
+
+    def later():
+        commit_unit(store, 9, round=1)
+        return loads[1]()
+
+    assert score_together(store, [loads[0], later], how).rows == 16
+    said = capfd.readouterr().err
+    assert "round 1 becomes pairs where all models have scored it: rewards are kept; run ple-gen to its end" in said
+    assert score_together(store, Loads("words@1", "odd@2").all(), how).rows == 4
+    assert "becomes pairs" not in capfd.readouterr().err
+
+
 def test_rewards_that_are_lost_before_they_are_put_together_are_found(store: Store):
     loads = Loads("words@1", "odd@2")
     how = combination("weighted:1e38,1e38", 2, False)

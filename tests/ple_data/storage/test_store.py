@@ -767,6 +767,13 @@ def test_the_store_that_is_blamed_is_the_one_that_was_read(store, tmp_path):
 # Settings of a round
 
 
+def test_settings_come_in_the_order_of_their_rounds(store):
+    rounds = [0, 2, 10, 999, 1000, 1001, 10000]
+    for round in rounds[::-1]:
+        store.save_manifest(RoundManifest(round=round, settings={}))
+    assert store.manifest_paths() == [store.manifest_path(round) for round in rounds]
+
+
 def test_the_first_manifest_stands(store):
     assert store.load_manifest(0) is None
     first = RoundManifest(round=0, settings={"seed": 0}, counts={"read": 3})
