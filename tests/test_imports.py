@@ -136,6 +136,14 @@ def test_no_module_imports_itself_by_way_of_others():
         visit(name, [])
 
 
+def test_every_command_is_on_the_page_of_options():
+    import cli
+
+    alone = {"gen": "ple-gen", "score": "ple-score", "train": "ple-train"}
+    commands = {alone.get(name, f"ple {name}") for name in cli.COMMANDS.keys() - {"baseline"}}
+    assert made().COMMANDS.keys() == commands | {f"ple baseline {name}" for name in cli.baseline.commands}
+
+
 @pytest.mark.parametrize("name", ["options.md", "architecture.svg"])
 def test_what_is_made_from_the_code_is_up_to_date(name):
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == made().MADE[name](), "run python docs/make.py"

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 import cli
-from benchmarks.paper.__main__ import best_rates, read_rates
+from benchmarks.paper.__main__ import best_rates, main, read_rates
 from benchmarks.paper.commands import DIVERGED
 from benchmarks.paper.methods import FRONTIER, MAIN, METHODS, ROUNDS, WARM, Run
 from benchmarks.paper.tables import compare, read_evaluation
@@ -131,3 +131,14 @@ def test_rates_of_another_task(tmp_path: Path) -> None:
     assert read_rates(tmp_path / "imdb.json") == {"ple": 1e-3}
     (tmp_path / "frontier.json").write_text(json.dumps({"rates": {"dpo": 3e-4}}))
     assert read_rates(tmp_path / "frontier.json") == {"dpo": 3e-4}
+
+
+def test_rates_that_are_not_there_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "imdb.parquet").touch()
+    words = ["paper", "imdb", "--data", tmp_path / "imdb.parquet", "--output", tmp_path / "out", "--rates", "none.json"]
+    monkeypatch.setattr("sys.argv", list(map(str, words)))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("error: --rates none.json: there is no such file\n")
+    assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
 """Several trainings one after another, in each process of a torchrun: `python -m tests.ple_train.sharded CASES.json`.
 
-A case: `options` of ple-train, and `stop`, the step before which it is stopped. Prints, from the first process, how
-many numbers of a model's weights this process held at most.
+A case: `options` of ple-train, or with `on_policy` of context distillation, and `stop`, the step before which it is
+stopped. Prints, from the first process, how many numbers of a model's weights this process held at most.
 """
 
 import json
@@ -14,14 +14,22 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ple_train import train as training
+from ple_train.baselines.responses import baseline
 from ple_train.engine.session import Session
-from schemas.options import Train
+from schemas.options import ContextDistillation, Train
 from tests.ple_train.small_training import stop_in_step
 
 
 def held(policy: Any) -> int:
     """Numbers of the weights that this process holds."""
     return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in policy.parameters())
+
+
+def train(options: dict[str, Any]) -> None:
+    if "on_policy" in options:
+        baseline("context-distillation", ContextDistillation(**options))
+    else:
+        training.train(Train(**options))
 
 
 def main() -> None:
@@ -42,7 +50,7 @@ def main() -> None:
             if "stop" in case:
                 stop_in_step(patch, case["stop"])
             try:
-                training.train(Train(**options))
+                train(options)
             except KeyboardInterrupt:
                 print(f"{options['output'].name} stopped", flush=True)
 

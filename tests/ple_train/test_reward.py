@@ -163,6 +163,8 @@ def test_a_trained_classifier_is_measured_beside_the_most_frequent_label(request
     [
         ({}, "give --model, --data and --output to train a reward model, or --eval and --test"),
         ({"measured": "r.py:f"}, "--eval measures on held-out rows: give them with --test"),
+        ({"model": "m", "data": "d", "output": "o", "group": "kind"}, "--group and --json .* on --test: give that"),
+        ({"measured": "r.py:f", "as_json": True}, "--group and --json .* on --test: give that"),
         ({"measured": "r.py:f", "model": "m", "test": "held_out.jsonl"}, "--model: --eval measures a reward model"),
         ({"measured": "r.py:f", "test": "held_out.jsonl", "group": "kind"}, "has no column kind; it has prompt"),
         ({"measured": "r.py:f", "test": "none.jsonl"}, "none.jsonl does not exist"),

@@ -140,7 +140,19 @@ def test_rows_over_max_length_are_counted(policy, rows, capsys):
     limit = sorted(lengths)[len(lengths) // 2]
     kept = read_sequences(rows, tokenizer, limit)
     assert len(kept) == sum(length <= limit for length in lengths) < len(lengths)
-    assert f"{len(lengths) - len(kept)} of 24 rows left out" in capsys.readouterr().err
+    said = f"{len(lengths) - len(kept)} of 24 rows left out: empty, or longer than --max-length {limit}"
+    assert said in capsys.readouterr().err
+
+
+def test_without_max_length_rows_are_left_out_as_empty_alone(policy, tmp_path, capsys):
+    tokenizer, path = AutoTokenizer.from_pretrained(policy), tmp_path / "rows.jsonl"
+    empty = '{"x": "the film", "y": "", "finish": "length"}\n'
+    path.write_text(empty + empty.replace('""', '" great."'))
+    assert len(read_sequences(path, tokenizer, None)) == 1
+    assert "1 of 2 rows left out: empty\n" in capsys.readouterr().err
+    path.write_text(empty)
+    with pytest.raises(UsageError, match=r"no row to train on \(1 rows are empty\)"):
+        read_sequences(path, tokenizer, None)
 
 
 def test_the_first_loss_is_eq_1_per_response_token(policy, rows, tmp_path):
@@ -163,6 +175,8 @@ def test_lora_is_merged_into_a_start_policy_that_has_learned(policy, rows, tmp_p
     sft(Sft(**options, output=kept, merge=False))
     assert (kept / "adapter_config.json").is_file()
     assert not (merged / "adapter_config.json").exists()
+    for output, library in ((merged, "transformers"), (kept, "peft")):
+        assert f"\nlibrary_name: {library}\n" in (output / "README.md").read_text()
     losses = pl.read_parquet(merged / "metrics.parquet")["loss"]
     assert losses[-1] < 0.5 * losses[0]
     ids = torch.arange(3, 40)[None]

@@ -18,6 +18,8 @@ from schemas.errors import UsageError
 from schemas.options import Sft
 from tests import tiny
 from tests.conftest import ROOT
+from tests.ple_train.baselines.test_on_policy import TEXTS, sampled
+from tests.ple_train.sharded import train
 from tests.ple_train.small_training import write_pairs
 
 SHARED: dict[str, Any] = {"round": 1, "learning_rate": 1e-3, "batch_size": 8, "microbatch_tokens": 150}
@@ -26,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "residual": {"objective": "ple-residual", "epochs": 2, "checkpoint_every": 3},
     "full": {"full": True},
     "bf16": {"precision": "bf16"},
+    "distilled": {"on_policy": True, "round": 0},
 }
 
 
@@ -34,19 +37,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tied model, pairs, and the trainings of one process."""
     place = tmp_path_factory.mktemp("shard")
     tiny.tiny_policy(place / "policy", tie_word_embeddings=True)
-    from ple_train import train as training
-    from schemas.options import Train
-
     write_pairs(place / "pairs")
+    sampled(place, place / "policy", TEXTS)
     for name, more in CASES.items():
-        training.train(Train(**options(place, f"one-{name}", **more)))
+        train(options(place, f"one-{name}", **more))
     shutil.rmtree(place / "pairs" / "logps")  # the others compute theirs
     return place
 
 
 def options(place: Path, output: str, **more: Any) -> dict[str, Any]:
-    given = {"model": str(place / "policy"), "data": [place / "pairs"], "output": place / output}
-    return given | SHARED | more
+    data = place / ("data" if more.get("on_policy") else "pairs")
+    return {"model": str(place / "policy"), "data": [data], "output": place / output, **SHARED, **more}
 
 
 def launch(place: Path, processes: int, cases: list[dict[str, Any]]) -> str:
@@ -87,7 +88,8 @@ def assert_same(place: Path, name: str, processes: str, atol: float) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
     near = {"rel": 5e-2, "abs": 5e-3} if name == "bf16" else {"rel": 1e-4, "abs": 1e-5}
     found, expected = (pl.read_parquet(place / f"{who}-{name}" / "metrics.parquet") for who in (processes, "one"))
-    for column in ("loss", "grad_norm", "entropy", "drift_wsft_y_age0", "gated_share"):
+    of_pairs = ("entropy", "drift_wsft_y_age0", "gated_share")
+    for column in ("loss", "grad_norm", *(("kl_start",) if name == "distilled" else of_pairs)):
         numbers = (frame[column].drop_nulls().to_list() for frame in (found, expected))
         assert next(numbers) == pytest.approx(next(numbers), **near)
 

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from ple_data.storage.store import Store
 from ple_train import train as training
 from ple_train.engine import loop
 from ple_train.engine.checkpoint import Checkpoints, training_state
+from ple_train.engine.output import metrics_table
 from ple_train.model import lora
 from ple_train.model.batches import micro_batches
 from ple_train.model.policy import load_policy
@@ -260,6 +262,23 @@ def test_shards_that_come_later_are_not_seen(run, policy, tmp_path, monkeypatch)
     expected = run("expected", data=[write_pairs(tmp_path / "growing-copy", seed=1)])
     found = run("frozen", data=[data])
     assert all(torch.equal(weights(found)[name], value) for name, value in weights(expected).items())
+
+
+def test_starting_over_forgets_the_shards_at_once(run, tmp_path, monkeypatch):
+    """Killed before it has found the new ones; what goes on then sees them all."""
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    data = write_pairs(tmp_path / "growing", seed=1)
+    for place, more in (("ple_train.engine.session.load_policy", {}), ("ple_train.snapshot.freeze", {"resume": False})):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, killed)
+            with pytest.raises(KeyboardInterrupt):
+                run("again", data=[data], **more)
+        write_pairs(data, seed=2)
+    found, expected = weights(run("again", data=[data])), weights(run("expected", data=[data]))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_finished_output_is_left_alone_and_other_settings_are_refused(run, capsys):
@@ -529,6 +548,17 @@ def test_metrics_are_per_step_numbers(run):
     assert (metrics["loss_rank"] + metrics["loss_wsft"]).to_list() == pytest.approx(metrics["loss"].to_list(), rel=1e-5)
 
 
+def test_a_metric_that_comes_with_a_later_step_is_kept(tmp_path):
+    """In the table and in a checkpoint."""
+    history = [{"step": 1}, {"step": 2, "late": 0.5}]
+    assert metrics_table(history)["late"].to_pylist() == [None, 0.5]
+    checkpoints = Checkpoints(tmp_path, Settings(Train, {}))
+    model = torch.nn.Linear(2, 2)
+    named, optimizer = dict(model.named_parameters()), torch.optim.AdamW(model.parameters())
+    checkpoints.save(2, *training_state(named, optimizer), history)
+    assert checkpoints.restore(named, optimizer) == (2, [{"step": 1, "late": None}, {"step": 2, "late": 0.5}])
+
+
 def test_tensorboard_gets_the_metrics(run):
     output = run("tracked", report_to="tensorboard")
     assert list(output.rglob("events.out.tfevents.*"))
@@ -591,6 +621,16 @@ def test_a_round_without_pairs_is_named(run, tmp_path):
     assert not (tmp_path / "empty").exists()
 
 
+def test_a_round_far_beyond_those_that_are_there_is_one_sentence_soon(pairs):
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match="no pairs of round 2 in"):
+            freeze([pairs], 10**7, None)
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
+
+
 def test_pairs_of_another_tokenizer_are_refused(run, tmp_path):
     row = {"y_ids": [5, 999]}
     Store(tmp_path / "foreign").commit("pairs", 0, "00000-0123456789ab", table("pairs", [row]), {})
@@ -639,6 +679,7 @@ def test_what_the_machine_is_given_may_change_on_the_way(run, monkeypatch):
 def test_an_adapter_of_another_rank_than_asked_is_refused(run, adapter):
     with pytest.raises(UsageError, match=r"has rank 8 .*--lora-rank is 4"):
         run("rank", adapter=str(adapter), lora_rank=4)
+    assert (run("merged", adapter=str(adapter), lora_rank=4, full=True) / "model.safetensors").exists()
 
 
 def test_pairs_longer_than_the_model_has_positions_are_named(run, tmp_path):

@@ -108,6 +108,13 @@ def test_what_is_machine_only_never_counts():
     assert not {"output", "resume", "metrics", "microbatch_tokens", "dry_run"} & SETTINGS.values.keys()
 
 
+def test_micro_batches_count_where_another_packages_loop_samples_by_them():
+    options_of_ppo = {"model": "m", "queries": "q", "reward_model": "r", "output": "o", "sampled_tokens": 9}
+    now = Settings.of(options.Ppo(**options_of_ppo, microbatch_tokens=64), weights="m@0123456789ab")
+    then = Settings.of(options.Ppo(**options_of_ppo), weights="m@0123456789ab").values
+    assert now.differences(then) == ["microbatch_tokens: 8192 then, 64 now"]
+
+
 def test_a_model_counts_by_its_digest_and_not_by_its_name():
     moved = SETTINGS.values | {"model": "elsewhere/n", "weights": "n@0123456789ab"}
     assert SETTINGS.differences(moved) == []
@@ -145,8 +152,9 @@ def test_what_no_file_could_keep_is_refused():
     asked = {"model": "m", "queries": "q", "principles": "hh", "data": "d", "round": 0}
     with pytest.raises(UsageError, match="--stop holds bytes that are no UTF-8"):
         options.Gen(**asked, stop=("\udcff",))
-    with pytest.raises(UsageError, match="--round must be at most 2147483647"):
-        options.Gen(**asked | {"round": 2**31})
+    for kind, more in ((Gen, asked), (Train, {"model": "m", "data": ["d"], "output": "o"})):
+        with pytest.raises(UsageError, match="--round must be at most 2147483647"):
+            kind(**more | {"round": 2**31})
     with pytest.raises(UsageError, match="--seed must be below 9223372036854775808"):
         options.Gen(**asked, seed=2**63)
 

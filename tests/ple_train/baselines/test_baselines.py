@@ -428,6 +428,11 @@ def test_dpo_in_bf16_compares_in_float32(run):
     assert first_loss(run("dpo", precision="bf16", batch_size=5)) == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_a_seed_beyond_what_numpy_takes_trains_by_trl_too(run):
+    output = run("dpo", seed=2**32, batch_size=5)
+    assert record(output)["settings"]["seed"] == 2**32
+
+
 @pytest.fixture
 def installed_trl(monkeypatch):
     """installed_trl("1.16.0"): the version that this environment is taken to have; None for none."""
@@ -542,6 +547,13 @@ def test_a_recipe_with_a_baseline_trains_by_it():
     assert "--tau0" not in words
     cli.baseline.commands["dpo"].make_context("dpo", words[2:])  # every option is known
     assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json"))), "again") == recipe
+
+
+def test_a_baseline_is_started_by_its_launcher():
+    stage = rounds.plan(parse_recipe(values(method="raft", launch="torchrun --nproc-per-node 2"), "test"))[2]
+    program, *words = stage.launch
+    assert (Path(program).name, words) == ("torchrun", ["--nproc-per-node", "2"])
+    assert stage.shell_line.startswith(f"{program} --nproc-per-node 2 {stage.command[0]} baseline raft ")
 
 
 @pytest.mark.parametrize(
@@ -792,6 +804,16 @@ def test_a_pad_token_without_a_row_in_the_embedding_is_replaced_for_ppo(policy):
     rows = model.get_input_embeddings().weight.shape[0]
     assert tokenizer.pad_token_id >= rows
     assert ppo_room.with_own_pad(tokenizer, model, [(5, 6)]).pad_token_id < rows
+
+
+def test_an_output_of_another_baseline_was_not_made_by_trl(run):
+    """Neither a finished one nor one that was begun."""
+    output = run("raft", batch_size=5)
+    assert not dpo_room.made_by_trl(output)
+    with pytest.raises(UsageError, match=r"the result of another command \(baseline\)"):
+        run("dpo", via=None)
+    (output / "ple.json").unlink()
+    assert not dpo_room.made_by_trl(output)
 
 
 def test_dpo_is_our_own_loop_but_where_an_output_was_made_by_trl(run, pairs, policy, tmp_path, monkeypatch):

@@ -357,6 +357,18 @@ def test_a_run_directory_gives_its_policies(policy, adapters, data, tmp_path):
     assert found.stdout == format_purity(report) + "\n"
 
 
+def test_policies_of_a_run_stand_in_the_order_of_their_rounds(policy, adapters, data, tmp_path):
+    recipe = {"model": str(policy), "queries": "q", "principles": "hh", "reward_model": "r", "run_dir": "run"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "data").symlink_to(data)
+    for t in (1000, 2, 999):
+        output = shutil.copytree(adapters[0], tmp_path / "policy" / f"round={t:03d}")
+        (output / "ple.json").write_text("{}")
+    purity(Purity(run=tmp_path))
+    found = read_record(PurityReport, tmp_path / "purity" / "purity.json").policies
+    assert [policy.after_round for policy in found] == [None, 2, 999, 1000]
+
+
 def test_an_interrupted_measurement_goes_on_where_it_was(policy, data, tmp_path, monkeypatch):
     """Stopped in the second shard: the first is kept, and the results appear only when everything is measured."""
     import ple_train.measure.purity as room

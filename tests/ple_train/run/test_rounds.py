@@ -203,6 +203,19 @@ def test_missing_program_is_named_before_anything_starts(bench: Bench) -> None:
     assert not bench.run_dir.exists()
 
 
+def test_a_judge_rates_by_the_principles_and_without_them_by_a_rubric_alone(bench: Bench) -> None:
+    bench.values |= {"reward_model": ["judge:m", "letters.py:score"], "principles": "imdb"}
+    asked = words_of(rounds.plan(bench.recipe)[1])
+    assert asked[asked.index("--rubric") + 1] == "imdb"
+    bench.values["principles"] = "none"
+    with pytest.raises(UsageError, match=r"a judge rates by the principle, and there is none: .*score\.rubric"):
+        rounds.run(bench.recipe)
+    assert not bench.run_dir.exists()
+    bench.values["score"]["rubric"] = "hh"
+    asked = words_of(rounds.plan(bench.recipe)[1])
+    assert (asked.count("--rubric"), asked[asked.index("--rubric") + 1]) == (1, "hh")
+
+
 def test_a_stage_is_started_by_its_launcher_which_changes_nothing_else(bench: Bench) -> None:
     bench.values["train"]["launch"] = "env STARTED_BY=torchrun"
     stage = rounds.plan(bench.recipe)[2]

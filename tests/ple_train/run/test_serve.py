@@ -10,6 +10,7 @@ import pytest
 
 from ple_train.run import rounds, serve
 from ple_train.run.child import Ended
+from ple_train.run.serve import Server
 from schemas.errors import PleError, UsageError
 from schemas.recipe import parse_recipe
 from tests.conftest import ROOT
@@ -57,6 +58,19 @@ def test_one_server_for_all_rounds_that_sleeps_while_they_train(bench: Bench) ->
     assert [name for name, *_ in bench.calls() if name != "health"] == names
 
 
+def test_no_proxy_stands_before_the_server(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that is dead it is not even asked."""
+    for name in ("http_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name.upper(), raising=False)
+        monkeypatch.setenv(name, "" if name == "no_proxy" else "http://127.0.0.1:9")
+    monkeypatch.setattr(serve, "START_SECONDS", 30.0)
+    server = Server(bench.recipe.gen.server, "m", bench.folder / "server.log")
+    with server:
+        server.address()
+        server.rest()
+    assert [name for name, *_ in bench.calls()] == ["health", "sleep"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_the_server_ends_with_the_run_however_that_ends(bench: Bench, number: signal.Signals) -> None:
     process, _ = bench.start_and_hang("gen")
@@ -81,19 +95,24 @@ def test_a_server_that_cannot_sleep_is_said(bench: Bench, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("gen", "train", "message"),
+    ("gen", "more", "message"),
     [
         ({"endpoint": ["http://h:1"]}, {}, "give either server"),
         ({"engine": "vllm"}, {}, "give either server"),
-        ({}, {"full": True}, "gen.server serves one model with each round's adapter"),
+        ({}, {"train": {"full": True}}, "gen.server serves one model .*: leave it out, or train.full"),
+        ({}, {"baseline": {"method": "raft", "full": True}}, "gen.server serves one model .*, or baseline.full"),
         ({"server": {"command": []}}, {}, "gen.server.command"),
     ],
 )
-def test_what_does_not_go_together_is_found_first(bench: Bench, gen: dict, train: dict, message: str) -> None:
+def test_what_does_not_go_together_is_found_first(bench: Bench, gen: dict, more: dict, message: str) -> None:
     bench.values["gen"] |= gen
-    bench.values["train"] |= train
     with pytest.raises(UsageError, match=message):
-        parse_recipe(bench.values, "test")
+        parse_recipe(bench.values | more, "test")
+
+
+def test_the_training_that_a_baseline_takes_the_place_of_does_not_count(bench: Bench) -> None:
+    bench.values |= {"train": {"full": True}, "baseline": {"method": "raft"}}
+    assert bench.recipe.gen.server
 
 
 @pytest.mark.vllm
