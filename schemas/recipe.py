@@ -168,6 +168,7 @@ class Recipe(Strict):
     tau0: float = _field(options.Threshold.__dataclass_fields__["tau0"])
     alpha: float = _field(options.Threshold.__dataclass_fields__["alpha"])
     reuse: list[str] = Field(default_factory=list)
+    restart: bool = False
     reward: RewardStage | None = None
     sft: SftStage | None = None
     gen: GenStage = GenStage()
@@ -195,6 +196,12 @@ class Recipe(Strict):
         name = "train" if self.baseline is None else "baseline"
         if self.gen.server and getattr(self, name).full:
             raise ValueError(f"gen.server serves one model with each round's adapter: leave it out, or {name}.full")
+        return self
+
+    @model_validator(mode="after")
+    def _where_training_starts(self) -> "Recipe":
+        if self.restart and self.baseline and self.baseline.on_policy:
+            raise ValueError("restart: baseline.on_policy trains the policy that sampled; leave one of the two out")
         return self
 
     @model_validator(mode="after")

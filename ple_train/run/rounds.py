@@ -105,7 +105,7 @@ def plan(recipe: Recipe) -> list[Stage]:
         stages += [
             _stage("gen", t, recipe.gen, {**policy, **queries, **data, **seed, "reuse": recipe.reuse}),
             _stage("score", t, recipe.score, {**data, **scored}),
-            _stage(name, t, trainer, {**policy, **data, **written, **schedule, **seed}),
+            _stage(name, t, trainer, {**(base if recipe.restart else policy), **data, **written, **schedule, **seed}),
         ]
         policy = {"model": written["output"]} if trainer.full else {**base, "adapter": written["output"]}
     return stages

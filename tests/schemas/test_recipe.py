@@ -48,6 +48,10 @@ def bomb(levels: int = 9, merged: bool = False) -> str:
         (f"{GOOD}seed: [{'x, ' * 5_000}]\n", "seed: Input should be a valid integer"),
         (f"{GOOD}{'k' * 900}: 1\n", "unknown key"),
         (f"{GOOD}sft: {{data: d, shard: true}}\n", "sft: shard needs full: an adapter is merged at the end"),
+        (
+            f"{GOOD}restart: true\nbaseline: {{method: context-distillation, on_policy: true}}\n",
+            "restart: baseline.on_policy trains the policy that sampled",
+        ),
         (GOOD + "".join(f"k{n}: 1\n" for n in range(500)), "and 480 more"),
         ("#" * (MOST_BYTES + 1), "at most 1048576 bytes"),
     ],

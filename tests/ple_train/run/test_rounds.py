@@ -216,6 +216,17 @@ def test_a_judge_rates_by_the_principles_and_without_them_by_a_rubric_alone(benc
     assert (asked.count("--rubric"), asked[asked.index("--rubric") + 1]) == (1, "hh")
 
 
+def test_with_restart_every_round_is_sampled_by_the_last_policy_and_trained_from_the_start(bench: Bench) -> None:
+    plainly = rounds.plan(bench.recipe)
+    bench.values["restart"] = True
+    *before, gen1, score1, train1 = rounds.plan(bench.recipe)
+    assert [*before, gen1, score1] == plainly[:-1]
+    words = words_of(plainly[-1])
+    at = words.index("--adapter")
+    assert words_of(train1) == words[:at] + words[at + 2 :]
+    assert "--adapter" in words_of(gen1)
+
+
 def test_a_stage_is_started_by_its_launcher_which_changes_nothing_else(bench: Bench) -> None:
     bench.values["train"]["launch"] = "env STARTED_BY=torchrun"
     stage = rounds.plan(bench.recipe)[2]
