@@ -199,8 +199,8 @@ def warn_of_another_sampler(parts: list[SnapshotShard], round: int, policy: str)
         if sampler and digests_of(sampler) != digests_of(policy):
             print_to_log(
                 f"warning: round {round} of {root} was sampled by {sampler}, but training starts from {policy}; it "
-                "should go on with the policy that sampled the newest round: is --adapter missing, or of another round? "
-                "(With restart: true of a recipe this is meant.)"
+                "should go on with the policy that sampled the newest round: is --adapter missing, or of another round?"
+                " (A recipe with restart: true means it.)"
             )
 
 
