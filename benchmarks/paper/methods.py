@@ -45,7 +45,8 @@ class Method:
     learned from or chosen among: where they are more than PLE's two there are fewer queries, and the other way round.
     `brake`: the option that bounds the distance; `brakes`: its values, tightest first; `usual`: its value in the tables
     of one point, None for the learning rate. `ablates`: the method that this one is without something; it has that
-    one's learning rate. `newest`: each round trains on its own rows alone, as round 0 of a store of its own.
+    one's learning rate. `newest`: each round trains on its own rows alone, as round 0 of a store of its own;
+    `restart`: from the start policy, on all rows so far.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Method:
     responses: int = 2
     alpha: float = ALPHA
     newest: bool = False
+    restart: bool = False
     ablates: str | None = None
 
     @property
@@ -128,6 +130,7 @@ def _parts(of: str, title: str, brake: str, at: float, train: dict[str, Any]) ->
         Method(f"{of}-no-principle", f"{title} w/o principle", train=train, guided=False, **one),
         Method(f"{of}-no-decay", f"{title}, alpha 0.999", train=train, alpha=0.999, **one),
         Method(f"{of}-newest", f"{title} w/o old rows", train=train | {"epochs": AGAIN}, newest=True, **one),
+        Method(f"{of}-restart", f"{title}, rounds from the start", train=train, restart=True, **one),
     )
 
 
@@ -285,6 +288,7 @@ class Run:
             "seed": self.seed,
             "alpha": self.method.alpha,
             "reuse": [str(self.common)],
+            "restart": self.method.restart,
             "gen": {"command": [*ple, "gen"], "samples": max(1, self.method.responses // 2), **sampling(task, queries)},
             "score": {"command": [*ple, "score"]},
         }
