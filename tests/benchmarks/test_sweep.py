@@ -69,6 +69,7 @@ def tiny_task(directory: Path, policy: Path) -> Task:
     return Task("tiny", "Tiny", "imdb", lambda *_: None, (), 4, specs["trained"], specs["judge"], "", 16)
 
 
+@pytest.mark.long
 def test_points_are_made_once(
     warm: None, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 from tests.faults.__main__ import run
 from tests.faults.disk import compiler
 
-MOST = 2
+MOST = 1
 """Faults of each stage."""
 
 

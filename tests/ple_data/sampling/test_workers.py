@@ -131,6 +131,7 @@ def test_a_worker_that_dies_is_replaced_and_what_kills_three_is_named(
     assert said.out == ""
 
 
+@pytest.mark.long
 def test_what_cannot_work_is_one_sentence(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"--ray 127.0.0.1:1: no cluster of Ray there \(.*refused"):
         run("a", workers=1, ray="127.0.0.1:1")

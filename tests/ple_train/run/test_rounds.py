@@ -642,6 +642,7 @@ def test_shell_loop_does_the_same_as_run(
         assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.vllm
 def test_run_with_generation_from_another_environment(
     policy: Path, reward: Path, vllm_python: str, tmp_path: Path, run_forked: Callable[..., Ended], monkeypatch
