@@ -6,8 +6,8 @@ WHEEL := .venv-wheel
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 PROJECT := pyproject.toml constraints.txt
+# Options of `ple demo`, such as --rounds 1.
 DEMO ?=
-# options of `ple demo`, such as --rounds 1
 PRODUCT := $(shell find ple_data ple_train schemas *.py -type f -not -name '*.pyc')
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # What test-wheel runs: quick, and in need of nothing of the source tree.

@@ -44,16 +44,15 @@ class Lease:
         return _generations(self.path.parent, name)[-1:] == [number] and self._own.encode() in _read(self.path)
 
     def renew(self) -> bool:
-        """Say that its holder lives; False where it is no longer ours."""
+        """Say that its holder lives; False where it is no longer ours. Raises OSError, PleError."""
         if not self.is_ours():
             return False
         self._beat += 1
-        with suppress(OSError):  # a disk that is full or away: the others wait for a while
-            fd = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                os.pwrite(fd, _text(self._own, self._beat), 0)
-            finally:
-                os.close(fd)
+        fd = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.pwrite(fd, _text(self._own, self._beat), 0)
+        finally:
+            os.close(fd)
         return True
 
     def release(self) -> None:
@@ -211,7 +210,7 @@ class _Renewals:
             with self._lock:
                 leases = list(self._leases)
             for lease in leases:
-                with suppress(OSError, PleError):  # what fails for a moment: the next time is soon enough
+                with suppress(OSError, PleError):  # a disk that is full or away: others wait for a while
                     if not lease.renew():
                         self.drop(lease)
 

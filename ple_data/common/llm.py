@@ -137,7 +137,6 @@ class LanguageModel:
         fails in every try. Raises PleError where the endpoint is down, UsageError where it refuses everything; what was
         answered is kept.
         """
-
         digests = {asked: self.digest(question) for asked, question in questions.items()}
         same: dict[str, list[Asked]] = {}
         for asked, digest in digests.items():

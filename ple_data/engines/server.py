@@ -152,13 +152,15 @@ class ServerEngine:
         fault: PleError
         while True:
             for server in turn:
+                sure = False
                 try:
                     server.make_sure()
+                    sure = True
                     return work(server)
                 except UsageError:
                     raise
                 except RefusedError as error:
-                    if error.status != GONE or not self._name:
+                    if not (sure and self._name and error.status == GONE):
                         raise
                     server.known, fault = False, error
                 except PleError as error:

@@ -54,9 +54,8 @@ def dpo(options: Dpo) -> None:
 def made_by_trl(output: Path) -> bool:
     """Whether TRL has finished or begun this output. Raises DamagedError."""
     record, begun = read_record(output), output / ".ple" / SNAPSHOT
-    if record is None and begun.exists():
-        return records.read_record(Snapshot, begun, START_AGAIN).settings.get("method") == "dpo"
-    return record is not None and record.kind == "baseline" and record.settings.get("method") == "dpo"
+    found = records.read_record(Snapshot, begun, START_AGAIN) if record is None and begun.exists() else record
+    return found is not None and found.settings.get("method") == "dpo"
 
 
 def via_trl(options: Dpo) -> None:

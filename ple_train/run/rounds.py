@@ -93,8 +93,8 @@ def plan(recipe: Recipe) -> list[Stage]:
     if recipe.baseline is not None:
         name, trainer, schedule = "baseline", recipe.baseline, {}
     scored: dict[str, Any] = {"reward_model": reward_models}
-    rubric = rubric_of(reward_models, recipe.score.rubric, recipe.principles)
-    scored |= {} if rubric == recipe.score.rubric else {"rubric": rubric}
+    if (rubric := rubric_of(reward_models, recipe.score.rubric, recipe.principles)) != recipe.score.rubric:
+        scored["rubric"] = rubric
     policy = base  # samples and starts a round: the start policy, then with the last round's adapter
     for t in range(recipe.rounds):
         data = {"data": run / "data", "round": t}
