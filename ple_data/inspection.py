@@ -49,6 +49,12 @@ def inspect(
     if not any(shards.values()):
         if Store(store.root / "data").shards("pairs"):
             raise UsageError(f"{data}: a run's directory; its rows are in {store.root / 'data'}: give that")
+        if begun := store.manifest_paths():
+            t, wait = (
+                store.read_manifest(begun[0]).round,
+                "wait, or run the same ple-gen command again if it has stopped",
+            )
+            raise UsageError(f"{data}: no rows yet: round {t} was begun, but no unit of it is whole; {wait}")
         raise UsageError(f"{data}: no committed rows: run ple-gen first, or check the path")
     counts = [
         {"round": round, "kind": kind, "shards": len(sizes), "rows": sum(sizes)}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ple_data.common.command import say
 from ple_data.common.digests import model_digest
 from ple_data.common.loading import check_sizes, loading
 from schemas.errors import UsageError, first_line
@@ -69,6 +70,8 @@ def check_model(model: str | Path, *, quantized: bool = False) -> None:
     if not os.path.exists(directory):  # False for what is too long to be a path
         if str(model).startswith((".", "/", "~")) or not _HUB_ID.match(str(model)):
             raise UsageError(f"model directory {model} does not exist; give a directory or a hub id")
+        if (owner := directory.parts[0]) != str(model) and os.path.isdir(owner):
+            say(f"note: the folder {owner} has no {directory.name}, so {model} is looked up on the hub")
         return
     files = {path.suffix for path in (directory.iterdir() if directory.is_dir() else [directory])}
     if ".gguf" in files and ".safetensors" not in files:

@@ -31,6 +31,7 @@ class Progress:
         most_tokens: that a unit may have; then tokens are counted too, and those of unfinished units move the rest.
         """
         self._label, self._total, self._unit, self._most_tokens = label, total, unit, most_tokens
+        self._length = float(most_tokens)  # a mean once no unit is under way: the first ones to end are short
         self._done = self._start = done
         self._settled = self._pending = self._with_tokens = 0
         self._detail = ""
@@ -50,6 +51,8 @@ class Progress:
         self._settled += tokens
         self._with_tokens += count if tokens else 0
         self._pending = max(0, self._pending - tokens)
+        if self._settled and not self._pending:
+            self._length = self._settled / self._with_tokens
         self._detail = detail
         self._moved_on()
 
@@ -110,29 +113,31 @@ class Progress:
             self._line(self._state())  # the last one is written at the end
 
     def _units(self, mark: _Mark) -> float:
-        """Units done here, with the parts of those under way: by the mean length so far, else by the longest."""
-        mean = self._settled / self._with_tokens if self._with_tokens else self._most_tokens
-        return mark.done + (mark.pending / mean if mean else 0.0)
+        """Units done here, or as many as all tokens so far would be at the length that is known, if these are more."""
+        units = (mark.settled + mark.pending) / self._length if self._length else 0.0
+        return min(max(mark.done, units), self._total - self._start)
 
     def _state(self) -> str:
         now = self._mark()
         while len(self._marks) > 2 and self._marks[1].time <= now.time - WINDOW:
             self._marks.popleft()
-        first = self._marks[0] if self._done < self._total else _Mark(self._began, 0, 0, 0)  # at the end, of all
-        seconds, units = max(now.time - first.time, 1e-9), self._units(now)
-        rate = (units - self._units(first)) / seconds
-        share = min(100, int(100 * (self._start + units) / max(self._total, 1)))
-        state = f"{self._done}/{self._total} {self._unit} ({share} %)"
+        all_of_it = _Mark(self._began, 0, 0, 0)
+        first = self._marks[0] if self._done < self._total else all_of_it  # at the end, of all
+        state = f"{self._done}/{self._total} {self._unit} ({int(100 * self._done / max(self._total, 1))} %)"
+        seconds = max(now.time - first.time, 1e-9)
         if self._most_tokens:
             tokens = now.settled + now.pending
             state += f", {tokens} tokens, {(tokens - first.settled - first.pending) / seconds:.3g} tokens/s"
+            first = all_of_it  # a batch slows down while its last responses end: the minute is no rate for the rest
         else:
-            state += f", {rate:.3g} {self._unit}/s"
+            state += f", {(now.done - first.done) / seconds:.3g} {self._unit}/s"
         state += f", {self._detail}" if self._detail else ""
+        units = self._units(now)
+        rate = (units - self._units(first)) / max(now.time - first.time, 1e-9)
         left = self._total - self._start - units
         if left <= 0 or rate <= 0 or units < EARLIEST * (self._total - self._start):
             return state
-        return f"{state}, {'' if self._with_tokens or not now.pending else 'at most '}{_clock(left / rate)} left"
+        return f"{state}, {'at most ' if self._most_tokens and not now.done else ''}{_clock(left / rate)} left"
 
     def _draw(self, bar: Any) -> None:
         self._last_bar = time.monotonic()

@@ -85,13 +85,9 @@ def open_rows(source: str | Path, split: str | None = None) -> Source:
 
     split: which split of a hub dataset, `train` if not given; refused for a file. Raises UsageError.
     """
-    path = Path(source)
-    if os.path.isdir(path):
-        raise UsageError(f"{source} is a directory; give one file of it ({', '.join(FORMATS)})")
-    if not os.path.exists(path):  # False for what is too long to be a path
-        if path.suffix in FORMATS or not _HUB_ID.match(str(source)) or str(source).startswith("."):
-            raise UsageError(f"{source} does not exist; give a file ({', '.join(FORMATS)}) or a hub dataset id")
+    if not is_file(source):
         return _hub(str(source), split or "train")
+    path = Path(source)
     if split is not None:
         raise UsageError(f"--split is for a hub dataset; {source} is a file")
     if path.suffix not in FORMATS:
@@ -103,6 +99,18 @@ def open_rows(source: str | Path, split: str | None = None) -> Source:
     if next(iter(read(path, text)), None) is None:
         raise UsageError(f"{source} has no rows")
     return Source(str(source), hashlib.sha256(content).hexdigest(), lambda: read(path, text))
+
+
+def is_file(source: str | Path) -> bool:
+    """Whether a source is a file here, else it may be a hub dataset. Raises UsageError where it can be neither."""
+    path = Path(source)
+    if os.path.isdir(path):
+        raise UsageError(f"{source} is a directory; give one file of it ({', '.join(FORMATS)})")
+    if os.path.exists(path):  # False for what is too long to be a path
+        return True
+    if path.suffix in FORMATS or not _HUB_ID.match(str(source)) or str(source).startswith("."):
+        raise UsageError(f"{source} does not exist; give a file ({', '.join(FORMATS)}) or a hub dataset id")
+    return False
 
 
 def _parquet(path: Path, content: bytes) -> Iterator[_Row]:

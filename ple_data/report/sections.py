@@ -213,11 +213,13 @@ def _stages(stages: list[dict[str, Any]]) -> Section:
         code = records[-1]["exit_code"]
         ended = "running, or killed" if code is None else "done" if code == 0 else f"exit code {code}"
         attempts.append([name, "" if t is None else str(t), str(len(records)), f"{time:.1f}", ended])
-    said = reading.stage_times(seconds)
-    section.draw("stages", "Time by stage", "Minutes, all attempts together.", figures.stage_times(seconds), said)
-    total = sum(stage["seconds"] or 0.0 for stage in stages)
+    if total := sum(stage["seconds"] or 0.0 for stage in stages):
+        said = reading.stage_times(seconds)
+        section.draw("stages", "Time by stage", "Minutes, all attempts together.", figures.stage_times(seconds), said)
+        section.words.append(f"{total / 60:.1f} minutes in all.")
+    else:
+        section.missing.append("No stage has ended yet: each has its time here when it has.")
     head = ["stage", "round", "attempts", "seconds", "ended"]
-    section.words.append(f"{total / 60:.1f} minutes in all.")
     section.tables.append(Table("Every stage", head, attempts, folded=True))
     return section
 

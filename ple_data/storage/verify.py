@@ -50,6 +50,13 @@ def check(directory: Path) -> Iterator[Problem]:
         raise DamagedError(f"{directory}: {problems}, listed above with what to do")
 
 
+def held(directory: Path) -> str:
+    """How many rows of which kind are committed, in words."""
+    store = Store(directory)
+    rows = {kind: sum(shard.rows for shard in store.shards(kind)) for kind in tables.STORED}
+    return ", ".join(f"{count} rows of {kind}" for kind, count in rows.items() if count) or "no rows yet"
+
+
 def verify(store: Store) -> Iterator[Problem]:
     """All problems of a data directory, as they are found. Raises UsageError where it is none."""
     tables_there = (path for kind in tables.STORED for path in (store.root / kind).rglob("*.parquet"))

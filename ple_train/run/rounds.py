@@ -7,6 +7,7 @@ goes on where it stopped. It never imports torch and never looks into the data.
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -22,8 +23,11 @@ from pydantic import BaseModel
 
 from ple_data.common.command import say
 from ple_data.common.digests import text_digest
+from ple_data.common.models import check_model
 from ple_data.common.secrets import public
-from ple_data.rewards import recorded_spec, rubric_of
+from ple_data.inputs.principles import load_principle
+from ple_data.inputs.readers import is_file
+from ple_data.rewards import check_reward_model, kind_of, recorded_spec, rubric_of
 from ple_train.run.child import GRACE_SECONDS, run_child
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
 from ple_train.run.serve import Server
@@ -68,12 +72,20 @@ class Stage:
 
     @property
     def shell_line(self) -> str:
-        return shlex.join([*self.launch, *self.recorded])
+        return " ".join(map(_shell_word, [*self.launch, *self.recorded]))
 
     @property
     def output(self) -> Path | None:
         """The directory that a training stage writes."""
         return Path(self.command[self.command.index("--output") + 1]) if "--output" in self.command else None
+
+
+def _shell_word(word: str) -> str:
+    """The word as a shell takes it, on one line: what does not print, such as a line's end, is escaped."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = {"\\": "\\\\", "'": "\\'", "\n": "\\n"}
+    return "$'" + "".join(escaped.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}") for c in word) + "'"
 
 
 def plan(recipe: Recipe) -> list[Stage]:
@@ -118,12 +130,15 @@ def _written(run: Path, output: str, metrics: str) -> dict[str, Any]:
 def run(recipe: Recipe) -> None:
     """Runs what is left of the recipe in its run directory.
 
-    Raises UsageError for a missing program or another recipe in the directory, LockedError when another process runs
-    it, and PleError with the child's exit code when a stage fails.
+    Raises UsageError for a missing program or input or another recipe in the directory, LockedError when another
+    process runs it, and PleError with the child's exit code when a stage fails.
     """
     directory = Path(recipe.run_dir)
     stages = plan(recipe)
     _refuse_missing_programs(stages)
+    records = _load_records(directory)
+    if not all(any(_is_done(record, stage) for record in records) for stage in stages):
+        _refuse_missing_inputs(recipe)
     directory.mkdir(parents=True, exist_ok=True)
     refuse_outside(directory, directory / ".ple")
     lock = locked(directory / ".ple" / "run.lock", str(directory), patience=GRACE_SECONDS + 5)
@@ -266,6 +281,18 @@ def _refuse_missing_programs(stages: list[Stage]) -> None:
         raise UsageError(f"there is no such program: {named}; give its path in the recipe, e.g. .venv/bin/ple-gen")
 
 
+def _refuse_missing_inputs(recipe: Recipe) -> None:
+    """What later stages read is there now, as far as files can tell: a hub is not asked."""
+    check_model(recipe.model, quantized=True)  # an engine may read it; what does not says so when it loads
+    is_file(recipe.queries)
+    load_principle(recipe.principles)
+    for spec in recipe.reward_models:
+        if kind_of(spec) == "function":
+            check_reward_model(spec)
+        elif kind_of(spec) == "classifier":
+            check_model(re.sub(r"\[\d+\]$", "", spec))
+
+
 def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:
     """Keep the recipe with the run. A changed one is refused where it would have changed a stage that is done.
 
@@ -281,10 +308,8 @@ def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:
     kept = recipe.model_copy(update=secret)
     if path.exists():
         frozen = _frozen(path)
-        if (frozen.reward_model, frozen.score.reward_endpoint) == (
-            recipe.reward_model,
-            endpoint,
-        ):  # the user's own recipe: it must work again
+        own = (frozen.reward_model, frozen.score.reward_endpoint)
+        if own == (recipe.reward_model, endpoint):  # the user's own recipe: it must work again
             kept = recipe
         changed = differences(frozen, kept)
         if not changed:

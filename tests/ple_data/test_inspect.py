@@ -10,7 +10,9 @@ from ple_data.common.terminal import display_width, printable, shorten, side_by_
 from ple_data.inspection import WIDTH, format_statistics, inspect
 from ple_data.partition import round_statistics
 from ple_data.storage.store import Store
+from ple_data.storage.verify import held
 from schemas.errors import DamagedError, UsageError
+from schemas.records import RoundManifest
 from tests.tables import table
 
 
@@ -104,6 +106,10 @@ def test_empty_responses_say_so(tmp_path):
     assert r"(empty: ' \n')" in inspect(tmp_path, rows=1)
 
 
+def test_what_is_held_is_counted_by_kind(store):
+    assert held(store.root) == "12 rows of responses, 8 rows of pairs"
+
+
 def test_only_responses(tmp_path):
     store = Store(tmp_path)
     store.commit("responses", 0, "00000-aa", table("responses", [{}]), {})
@@ -114,6 +120,14 @@ def test_only_responses(tmp_path):
 def test_nothing_there(tmp_path):
     with pytest.raises(UsageError, match="no committed rows: run ple-gen first"):
         inspect(tmp_path / "no")
+
+
+def test_a_round_that_was_begun_is_not_one_that_is_not_there(tmp_path):
+    store = Store(tmp_path)
+    store.save_manifest(RoundManifest(round=3, settings={}))
+    assert held(tmp_path) == "no rows yet"
+    with pytest.raises(UsageError, match=r"no rows yet: round 3 was begun, .*; wait, or run the same ple-gen"):
+        inspect(tmp_path)
 
 
 def test_alpha_is_checked(store):

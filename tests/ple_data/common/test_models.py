@@ -256,3 +256,15 @@ def test_a_file_that_never_ends_is_refused_before_it_is_opened(tmp_path, name):
     os.mkfifo(directory / name)
     with pytest.raises(UsageError, match=f"{name} is a pipe or device"):
         check_model(directory)
+
+
+def test_a_folder_that_its_owner_lacks_is_said_to_be_looked_up_on_the_hub(tmp_path, monkeypatch, capsys):
+    """A slip in the name of one's own folder has the form of a hub id: the hub is asked, for a minute where it cannot
+    be reached."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo" / "policy").mkdir(parents=True)
+    check_model("demo/polcy")
+    assert capsys.readouterr().err == "note: the folder demo has no polcy, so demo/polcy is looked up on the hub\n"
+    check_model("Qwen/Qwen2.5-0.5B")
+    check_model("gpt2")
+    assert not capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Progress: a rate of the last minute, the time left from it, and movement within a batch."""
+"""Progress: a rate of the last minute, the time left, and movement within a batch."""
 
 import io
 import sys
@@ -64,7 +64,7 @@ def test_tokens_move_a_batch_that_is_not_done(clock, capsys):
             clock.now += 1
             work.under_way(10 * step)
         assert last_line(capsys) == (
-            "generate: 0/4 responses (12 %), 50 tokens, 10 tokens/s, at most 35 s left"  # the line of the fifth second
+            "generate: 0/4 responses (0 %), 50 tokens, 10 tokens/s, at most 35 s left"  # the line of the fifth second
         )
         for step in range(7, 11):
             clock.now += 1
@@ -76,7 +76,25 @@ def test_tokens_move_a_batch_that_is_not_done(clock, capsys):
             work.under_way(10 * step)
         clock.now += 2
         work.under_way(50)
-        assert last_line(capsys) == "generate: 2/4 responses (75 %), 150 tokens, 10 tokens/s, 5 s left"
+        assert last_line(capsys) == "generate: 2/4 responses (50 %), 150 tokens, 10 tokens/s, 5 s left"
+
+
+def test_the_tail_of_a_batch_does_not_stretch_the_time_left(clock, capsys):
+    """Batches of 8 whose 7 short responses end after 10 s; the last one goes on alone for 90 s, at a tenth of the
+    tokens. A rate of the last minute would say ten times the time that is left."""
+    with Progress("generate", 32, "responses", most_tokens=200) as work:
+        for _ in range(2):
+            for second in range(1, 101):
+                clock.now += 1
+                work.under_way(second * 8 if second <= 10 else second)
+                if second == 10:
+                    work.advance(7, tokens=70)
+            work.advance(1, tokens=100)
+            clock.now += 5
+            work.under_way(0)
+            assert "tokens/s" in (line := last_line(capsys)), line
+    assert "16/32 responses (50 %)" in line
+    assert "3 min 30 s left" in line
 
 
 def test_a_terminal_has_one_line_that_moves(clock, monkeypatch):
@@ -93,6 +111,6 @@ def test_a_terminal_has_one_line_that_moves(clock, monkeypatch):
         work.note("a word")
         work.advance(2, tokens=20)
     shown = screen.getvalue().split("\r")
-    assert any("generate: 0/2 responses (45 %), 9 tokens, 1 tokens/s, at most 11 s left |" in line for line in shown)
+    assert any("generate: 0/2 responses (0 %), 9 tokens, 1 tokens/s, at most 11 s left |" in line for line in shown)
     assert "generate: a word\n" in screen.getvalue()
     assert "generate: 2/2 responses (100 %), 20 tokens" in shown[-1]

@@ -401,6 +401,8 @@ def test_a_run_that_has_just_begun(tmp_path):
     page = Path(report(run)).read_text()
     assert "No pairs yet" in page
     assert "running, or killed" in page
+    assert "No stage has ended yet" in page
+    assert "Time by stage" not in page
 
 
 def test_many_rounds_of_one_pair(tmp_path):

@@ -58,9 +58,10 @@ class Bench:
         self.run_dir = folder / "run"
         script = folder / "stand_in.py"
         script.write_text(STAND_IN)
+        (folder / "q.jsonl").write_text('{"x": "a"}\n')
         self.values = {
             "model": "base",
-            "queries": "q.jsonl",
+            "queries": str(folder / "q.jsonl"),
             "principles": "hh",
             "reward_model": "judge",
             "run_dir": str(self.run_dir),
@@ -144,8 +145,9 @@ def named_words(stage: rounds.Stage) -> dict[str, str]:
 def test_plan_passes_the_policy_from_round_to_round(bench: Bench) -> None:
     gen0, score0, train0, gen1, _, train1 = rounds.plan(bench.recipe)
     run = bench.run_dir
+    queries = bench.values["queries"]
     data0 = ["--data", f"{run}/data", "--round", "0"]
-    assert words_of(gen0) == ["--model", "base", "--queries", "q.jsonl", "--principles", "hh", *data0, "--seed", "0"]
+    assert words_of(gen0) == ["--model", "base", "--queries", queries, "--principles", "hh", *data0, "--seed", "0"]
     assert words_of(score0) == [*data0, "--reward-model", "judge"]
     output = ["--output", f"{run}/policy/round=000", "--metrics", f"{run}/metrics/round=000.parquet"]
     threshold = ["--tau0", "0.2", "--alpha", "0.9", "--seed", "0"]
@@ -168,7 +170,7 @@ def test_plan_puts_reward_model_and_sft_first(bench: Bench) -> None:
     given = {"--model": "roberta", "--data": "labels.jsonl", "--learning-rate": "0.001"}
     assert given.items() <= named_words(reward).items()
     assert {"--model": "base", "--revision": "v2"}.items() <= named_words(sft).items()
-    for stage, words in ((gen, ["--queries", "q.jsonl"]), (train, ["--data", f"{bench.run_dir}/data"])):
+    for stage, words in ((gen, ["--queries", bench.values["queries"]]), (train, ["--data", f"{bench.run_dir}/data"])):
         assert words_of(stage)[:4] == ["--model", f"{bench.run_dir}/sft", *words]
         assert "--revision" not in words_of(stage)
     assert words_of(score)[-2:] == ["--reward-model", f"{bench.run_dir}/reward"]
@@ -201,6 +203,39 @@ def test_missing_program_is_named_before_anything_starts(bench: Bench) -> None:
     with pytest.raises(UsageError, match=r"no such program: train\.command: no-such-program"):
         rounds.run(bench.recipe)
     assert not bench.run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("queries", "queries.jsonl", "queries.jsonl does not exist"),
+        ("principles", "mine.txt", "principle mine.txt is neither built in"),
+        ("reward_model", "reward.py:score", "there is no file .*reward.py"),
+        ("reward_model", ["judge", "./rewards/mine[1]"], "model directory ./rewards/mine does not exist"),
+        ("model", "./base", "model directory ./base does not exist"),
+    ],
+)
+def test_what_a_later_stage_reads_is_looked_for_before_the_first(bench: Bench, key, value, why: str) -> None:
+    bench.values[key] = value
+    with pytest.raises(UsageError, match=why):
+        rounds.run(bench.recipe)
+    assert not bench.calls()
+    assert not bench.run_dir.exists()
+
+
+def test_a_run_that_is_done_needs_its_inputs_no_more(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    rounds.run(bench.recipe)
+    Path(bench.values["queries"]).unlink()
+    rounds.run(bench.recipe)
+    assert capfd.readouterr().err.count("done before") == 6
+
+
+def test_a_stage_is_one_shell_line_whatever_its_words_hold(bench: Bench) -> None:
+    words = ["a\nb", "it's\n\\n", "\x1b[2J", "é\u2028", "plain", "a b", "$HOME\t"]
+    line = rounds.Stage("gen", 0, ("printf", "%s\\0", *words)).shell_line
+    assert line.isprintable()
+    found = subprocess.run(["bash", "-c", line], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"})
+    assert found.stdout.decode().split("\0")[:-1] == words
 
 
 def test_a_judge_rates_by_the_principles_and_without_them_by_a_rubric_alone(bench: Bench) -> None:
