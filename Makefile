@@ -9,7 +9,8 @@ PROJECT := pyproject.toml constraints.txt
 # Options of `ple demo`, such as --rounds 1.
 DEMO ?=
 PRODUCT := $(shell find ple_data ple_train schemas *.py -type f -not -name '*.pyc')
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Three, as a third of the time is waiting for servers and children.
+PYTEST := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 # What test-wheel runs: quick, and in need of nothing of the source tree.
 FAST := test_wheel.py test_cli.py schemas/test_schemas.py \
   $(addprefix ple_data/,common inputs storage scoring test_partition.py test_inspect.py exchange/test_export.py) \
@@ -78,7 +79,8 @@ $(VENV)/.plain: $(PROJECT)
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[demo-real]'
 	touch $@
 
-$(VENV)/.installed: $(PROJECT)
+# One after the other where both are asked for: they fill the same folder.
+$(VENV)/.installed: $(PROJECT) | $(if $(filter demo demo-real plain,$(MAKECMDGOALS)),$(VENV)/.plain)
 	@echo "Installing ple, torch and the developer's tools into $(VENV): some minutes, 2.5 GB."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'

@@ -7,7 +7,7 @@ import pytest
 from tests.faults.disk import compiler
 from tests.hostile.__main__ import run
 
-MOST = 2
+MOST = 1
 """Inputs of each family."""
 
 

@@ -114,6 +114,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.vllm
+@pytest.mark.long
 def test_the_distribution_is_that_of_vllms_sampler(vllm_python: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(

@@ -21,7 +21,7 @@ from schemas.reports import JudgeReport
 from tests.judgeserver import judge
 from tests.vllmserver import VllmServer
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.long]
 SHORT = {"max_completion_tokens": 24, "temperature": 1.0}
 QUERIES = 6
 
