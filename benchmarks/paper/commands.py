@@ -20,7 +20,7 @@ from typing import Any
 
 import polars as pl
 
-from benchmarks.paper.methods import ROUNDS, START, WARM, Run, frontier
+from benchmarks.paper.methods import START, WARM, Run, frontier
 from benchmarks.paper.tasks import Task, start_rows
 from benchmarks.paper.warm import SOCKET
 from ple_data.rewards import load_reward_model
@@ -64,7 +64,7 @@ def write_references(task: Task, seeds: list[int]) -> None:
     for seed in seeds:
         path = Path("references", f"seed={seed}.jsonl")
         if not path.exists():
-            rows = references.sample(min(ROUNDS * task.queries_per_round, references.height), seed=seed)
+            rows = references.sample(min(task.rounds * task.queries_per_round, references.height), seed=seed)
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, rows.select("x", pl.col("reference").alias("y")).write_ndjson())
 
@@ -106,7 +106,7 @@ def evaluate(
     threads: int | None = THREADS,
 ) -> dict[str, Any]:
     """`ple eval` of the start policy and the runs' policies; `threads`: None for the fewest."""
-    policies = [f"base={START}", *(f"{run.label}={START},{run.adapter}" for run in runs)]
+    policies = [f"base={START}", *(f"{run.label}={START},{run.adapter(task)}" for run in runs)]
     words = [word for policy in policies for word in ("--policy", policy)]
     words += ["--queries", queries, "--reward-model", task.reward, "--trained-with", task.reward]
     words += ["--reward-model", task.second_judge] if second else []

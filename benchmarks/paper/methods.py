@@ -23,13 +23,8 @@ from schemas.records import TRAINED
 
 START = "start"
 """The start policy of every run."""
-ROUNDS = 4
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 """The tuning budget of every method: these, with the first seed, chosen by the reward on the validation queries."""
-UPDATES = 160
-"""Of PLE in all rounds, whatever the queries of a round."""
-PASSES = sum(range(1, ROUNDS + 1))
-"""PLE trains on all rows so far: as many passes over the pairs of one round. SFT and RAFT make as many updates."""
 TAU0, ALPHA = 0.2, 0.9
 RATE = "learning_rate"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -46,7 +41,8 @@ class Method:
     `brake`: the option that bounds the distance; `brakes`: its values, tightest first; `usual`: its value in the tables
     of one point, None for the learning rate. `ablates`: the method that this one is without something; it has that
     one's learning rate. `newest`: each round trains on its own rows alone, as round 0 of a store of its own;
-    `restart`: from the start policy, on all rows so far.
+    `restart`: from the start policy, on all rows so far. `again`: a round trains on its own rows alone so often that
+    the sequences of all rounds are this many for each pair that PLE trains on.
     """
 
     name: str
@@ -60,6 +56,7 @@ class Method:
     responses: int = 2
     alpha: float = ALPHA
     newest: bool = False
+    again: int = 0
     restart: bool = False
     ablates: str | None = None
 
@@ -77,22 +74,21 @@ RESIDUAL = {"objective": "ple-residual", "form": "means"}
 BY_RESPONSE = {"objective": "ple-residual", "form": "sums", "without": "rank"}
 """The residual form that real models took best (docs/results/real-one-round.md)."""
 WITHOUT_RANK, WITHOUT_WSFT = {"without": "rank"}, {"without": "wsft"}
-AGAIN = -(-PASSES // ROUNDS)
-"""Passes over the newest round that come to the updates of PLE's passes over all, or a few more."""
 MAIN = (
-    Method("sft", "SFT", baseline="sft"),
+    Method("sft", "SFT", baseline="sft", again=2),
     Method("context-distillation", "context distillation", responses=1, baseline="context-distillation"),
     Method(
         "on-policy-distillation",
         "context distillation, on-policy",
         responses=1,
         baseline="context-distillation",
-        train={"on_policy": True, "epochs": AGAIN},
+        train={"on_policy": True},
+        again=1,
     ),
     Method("dpo", "DPO", "beta", (0.3, 0.1, 0.03, 0.01), 0.1, train={"objective": "dpo"}),
     Method("dpo-means", "DPO by length", "beta", (10, 5, 3, 1.5), train={"objective": "dpo", "form": "means"}),
     Method("ppo", "PPO", "kl_coef", (0.2, 0.05, 0.01, 0.003), 0.05, baseline="ppo"),
-    Method("raft", "RAFT-4", guided=False, responses=4, baseline="raft", train={"epochs": 2 * PASSES // ROUNDS}),
+    Method("raft", "RAFT-4", guided=False, responses=4, baseline="raft", again=2),
     Method("ple", "PLE (printed loss)", **PRINTED),
     Method("stable-ple", "PLE, stabilised", train=BY_LENGTH, **STABLE),
     Method("ple-residual", "PLE, residual", "beta", (6, 3, 1.5, 1), train=RESIDUAL),
@@ -129,7 +125,7 @@ def _parts(of: str, title: str, brake: str, at: float, train: dict[str, Any]) ->
         Method(f"{of}-no-rank", f"{title} w/o rank set", train=train | WITHOUT_RANK, **one),
         Method(f"{of}-no-principle", f"{title} w/o principle", train=train, guided=False, **one),
         Method(f"{of}-no-decay", f"{title}, alpha 0.999", train=train, alpha=0.999, **one),
-        Method(f"{of}-newest", f"{title} w/o old rows", train=train | {"epochs": AGAIN}, newest=True, **one),
+        Method(f"{of}-newest", f"{title} w/o old rows", train=train, newest=True, again=1, **one),
         Method(f"{of}-restart", f"{title}, rounds from the start", train=train, restart=True, **one),
     )
 
@@ -177,9 +173,14 @@ PPO_BATCH = 16
 """Responses of a PPO update; their advantages are whitened together."""
 
 
+def passes(task: Task) -> int:
+    """PLE trains on all rows so far: as many passes over the pairs of one round."""
+    return sum(range(1, task.rounds + 1))
+
+
 def batch_size(task: Task) -> int:
     """Pairs of an update; sequences where a method has no pairs."""
-    return task.queries_per_round * PASSES // UPDATES
+    return task.queries_per_round * passes(task) // task.updates
 
 
 def sampling(task: Task, queries: int) -> dict[str, Any]:
@@ -219,12 +220,15 @@ class Run:
         brake = [] if self.brake is None else [f"{self.method.brake}={self.brake:g}"]
         return Path("runs", self.method.name, *brake, f"lr={self.learning_rate:g}", f"seed={self.seed}")
 
-    @property
-    def adapter(self) -> Path:
+    def epochs(self, task: Task) -> int:
+        """Of a method that trains on the newest rows alone, in a round."""
+        return -(-self.method.again * passes(task) // task.rounds)
+
+    def adapter(self, task: Task) -> Path:
         """The policy that the tables measure."""
         if self.method.name in ("sft", "ppo"):
             return self.directory / "policy"
-        return self.directory / "policy" / f"round={ROUNDS - 1:03d}"
+        return self.directory / "policy" / f"round={task.rounds - 1:03d}"
 
     @property
     def common(self) -> Path:
@@ -233,28 +237,29 @@ class Run:
 
     def cost(self, what: str) -> int:
         """`tokens_sampled` or `tokens_trained` in all, as the finished trainings say it; 0 where there are none."""
-        found = self.adapter.parent.glob("round=*") if self.adapter.name.startswith("round=") else [self.adapter]
-        records = [output / TRAINED for output in found]
+        policy = self.directory / "policy"
+        records = [policy / TRAINED, *policy.glob(f"round=*/{TRAINED}")]
         return sum(json.loads(path.read_text())["cost"][what] for path in records if path.exists())
 
     def seconds(self) -> float:
         """Wall time of its commands."""
-        if self.adapter.name == "policy":
-            return float(json.loads((self.adapter / TRAINED).read_text())["cost"]["seconds"])
-        stages = json.loads((self.directory / "stages.json").read_text())["stages"]
+        stages_file = self.directory / "stages.json"
+        if not stages_file.exists():
+            return float(json.loads((self.directory / "policy" / TRAINED).read_text())["cost"]["seconds"])
+        stages = json.loads(stages_file.read_text())["stages"]
         return float(sum(stage["seconds"] for stage in stages))
 
     def commands(self, task: Task) -> list[list[str]]:
         """The `ple` words that do it, one command after another; the same words again do nothing twice."""
-        given = ["--model", START, "--output", str(self.adapter), "--seed", str(self.seed)]
+        given = ["--model", START, "--output", str(self.adapter(task)), "--seed", str(self.seed)]
         given += ["--learning-rate", str(self.learning_rate)]
         given += ["--batch-size", str(PPO_BATCH if self.method.name == "ppo" else batch_size(task))]
         if self.method.name == "sft":
             data = f"references/seed={self.seed}.jsonl"
-            words = ["--data", data, "--epochs", str(2 * PASSES // ROUNDS), *task.asked_words("prompt_format")]
+            words = ["--data", data, "--epochs", str(self.epochs(task)), *task.asked_words("prompt_format")]
             return [["baseline", "sft", *given, *words]]
         if self.method.name == "ppo":
-            tokens = 2 * task.queries_per_round * ROUNDS * task.max_new_tokens  # what PLE samples at most
+            tokens = 2 * task.queries_per_round * task.rounds * task.max_new_tokens  # what PLE samples at most
             words = ["--queries", "queries.parquet", "--reward-model", task.reward, "--sampled-tokens", str(tokens)]
             words += ["--kl-coef", f"{self.brake}", "--max-new-tokens", str(task.max_new_tokens)]
             return [["baseline", "ppo", *given, *words]]
@@ -274,6 +279,8 @@ class Run:
         """The recipe of a method that alternates."""
         queries = 2 * task.queries_per_round // self.method.responses
         stage = {RATE: self.learning_rate, "batch_size": batch_size(task)} | self.method.train
+        if self.method.again:
+            stage["epochs"] = self.epochs(task)
         if self.brake is not None:
             stage[self.method.brake] = self.brake
         ple = [sys.executable, *WARM]
@@ -283,7 +290,7 @@ class Run:
             "principles": task.principle if self.method.guided else "none",
             "reward_model": task.reward,
             "run_dir": str(self.directory),
-            "rounds": ROUNDS,
+            "rounds": task.rounds,
             "queries_per_round": queries,
             "seed": self.seed,
             "alpha": self.method.alpha,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.paper.frontier import along, area, estimate, reaches
-from benchmarks.paper.methods import FRONTIER, MAIN, RATE, ROUNDS, TABLES, Method, Run
+from benchmarks.paper.methods import FRONTIER, MAIN, RATE, TABLES, Method, Run
 from benchmarks.paper.points import METRICS, Curve, Point, Record, read_curves
 from benchmarks.paper.tables import listed, save, wrapped
 from benchmarks.paper.tasks import Task
@@ -54,7 +54,7 @@ def write_pages(
         "",
         f"- Made by: `python -m benchmarks.paper {task.name} --frontier --seeds {','.join(map(str, seeds))} "
         f"{' '.join(f'--{name} {name.upper()}' for name in task.inputs)} --output runs/paper/{task.name}`",
-        f"- Rounds: {ROUNDS} rounds of {task.queries_per_round} queries; KL in nats a response, on own responses",
+        f"- Rounds: {task.rounds} rounds of {task.queries_per_round} queries; KL in nats a response, on own responses",
         *(f"- Seeds {', '.join(map(str, own))} with: {made}" for made, own in kept.made_with(seeds).items()),
         f"- Raw numbers: [{name}.json]({name}.json), query by query in {name}/; {datetime.now(UTC):%d %B %Y}",
         f"- Texts: [{task.name}-answers.md]({task.name}-answers.md)",

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from benchmarks.paper.methods import ALPHA, LEARNING_RATES, METHODS, ROUNDS, TAU0, Method, Run
+from benchmarks.paper.methods import ALPHA, LEARNING_RATES, METHODS, TAU0, Method, Run
 from benchmarks.paper.tasks import Task
 from benchmarks.side_by_side import made_with
 from ple_data.evaluation.metrics import Mean, Perplexity, SumMetric, bleu
@@ -77,7 +77,7 @@ def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | N
         f"# {task.title}: one point a method ({task.tables} of the paper, small)",
         "",
         f"- Seeds: {', '.join(map(str, seeds))}",
-        f"- Rounds: {ROUNDS} rounds of {task.queries_per_round} queries",
+        f"- Rounds: {task.rounds} rounds of {task.queries_per_round} queries",
         f"- Thresholds: tau_0 = {TAU0}, alpha = {ALPHA}",
         f"- Learning rates: {chosen}",
         f"- Made with: {made_with(*PACKAGES)}; {datetime.now(UTC):%d %B %Y}",
@@ -103,7 +103,7 @@ def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | N
         "",
         *figure_3(results / f"{task.name}-figure3.png", runs),
         "",
-        *drift_table([run for run in runs if run.seed == seeds[0]]),
+        *drift_table(task, [run for run in runs if run.seed == seeds[0]]),
     ]
     if not rates_of:
         report = Path("eval", "validation", "eval.json")
@@ -233,7 +233,7 @@ def shown(value: Estimate, column: str) -> str:
     return f"{value.mean:.0f}" if column == "length" else str(value)
 
 
-def drift_table(runs: list[Run]) -> list[str]:
+def drift_table(task: Task, runs: list[Run]) -> list[str]:
     """How far PLE and its ablations had pushed responses down, by round."""
     lines = [
         "## How far responses were pushed down",
@@ -242,11 +242,11 @@ def drift_table(runs: list[Run]) -> list[str]:
         "policy gives them. They are in nats a token, over the second half of each round, of the first seed. Without "
         "a trust region every tenth step is measured.",
         "",
-        f"| method | {' | '.join(f'round {t}' for t in range(ROUNDS))} |",
-        f"| {' | '.join('---' for _ in range(ROUNDS + 1))} |",
+        f"| method | {' | '.join(f'round {t}' for t in range(task.rounds))} |",
+        f"| {' | '.join('---' for _ in range(task.rounds + 1))} |",
     ]
     for run in runs:
-        paths = [run.directory / "metrics" / f"round={t:03d}.parquet" for t in range(ROUNDS)]
+        paths = [run.directory / "metrics" / f"round={t:03d}.parquet" for t in range(task.rounds)]
         if run.method.baseline is None and all(path.exists() for path in paths):
             drifts = [pl.read_parquet(path)["drift_pushed_down"] for path in paths]
             means = [drift[len(drift) // 2 :].mean() for drift in drifts]

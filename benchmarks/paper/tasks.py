@@ -51,6 +51,9 @@ class Task:
     tables: str
     queries_per_round: int
     """PLE samples two responses to each. Every method that samples gets as many tokens."""
+    rounds: int = 4
+    updates: int = 160
+    """Of PLE in all rounds, whatever the queries of a round."""
     reward_epochs: int = 1
     tone: Callable[[pl.Expr], pl.Expr] = lambda text: text
     """What the start policy's answers under the principle look like beside their meaning."""

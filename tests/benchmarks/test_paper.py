@@ -11,7 +11,7 @@ import pytest
 import cli
 from benchmarks.paper.__main__ import best_rates, main, read_rates
 from benchmarks.paper.commands import DIVERGED
-from benchmarks.paper.methods import FRONTIER, MAIN, METHODS, ROUNDS, WARM, Run
+from benchmarks.paper.methods import FRONTIER, MAIN, METHODS, WARM, Run
 from benchmarks.paper.tables import compare, read_evaluation
 from benchmarks.paper.tasks import TASKS
 from ple_data.storage.parquet import save_rows
@@ -34,10 +34,10 @@ def test_every_run_is_a_command_of_ours(task, method, tmp_path: Path, monkeypatc
     if method.baseline in ("sft", "ppo"):
         ((_, name, *words),) = commands
         options = cli.ple.commands["baseline"].commands[name].make_context(name, list(words)).params
-        assert (options["learning_rate"], options["seed"], options["output"]) == (3e-3, 1, run.adapter)
+        assert (options["learning_rate"], options["seed"], options["output"]) == (3e-3, 1, run.adapter(task))
     else:
         recipe = load_recipe(Path(f"{run.directory}.yaml"))
-        assert (recipe.rounds, recipe.seed, recipe.alpha) == (ROUNDS, 1, method.alpha)
+        assert (recipe.rounds, recipe.seed, recipe.alpha) == (task.rounds, 1, method.alpha)
         assert recipe.queries_per_round * method.responses == 2 * task.queries_per_round
         options = (recipe.baseline or recipe.train).model_dump()
         assert options["learning_rate"] == 3e-3
@@ -55,7 +55,7 @@ def test_rounds_that_see_their_own_rows_alone(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     method = next(method for method in FRONTIER if method.newest)
     commands = Run(method, 1e-3, 0, method.brakes[0]).commands(TASKS["imdb"])
-    assert [words[0] for words in commands] == ["gen", "score", "train"] * ROUNDS
+    assert [words[0] for words in commands] == ["gen", "score", "train"] * TASKS["imdb"].rounds
     for at, words in enumerate(commands):
         assert words[words.index("--data") + 1].endswith(f"data/round={at // 3}")
         assert words[words.index("--round") + 1] == "0"
