@@ -28,7 +28,7 @@ from schemas.files import write_atomic
 
 SCRATCH = ["--warmup-steps", 50, "--schedule", "cosine", "--batch-size", 32, "--microbatch-tokens", 4096]
 THREADS = 2
-DIVERGED = re.compile(r"the loss is -?(nan|inf)\b|gradient's norm (nan|inf)\b")
+DIVERGED = re.compile(r"the loss is -?(nan|inf)\b|gradient's norm (nan|inf)\b|probability tensor contains")
 """In the messages of a run whose loss or gradient left the numbers."""
 
 
@@ -83,13 +83,16 @@ def write_round0(task: Task, seeds: list[int]) -> None:
 
 def train(task: Task, run: Run) -> bool:
     """A run to its end → whether its numbers stayed numbers. Any other failure ends the program."""
-    log = Path(f"{run.directory}.log")
+    log, diverged = Path(f"{run.directory}.log"), Path(f"{run.directory}.diverged")
+    if diverged.exists():
+        return False
     try:
         for words in run.commands(task):
             ple(*words, log=log)
     except SystemExit:
         if not DIVERGED.search(log.read_text().rpartition("\n$ ple ")[2]):  # of this attempt
             raise
+        diverged.touch()
         print(f"{run.directory}: diverged", file=sys.stderr, flush=True)
         return False
     return True

@@ -41,8 +41,8 @@ class Method:
     `brake`: the option that bounds the distance; `brakes`: its values, tightest first; `usual`: its value in the tables
     of one point, None for the learning rate. `ablates`: the method that this one is without something; it has that
     one's learning rate. `newest`: each round trains on its own rows alone, as round 0 of a store of its own;
-    `restart`: from the start policy, on all rows so far. `again`: a round trains on its own rows alone so often that
-    the sequences of all rounds are this many for each pair that PLE trains on.
+    `restart`: from the start policy, on all rows so far. `again`: with it, a round trains on its own rows alone, in
+    as many passes as PLE makes over a round's pairs in all by the number of rounds, times this.
     """
 
     name: str
@@ -235,11 +235,18 @@ class Run:
         """The store of responses of the start policy that every run with this seed and principle begins with."""
         return Path("round0", "guided" if self.method.guided else "plain", f"seed={self.seed}")
 
-    def cost(self, what: str) -> int:
-        """`tokens_sampled` or `tokens_trained` in all, as the finished trainings say it; 0 where there are none."""
+    def costs(self) -> dict[str, int]:
+        """What the finished trainings say that they took, in all: tokens sampled and trained on, updates."""
+        told = [json.loads(path.read_text()) for path in self._records() if path.exists()]
+        return {
+            "tokens_sampled": sum(record["cost"]["tokens_sampled"] for record in told),
+            "tokens_trained": sum(record["cost"]["tokens_trained"] for record in told),
+            "updates": sum(record["steps"] for record in told),
+        }
+
+    def _records(self) -> list[Path]:
         policy = self.directory / "policy"
-        records = [policy / TRAINED, *policy.glob(f"round=*/{TRAINED}")]
-        return sum(json.loads(path.read_text())["cost"][what] for path in records if path.exists())
+        return [policy / TRAINED, *policy.glob(f"round=*/{TRAINED}")]
 
     def seconds(self) -> float:
         """Wall time of its commands."""

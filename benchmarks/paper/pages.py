@@ -90,6 +90,7 @@ def write_pages(
         "area": areas,
         "ablations": parts,
         "points": [raw(run, point) for run, point in all_points(curves)],
+        "diverged": {seed: labels for seed in seeds if (labels := kept.diverged(seed))},
     }
     results.mkdir(parents=True, exist_ok=True)
     draw(curves, results / f"{name}.png")
@@ -187,16 +188,17 @@ def rates_table(tried: Tried) -> list[str]:
     """What the learning rates were chosen by; nothing where none was tried."""
     if not tried:
         return []
-    rates = [f"{rate:g}" for rate in next(iter(tried.values()))]
+    rates = sorted({rate for own in tried.values() for rate in own})
     lines = [
         "",
         "## Learning rates tried",
         "",
         "Training reward at KL, of the middle brakes on the validation queries.",
     ]
-    lines += ["", f"| method | {' | '.join(rates)} |", f"| --- {'| --- ' * len(rates)}|"]
+    head = " | ".join(f"{rate:g}" for rate in rates)
+    lines += ["", f"| method | {head} |", f"| --- {'| --- ' * len(rates)}|"]
     for name, own in tried.items():
-        cells = [", ".join(f"{reward:.2f} at {kl:.1f}" for kl, reward in curve[1:]) for curve in own.values()]
+        cells = [", ".join(f"{reward:.2f} at {kl:.1f}" for kl, reward in own.get(rate, ())[1:]) for rate in rates]
         lines.append(f"| {TITLES[name]} | {' | '.join(cells)} |")
     return lines
 
@@ -208,7 +210,7 @@ def all_points(curves: Curves) -> list[tuple[Run, Point]]:
 def raw(run: Run, point: Point) -> dict[str, Any]:
     """A point as it stands in the JSON."""
     brake = {"brake": run.method.brake, "value": run.braked, "learning_rate": run.learning_rate}
-    return {"method": run.method.name, **brake, "seed": run.seed, **point.metrics}
+    return {"method": run.method.name, **brake, "seed": run.seed, **point.metrics, **point.costs}
 
 
 def every_point(curves: Curves) -> list[str]:

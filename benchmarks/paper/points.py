@@ -50,10 +50,12 @@ def metrics(evaluation: Path, label: str) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Point:
-    """One policy on the unseen queries: `metrics`, and its answers, a row a query, with the columns NUMBERS."""
+    """One policy on the unseen queries: `metrics`, its answers, a row a query, with the columns NUMBERS, and `costs`:
+    tokens sampled and trained on, updates; empty for the start policy."""
 
     metrics: dict[str, dict[str, Any]]
     rows: pl.DataFrame
+    costs: dict[str, int]
 
     @cached_property
     def draws(self) -> dict[str, np.ndarray]:
@@ -64,12 +66,14 @@ class Point:
         return found | {"perplexity": np.exp(nats)}
 
 
-def read_point(evaluation: Path, label: str, seed: int) -> Point:
+def read_point(evaluation: Path, label: str, seed: int, costs: dict[str, int]) -> Point:
     rows = read_evaluation(evaluation / "eval.parquet", seed).filter(label=label).sort("query_id")
     kl = pl.col("own_logps").sub("first_logps").alias("kl")
     named = pl.col("reward").alias("judge"), pl.col("trained").alias("reward")
     return Point(
-        metrics(evaluation, label), rows.select("query_id", "x", "y", kl, *named, "reference_nll", "reference_tokens")
+        metrics(evaluation, label),
+        rows.select("query_id", "x", "y", kl, *named, "reference_nll", "reference_tokens"),
+        costs,
     )
 
 
@@ -89,21 +93,33 @@ class Record:
         return self.folder / f"seed={seed}.parquet"
 
     def labels(self, seed: int, start: str | None = None) -> set[str]:
-        """Of the policies that are there. Ends the program where they began with another policy than `start`."""
+        """Of the policies that are there, and of the trainings that diverged. Ends the program where they began with
+        another policy than `start`."""
         told = self._told(seed)
         if told and start not in (None, told["start"]):
             raise SystemExit(
                 f"{self.path(seed)} has points of another start policy (made on another machine?): they do not "
                 f"compare. Leave out seed {seed}, or remove the file to make all its points again."
             )
-        return set(told.get("metrics", ()))
+        return {*told.get("metrics", ()), *told.get("diverged", ())}
 
-    def add(self, seed: int, label: str, evaluation: Path, start: str) -> None:
-        """Keep a policy's point; one that is there stays."""
+    def diverged(self, seed: int) -> list[str]:
+        """The labels of the trainings whose numbers left the numbers."""
+        return list(self._told(seed).get("diverged", ()))
+
+    def add_diverged(self, seed: int, label: str) -> None:
+        """Keep that a training diverged; the start policy's point is there already."""
+        with self.lock:
+            told = self._told(seed)
+            told["diverged"] = sorted({*told.get("diverged", ()), label})
+            self._write(seed, pl.read_parquet(self.path(seed)), told)
+
+    def add(self, seed: int, label: str, evaluation: Path, start: str, costs: dict[str, int]) -> None:
+        """Keep a policy's point, and what it took; one that is there stays."""
         with self.lock:
             if label in self.labels(seed, start):
                 return
-            point, told = read_point(evaluation, label, seed), self._told(seed)
+            point, told = read_point(evaluation, label, seed, costs), self._told(seed)
             kept = pl.col("query_id").is_in(self.texts)
             rows = point.rows.select(
                 pl.lit(label).alias("label"),
@@ -117,16 +133,16 @@ class Record:
                 "start": start,
                 "made_with": sorted({*told.get("made_with", ()), made_with(*PACKAGES)}),
                 "metrics": told.get("metrics", {}) | {label: point.metrics},
+                "costs": told.get("costs", {}) | {label: costs},
+                "diverged": told.get("diverged", []),
             }
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with writing_atomic(self.path(seed)) as file:
-                pl.concat([*before, rows]).write_parquet(file, metadata={"frontier": json.dumps(told)})
+            self._write(seed, pl.concat([*before, rows]), told)
 
     def read(self, seed: int) -> dict[str, Point]:
         """By label."""
-        told = self._told(seed).get("metrics", {})
+        told = self._told(seed)
         rows = pl.read_parquet(self.path(seed)).partition_by("label", as_dict=True) if told else {}
-        return {label: Point(told[label], own) for (label,), own in rows.items()}
+        return {label: Point(told["metrics"][label], own, told["costs"][label]) for (label,), own in rows.items()}
 
     def made_with(self, seeds: Iterable[int]) -> dict[str, list[int]]:
         """By machine and versions, the seeds whose points were made there."""
@@ -135,6 +151,11 @@ class Record:
             for made in self._told(seed).get("made_with", ()):
                 found.setdefault(made, []).append(seed)
         return found
+
+    def _write(self, seed: int, rows: pl.DataFrame, told: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing_atomic(self.path(seed)) as file:
+            rows.write_parquet(file, metadata={"frontier": json.dumps(told)})
 
     def _told(self, seed: int) -> dict[str, Any]:
         path = self.path(seed)

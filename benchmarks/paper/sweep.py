@@ -31,6 +31,10 @@ TUNED_AT = 10.0
 """KL to the start policy, in nats a response, at which a method's learning rates are compared."""
 TRIED_BRAKES = slice(1, 3)
 """The brakes that each learning rate is tried with: the middle ones."""
+BEYOND = {min(LEARNING_RATES): 1e-4, max(LEARNING_RATES): 1e-2}
+"""The learning rate that is tried too where an end of LEARNING_RATES is the best of them."""
+SLOW = TUNED_AT / 2
+"""A learning rate whose largest KL stays below is too low to be compared, where there are others."""
 
 
 def sweep(task: Task, results: Path, seeds: list[int], workers: int, rates: dict[str, float] | None) -> None:
@@ -44,10 +48,12 @@ def sweep(task: Task, results: Path, seeds: list[int], workers: int, rates: dict
         rates, tried = known_rates(task, results) or choose_rates(task, frontier(task), seeds[0], workers)
     record = record_of(task, results)
     points = all_points(task, seeds, rates)
+    failed = []
     for seed, group in product(seeds, (True, False)):  # the methods of a seed before their ablations
         runs = [run for run in points if run.seed == seed and (run.method.ablates is None) == group]
-        finish(task, runs, "unseen", workers, record)
+        failed += finish(task, runs, "unseen", workers, record)
         write_pages(task, results, points, rates, tried, record)
+    end_with(failed)
 
 
 def show_points(
@@ -60,10 +66,11 @@ def show_points(
         rates, _ = choose_rates(task, [m for m in frontier(task) if m.name in names], seeds[0], workers)
     rates = rates or one_rate(task)
     runs = [point(method, brake, seed, rates) for seed in seeds for method, brake in wanted]
-    finish(task, runs, "unseen", workers)
+    failed = finish(task, runs, "unseen", workers)
     for run in runs:
         if place := evaluated(run, "unseen"):
             print(json.dumps({"point": run.label, "seed": run.seed, **metrics(place, run.label)}))
+    end_with(failed)
 
 
 def is_whole(task: Task, results: Path, seeds: list[int]) -> bool:
@@ -98,9 +105,15 @@ def one_rate(task: Task) -> dict[str, float]:
 
 
 def choose_rates(task: Task, methods: Iterable[Method], seed: int, workers: int) -> tuple[dict[str, float], Tried]:
-    """By tuned method, the best of LEARNING_RATES, and what it was chosen by."""
-    tried = try_rates(task, [method for method in methods if method.tuned], seed, workers)
-    return {name: best_rate(own) for name, own in tried.items()}, tried
+    """By tuned method, the best of LEARNING_RATES, or of one more where an end of them is best; what chose it."""
+    tuned = {method.name: method for method in methods if method.tuned}
+    tried = try_rates(task, dict.fromkeys(tuned.values(), LEARNING_RATES), seed, workers)
+    best = {name: best_rate(name, own) for name, own in tried.items()}
+    more = {tuned[name]: (BEYOND[rate],) for name, rate in best.items() if rate in BEYOND}
+    for name, own in try_rates(task, more, seed, workers).items():
+        tried[name] = dict(sorted((tried[name] | own).items()))
+        best[name] = best_rate(name, tried[name])
+    return best, tried
 
 
 def all_points(task: Task, seeds: list[int], rates: dict[str, float]) -> list[Run]:
@@ -127,12 +140,12 @@ def point(method: Method, brake: float, seed: int, rates: dict[str, float]) -> R
     return Run(method, rates[name], seed, brake)
 
 
-def try_rates(task: Task, methods: list[Method], seed: int, workers: int) -> Tried:
-    """Each method with each learning rate and the middle brakes, on the validation queries."""
-    runs = [Run(m, rate, seed, brake) for m in methods for rate in LEARNING_RATES for brake in m.brakes[TRIED_BRAKES]]
-    finish(task, runs, "validation", workers)
+def try_rates(task: Task, rates: dict[Method, tuple[float, ...]], seed: int, workers: int) -> Tried:
+    """Each method with each of its learning rates and the middle brakes, on the validation queries."""
+    runs = [Run(m, rate, seed, brake) for m in rates for rate in rates[m] for brake in m.brakes[TRIED_BRAKES]]
+    end_with(finish(task, runs, "validation", workers))
     start = kl_and_reward(folder("validation", seed), BASE) if runs else (0.0, 0.0)
-    tried: Tried = {method.name: {rate: [start] for rate in LEARNING_RATES} for method in methods}
+    tried: Tried = {method.name: {rate: [start] for rate in own} for method, own in rates.items()}
     for run in runs:
         if place := evaluated(run, "validation"):
             tried[run.method.name][run.learning_rate].append(kl_and_reward(place, run.label))
@@ -144,26 +157,33 @@ def kl_and_reward(evaluation: Path, label: str) -> tuple[float, float]:
     return found["kl"]["mean"], found["reward"]["mean"]
 
 
-def best_rate(tried: dict[float, list[tuple[float, float]]]) -> float:
-    """The learning rate with the highest training reward at TUNED_AT, or at the largest KL that any reaches."""
-    curves = {rate: np.array(curve).T for rate, curve in tried.items()}
-    level = min(TUNED_AT, max(kl.max() for kl, _ in curves.values()))
-    return max(
-        (along(kl[:, None], reward[:, None], level)[0], rate)
-        for rate, (kl, reward) in curves.items()
-        if kl.max() >= level
-    )[1]
+def best_rate(name: str, tried: dict[float, list[tuple[float, float]]]) -> float:
+    """The learning rate with the highest training reward at TUNED_AT, or at the largest KL that all of them reach.
+
+    Points of a rate, the start policy's first, are joined by straight lines over the root of KL, along which rewards
+    rise about evenly (Gao et al. 2023), so that points on one side alone do not favour a rate.
+    """
+    curves = {rate: np.array(curve).T for rate, curve in tried.items() if len(curve) > 1}
+    if not curves:
+        raise SystemExit(f"every learning rate of {name} diverged")
+    quick = {rate: curve for rate, curve in curves.items() if curve[0].max() >= SLOW} or curves
+    level = min(TUNED_AT, *(kl.max() for kl, _ in quick.values()))
+    at = {
+        rate: along(np.sqrt(kl.clip(0))[:, None], reward[:, None], np.sqrt(level))[0]
+        for rate, (kl, reward) in quick.items()
+    }
+    return max(at, key=lambda rate: at[rate])
 
 
-def finish(task: Task, runs: list[Run], queries: str, workers: int, record: Record | None = None) -> None:
-    """Train and evaluate what is not there yet, several at once; says how long the rest will take."""
+def finish(task: Task, runs: list[Run], queries: str, workers: int, record: Record | None = None) -> list[str]:
+    """Train and evaluate what is not there yet, several at once; says how long the rest will take → what failed."""
     missing = [run for run in runs if not (run.label in record.labels(run.seed) if record else evaluated(run, queries))]
     start = model_digest(START) if record and missing else ""
     for seed in {run.seed for run in missing}:
         base = folder(queries, seed)
         evaluate(task, [], f"{queries}.parquet", base, seed=seed, threads=None)
         if record:
-            record.add(seed, BASE, base, start)
+            record.add(seed, BASE, base, start, {})
     took: list[float] = []
     failed: list[str] = []
 
@@ -176,12 +196,14 @@ def finish(task: Task, runs: list[Run], queries: str, workers: int, record: Reco
     def finish_one(run: Run) -> None:
         began = time.monotonic()
         if not train(task, run):
+            if record:
+                record.add_diverged(run.seed, run.label)
             return
         place = folder(queries, run.seed, run.label)
         begin_with(folder(queries, run.seed), place)
         evaluate(task, [run], f"{queries}.parquet", place, seed=run.seed, threads=None)
         if record:
-            record.add(run.seed, run.label, place, start)
+            record.add(run.seed, run.label, place, start, run.costs())
         took.append(time.monotonic() - began)
         kl, reward = kl_and_reward(place, run.label)
         left = len(missing) - len(took)
@@ -194,6 +216,11 @@ def finish(task: Task, runs: list[Run], queries: str, workers: int, record: Reco
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, missing))
+    return failed
+
+
+def end_with(failed: list[str]) -> None:
+    """End the program where runs failed; the others are done."""
     if failed:
         raise SystemExit("\n".join(failed))
 

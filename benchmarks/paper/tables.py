@@ -63,8 +63,8 @@ def write_results(task: Task, results: Path, runs: list[Run], rates_of: Path | N
             "method": name,
             "learning_rate": rates.get(name),
             **numbers,
-            "tokens_sampled": first[name].cost("tokens_sampled") if name in first else None,
-            "tokens_trained": first[name].cost("tokens_trained") if name in first else None,
+            "tokens_sampled": first[name].costs()["tokens_sampled"] if name in first else None,
+            "tokens_trained": first[name].costs()["tokens_trained"] if name in first else None,
             "seconds": first[name].seconds() if name in first else None,
         }
         for name, numbers in compare(by_method, {"ple_less_this": "ple", "stable_ple_less_this": "stable-ple"}).items()
