@@ -87,7 +87,7 @@ def main() -> None:
     with warm_commands():
         write_round0(task, seeds)
         if arguments.only:
-            show_points(task, seeds, arguments.workers, rates, arguments.only)
+            show_points(task, results, seeds, arguments.workers, rates, arguments.only)
         elif arguments.frontier:
             sweep(task, results, seeds, arguments.workers, rates)
         else:

@@ -8,34 +8,37 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from benchmarks.paper.frontier import along, area, estimate, reaches
-from benchmarks.paper.methods import FRONTIER, MAIN, RATE, TABLES, Method, Run
-from benchmarks.paper.points import METRICS, Curve, Point, Record, read_curves
+from benchmarks.paper.comparisons import (
+    FORMS,
+    LEVELS,
+    REWARDS,
+    Curves,
+    ablations,
+    areas,
+    at_equal_kl,
+    at_own_kl,
+)
+from benchmarks.paper.frontier import along
+from benchmarks.paper.methods import FRONTIER, MAIN, RATE, Method, Run
+from benchmarks.paper.points import METRICS, Point, Record, read_curves
 from benchmarks.paper.tables import listed, save, wrapped
 from benchmarks.paper.tasks import Task
 from schemas.files import write_atomic
 from schemas.reports import Estimate
 
-LEVELS = (8.0, 14.0, 20.0)
-"""KL to the start policy, in nats a response, at which methods are compared; areas go up to the last."""
-REWARDS = {"judge": "unseen judge", "reward": "training reward"}
-AGAINST = {"dpo": "DPO", "stable-ple": "stabilised PLE"}
-"""Those from which every method is taken away."""
-SIGN_ALONE = ("dpo-means", "ple-residual", "residual, the margin's sign alone (DPO by length)")
 ANSWERS = 10
 FLUENT = 250.0
 """Perplexity at which the picture ends; that of KL ends at twice the last level."""
 Tried = dict[str, dict[float, list[tuple[float, float]]]]
 """By method and learning rate: KL and training reward on the validation queries, the start policy's first."""
-Curves = dict[str, list[Curve]]
 TITLES = {method.name: method.title for method in FRONTIER}
 
 
@@ -47,8 +50,11 @@ def write_pages(
     seeds = sorted({curve.seed for own in curves.values() for curve in own})
     name = f"{task.name}-frontier"
     levels = {level: at_equal_kl(curves, level) for level in LEVELS}
-    areas = compare(curves, lambda curve, what: area(curve.draws["kl"], curve.draws[what], LEVELS[-1]), LEVELS[-1])
+    heights = areas(curves, LEVELS[-1])
+    others = [method.name for method in MAIN if method.name not in FORMS]
+    own_kl = {f: {o: found for o in others if (found := at_own_kl(curves, o, f))} for f in FORMS if f in curves}
     parts = ablations(curves)
+    diverged = {seed: labels for seed in seeds if (labels := kept.diverged(seed))}
     lines = [
         f"# {task.title}: rewards against the distance from the start policy",
         "",
@@ -63,21 +69,34 @@ def write_pages(
         "",
         "Lines are means over seeds, bands the lowest and highest seed. A seed's curve joins the start policy and the "
         "method's points; the shortest one ends the line. Higher and further left is better.",
-        *(line for level, found in levels.items() for line in table(f"At a KL of {level:g}", found, curves, level)),
+        *(line for level, found in levels.items() for line in table(f"At a KL of {level:g}", found, curves)),
         "",
         "Intervals are 95 % over queries (bootstrap) and seeds (Student's t), added in quadrature. Single seeds stand "
-        "in round brackets. A method that does not go so far in every seed has no number.",
-        *table(f"Mean reward along the curve, up to a KL of {LEVELS[-1]:g}", areas, curves, LEVELS[-1]),
+        "in round brackets. A method has a number where it has points on both sides in every seed; *between* says how "
+        "near they are. Learning rates were chosen with the first seed, on other queries than these.",
+        *table(f"Mean reward along the curve, up to a KL of {LEVELS[-1]:g}", heights, curves),
+        "",
+        "Below a method's first point the straight line from the start policy counts. Rewards rise fast at first, so "
+        "the line lies below what a tighter brake would give.",
+        "",
+        "## PLE's forms less each other method",
+        "",
+        "At one KL, and at the other's own KL: the curve of PLE's form less the other's points, mean over its brakes. "
+        "With a star, some of these lie before the form's own first point, where its curve is the line from the start "
+        "policy: the difference is then rather larger.",
+        *forms_tables(levels, own_kl),
         "",
         "## Ablations",
         "",
-        "Each less the whole method at the same KL, which is interpolated; mean over the ablation's brakes.",
+        "Each less the whole method at the same KL, which is interpolated; mean over the ablation's brakes. An "
+        "ablation has the learning rate of the whole. DPO by length, the last row, has its own.",
         "",
         "| ablation | brakes | KL | unseen judge, less the whole | training reward, less the whole |",
         "| --- | --- | --- | --- | --- |",
         *map(ablation_row, parts),
         *rates_table(tried),
         *every_point(curves),
+        *(f"- Seed {seed}: {', '.join(labels)} diverged." for seed, labels in diverged.items()),
     ]
     record = {
         "version": 1,
@@ -87,47 +106,17 @@ def write_pages(
         "tried": tried,
         "start": {str(curve.seed): curve.start.metrics for curve in next(iter(curves.values()))},
         "equal_kl": levels,
-        "area": areas,
+        "at_own_kl": own_kl,
+        "area": heights,
         "ablations": parts,
         "points": [raw(run, point) for run, point in all_points(curves)],
-        "diverged": {seed: labels for seed in seeds if (labels := kept.diverged(seed))},
+        "diverged": diverged,
     }
     results.mkdir(parents=True, exist_ok=True)
     draw(curves, results / f"{name}.png")
     write_atomic(results / f"{name}.json", json.dumps(record, indent=1) + "\n")
     for page, found in ((name, lines), (f"{task.name}-answers", answers(task, curves))):
         write_atomic(results / f"{page}.md", "\n".join(line for long in found for line in wrapped(long)) + "\n")
-
-
-def at_equal_kl(curves: Curves, level: float) -> dict[str, Any]:
-    """Each reward of each method at one KL, and less those of AGAINST."""
-    return compare(curves, lambda curve, what: along(curve.draws["kl"], curve.draws[what], level), level)
-
-
-def compare(curves: Curves, value: Any, level: float) -> dict[str, Any]:
-    """By method and reward: `value` of its curves with intervals, and less AGAINST; those that do not reach `level` are
-    left out.
-    """
-    seeds = max(map(len, curves.values()))
-    far = [name for name, own in curves.items() if len(own) == seeds and all(goes(curve, level) for curve in own)]
-    found: dict[str, Any] = {name: {} for name in far}
-    for what in REWARDS:
-        draws = {name: [value(curve, what) for curve in curves[name]] for name in far}
-        for name in far:
-            found[name][what] = shown(draws[name])
-            for other in AGAINST.keys() & draws.keys() - {name}:
-                less = [own - base for own, base in zip(draws[name], draws[other], strict=True)]
-                found[name][f"{what}_less_{other}"] = shown(less)
-    return found
-
-
-def goes(curve: Curve, level: float) -> bool:
-    return reaches(curve.draws["kl"], level)
-
-
-def shown(draws: Sequence[np.ndarray]) -> dict[str, Any]:
-    """A number over seeds as it is written: mean, interval, and each seed's."""
-    return estimate(draws).model_dump() | {"by_seed": [float(own[0]) for own in draws]}
 
 
 def cell(record: dict[str, Any] | None) -> str:
@@ -137,48 +126,50 @@ def cell(record: dict[str, Any] | None) -> str:
     return f"{whole} ({listed(record['by_seed'])})"
 
 
-def table(title: str, found: dict[str, Any], curves: Curves, level: float) -> list[str]:
-    """One line a method: both rewards, and less AGAINST."""
-    head = [f"{name}{less}" for name in REWARDS.values() for less in ("", *(f", less {o}" for o in AGAINST.values()))]
-    lines = ["", f"## {title}", "", f"| method | {' | '.join(head)} |", f"| --- {'| --- ' * len(head)}|"]
-    for method in (*MAIN, *TABLES):
+def table(title: str, found: dict[str, Any], curves: Curves) -> list[str]:
+    """One line a method: both rewards, and where they have ends, the KL of the points between which they lie."""
+    bounded = any("between" in own for own in found.values())
+    head = ["method", *(["between"] if bounded else []), *REWARDS.values()]
+    lines = ["", f"## {title}", "", f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
+    for method in MAIN:
         if own := found.get(method.name):
-            keys = [f"{what}{less}" for what in REWARDS for less in ("", *(f"_less_{other}" for other in AGAINST))]
-            lines.append(f"| {method.title} | {' | '.join(cell(own.get(key)) for key in keys)} |")
+            ends = [" and ".join(f"{kl:.1f}" for kl in own["between"])] if bounded else []
+            lines.append(f"| {' | '.join([method.title, *ends, *(cell(own[what]) for what in REWARDS)])} |")
         elif method.name in curves:
-            end = min(curve.draws["kl"][:, 0].max() for curve in curves[method.name])
-            lines.append(f"| {method.title} | ends at {end:.1f} {'| ' * len(head)}|")
+            kls = [[point.draws["kl"][0] for point in curve.points.values()] for curve in curves[method.name]]
+            span = f"has {min(map(min, kls)):.1f} to {max(map(max, kls)):.1f}"
+            lines.append(f"| {method.title} | {span} {'| ' * (len(head) - 1)}|")
     return lines
 
 
-def ablations(curves: Curves) -> list[dict[str, Any]]:
-    """Every ablation, and DPO by length as one of the residual form, less the whole method at the ablation's own KL."""
-    pairs = [(m.name, m.ablates, m.title) for m in FRONTIER if m.ablates] + [SIGN_ALONE]
-    found = []
-    for name, whole, title in pairs:
-        of = {curve.seed: curve for curve in curves.get(whole, ())}
-        own = [curve for curve in curves.get(name, ()) if curve.seed in of]
-        inside = {
-            curve.seed: [p for p in curve.points.values() if goes(of[curve.seed], p.draws["kl"][0])] for curve in own
-        }
-        if own and all(inside.values()):
-            less = {
-                what: shown([mean_gap(inside[curve.seed], of[curve.seed], what) for curve in own]) for what in REWARDS
-            }
-            points = [point for seen in inside.values() for point in seen]
-            brakes = sorted({run.braked for curve in own for run in curve.points})
-            kl = fmean(point.metrics["kl"]["mean"] for point in points)
-            found.append({"method": name, "title": title, "ablates": whole, "brakes": brakes, "kl": kl, **less})
-    return found
+def forms_tables(levels: dict[float, dict[str, Any]], own: dict[str, Any]) -> list[str]:
+    """PLE's forms less each other method: a table a form and reward, a column a level, and at the other's own KL."""
+    lines = []
+    for form, what in product(FORMS, REWARDS):
+        head = ["less", *(f"at {level:g}" for level in levels), "at its own KL"]
+        lines += ["", f"### {TITLES[form]}, {REWARDS[what]}", "", f"| {' | '.join(head)} |"]
+        lines.append(f"| {' | '.join('---' for _ in head)} |")
+        for other in (m for m in MAIN if m.name not in FORMS):
+            less = [at.get(form, {}).get(f"{what}_less", {}).get(other.name) for at in levels.values()]
+            found = own.get(form, {}).get(other.name)
+            star = " *" if found and found["from_start"] else ""
+            cells = [*map(cell, less), cell(negative(found, what)) + star]
+            lines.append(f"| {other.title} | {' | '.join(cells)} |")
+    return lines
 
 
-def mean_gap(points: Sequence[Point], whole: Curve, what: str) -> np.ndarray:
-    """[draws]: the points less `whole` at their own KL."""
-    gaps = [p.draws[what] - along(whole.draws["kl"], whole.draws[what], p.draws["kl"]) for p in points]
-    return np.mean(gaps, axis=0)
+def negative(record: dict[str, Any] | None, what: str) -> dict[str, Any] | None:
+    """Of `at_own_kl`, the other less the one."""
+    if record is None:
+        return None
+    own = record[what]
+    turned = {"mean": -own["mean"], "low": -own["high"], "high": -own["low"]}
+    return own | turned | {"by_seed": [-value for value in own["by_seed"]]}
 
 
 def ablation_row(record: dict[str, Any]) -> str:
+    if "kl" not in record:
+        return f"| {record['title']} | | beyond the whole's curve | | |"
     brakes = ", ".join(f"{brake:g}" for brake in record["brakes"])
     cells = [record["title"], brakes, f"{record['kl']:.1f}", *(cell(record[what]) for what in REWARDS)]
     return f"| {' | '.join(cells)} |"
@@ -214,8 +205,9 @@ def raw(run: Run, point: Point) -> dict[str, Any]:
 
 
 def every_point(curves: Curves) -> list[str]:
-    """A line a method and brake: means over seeds, the unseen judge seed by seed."""
+    """A line a method and brake: means over seeds, the unseen judge seed by seed, and what the trainings took."""
     head = ["method", "brake", "lr", "KL", *REWARDS.values(), "PPL", "entropy", "distinct-1", "tokens", "cut"]
+    head += ["updates", "trained on"]
     lines = ["", "## Every point", "", f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
     by_brake: dict[tuple[Method, float], list[tuple[Run, Point]]] = {}
     for run, point in all_points(curves):
@@ -227,7 +219,9 @@ def every_point(curves: Curves) -> list[str]:
         cells = [method.title, named, f"{own[0][0].learning_rate:g}", f"{means['kl']:.1f}"]
         cells += [f"{means['judge']:.2f} ({judge})", f"{means['reward']:.2f}", f"{means['perplexity']:.4g}"]
         cells += [f"{means['entropy']:.2f}", f"{means['distinct_1']:.2f}", f"{means['length']:.0f}"]
-        lines.append(f"| {' | '.join(cells)} | {100 * means['truncated']:.0f} % |")
+        updates, tokens = (fmean(point.costs[name] for _, point in own) for name in ("updates", "tokens_trained"))
+        cells += [f"{100 * means['truncated']:.0f} %", f"{updates:.0f}", f"{tokens / 1000:.0f}k tokens"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -243,7 +237,7 @@ def draw(curves: Curves, path: Path) -> None:
         for axis, against, most in zip(row, ("kl", "perplexity"), (2 * LEVELS[-1], FLUENT), strict=True):
             for number, method in enumerate(m for m in MAIN if m.name in curves):
                 own = [curve.draws for curve in curves[method.name]]
-                ends = [(draws[against][0, 0], draws[against][:, 0].max()) for draws in own]
+                ends = [(draws[against][:, 0].min(), draws[against][:, 0].max()) for draws in own]
                 grid = np.linspace(max(start for start, _ in ends), min(most, *(end for _, end in ends)), 100)
                 lines = [along(draws[against][:, :1], draws[what][:, :1], grid) for draws in own]
                 style = {"color": f"C{number}", "ls": "-" if number < 10 else "--", "label": method.title}
@@ -268,7 +262,7 @@ def answers(task: Task, curves: Curves) -> list[str]:
     start = next(iter(curves.values()))[0].start
     queries = sample_queries(start.rows["query_id"].to_list())
     lines = [
-        f"# {task.title}: answers at equal KL",
+        f"# {task.title}: answers near a KL of {level:g}",
         "",
         f"Of each method the point whose KL is nearest to {level:g}, first seed. The {ANSWERS} queries were drawn by a "
         "seed; nothing was selected.",

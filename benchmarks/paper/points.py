@@ -103,6 +103,10 @@ class Record:
             )
         return {*told.get("metrics", ()), *told.get("diverged", ())}
 
+    def start(self, seed: int) -> str | None:
+        """The digest of the start policy of a seed's points."""
+        return self._told(seed).get("start")
+
     def diverged(self, seed: int) -> list[str]:
         """The labels of the trainings whose numbers left the numbers."""
         return list(self._told(seed).get("diverged", ()))

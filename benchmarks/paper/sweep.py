@@ -43,9 +43,11 @@ def sweep(task: Task, results: Path, seeds: list[int], workers: int, rates: dict
     `rates`: by method, the learning rate to take; where it is None, those of the pages that are there, else rates are
     tried with the first seed.
     """
-    tried: Tried = {}
+    known = known_rates(task, results)
     if rates is None:
-        rates, tried = known_rates(task, results) or choose_rates(task, frontier(task), seeds[0], workers)
+        rates, tried = known or choose_rates(task, frontier(task), seeds[0], workers)
+    else:
+        tried = known[1] if known and known[0] == rates else {}
     record = record_of(task, results)
     points = all_points(task, seeds, rates)
     failed = []
@@ -57,9 +59,12 @@ def sweep(task: Task, results: Path, seeds: list[int], workers: int, rates: dict
 
 
 def show_points(
-    task: Task, seeds: list[int], workers: int, rates: dict[str, float] | None, only: list[str] | None
+    task: Task, results: Path, seeds: list[int], workers: int, rates: dict[str, float] | None, only: list[str] | None
 ) -> None:
-    """The points of `only` from the commands alone, printed; no record is read or written."""
+    """The points of `only` from the commands alone, printed beside those of the record, which are not looked at before.
+
+    They are the same where the start policy is; another processor trains it to slightly other weights.
+    """
     wanted = select(task, only)
     if rates is None and task.rate is None:
         names = {method.ablates or method.name for method, _ in wanted}
@@ -67,9 +72,13 @@ def show_points(
     rates = rates or one_rate(task)
     runs = [point(method, brake, seed, rates) for seed in seeds for method, brake in wanted]
     failed = finish(task, runs, "unseen", workers)
+    record, start = record_of(task, results), model_digest(START)
     for run in runs:
         if place := evaluated(run, "unseen"):
-            print(json.dumps({"point": run.label, "seed": run.seed, **metrics(place, run.label)}))
+            found = {"point": run.label, "seed": run.seed, "start": start, **metrics(place, run.label)}
+            if kept := record.read(run.seed).get(run.label):
+                found |= {"recorded": {"start": record.start(run.seed), **kept.metrics}}
+            print(json.dumps(found))
     end_with(failed)
 
 

@@ -2,16 +2,19 @@
 
 import json
 import math
+import re
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import stdev
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from benchmarks.paper import pages
+from benchmarks.paper import comparisons, pages, sweep
 from benchmarks.paper.frontier import STUDENT, along, area, estimate, reaches, weights
 from benchmarks.paper.methods import FRONTIER, RATE, Run
 from benchmarks.paper.points import BASE, Record, evaluated, folder, read_curves
@@ -73,13 +76,68 @@ def test_the_interval_has_queries_and_seeds() -> None:
     assert (alone.low, alone.high) == pytest.approx((-0.95, 0.95))
 
 
-def test_rates_are_chosen_at_one_kl() -> None:
-    """1e-3 has the higher reward at a KL of 10, though 3e-3 ends higher; 3e-4 does not go so far."""
-    start = (0.0, 0.0)
-    tried = {3e-4: [start, (5.0, 9.0)], 1e-3: [start, (20.0, 2.0)], 3e-3: [start, (100.0, 5.0), (50.0, 4.0)]}
-    assert best_rate(tried) == 1e-3
-    assert best_rate({3e-4: [start, (5.0, 9.0)], 1e-3: [start, (6.0, 1.0)]}) == 1e-3  # the only one at 6
-    assert best_rate({3e-4: [start, (12.0, 9.0)], 1e-3: [start]}) == 3e-4  # the other diverged
+START = (0.0, 0.0)
+
+
+def test_rates_are_chosen_at_a_kl_that_all_of_them_reach() -> None:
+    """Along the root of KL: a reward of 2 at a KL of 20 is 1 at 5, and 1.41 at 10."""
+    far = {1e-3: [START, (20.0, 2.0)], 3e-3: [START, (100.0, 3.0), (50.0, 2.0)]}
+    assert best_rate("m", {3e-4: [START, (5.0, 1.1)], **far}) == 3e-4
+    assert best_rate("m", {3e-4: [START, (5.0, 0.9)], **far}) == 1e-3
+    assert best_rate("m", {3e-4: [START, (40.0, 2.9)], **far}) == 3e-4
+    assert best_rate("m", {3e-4: [START, (4.9, 9.0)], **far}) == 1e-3, "a rate that hardly moves is left out"
+    assert best_rate("m", {3e-4: [START, (2.0, 1.0)], 1e-3: [START, (3.0, 1.1)]}) == 3e-4, "unless all of them do"
+    assert best_rate("m", {3e-4: [START], 1e-3: [START, (12.0, 0.1)]}) == 1e-3, "the other diverged"
+    with pytest.raises(SystemExit, match="every learning rate of m diverged"):
+        best_rate("m", {3e-4: [START], 1e-3: [START]})
+
+
+def test_beyond_an_end_that_is_best_one_more_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = {"dpo": {3e-4: 1.0, 1e-4: 2.0}, "stable-ple": {1e-3: 1.0}, "ple-residual": {3e-3: 1.0}}
+    asked = []
+
+    def tries(task: Any, rates: dict[Any, tuple[float, ...]], seed: int, workers: int) -> Any:
+        asked.append({method.name: own for method, own in rates.items()})
+        return {m.name: {r: [START, (10.0, best[m.name].get(r, 0.5))] for r in own} for m, own in rates.items()}
+
+    monkeypatch.setattr(sweep, "try_rates", tries)
+    methods = [NAMED[name] for name in (*best, "sft")]
+    chosen, tried = sweep.choose_rates(TASKS["imdb"], methods, 0, 1)
+    assert asked == [dict.fromkeys(best, (3e-4, 1e-3, 3e-3)), {"dpo": (1e-4,), "ple-residual": (1e-2,)}]
+    assert chosen == {"dpo": 1e-4, "stable-ple": 1e-3, "ple-residual": 3e-3}
+    assert list(tried["dpo"]) == [1e-4, 3e-4, 1e-3, 3e-3]
+
+
+def test_a_run_that_fails_or_diverges_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four: one is there, one diverges, one fails, one is made. The second time only the failed one is tried."""
+    monkeypatch.chdir(tmp_path)
+    runs, record = write_points({"dpo": 0.1})
+    there, *missing = [run for run in runs if run.seed == 0]
+    record.path(0).unlink()
+    ends = dict(zip([run.label for run in missing], ["diverges", "fails", "is made"], strict=True))
+    tried = []
+
+    def trains(task: Any, run: Run) -> bool:
+        tried.append(ends[run.label])
+        if ends[run.label] == "fails":
+            raise SystemExit("disk full")
+        return ends[run.label] == "is made"
+
+    monkeypatch.setattr(sweep, "train", trains)
+    monkeypatch.setattr(sweep, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(sweep, "model_digest", lambda _: "digest")
+    record.add(0, BASE, folder("unseen", 0), "digest", {})
+    record.add(0, there.label, folder("unseen", 0, there.label), "digest", COSTS)
+    for again in (False, True):
+        failed = sweep.finish(TASKS["imdb"], [there, *missing], "unseen", 1, record)
+        assert failed == [f"{missing[1].directory}: disk full"]
+        assert tried == (["fails"] if again else ["diverges", "fails", "is made"])
+        tried.clear()
+    assert record.diverged(0) == [missing[0].label]
+    assert record.labels(0) == {BASE, there.label, missing[0].label, missing[2].label}
+    assert record.read(0)[there.label].costs == COSTS
+    with pytest.raises(SystemExit, match="disk full"):
+        sweep.end_with(failed)
 
 
 def test_points_are_named() -> None:
@@ -132,7 +190,7 @@ def write_points(height: dict[str, float]) -> tuple[list[Run], Record]:
     runs, record = [], Record(Path("results", "imdb-frontier").absolute(), texts)
     for seed in (0, 1):
         write_evaluation(folder("unseen", seed), BASE, 0.0, 0.0, seed)
-        record.add(seed, BASE, folder("unseen", seed), "digest")
+        record.add(seed, BASE, folder("unseen", seed), "digest", {})
         for method in (NAMED[name] for name in height):
             for at, brake in enumerate(method.brakes):
                 run = Run(
@@ -141,11 +199,12 @@ def write_points(height: dict[str, float]) -> tuple[list[Run], Record]:
                 kl = 6.0 * (at + 1)
                 place = folder("unseen", seed, run.label)
                 write_evaluation(place, run.label, kl, height[method.name] * kl + 0.1 * seed, seed)
-                record.add(seed, run.label, place, "digest")
+                record.add(seed, run.label, place, "digest", COSTS)
                 runs.append(run)
     return runs, record
 
 
+COSTS = {"tokens_sampled": 3, "tokens_trained": 5, "updates": 7}
 HEIGHT = {"dpo": 0.1, "stable-ple": 0.15, "dpo-means": 0.1, "ple-residual": 0.2, "ple-residual-no-rank": 0.1, "sft": 0}
 
 
@@ -159,8 +218,13 @@ def test_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads((tmp_path / "results" / "imdb-frontier.json").read_text())
     at_14 = found["equal_kl"]["14.0"]
     assert at_14["dpo"]["judge"]["by_seed"] == pytest.approx([1.4, 1.5])
-    assert at_14["ple-residual"]["judge_less_dpo"]["mean"] == pytest.approx(1.4)
-    assert at_14["ple-residual"]["reward_less_stable-ple"]["by_seed"] == pytest.approx([0.35, 0.35])
+    assert at_14["ple-residual"]["between"] == pytest.approx([12.0, 18.0])
+    assert at_14["ple-residual"]["judge_less"]["dpo"]["mean"] == pytest.approx(1.4)
+    assert at_14["ple-residual"]["reward_less"]["sft"]["by_seed"] == pytest.approx([1.4, 1.4])
+    assert "judge_less" not in at_14["dpo"]
+    own = found["at_own_kl"]["stable-ple"]["dpo"]
+    assert own["judge"]["mean"] == pytest.approx(-0.05 * (6 + 12 + 18 + 24) / 4)
+    assert (own["brakes"], own["kl"], own["from_start"]) == ([0.01, 0.03, 0.1, 0.3], 15.0, False)
     rising = [0.0, *(0.2 * kl + 0.1 for kl in (6, 12, 18))]
     heights = [(a + b) / 2 * 6 for a, b in pairwise(rising)]
     last = (rising[3] + 0.2 * 20 + 0.1) / 2 * 2
@@ -172,7 +236,10 @@ def test_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts["ple-residual-no-rank"]["judge"]["mean"] == pytest.approx(-0.6)
     assert parts["dpo-means"]["judge"]["mean"] == pytest.approx(-0.1 * (6 + 12 + 18 + 24) / 4)
     text = (tmp_path / "results" / "imdb-frontier.md").read_text()
-    assert "| DPO | 1.45 [" in text
+    assert "| DPO | 12.0 and 18.0 | 1.45 [" in text
+    [less_dpo] = re.findall(r"### PLE, stabilised, unseen judge.*?\n(\| DPO \|[^\n]*)", text, re.DOTALL)
+    assert [cell.split(" [")[0].strip() for cell in less_dpo.split("|")[2:6]] == ["0.40", "0.70", "1.00", "0.75"]
+    assert text.count("| 7 | 0k tokens |") == 5 * 4 + 1
     assert "0.40 at 5.0" in text
     shown = (tmp_path / "results" / "imdb-answers.md").read_text()
     assert shown.count(r"| PLE, residual | 12.0 | ") == 10
@@ -181,11 +248,28 @@ def test_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "results" / "imdb-frontier.png").stat().st_size > 10_000
 
 
-def test_a_curve_that_ends_early_has_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("level", [5.5, 24.5])
+def test_a_curve_without_points_on_both_sides_has_no_number(level, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     curves = read_curves(*write_points({"sft": 0.1, "dpo": 0.1}))
-    assert pages.at_equal_kl(curves, 24.5) == {}
-    assert "| SFT | ends at 24.0 " in "\n".join(pages.table("T", {}, curves, 24.5))
+    assert comparisons.at_equal_kl(curves, level) == {}
+    assert comparisons.areas(curves, level).keys() == ({"sft", "dpo"} if level < 6 else set())
+    assert "| SFT | has 6.0 to 24.0 | |" in "\n".join(pages.table("T", {}, curves))
+
+
+def test_an_ablation_that_goes_further_than_the_whole_is_named(tmp_path: Path, monkeypatch) -> None:
+    """And points before the whole's first one, where its curve is the line from the start, are marked."""
+    monkeypatch.chdir(tmp_path)
+    curves = read_curves(*write_points({"ple-residual": 0.1, "ple-residual-no-rank": 0.2}))
+    whole = curves["ple-residual"]
+    near = [replace(c, points={r: p for r, p in c.points.items() if p.metrics["kl"]["mean"] < 5}) for c in whole]
+    [part] = comparisons.ablations(curves | {"ple-residual": near})
+    assert "kl" not in part
+    assert "beyond the whole's curve" in pages.ablation_row(part)
+    far = [replace(c, points={r: p for r, p in c.points.items() if p.metrics["kl"]["mean"] > 7}) for c in whole]
+    [part] = comparisons.ablations(curves | {"ple-residual": far})
+    assert part["from_start"]
+    assert part["judge"]["mean"] == pytest.approx(0.6 + 0.05 / 2)
 
 
 def test_another_machine_goes_on_from_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_points_are_made_once(
     write_round0(task, [0])
     told = []
     for _ in range(2):
-        show_points(task, [0], 2, {"dpo": 1e-2, "ple-residual": 1e-2}, only)
+        show_points(task, tmp_path / "results", [0], 2, {"dpo": 1e-2, "ple-residual": 1e-2}, only)
         out, messages = capsys.readouterr()
         told.append([json.loads(line) for line in out.splitlines()])
     assert told[0] == told[1]
