@@ -7,9 +7,8 @@ The gradients go through Delta alone, and with respect to it they are those of
     L = (2 / beta) * log cosh(m / 2)                                      where m <= tau
     L = (m - tau) / beta + (2 / beta) * log cosh(tau / 2)                 where m > tau
 
-so L is convex in Delta and at least 0: a pair comes to rest where beta * Delta is its margin. The pull of a pair whose
-margin has turned stays below 1 a response. A small beta lets margins grow far: it is the brake, in units of the reward
-by nat.
+so L is convex in Delta and at least 0: a pair comes to rest where beta * Delta is its margin. The pull on a pair is at
+most 1 a response. A small beta lets margins grow far: it is the brake, in units of the reward by nat.
 """
 
 from __future__ import annotations

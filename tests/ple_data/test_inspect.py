@@ -110,6 +110,14 @@ def test_what_is_held_is_counted_by_kind(store):
     assert held(store.root) == "12 rows of responses, 8 rows of pairs"
 
 
+def test_with_beta_it_says_where_the_median_margin_rests(store):
+    """Margins 0.1, 2.5, -1 and 0.19: the median, 0.145, is at rest where the policy has learned 0.145 / 0.5 of it."""
+    assert "beta = 0.5: the median margin comes to rest where Delta = margin / beta is 0.290 in round 0, 0.290" in (
+        " ".join(inspect(store.root, beta=0.5).split())
+    )
+    assert "comes to rest" not in inspect(store.root)
+
+
 def test_only_responses(tmp_path):
     store = Store(tmp_path)
     store.commit("responses", 0, "00000-aa", table("responses", [{}]), {})

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -231,6 +232,15 @@ def test_pairs_over_max_length_are_left_out_and_counted(run, pairs, capsys):
     assert training.statistics(asked(pairs, 1, max_length=20))["rows"].sum() == rows.height - over
     shown, whole = (training.dry_run(asked(pairs, 1, max_length=length)) for length in (20, None))
     assert shown != whole
+
+
+def test_a_dry_run_says_where_the_median_margin_rests_under_beta(pairs):
+    medians = training.statistics(asked(pairs, 1)).sort("round")["margin_q50"]
+    told = training.dry_run(asked(pairs, 1, objective="ple-residual"))
+    for t, median in enumerate(medians):
+        assert re.search(rf"beta = 3: .* {median / 3:.3f} in round {t}", told)
+    assert "comes to rest" not in training.dry_run(asked(pairs, 1))
+    assert "comes to rest" not in training.dry_run(asked(pairs, 1, objective="dpo", beta=0.1))
 
 
 # --- interruption --------------------------------------------------------------------------------------------------
