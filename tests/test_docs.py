@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 import cli
 from ple_data.report import watch
+from ple_train.demo.world import text_of
 from ple_train.run import rounds
 from ple_train.run.child import Ended
 from schemas.recipe import Recipe, parse_recipe
@@ -34,7 +35,6 @@ ELSEWHERE = (
     "--reward-format",
     "model.gguf",
     "--real",
-    "run demo-real/recipe.yaml",
 )
 """Words of examples that need a hub model, several machines, files the reader has, or many minutes: what these
 do is tried in tests/ple_train/demo and tests/ple_train/model/test_convert.py."""
@@ -109,12 +109,16 @@ def world(policy: Path, adapter: Path, reward: Path, run_forked: Callable[..., E
         with contextlib.chdir(root):
             run_here(words)
     shutil.copytree(root / "judged", root / "judge")
-    (root / "demo-real").mkdir()  # what `ple demo --real` and the second run of docs/start.md leave, in small
-    for name, source in {"smol": policy, "run": root / "runs" / "hh-qwen", "harsh": root / "runs" / "hh-qwen"}.items():
+    (root / "demo-real").mkdir()  # what `ple demo --real` leaves, in small
+    for name, source in {"smol": policy, "run": root / "runs" / "hh-qwen"}.items():
         (root / "demo-real" / name).symlink_to(source)
-    shutil.copy(root / "unseen.jsonl", root / "demo-real" / "held-out.jsonl")
-    judges = "".join(f"def {name}(xs, ys):\n    return [float(len(y)) for y in ys]\n" for name in ("praise", "pattern"))
-    (root / "demo-real" / "lexicons.py").write_text(judges)
+    for name in ("held-out", "openings"):
+        shutil.copy(root / "unseen.jsonl", root / "demo-real" / f"{name}.jsonl")
+    judge = "def {}(xs, ys):\n    return [float(len(y)) for y in ys]\n"
+    (root / "demo-real" / "lexicons.py").write_text("".join(map(judge.format, ("praise", "pattern", "blame"))))
+    settings = {"output": "demo-real", "rounds": 2, "queries": 6, "tau0": 0.2, "alpha": 0.9}
+    (root / "demo-real" / "recipe.yaml").write_text(text_of("real.yaml").format(**settings))
+    (root / "harsh.txt").write_text("Write a negative review.")
     return root
 
 
@@ -128,7 +132,10 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_examples_run_as_they_stand(page: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_run_as_they_stand(
+    page: str, world: Path, run_forked: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "run_child", run_forked)
     here = Path(shutil.copytree(world, tmp_path / "here", symlinks=True))
     if page == "docs/baselines.md":  # it makes its own
         shutil.rmtree(here / "data")

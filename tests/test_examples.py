@@ -1,10 +1,12 @@
 """The files of examples: they parse, and the commands in them have only options and files that there are."""
 
 import itertools
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -78,5 +80,6 @@ def test_the_image_is_made_of_files_and_extras_that_there_are():
     assert needed <= set(copied)
     asked = {extra for extras in re.findall(r"'\.\[(.*?)\]'", text) for extra in extras.split(",")}
     assert asked <= wheel["project"]["optional-dependencies"].keys()
-    if hadolint := shutil.which("hadolint"):
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    if hadolint := shutil.which("hadolint", path=places):
         subprocess.run([hadolint, ROOT / "examples" / "Dockerfile"], check=True)

@@ -42,7 +42,7 @@ def test_all_is_every_extra_that_shares_an_environment_and_dev_has_it():
     extras = PROJECT["optional-dependencies"]
     (everything,) = extras["all"]
     assert set(re.findall(r"\w+", everything.partition("[")[2])) == extras.keys() - INSTALLED_ALONE
-    assert "ple-align[all]" in extras["dev"]
+    assert "ple-align[all,demo-real]" in extras["dev"]
 
 
 def test_every_package_is_imported_and_every_import_is_declared():

@@ -14,7 +14,7 @@ from schemas.errors import PleError, UsageError, first_line
 _SIZES, _LAYERS = "size|dim|embd|d_model|d_ff|heads|vocab", "layers?$|depth$|blocks?$"
 _MOST = {"position|seq_len|n_ctx": 10**8, _SIZES: 10**7, "labels": 10**5, "expert": 10**4, _LAYERS: 1000}
 """What a model's configuration may ask for, by its name: building more would take minutes or all memory."""
-UNREACHED = "if a folder is meant, none is here under this name; a model of the hub can be had when it can be reached"
+UNREACHED = "no folder of this name is here, and the hub cannot be reached: check the name, or connect"
 DAMAGED = "check that its files are whole and of a kind that transformers reads, or save it again"
 
 
@@ -38,9 +38,9 @@ def loading(what: str, advice: str = DAMAGED) -> Iterator[None]:
             if is_out_of_memory(error):
                 raise
             kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-            if "couldn't connect to" in str(error):
+            if advice == DAMAGED and "couldn't connect to" in str(error):
                 advice = UNREACHED
-            raise UsageError(f"cannot load {what}: {kind}{first_line(error)}; {advice}") from error
+            raise UsageError(f"cannot load {what}: {kind}{first_line(error).rstrip('.')}; {advice}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -70,8 +70,7 @@ def check_model(model: str | Path, *, quantized: bool = False) -> None:
     if not os.path.exists(directory):  # False for what is too long to be a path
         if str(model).startswith((".", "/", "~")) or not _HUB_ID.match(str(model)):
             raise UsageError(f"model directory {model} does not exist; give a directory or a hub id")
-        if (owner := directory.parts[0]) != str(model) and os.path.isdir(owner):
-            say(f"note: the folder {owner} has no {directory.name}, so {model} is looked up on the hub")
+        say_if_looked_up(model)
         return
     files = {path.suffix for path in (directory.iterdir() if directory.is_dir() else [directory])}
     if ".gguf" in files and ".safetensors" not in files:
@@ -97,6 +96,13 @@ def check_model(model: str | Path, *, quantized: bool = False) -> None:
         layers = next((part[name] for name in LAYERS if isinstance(part.get(name), int)), 0)
         if layers > held:
             raise UsageError(f"{directory}: config.json speaks of {layers} layers, but there are {held} weights in all")
+
+
+def say_if_looked_up(model: str | Path) -> None:
+    """Say so where a name that is not here begins as a folder here does: it may be a slip."""
+    owner = Path(model).parts[0]
+    if owner != str(model) and os.path.isdir(owner):
+        say(f"note: the folder {owner} has no {Path(model).name}, so {model} is looked up on the hub")
 
 
 def _refuse_endless(directory: Path) -> None:

@@ -123,7 +123,10 @@ class Progress:
             self._marks.popleft()
         all_of_it = _Mark(self._began, 0, 0, 0)
         first = self._marks[0] if self._done < self._total else all_of_it  # at the end, of all
-        state = f"{self._done}/{self._total} {self._unit} ({int(100 * self._done / max(self._total, 1))} %)"
+        units = self._units(now)
+        about = "" if units == now.done else "about "
+        share = int(100 * (self._start + units) / max(self._total, 1))
+        state = f"{self._done}/{self._total} {self._unit} ({about}{share} %)"
         seconds = max(now.time - first.time, 1e-9)
         if self._most_tokens:
             tokens = now.settled + now.pending
@@ -132,7 +135,6 @@ class Progress:
         else:
             state += f", {(now.done - first.done) / seconds:.3g} {self._unit}/s"
         state += f", {self._detail}" if self._detail else ""
-        units = self._units(now)
         rate = (units - self._units(first)) / max(now.time - first.time, 1e-9)
         left = self._total - self._start - units
         if left <= 0 or rate <= 0 or units < EARLIEST * (self._total - self._start):

@@ -70,10 +70,12 @@ def checked_url(url: str, what: str, key_variable: str) -> httpx.URL:
             f"{what}: its address is not of the form http://host:port/path (not shown, as it may hold a password): "
             "correct it"
         ) from None
-    if parts.userinfo or not named or parts.scheme not in ("http", "https"):
+    if not named or parts.scheme not in ("http", "https"):
+        raise UsageError(f"{what}: its address needs http or https and a host, as in http://host:8000")
+    if parts.userinfo:
         raise UsageError(
-            f"{what} at {parts.scheme}://{parts.host or '?'}: the URL needs http(s) and a host and may hold "
-            f"no user or password; put the key in the environment variable {key_variable}"
+            f"{what} at {parts.scheme}://{parts.host}: the address may hold no user or password; put the key in the "
+            f"environment variable {key_variable}"
         )
     remember(str(parts))
     return parts

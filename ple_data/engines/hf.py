@@ -135,7 +135,9 @@ class HfEngine:
         )
         new_ids = output[:, width:].tolist()
         logps = noise.logps(len(new_ids[0])) if sampling.logprobs else [None] * len(batch)
-        return [self._completion(*row, sampling) for row in zip(prompts, new_ids, logps, strict=True)]
+        found = [self._completion(*row, sampling) for row in zip(prompts, new_ids, logps, strict=True)]
+        self.under_way(sum(len(completion.ids) for completion in found))  # without what stands behind stop strings
+        return found
 
     def _left_padded(self, batch: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(len(request.prompt_ids) for request in batch)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from ple_data import selection
 from ple_data.inputs.chat import Message, as_chat, as_text, stored_chat, to_messages
-from ple_data.storage.store import Shard, Store
+from ple_data.storage.store import Shard, Store, open_store
 from schemas.errors import UsageError
 from schemas.files import writing_atomic
 
@@ -57,7 +57,7 @@ def export(data: Path, *, format: str, output: str, round: int | None = None) ->
     A chat that is stored in x becomes messages. Raises UsageError: no rows, an unknown suffix; DamagedError: a shard.
     """
     write = _writer(format, output)
-    store = Store(data)
+    store = open_store(data)
     shards = _shards(store, format, round)
     by_pair = WITHOUT_TIES.get(format)
     columns = ANSWER_COLUMNS if format == "alpacaeval" else EXPORTED
@@ -90,7 +90,8 @@ def export(data: Path, *, format: str, output: str, round: int | None = None) ->
         ) from error
     ties = f"; {read - count // by_pair} pairs with equal rewards left out" if by_pair else ""
     where, rounds = "stdout" if output == STDOUT else output, len({shard.round for shard in shards})
-    print(f"export: {count} rows to {where}, from {read} of {rounds} rounds{ties}", file=sys.stderr, flush=True)
+    of = f"{read} pairs of {rounds} round{'s' if rounds > 1 else ''}"
+    print(f"export: {count} rows to {where}, from {of}{ties}", file=sys.stderr, flush=True)
 
 
 def _writer(format: str, output: str) -> Callable[[BinaryIO, Iterable[Rows]], None]:

@@ -226,7 +226,7 @@ def _hub(source: str, split: str) -> Source:
         dataset = load_dataset(name, configuration or None, split=split)
     except Exception as error:
         what = f"split {split!r} of the hub dataset {source} (and no such file exists)"
-        raise UsageError(f"cannot load {what}: {first_line(error)}") from error
+        raise UsageError(f"cannot load {what}: {first_line(error)}; check the name, or give a file") from error
     if not len(dataset):
         raise UsageError(f"split {split!r} of the hub dataset {source} has no rows")
     digest = hashlib.sha256(f"{source}/{split}/{dataset._fingerprint}".encode()).hexdigest()

@@ -14,7 +14,7 @@ import numpy as np
 
 from ple_data.common.digests import policy_name
 from ple_data.common.loading import loading
-from ple_data.common.models import check_model, load_config, pad_id, positions_of, refuse_unknown
+from ple_data.common.models import check_model, load_config, pad_id, positions_of, refuse_unknown, say_if_looked_up
 from ple_data.rewards import RewardModel
 from ple_data.rewards.texts import Encoded, encode, resolve_join
 from schemas.errors import PleError, UsageError
@@ -29,12 +29,13 @@ _NO_LIMIT = 10**6
 
 def check(spec: str, options: Rewards) -> None:
     """Refuse what is no classifier, or has no such output, by its configuration alone. Raises UsageError."""
-    model, output = _split_output(spec, options.output_index)
+    model, output = split_output(spec, options.output_index)
     check_model(model)
     choose_output(load_config(model), output, model)
 
 
-def _split_output(spec: str, output_index: int | None) -> tuple[str, int | None]:
+def split_output(spec: str, output_index: int | None) -> tuple[str, int | None]:
+    """The model of a spec, and the output that it names in brackets, else `output_index`."""
     found = _OUTPUT.search(spec)
     if found and not os.path.exists(spec):
         return spec[: found.start()], int(found.group(1))
@@ -43,7 +44,7 @@ def _split_output(spec: str, output_index: int | None) -> tuple[str, int | None]
 
 def output_specs(spec: str) -> list[str]:
     """A spec for each output of a classifier, whichever of them it names itself. Raises UsageError."""
-    model, _ = _split_output(spec, None)
+    model, _ = split_output(spec, None)
     check_model(model)
     return [f"{model}[{output}]" for output in range(load_config(model).num_labels)]
 
@@ -60,7 +61,7 @@ class ClassifierReward(RewardModel):
 
         from ple_data.common.device import chosen_device
 
-        model, output = _split_output(spec, options.output_index)
+        model, output = split_output(spec, options.output_index)
         dtype = options.reward_dtype
         self._device = chosen_device(options.reward_device, "--reward-device")
         self._tokenizer, self._model = _load(model, dtype=getattr(torch, dtype), device=self._device)
@@ -152,6 +153,8 @@ def _load(model: str, *, dtype: Any, device: Any) -> tuple[Any, Any]:
 
     if os.path.exists(model):
         check_model(model)
+    else:
+        say_if_looked_up(model)
     advice = "neither a URL, nor file.py:function, nor a model that transformers can load as a sequence classifier"
     with loading(f"the reward model {model}", advice):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,10 @@ def check(spec: str, options: Rewards | None = None) -> None:
         raise UsageError(f"reward model {spec!r}: expected file.py:function or module:function")
     if location.endswith(".py") and not os.path.isfile(location):
         raise UsageError(f"reward model {spec}: there is no file {Path(location).resolve()}")
+    if location.endswith(".py"):
+        text = Path(location).read_text(encoding="utf-8", errors="replace")
+        if not re.search(rf"\b{function}\b|import \*", text):
+            raise UsageError(f"reward model {spec}: {Path(location).resolve()} has no function {function!r}")
 
 
 class FunctionReward(RewardModel):

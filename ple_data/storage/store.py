@@ -342,6 +342,16 @@ class Store:
         return self.inside(".ple", "finished", f"{kind}-round={round:03d}")
 
 
+def open_store(data: Path) -> Store:
+    """The store in a folder that is there. Raises UsageError where it is not, or is a run's, whose rows lie deeper."""
+    if not data.is_dir():
+        raise UsageError(f"{data}: there is no such folder; give the DATA that ple-gen wrote")
+    inside = data / "data"
+    if (inside / ".ple").is_dir() and not any((data / kind).exists() for kind in tables.STORED):
+        raise UsageError(f"{data}: a run's folder; its rows are in {inside}: give that")
+    return Store(data)
+
+
 def scan_shards(kind: str, shards: Sequence[Shard]) -> "pl.LazyFrame":
     """As `Store.scan`, for shards that were chosen before."""
     import polars as pl

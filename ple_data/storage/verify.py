@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from ple_data.storage.store import Shard, Store, scan_files
+from ple_data.storage.store import Shard, Store, open_store, scan_files
 from schemas import tables
 from schemas.errors import DamagedError, UsageError
 from schemas.files import TMP_SUFFIX, is_stale, refuse_outside, sha256_file
@@ -42,7 +42,7 @@ class Problem:
 def check(directory: Path) -> Iterator[Problem]:
     """Every problem of a data directory, as it is found. Raises DamagedError behind the last where one is an error."""
     errors = 0
-    for problem in verify(Store(directory)):
+    for problem in verify(open_store(directory)):
         errors += problem.severity == "error"
         yield problem
     if errors:

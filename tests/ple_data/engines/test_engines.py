@@ -162,8 +162,18 @@ def test_it_tells_of_every_step_how_many_tokens_the_batch_has(trap: Path, monkey
     engine, told = HfEngine(spec_of(trap), {"batch_size": 64}), []
     monkeypatch.setattr(engine, "under_way", told.append)
     lengths = [len(found.ids) for found in sample(engine, [requests_for(trap)]).values()]
-    assert told == [sum(min(length, step) for length in lengths) for step in range(1, max(lengths) + 1)]
+    steps = [sum(min(length, step) for length in lengths) for step in range(1, max(lengths) + 1)]
+    assert told == [*steps, sum(lengths)]
     assert min(lengths) < max(lengths)
+
+
+def test_at_the_end_of_a_batch_it_tells_the_tokens_that_are_kept(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a stop string ended are padded, and a token more is sampled: neither is a response's."""
+    engine, told = HfEngine(spec_of(trap), {"batch_size": 64}), []
+    monkeypatch.setattr(engine, "under_way", told.append)
+    found = sample(engine, [requests_for(trap)], stop=("e",)).values()
+    assert {one.finish for one in found} == {"stop", "length"}
+    assert told[-1] == sum(len(one.ids) for one in found)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.6)])

@@ -43,7 +43,7 @@ def test_preferences_by_reward_without_ties(data, tmp_path, capsys):
     ]
     assert lines(output) == [dict(zip(columns, row, strict=True)) for row in expected]
     said = capsys.readouterr()
-    assert said.err == f"export: 3 rows to {output}, from 4 of 2 rounds; 1 pairs with equal rewards left out\n"
+    assert said.err == f"export: 3 rows to {output}, from 4 pairs of 2 rounds; 1 pairs with equal rewards left out\n"
     assert said.out == ""
 
 
@@ -56,7 +56,7 @@ def test_kto_has_both_responses_of_each_preference(data, tmp_path, capsys):
         ("A story", " is sad.", False),
     ]
     assert "4 rows to" in (said := capsys.readouterr().err)
-    assert "from 3 of 1 rounds; 1 pairs with equal rewards left out" in said
+    assert "from 3 pairs of 1 round; 1 pairs with equal rewards left out" in said
 
 
 def test_distilabel_and_argilla_have_a_row_a_pair(data, tmp_path):
@@ -195,7 +195,7 @@ def test_stdout_carries_the_rows_and_nothing_else(data, run_ple):
     assert [json.loads(line) for line in found.stdout.splitlines()] == [
         {"prompt": "The film", "completion": " was odd."}
     ]
-    assert "1 rows to stdout, from 1 of 1 rounds" in found.stderr
+    assert "1 rows to stdout, from 1 pairs of 1 round" in found.stderr
 
 
 def test_odd_text_comes_back_as_it_was(tmp_path):
@@ -218,6 +218,7 @@ def test_what_cannot_be_written_is_refused(data, tmp_path):
             export(data, format=format, output=str(tmp_path / name))
     with pytest.raises(UsageError, match="has no pairs of round 9"):
         export(data, format="sft", output=str(tmp_path / "out.jsonl"), round=9)
+    (tmp_path / "none").mkdir()
     with pytest.raises(UsageError, match="has no answers or pairs or responses"):
         export(tmp_path / "none", format="alpacaeval", output="-")
 

@@ -213,7 +213,7 @@ def test_a_judge_without_a_rubric_rates_by_the_principle_which_must_be_one():
         ("judge:m", {"rubric": None}, "give --rubric"),
         ("judge:m", {"rubric": "none"}, "--rubric none is empty"),
         ("judge:m", {"rubric": "missing.txt"}, "neither built in"),
-        ("judge:m", {"reward_endpoint": "ftp://h"}, "reward model at ftp://h: the URL needs http"),
+        ("judge:m", {"reward_endpoint": "ftp://h"}, "reward model: its address needs http or https and a host"),
         ("judge:m", {"reward_endpoint": None}, "set the environment variable OPENAI_API_KEY"),
         ("judge:m", {"reward_arg": ["model=x"]}, "--reward-arg model=x: expected NAME=VALUE"),
     ],

@@ -390,7 +390,7 @@ def test_function_that_misbehaves_is_named(body: str, message: str, tmp_path: Pa
 def test_function_that_cannot_be_loaded_is_named(tmp_path: Path):
     file = write(tmp_path / "some.py", "value = 1\n")
     broken = write(tmp_path / "broken.py", "value = 1\ndef f(:\n")
-    raising = write(tmp_path / "raising.py", "import json\n\nraise RuntimeError('no key')\n")
+    raising = write(tmp_path / "raising.py", "import json as f\n\nraise RuntimeError('no key')\n")
     with pytest.raises(UsageError, match="no function 'f'"):
         load_reward_model(f"{file}:f")
     with pytest.raises(UsageError, match="no function 'value'"):

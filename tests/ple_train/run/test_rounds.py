@@ -213,14 +213,37 @@ def test_missing_program_is_named_before_anything_starts(bench: Bench) -> None:
         ("reward_model", "reward.py:score", "there is no file .*reward.py"),
         ("reward_model", ["judge", "./rewards/mine[1]"], "model directory ./rewards/mine does not exist"),
         ("model", "./base", "model directory ./base does not exist"),
+        ("reuse", ["last-week"], "reuse: last-week is no folder here"),
+        ("sft", {"data": "sft.jsonl"}, "sft.jsonl does not exist"),
+        ("score", {"rubric": "rubric.txt"}, "rubric.txt is neither built in"),
     ],
 )
 def test_what_a_later_stage_reads_is_looked_for_before_the_first(bench: Bench, key, value, why: str) -> None:
-    bench.values[key] = value
+    before = bench.values.get(key)
+    bench.values[key] = before | value if isinstance(before, dict) else value
     with pytest.raises(UsageError, match=why):
         rounds.run(bench.recipe)
     assert not bench.calls()
     assert not bench.run_dir.exists()
+
+
+def test_a_function_that_its_file_lacks_is_found_before_anything_is_sampled(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text("raise RuntimeError('not run')\ndef score(xs, ys): ...\n")
+    bench.values["reward_model"] = f"{tmp_path / 'reward.py'}:scroe"
+    with pytest.raises(UsageError, match=r"reward\.py has no function 'scroe'"):
+        rounds.run(bench.recipe)
+    assert not bench.calls()
+
+
+def test_what_finished_stages_read_may_be_gone(bench: Bench) -> None:
+    (bench.folder / "fail-score").write_text("1")
+    bench.values["rounds"] = 1
+    with pytest.raises(PleError, match="round 0 score failed"):
+        rounds.run(bench.recipe)
+    (bench.folder / "fail-score").unlink()
+    Path(bench.values["queries"]).unlink()
+    rounds.run(bench.recipe)
+    assert [words[0] for words in bench.calls()] == ["gen", "score", "score", "train"]
 
 
 def test_a_run_that_is_done_needs_its_inputs_no_more(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,36 @@
+"""What the stages of a recipe read, looked for before the first of them starts. Opens no model and asks no hub."""
+
+import os
+from collections.abc import Collection
+
+from ple_data.common.models import check_model
+from ple_data.inputs.principles import load_principle
+from ple_data.inputs.readers import is_file
+from ple_data.rewards import check_reward_model, kind_of
+from ple_data.rewards.classifier import split_output
+from schemas.errors import UsageError
+from schemas.recipe import Recipe
+
+
+def refuse_missing(recipe: Recipe, stages: Collection[str]) -> None:
+    """stages: the names of those that are still to be done. Raises UsageError for what one of them will not find."""
+    if recipe.reward and "reward" in stages:
+        check_model(recipe.reward.model)
+        is_file(recipe.reward.data)
+    if recipe.sft and "sft" in stages:
+        is_file(recipe.sft.data)
+    if "sft" in stages or not recipe.sft:
+        check_model(recipe.model, quantized=True)  # an engine may read it; what does not says so when it loads
+    if "gen" in stages:
+        is_file(recipe.queries)
+        load_principle(recipe.principles)
+        if missing := [path for path in recipe.reuse if not os.path.isdir(path)]:
+            raise UsageError(f"reuse: {missing[0]} is no folder here; give the DATA of an earlier run")
+    if "score" in stages:
+        for spec in recipe.reward_models:
+            if kind_of(spec) == "function":
+                check_reward_model(spec)
+            elif kind_of(spec) == "classifier":
+                check_model(split_output(spec, None)[0])
+        if recipe.score.rubric is not None:
+            load_principle(recipe.score.rubric)
