@@ -26,6 +26,9 @@ sys.path.insert(0, str(ROOT / "recipes" / "imdb"))
 import judge  # noqa: E402
 import prepare  # noqa: E402
 
+from recipes.real import prepare as real  # noqa: E402
+from recipes.real.prepare import queries  # noqa: E402
+
 VOCABULARY, HIDDEN, LAYERS, HEADS, POSITIONS = 4096, 128, 4, 2, 512
 """1.4 million parameters."""
 BEST = 0.25
@@ -106,11 +109,6 @@ def bare(text: pl.Expr) -> pl.Expr:
     return text.str.to_lowercase().str.replace_all(r"[^a-z0-9' ]", "")
 
 
-def queries(rows: pl.DataFrame, count: int, seed: int) -> pl.DataFrame:
-    """`count` rows as queries with their references."""
-    return rows.sample(min(count, rows.height), seed=seed).select("id", "x", pl.col("y").alias("reference"))
-
-
 # IMDb
 
 PRETRAINING_WORDS = 100
@@ -144,41 +142,9 @@ def prepare_imdb(inputs: dict[str, Path], output: Path) -> None:
 
 def prepare_real(inputs: dict[str, Path], output: Path) -> None:
     """IMDb for a pretrained model: half of the training reviews teach the reward model, the others the judge."""
-    reviews = prepare.read_reviews(inputs["data"])
-    train = reviews.filter(split="train").sample(fraction=1.0, shuffle=True, seed=0)
-    for_reward, for_judge = train[: train.height // 2], train[train.height // 2 :]
-    excerpts, held_out = prepare.excerpts(train), prepare.excerpts(reviews.filter(split="test"))
-    unseen = held_out.sample(fraction=1.0, shuffle=True, seed=1)
-    labelled = (pl.col("x") + pl.col("y")).alias("text"), pl.col("label").cast(pl.Int64)
-    rows = {
-        "reward": windows(for_reward),
-        "reward-test": held_out.select(*labelled),
-        "queries": queries(excerpts, 4096, seed=3),
-        "references": queries(excerpts.filter(label=1), 4096, seed=3),
-        "unseen": queries(unseen[:UNSEEN], UNSEEN, seed=0),
-        "validation": queries(unseen[UNSEEN : UNSEEN + VALIDATION], VALIDATION, seed=0),
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    for name, frame in rows.items():
-        frame.write_parquet(output / f"{name}.parquet")
-    weights = judge.train(for_judge["text"].to_list(), for_judge["label"].to_list())
-    write_atomic(output / "judge.json", json.dumps(weights))
+    real.write(inputs["data"], output)
     for name, given in (("start", "model"), ("encoder", "encoder")):
         (output / name).symlink_to(inputs[given], target_is_directory=True)
-
-
-def windows(reviews: pl.DataFrame) -> pl.DataFrame:
-    """text, label: beginning, end and a part between of each review, each as many words as an excerpt has."""
-    long = reviews.with_columns(words=pl.col("text").str.split(" ")).with_columns(
-        room=pl.col("words").list.len().cast(pl.Int64) - prepare.EXCERPT_WORDS
-    )
-    long = long.filter(pl.col("room") >= 0)
-    between = pl.col("room").mul(pl.int_range(pl.len()) * 7919 % 1000).floordiv(1000)
-    found = [
-        long.select(pl.col("words").list.slice(start, prepare.EXCERPT_WORDS).list.join(" ").alias("text"), "label")
-        for start in (pl.lit(0), pl.col("room"), between)
-    ]
-    return pl.concat(found).with_columns(pl.col("label").cast(pl.Int64)).sample(fraction=1.0, shuffle=True, seed=0)
 
 
 # TL;DR
@@ -277,13 +243,15 @@ IMDB_REAL = Task(
     "imdb",
     prepare_real,
     ("data", "model", "encoder"),
-    96,
+    48,
     "reward[1]",
     WORD_JUDGE,
     "Tables 2 and 4",
-    256,
-    2,
-    asked={"prompt_format": "plain", "stop": ["\n"]},
+    128,
+    rounds=2,
+    updates=48,
+    reward_epochs=2,
+    asked={"prompt_format": "plain", "stop": [".", "\n"]},
     rate=3e-4,
     brakes={
         "dpo": (0.3, 0.1, 0.03),
@@ -305,7 +273,19 @@ TASKS = {
         IMDB,
         replace(IMDB, name="imdb-bare", title="IMDb, bare under the principle", tone=bare),
         IMDB_REAL,
-        Task("tldr", "TL;DR", "tldr", prepare_tldr, _TWO_INPUTS, 40, "reward", "second", "Tables 3 and 5", 128, 4),
-        Task("hh", "HH", "hh", prepare_hh, ("data",), 48, "reward", "second", "Table 1", 128, 2),
+        Task(
+            "tldr",
+            "TL;DR",
+            "tldr",
+            prepare_tldr,
+            _TWO_INPUTS,
+            40,
+            "reward",
+            "second",
+            "Tables 3 and 5",
+            128,
+            reward_epochs=4,
+        ),
+        Task("hh", "HH", "hh", prepare_hh, ("data",), 48, "reward", "second", "Table 1", 128, reward_epochs=2),
     )
 }

@@ -11,7 +11,7 @@ import pytest
 import cli
 from benchmarks.paper.__main__ import best_rates, main, read_rates
 from benchmarks.paper.commands import DIVERGED
-from benchmarks.paper.methods import FRONTIER, MAIN, METHODS, WARM, Run
+from benchmarks.paper.methods import FRONTIER, MAIN, METHODS, WARM, Run, batch_size
 from benchmarks.paper.tables import compare, read_evaluation
 from benchmarks.paper.tasks import TASKS
 from ple_data.storage.parquet import save_rows
@@ -142,3 +142,14 @@ def test_rates_that_are_not_there_are_one_sentence(tmp_path: Path, monkeypatch: 
     assert ended.value.code == 2
     assert capsys.readouterr().err.endswith("error: --rates none.json: there is no such file\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_budgets_are_those_that_the_pages_tell() -> None:
+    found = {t.name: (t.rounds, t.queries_per_round, batch_size(t), t.reward_epochs) for t in TASKS.values()}
+    assert found == {
+        "imdb": (4, 256, 16, 1),
+        "imdb-bare": (4, 256, 16, 1),
+        "imdb-real": (2, 128, 8, 2),
+        "tldr": (4, 128, 8, 4),
+        "hh": (4, 128, 8, 2),
+    }
