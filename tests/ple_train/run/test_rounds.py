@@ -628,7 +628,7 @@ def test_reward_model_is_given_or_trained(bench: Bench) -> None:
         parse_recipe(bench.values, "test")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_parse(path: Path) -> None:
     load_recipe(path)
 
