@@ -19,7 +19,7 @@ def refuse_missing(recipe: Recipe, stages: Collection[str]) -> None:
         is_file(recipe.reward.data)
     if recipe.sft and "sft" in stages:
         is_file(recipe.sft.data)
-    if "sft" in stages or not recipe.sft:
+    if "sft" in stages or (stages and not recipe.sft):
         check_model(recipe.model, quantized=True)  # an engine may read it; what does not says so when it loads
     if "gen" in stages:
         is_file(recipe.queries)
