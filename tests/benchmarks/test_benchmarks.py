@@ -14,7 +14,7 @@ SMALL = "--contenders ours --shape small --vocabulary 512 --hidden 64 --layers 1
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        ("--profile", "matrix products"),
+        pytest.param("--profile", "matrix products", marks=pytest.mark.long),
         pytest.param("--memory", "MiB", marks=pytest.mark.long),
         pytest.param("", "useful tokens/s", marks=pytest.mark.long),
     ],
@@ -26,6 +26,7 @@ def test_ours_alone_is_measured_in_one_command(more: str, expected: str) -> None
     assert expected in found.stdout
 
 
+@pytest.mark.long
 def test_a_models_own_weights_are_measured(policy: Path) -> None:
     words = (
         f"-m benchmarks.real_speed {policy} --contenders ours --pairs 8 --repeats 1 --threads 1 --lengths hh".split()

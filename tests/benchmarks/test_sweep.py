@@ -95,6 +95,7 @@ def test_points_are_made_once(
     assert set(taken.rows()) < set(begun.rows())
 
 
+@pytest.mark.long
 def test_a_sweep_goes_on_from_its_record(
     warm: None, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

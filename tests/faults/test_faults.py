@@ -11,6 +11,7 @@ MOST = 1
 """Faults of each stage."""
 
 
+@pytest.mark.long
 @pytest.mark.skipif(compiler() is None, reason="no C compiler (cc): the failing disk is a small C library")
 def test_no_fault_of_the_disk_loses_or_changes_anything(tmp_path: Path) -> None:
     assert [str(finding) for finding in run(tmp_path, MOST, seed=17)] == []

@@ -172,8 +172,7 @@ def test_at_the_end_of_a_batch_it_tells_the_tokens_that_are_kept(trap: Path, mon
     engine, told = HfEngine(spec_of(trap), {"batch_size": 64}), []
     monkeypatch.setattr(engine, "under_way", told.append)
     found = sample(engine, [requests_for(trap)], stop=("e",)).values()
-    assert {one.finish for one in found} == {"stop", "length"}
-    assert told[-1] == sum(len(one.ids) for one in found)
+    assert told[-1] == sum(len(one.ids) for one in found) < told[-2]
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.6)])

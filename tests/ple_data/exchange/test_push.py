@@ -154,7 +154,7 @@ def test_what_is_refused_before_anything_is_sent(hub: Hub, data: Path, tmp_path:
     assert found.exit_code == 3
     assert f"{path}: {shard.bytes - 1} bytes, but {shard.bytes} were committed" in found.stderr
     for words, why in (
-        ([tmp_path / "none"], "not a data directory"),
+        ([tmp_path / "none"], "there is no such folder"),
         ([data, "--eval", data], "are for the card of a model"),
     ):
         found = ple("push", *words, "--to", "me/pairs")

@@ -12,7 +12,7 @@ from tests import tiny
 from tests.ple_data.rewards.test_rewards import CHAT, HH, ROWS
 from tests.vllmserver import VllmServer
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.long]
 TEXTS = [*[row for row in ROWS if row[1] not in (tiny.EOS, tiny.PAD)], (CHAT, " No. "), (HH, "No.")]
 Served = Callable[[str], tuple[str, str]]
 
@@ -41,13 +41,10 @@ def served(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             server.kill(signal.SIGTERM)
 
 
-TWO_OUTPUTS = [pytest.param("plain", {"output_index": index}, marks=pytest.mark.long) for index in (0, 1)]
-
-
 @pytest.mark.parametrize("form", ["vllm-classify", "vllm-pooling"])
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("chat", {}), ("chat", {"join": "text"}), *TWO_OUTPUTS],
+    [("chat", {}), ("chat", {"join": "text"}), ("plain", {"output_index": 0}), ("plain", {"output_index": 1})],
     ids=str,
 )
 def test_the_rewards_of_the_server_are_those_of_the_classifier(form, name, options, served: Served, monkeypatch):
@@ -61,7 +58,6 @@ def test_the_rewards_of_the_server_are_those_of_the_classifier(form, name, optio
     assert theirs.score(TEXTS) == pytest.approx(rewards, abs=1e-4)
 
 
-@pytest.mark.long
 def test_what_the_server_refuses_is_one_sentence(served: Served, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     _, address = served("plain")

@@ -133,6 +133,7 @@ def test_the_real_demo_in_small(
     assert demo_room.demo(Demo(output=output, rounds=1, real=True)) == report
 
 
+@pytest.mark.long
 def test_the_real_demo_with_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package's own file becomes a model that goes on with a review."""
     pytest.importorskip("gguf")
