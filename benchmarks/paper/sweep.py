@@ -26,6 +26,7 @@ from benchmarks.paper.pages import Tried, sample_queries, write_pages
 from benchmarks.paper.points import BASE, Record, evaluated, folder, metrics
 from benchmarks.paper.tasks import Task
 from ple_data.common.digests import model_digest
+from schemas.files import write_atomic
 
 TUNED_AT = 10.0
 """KL to the start policy, in nats a response, at which a method's learning rates are compared."""
@@ -44,10 +45,14 @@ def sweep(task: Task, results: Path, seeds: list[int], workers: int, rates: dict
     tried with the first seed.
     """
     known = known_rates(task, results)
-    if rates is None:
-        rates, tried = known or choose_rates(task, frontier(task), seeds[0], workers)
-    else:
+    if rates is not None:
         tried = known[1] if known and known[0] == rates else {}
+    elif known:
+        rates, tried = known
+    else:
+        rates, tried = choose_rates(task, frontier(task), seeds[0], workers)
+        results.mkdir(parents=True, exist_ok=True)  # kept before any page, as the choice takes hours
+        write_atomic(results / f"{task.name}-frontier.json", json.dumps({"rates": rates, "tried": tried}) + "\n")
     record = record_of(task, results)
     points = all_points(task, seeds, rates)
     failed = []

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import stdev
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -106,6 +107,16 @@ def test_beyond_an_end_that_is_best_one_more_is_tried(monkeypatch: pytest.Monkey
     assert asked == [dict.fromkeys(best, (3e-4, 1e-3, 3e-3)), {"dpo": (1e-4,), "ple-residual": (1e-2,)}]
     assert chosen == {"dpo": 1e-4, "stable-ple": 1e-3, "ple-residual": 3e-3}
     assert list(tried["dpo"]) == [1e-4, 3e-4, 1e-3, 3e-3]
+
+
+def test_the_choice_of_rates_is_kept_before_any_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen = {"dpo": 1e-4}, {"dpo": {1e-4: [START, (10.0, 1.0)]}}
+    monkeypatch.setattr(sweep, "choose_rates", lambda *_: chosen)
+    monkeypatch.setattr(sweep, "all_points", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(TASKS["imdb"], tmp_path / "results", [0], 1, None)
+    assert known_rates(TASKS["imdb"], tmp_path / "results") == chosen
 
 
 def test_a_run_that_fails_or_diverges_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
