@@ -237,6 +237,21 @@ def _halves(train: pl.DataFrame, test: pl.DataFrame) -> dict[str, pl.DataFrame]:
 WORD_JUDGE = f"{ROOT / 'recipes' / 'imdb' / 'judge.py'}:score"
 _TWO_INPUTS = ("data", "preferences")
 IMDB = Task("imdb", "IMDb", "imdb", prepare_imdb, ("data",), 48, "reward[1]", WORD_JUDGE, "Tables 2 and 4", 256)
+IMDB_BARE = replace(
+    IMDB,
+    name="imdb-bare",
+    title="IMDb, bare under the principle",
+    tone=bare,
+    brakes={
+        "dpo": (0.3, 0.1, 0.03, 0.01),
+        "dpo-means": (10, 5, 3, 1.5),
+        "stable-ple": (0.15, 0.3, 0.6, 1.0),
+        "ple-residual": (6, 3, 1.5, 1),
+        "ple-residual-sums": (0.1, 0.05, 0.03, 0.015),
+    },
+)
+"""What y_prompt says is learned here from texts that are unlikely under x, as a real model's y_prompt is: does that turn
+the order of the methods that learn from both arms?"""
 IMDB_REAL = Task(
     "imdb-real",
     "IMDb, a pretrained model",
@@ -271,7 +286,7 @@ TASKS = {
     task.name: task
     for task in (
         IMDB,
-        replace(IMDB, name="imdb-bare", title="IMDb, bare under the principle", tone=bare),
+        IMDB_BARE,
         IMDB_REAL,
         Task(
             "tldr",
