@@ -250,8 +250,8 @@ IMDB_BARE = replace(
         "ple-residual-sums": (0.1, 0.05, 0.03, 0.015),
     },
 )
-"""What y_prompt says is learned here from texts that are unlikely under x, as a real model's y_prompt is: does that turn
-the order of the methods that learn from both arms?"""
+"""y_prompt is as unlikely under x here as a real model's is: does that turn the order of methods that learn from both
+arms?"""
 IMDB_REAL = Task(
     "imdb-real",
     "IMDb, a pretrained model",
