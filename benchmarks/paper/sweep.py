@@ -34,8 +34,6 @@ TRIED_BRAKES = slice(1, 3)
 """The brakes that each learning rate is tried with: the middle ones."""
 BEYOND = {min(LEARNING_RATES): 1e-4, max(LEARNING_RATES): 1e-2}
 """The learning rate that is tried too where an end of LEARNING_RATES is the best of them."""
-SLOW = TUNED_AT / 2
-"""A learning rate whose largest KL stays below is too low to be compared, where there are others."""
 
 
 def sweep(task: Task, results: Path, seeds: list[int], workers: int, rates: dict[str, float] | None) -> None:
@@ -172,7 +170,8 @@ def kl_and_reward(evaluation: Path, label: str) -> tuple[float, float]:
 
 
 def best_rate(name: str, tried: dict[float, list[tuple[float, float]]]) -> float:
-    """The learning rate with the highest training reward at TUNED_AT, or at the largest KL that all of them reach.
+    """The learning rate with the highest training reward at TUNED_AT, of those that go so far; where none does, at the
+    largest KL that all of them reach.
 
     Points of a rate, the start policy's first, are joined by straight lines over the root of KL, along which rewards
     rise about evenly (Gao et al. 2023), so that points on one side alone do not favour a rate.
@@ -180,11 +179,11 @@ def best_rate(name: str, tried: dict[float, list[tuple[float, float]]]) -> float
     curves = {rate: np.array(curve).T for rate, curve in tried.items() if len(curve) > 1}
     if not curves:
         raise SystemExit(f"every learning rate of {name} diverged")
-    quick = {rate: curve for rate, curve in curves.items() if curve[0].max() >= SLOW} or curves
-    level = min(TUNED_AT, *(kl.max() for kl, _ in quick.values()))
+    far = {rate: curve for rate, curve in curves.items() if curve[0].max() >= TUNED_AT} or curves
+    level = min(TUNED_AT, *(kl.max() for kl, _ in far.values()))
     at = {
         rate: along(np.sqrt(kl.clip(0))[:, None], reward[:, None], np.sqrt(level))[0]
-        for rate, (kl, reward) in quick.items()
+        for rate, (kl, reward) in far.items()
     }
     return max(at, key=lambda rate: at[rate])
 
