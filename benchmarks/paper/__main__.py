@@ -4,7 +4,7 @@
     python -m benchmarks.paper imdb --data imdb.parquet --output runs/paper/imdb
     python -m benchmarks.paper tldr --data tldr.parquet --preferences tldr_preferences.parquet --output runs/paper/tldr
     python -m benchmarks.paper hh   --data hh.parquet --output runs/paper/hh --seeds 0 --rates docs/results/imdb.json
-    python -m benchmarks.paper imdb-real --data imdb.parquet --model M --encoder MINILM --output runs/real --frontier
+    python -m benchmarks.paper imdb-smollm2 --data imdb.parquet --model M --encoder E --output runs/smollm2 --frontier
 
 --frontier moves every method's brake and compares at equal KL; without it there is one point a method. Each step is a
 `ple` command in a process of its own, and a finished one does nothing: run the same command again after any stop. The
@@ -47,8 +47,12 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--preferences", type=Path, help="preference pairs (tldr)")
-    parser.add_argument("--model", type=Path, help="a pretrained policy (imdb-real)")
-    parser.add_argument("--encoder", type=Path, help="a pretrained encoder, which becomes the reward model (imdb-real)")
+    parser.add_argument("--model", type=Path, help="a pretrained policy (imdb-smollm2, -qwen, -gemma)")
+    parser.add_argument(
+        "--encoder",
+        type=Path,
+        help="a pretrained encoder, which becomes the reward model",
+    )
     parser.add_argument("--output", type=Path, required=True, help="everything that is trained and sampled")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="where the tables go")
     parser.add_argument("--seeds", default="0,1,2", help="of sampling and training; the first one tunes")
@@ -85,7 +89,7 @@ def main() -> None:
     make_models(task, arguments.workers)
     write_references(task, seeds)
     with warm_commands():
-        write_round0(task, seeds)
+        write_round0(task, seeds, arguments.workers)
         if arguments.only:
             show_points(task, results, seeds, arguments.workers, rates, arguments.only)
         elif arguments.frontier:

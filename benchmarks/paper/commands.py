@@ -69,16 +69,21 @@ def write_references(task: Task, seeds: list[int]) -> None:
             write_atomic(path, rows.select("x", pl.col("reference").alias("y")).write_ndjson())
 
 
-def write_round0(task: Task, seeds: list[int]) -> None:
+def write_round0(task: Task, seeds: list[int], workers: int) -> None:
     """What the start policy samples in round 0, by seed, under the principle and without it: once for all methods."""
     queries = 2 * task.queries_per_round
     words = ["--model", START, "--queries", "queries.parquet", "--round", 0, "--shuffle", "--limit", queries]
     words += ["--engine", "hf", "--engine-arg", f"batch_size={task.queries_per_round}", "--unit-size", queries]
     words += ["--max-new-tokens", task.max_new_tokens, *task.asked_words()]
-    for seed in seeds:
-        for data, guided in {Run(m, 0, seed).common: m.guided for m in frontier(task)}.items():
-            told = ["--principles", task.principle if guided else "none", "--data", data, "--seed", seed]
-            ple("gen", *words, *told, log=Path(f"{data}.log"))
+    wanted = {Run(m, 0, seed).common: (seed, m.guided) for seed in seeds for m in frontier(task)}
+
+    def write(data: Path) -> None:
+        seed, guided = wanted[data]
+        told = ["--principles", task.principle if guided else "none", "--data", data, "--seed", seed]
+        ple("gen", *words, *told, log=Path(f"{data}.log"))
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(write, wanted))
 
 
 def train(task: Task, run: Run) -> bool:

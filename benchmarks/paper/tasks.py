@@ -252,27 +252,27 @@ IMDB_BARE = replace(
 )
 """y_prompt is as unlikely under x here as a real model's is: does that turn the order of methods that learn from both
 arms?"""
-IMDB_REAL = Task(
-    "imdb-real",
-    "IMDb, a pretrained model",
+IMDB_SMOLLM2 = Task(
+    "imdb-smollm2",
+    "IMDb, SmolLM2-135M-Instruct",
     "imdb",
     prepare_real,
     ("data", "model", "encoder"),
-    48,
+    64,
     "reward[1]",
     WORD_JUDGE,
     "Tables 2 and 4",
-    128,
+    256,
     rounds=2,
     updates=48,
     reward_epochs=2,
-    asked={"prompt_format": "plain", "stop": [".", "\n"]},
+    asked={"prompt_format": "plain", "stop": ["\n"]},
     rate=3e-4,
     brakes={
         "dpo": (0.3, 0.1, 0.03),
-        "stable-ple": (0.15, 0.3, 0.6),
-        "ple-residual": (6, 3, 1.5),
-        "ple-residual-sums": (0.1, 0.05, 0.03),
+        "stable-ple": (0.3, 0.6, 1.0),
+        "ple-residual": (6, 3, 1),
+        "ple-residual-sums": (0.1, 0.05, 0.02),
         "dpo-means": (10, 3),
         "ple": (1e-4, 2e-4),
         "raft": (3e-4, 1e-3),
@@ -282,12 +282,22 @@ IMDB_REAL = Task(
     },
 )
 """The rate, and the brakes' range, are those of docs/results/real-one-round.md."""
+MAIN_BRAKES = {
+    "dpo": (0.2, 0.05),
+    "stable-ple": (0.3, 1.0),
+    "ple-residual": (3, 1),
+    "ple-residual-sums": (0.05, 0.02),
+}
+IMDB_QWEN = replace(IMDB_SMOLLM2, name="imdb-qwen", title="IMDb, Qwen2.5-Coder-0.5B-Instruct", brakes=MAIN_BRAKES)
+IMDB_GEMMA = replace(IMDB_SMOLLM2, name="imdb-gemma", title="IMDb, Gemma 3 270M, a base model", brakes=MAIN_BRAKES)
 TASKS = {
     task.name: task
     for task in (
         IMDB,
         IMDB_BARE,
-        IMDB_REAL,
+        IMDB_SMOLLM2,
+        IMDB_QWEN,
+        IMDB_GEMMA,
         Task(
             "tldr",
             "TL;DR",

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "imdb"))
 import judge
 import prepare
 
-QUERIES, UNSEEN, VALIDATION = 4096, 256, 256
+QUERIES, UNSEEN, VALIDATION = 4096, 512, 256
 
 
 def main() -> None:

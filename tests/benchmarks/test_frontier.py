@@ -157,8 +157,8 @@ def test_points_are_named() -> None:
     assert len(select(TASKS["imdb"], None)) == sum(len(method.brakes) for method in FRONTIER)
     with pytest.raises(SystemExit, match="--only dpo:7: no such point; there are sft"):
         select(TASKS["imdb"], ["dpo:7"])
-    real = select(TASKS["imdb-real"], ["stable-ple"])
-    assert [(method.name, brake) for method, brake in real] == [("stable-ple", brake) for brake in (0.15, 0.3, 0.6)]
+    real = select(TASKS["imdb-smollm2"], ["stable-ple"])
+    assert [(method.name, brake) for method, brake in real] == [("stable-ple", brake) for brake in (0.3, 0.6, 1.0)]
     assert point(dpo, 0.1, 2, {"dpo": 3e-4}) == Run(dpo, 3e-4, 2, 0.1)
     assert point(NAMED["stable-ple-sums"], 0.6, 0, {"stable-ple": 3e-3}).learning_rate == 3e-3
     assert point(NAMED["sft"], 0.01, 0, {}) == Run(NAMED["sft"], 0.01, 0)

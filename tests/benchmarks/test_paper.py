@@ -149,7 +149,9 @@ def test_the_budgets_are_those_that_the_pages_tell() -> None:
     assert found == {
         "imdb": (4, 256, 16, 1),
         "imdb-bare": (4, 256, 16, 1),
-        "imdb-real": (2, 128, 8, 2),
+        "imdb-smollm2": (2, 256, 16, 2),
+        "imdb-qwen": (2, 256, 16, 2),
+        "imdb-gemma": (2, 256, 16, 2),
         "tldr": (4, 128, 8, 4),
         "hh": (4, 128, 8, 2),
     }
