@@ -32,6 +32,8 @@ GPT2_SPLITS = {"gpt-2", "gpt2", "default", "jina-v2-code", "phi-2", "roberta-bpe
 DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 """Names in `tokenizer.ggml.pre` of GPT-2's way to cut a text into words, and of the same with each digit apart."""
 SENTENCE = "In 1994 the film ran 142 minutes; it wasn't dull."
+WORDS, WHOLE = 200, 0.9
+"""Words of a vocabulary that are looked at, and the share of them that must be tokens of their own."""
 CARD = "README.md"
 
 
@@ -150,13 +152,33 @@ def _tokenizer(file: Path, metadata: dict[str, Any]) -> tuple[Any, list[str]]:
             notes.append(
                 f"lost: how texts are cut into words ({pre}); they are cut as GPT-2 does, so some tokens differ"
             )
-    notes += _mend_bos(tokenizer, metadata)
+    notes += [*_mend_end(tokenizer, metadata), *_mend_bos(tokenizer, metadata)]
+    if not _keeps_words(built["model"]["vocab"], tokenizer):
+        raise UsageError(
+            f"{file}: its tokenizer cuts words that are its own tokens: transformers {__version__} loses some of its "
+            "merges; take a newer version"
+        )
     back: Any = tokenizer.decode(tokenizer(SENTENCE, add_special_tokens=False)["input_ids"])
     if back.strip() != SENTENCE:
         raise UsageError(f"{file}: its tokenizer makes {back[:80]!r} of {SENTENCE!r}: transformers does not read it")
     if tokenizer.eos_token is None:
         raise UsageError(f"{file}: it names no token that ends a response (tokenizer.ggml.eos_token_id)")
     return tokenizer, [*notes, _of_template(tokenizer), f"responses end with {tokenizer.eos_token}"]
+
+
+def _mend_end(tokenizer: Any, metadata: dict[str, Any]) -> Iterator[str]:
+    """Let EOS be the token that the file names; transformers 5.17 takes a default of its own."""
+    end = metadata.get("tokenizer.ggml.eos_token_id")
+    if end is not None and end != tokenizer.eos_token_id:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        yield f"mended: {tokenizer.eos_token} ends a response, as the file says"
+
+
+def _keeps_words(vocabulary: Any, tokenizer: Any) -> bool:
+    """Whether most words of its vocabulary are one token (SentencePiece may put a space before it)."""
+    words = [word for word in dict(vocabulary) if re.fullmatch("[▁Ġ][a-z]{4,}", word)][:WORDS]
+    ids = [tokenizer(f" {word[1:]}", add_special_tokens=False)["input_ids"] for word in words]
+    return sum(len(own) <= 2 for own in ids) >= WHOLE * len(words)
 
 
 def _mend_bos(tokenizer: Any, metadata: dict[str, Any]) -> Iterator[str]:

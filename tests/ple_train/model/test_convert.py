@@ -146,6 +146,15 @@ def test_what_the_file_says_of_its_tokenizer_is_mended(tmp_path: Path) -> None:
     assert end_ids(tmp_path / "model", found) == (found.eos_token_id, over)
 
 
+def test_what_ends_a_response_is_what_the_file_names(tmp_path: Path) -> None:
+    """transformers 5.17 took a default of its own."""
+    source = policy_of(tmp_path / "source", tokenizer := tiny_tokenizer(special=("<|over|>",), vocab=400))
+    over = tokenizer.convert_tokens_to_ids("<|over|>")
+    code, told = convert(write_gguf(tmp_path / "m.gguf", source, eos_token_id=over), tmp_path / "model")
+    assert (code, told.splitlines()[-1]) == (0, "responses end with <|over|>")
+    assert load_tokenizer(tmp_path / "model").eos_token_id == over
+
+
 def test_what_is_lost_is_told(policy: Path, tmp_path: Path) -> None:
     said = {"pre": "some-other", "chat_template": "{{ raise_exception('no') }}"}
     code, told = convert(write_gguf(tmp_path / "m.gguf", policy, **said), tmp_path / "model")
@@ -162,6 +171,8 @@ def test_what_is_no_model_is_one_sentence(policy: Path, tmp_path: Path) -> None:
     text.write_text("hello")
     head = tmp_path / "head.gguf"
     head.write_bytes(good.read_bytes()[:300])
+    merges = json.loads(AutoTokenizer.from_pretrained(policy).backend_tokenizer.to_str())["model"]["merges"]
+    few = [" ".join(pair) for pair in merges[:5]]
     cases = {
         tmp_path / "none.gguf": "is no file: give a GGUF file",
         text: "is no GGUF file",
@@ -170,6 +181,7 @@ def test_what_is_no_model_is_one_sentence(policy: Path, tmp_path: Path) -> None:
         write_gguf(tmp_path / "strange.gguf", policy, architecture="strange"): "strange",
         write_gguf(tmp_path / "endless.gguf", policy, eos_token_id=None): "names no token that ends a response",
         write_gguf(tmp_path / "merges.gguf", policy, merges=None): "tokenizer",
+        write_gguf(tmp_path / "few.gguf", policy, merges=few): "loses some of its merges",
     }
     for file, expected in cases.items():
         code, told = convert(file, tmp_path / "model")
