@@ -9,7 +9,6 @@ import json
 import random
 import re
 from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -51,8 +50,9 @@ def write_pages(
     name = f"{task.name}-frontier"
     levels = {level: at_equal_kl(curves, level) for level in LEVELS}
     heights = areas(curves, LEVELS[-1])
-    others = [method.name for method in MAIN if method.name not in FORMS]
-    own_kl = {f: {o: found for o in others if (found := at_own_kl(curves, o, f))} for f in FORMS if f in curves}
+    forms = [name for name in FORMS if name in curves]
+    others = [method.name for method in MAIN if method.name in curves and method.name not in FORMS]
+    own_kl = {f: {o: found for o in others if (found := at_own_kl(curves, o, f))} for f in forms}
     parts = ablations(curves)
     diverged = {seed: labels for seed in seeds if (labels := kept.diverged(seed))}
     lines = [
@@ -62,6 +62,7 @@ def write_pages(
         f"{' '.join(f'--{name} {name.upper()}' for name in task.inputs)} --output runs/paper/{task.name}`",
         f"- Rounds: {task.rounds} rounds of {task.queries_per_round} queries; KL in nats a response, on own responses",
         *(f"- Seeds {', '.join(map(str, own))} with: {made}" for made, own in kept.made_with(seeds).items()),
+        *still_open(runs, curves, diverged),
         f"- Raw numbers: [{name}.json]({name}.json), query by query in {name}/; {datetime.now(UTC):%d %B %Y}",
         f"- Texts: [{task.name}-answers.md]({task.name}-answers.md)",
         "",
@@ -73,7 +74,7 @@ def write_pages(
         "",
         "Intervals are 95 % over queries (bootstrap) and seeds (Student's t), added in quadrature. Single seeds stand "
         "in round brackets. A method has a number where it has points on both sides in every seed; *between* says how "
-        "near they are. Learning rates were chosen with the first seed, on other queries than these.",
+        f"near they are. {how_rates(task)}",
         *table(f"Mean reward along the curve, up to a KL of {LEVELS[-1]:g}", heights, curves),
         "",
         "Below a method's first point the straight line from the start policy counts. Rewards rise fast at first, so "
@@ -84,16 +85,8 @@ def write_pages(
         "At one KL, and at the other's own KL: the curve of PLE's form less the other's points, mean over its brakes. "
         "With a star, some of these lie before the form's own first point, where its curve is the line from the start "
         "policy: the difference is then rather larger.",
-        *forms_tables(levels, own_kl),
-        "",
-        "## Ablations",
-        "",
-        "Each less the whole method at the same KL, which is interpolated; mean over the ablation's brakes. An "
-        "ablation has the learning rate of the whole. DPO by length, the last row, has its own.",
-        "",
-        "| ablation | brakes | KL | unseen judge, less the whole | training reward, less the whole |",
-        "| --- | --- | --- | --- | --- |",
-        *map(ablation_row, parts),
+        *(line for form in forms for line in form_tables(form, others, levels, own_kl[form])),
+        *ablations_table(parts),
         *rates_table(tried),
         *every_point(curves),
         *(f"- Seed {seed}: {', '.join(labels)} diverged." for seed, labels in diverged.items()),
@@ -142,19 +135,21 @@ def table(title: str, found: dict[str, Any], curves: Curves) -> list[str]:
     return lines
 
 
-def forms_tables(levels: dict[float, dict[str, Any]], own: dict[str, Any]) -> list[str]:
-    """PLE's forms less each other method: a table a form and reward, a column a level, and at the other's own KL."""
+def form_tables(
+    form: str, others: list[str], levels: dict[float, dict[str, Any]], own: dict[str, dict[str, Any]]
+) -> list[str]:
+    """A form of PLE less each other method: a table a reward, a column a level, and at the other's own KL."""
     lines = []
-    for form, what in product(FORMS, REWARDS):
+    for what, title in REWARDS.items():
         head = ["less", *(f"at {level:g}" for level in levels), "at its own KL"]
-        lines += ["", f"### {TITLES[form]}, {REWARDS[what]}", "", f"| {' | '.join(head)} |"]
+        lines += ["", f"### {TITLES[form]}, {title}", "", f"| {' | '.join(head)} |"]
         lines.append(f"| {' | '.join('---' for _ in head)} |")
-        for other in (m for m in MAIN if m.name not in FORMS):
-            less = [at.get(form, {}).get(f"{what}_less", {}).get(other.name) for at in levels.values()]
-            found = own.get(form, {}).get(other.name)
+        for other in others:
+            less = [at.get(form, {}).get(f"{what}_less", {}).get(other) for at in levels.values()]
+            found = own.get(other)
             star = " *" if found and found["from_start"] else ""
             cells = [*map(cell, less), cell(negative(found, what)) + star]
-            lines.append(f"| {other.title} | {' | '.join(cells)} |")
+            lines.append(f"| {TITLES[other]} | {' | '.join(cells)} |")
     return lines
 
 
@@ -167,12 +162,40 @@ def negative(record: dict[str, Any] | None, what: str) -> dict[str, Any] | None:
     return own | turned | {"by_seed": [-value for value in own["by_seed"]]}
 
 
+def ablations_table(parts: list[dict[str, Any]]) -> list[str]:
+    """Nothing where there are none."""
+    if not parts:
+        return []
+    return [
+        "",
+        "## Ablations",
+        "",
+        "Each less the whole method at the same KL, which is interpolated; mean over the ablation's brakes. An "
+        "ablation has the learning rate of the whole. DPO by length, the last row, has its own.",
+        "",
+        "| ablation | brakes | KL | unseen judge, less the whole | training reward, less the whole |",
+        "| --- | --- | --- | --- | --- |",
+        *map(ablation_row, parts),
+    ]
+
+
 def ablation_row(record: dict[str, Any]) -> str:
     if "kl" not in record:
         return f"| {record['title']} | | beyond the whole's curve | | |"
     brakes = ", ".join(f"{brake:g}" for brake in record["brakes"])
     cells = [record["title"], brakes, f"{record['kl']:.1f}", *(cell(record[what]) for what in REWARDS)]
     return f"| {' | '.join(cells)} |"
+
+
+def still_open(runs: list[Run], curves: Curves, diverged: dict[int, list[str]]) -> list[str]:
+    made = len(all_points(curves)) + sum(map(len, diverged.values()))
+    return [f"- **Not whole yet**: {made} of {len(runs)} points are made"] if made < len(runs) else []
+
+
+def how_rates(task: Task) -> str:
+    if task.rate is None:
+        return "Learning rates were chosen with the first seed, on other queries than these."
+    return f"No learning rate was tried: a method whose brake is another option has {task.rate:g}."
 
 
 def rates_table(tried: Tried) -> list[str]:
