@@ -297,13 +297,13 @@ def answers(task: Task, curves: Curves) -> list[str]:
         for title, point in {"start policy": start, **shown_at}.items():
             row = point.rows.filter(query_id=query).row(0, named=True)
             kl = point.metrics["kl"]["mean"]
-            lines.append(f"| {title} | {kl:.1f} | {row['reward']:.2f} | {plain(row['y'])} |")
+            lines.append(f"| {title} | {kl:.1f} | {row['judge']:.2f} | {plain(row['y'])} |")
     return lines
 
 
-def sample_queries(ids: list[str]) -> list[str]:
-    """ANSWERS of them, or all."""
-    return random.Random(0).sample(sorted(ids), min(ANSWERS, len(ids)))
+def sample_queries(ids: list[str], count: int = ANSWERS) -> list[str]:
+    """`count` of them, or all."""
+    return random.Random(0).sample(sorted(ids), min(count, len(ids)))
 
 
 def plain(text: str) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import polars as pl
 import pytest
 from scipy.stats import t as student
 
-from benchmarks.paper import comparisons, pages, sweep
+from benchmarks.paper import comparisons, pages, pairs, sweep
 from benchmarks.paper.frontier import STUDENT, along, area, estimate, reaches, weights
 from benchmarks.paper.methods import FRONTIER, RATE, Run
 from benchmarks.paper.points import BASE, Record, evaluated, folder, read_curves
@@ -252,11 +253,29 @@ def test_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [cell.split(" [")[0].strip() for cell in less_dpo.split("|")[2:6]] == ["0.40", "0.70", "1.00", "0.75"]
     assert text.count("| 7 | 0k tokens |") == 5 * 4 + 1
     assert "0.40 at 5.0" in text
+    assert f"- **Not whole yet**: {len(runs)} of {len(runs) + 1} points are made" in text
     shown = (tmp_path / "results" / "imdb-answers.md").read_text()
     assert shown.count(r"| PLE, residual | 12.0 | ") == 10
+    at_12 = next(run for run in runs if run.method.name == "ple-residual" and run.braked == 3 and run.seed == 0)
+    answered = record.read(0)[at_12.label].rows.drop_nulls("y")
+    judged = re.findall(r"\| PLE, residual \| 12\.0 \| (\S+) \|", shown)
+    assert sorted(judged) == sorted(f"{judge:.2f}" for judge in answered["judge"])
     assert r"> A \*film\*" in shown
     assert r"is \| good |" in shown
     assert (tmp_path / "results" / "imdb-frontier.png").stat().st_size > 10_000
+
+
+def test_the_page_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_evaluation(place := tmp_path / "dpo-0.1", "dpo-0.1", kl=3.0, judge=2.0, seed=0)
+    monkeypatch.setattr("sys.argv", ["pairs", str(place), "--output", "pairs.md"])
+    pairs.main()
+    text = Path("pairs.md").read_text()
+    rows = pl.read_parquet(place / "eval.parquet").filter(label="dpo-0.1")["rewards"].to_list()
+    assert "`dpo-0.1` is at a KL of 3.0 nats a response" in text
+    assert sorted(re.findall(r"\| trained \| (\S+) \| (\S+) \|", text)) == sorted(
+        (f"{judge:.2f}", f"{reward:.2f}") for judge, reward in rows
+    )
 
 
 @pytest.mark.parametrize("level", [5.5, 24.5])
