@@ -241,7 +241,7 @@ class Run:
         return {
             "tokens_sampled": sum(record["cost"]["tokens_sampled"] for record in told),
             "tokens_trained": sum(record["cost"]["tokens_trained"] for record in told),
-            "updates": sum(record["steps"] for record in told),
+            "updates": sum(record["steps"] * record["settings"].get("ppo_epochs", 1) for record in told),
         }
 
     def _records(self) -> list[Path]:

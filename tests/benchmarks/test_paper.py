@@ -155,3 +155,21 @@ def test_the_budgets_are_those_that_the_pages_tell() -> None:
         "tldr": (4, 128, 8, 4),
         "hh": (4, 128, 8, 2),
     }
+
+
+def test_what_a_run_took_is_told_by_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every round; PPO makes an update in each pass over a batch."""
+    monkeypatch.chdir(tmp_path)
+    methods = {method.name: method for method in METHODS}
+
+    def write(folder: Path, steps: int, **settings: int) -> None:
+        folder.mkdir(parents=True)
+        cost = {"tokens_sampled": 10, "tokens_trained": 30}
+        (folder / "ple.json").write_text(json.dumps({"steps": steps, "settings": settings, "cost": cost}))
+
+    dpo, ppo = Run(methods["dpo"], 1e-3, 0, 0.1), Run(methods["ppo"], 1e-3, 0, 0.05)
+    for at in range(2):
+        write(dpo.directory / "policy" / f"round=00{at}", 16)
+    write(ppo.directory / "policy", 5, ppo_epochs=4)
+    assert dpo.costs() == {"tokens_sampled": 20, "tokens_trained": 60, "updates": 32}
+    assert ppo.costs() == {"tokens_sampled": 10, "tokens_trained": 30, "updates": 20}
