@@ -74,7 +74,7 @@ def write_pages(
         "",
         "Intervals are 95 % over queries (bootstrap) and seeds (Student's t), added in quadrature. Single seeds stand "
         "in round brackets. A method has a number where it has points on both sides in every seed; *between* says how "
-        f"near they are. {how_rates(task)}",
+        f"near they are. {how_rates(task, tried)}",
         *table(f"Mean reward along the curve, up to a KL of {LEVELS[-1]:g}", heights, curves),
         "",
         "Below a method's first point the straight line from the start policy counts. Rewards rise fast at first, so "
@@ -192,10 +192,12 @@ def still_open(runs: list[Run], curves: Curves, diverged: dict[int, list[str]]) 
     return [f"- **Not whole yet**: {made} of {len(runs)} points are made"] if made < len(runs) else []
 
 
-def how_rates(task: Task) -> str:
-    if task.rate is None:
-        return "Learning rates were chosen with the first seed, on other queries than these."
-    return f"No learning rate was tried: a method whose brake is another option has {task.rate:g}."
+def how_rates(task: Task, tried: Tried) -> str:
+    if task.rate is not None:
+        return f"No learning rate was tried: a method whose brake is another option has {task.rate:g}."
+    if not tried:
+        return "Learning rates were given (`--rates`); they are in the raw numbers."
+    return "Learning rates were chosen with the first seed, on other queries than these."
 
 
 def rates_table(tried: Tried) -> list[str]:
