@@ -48,11 +48,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--preferences", type=Path, help="preference pairs (tldr)")
     parser.add_argument("--model", type=Path, help="a pretrained policy (imdb-smollm2, -qwen, -gemma)")
-    parser.add_argument(
-        "--encoder",
-        type=Path,
-        help="a pretrained encoder, which becomes the reward model",
-    )
+    parser.add_argument("--encoder", type=Path, help="a pretrained encoder, which becomes the reward model")
     parser.add_argument("--output", type=Path, required=True, help="everything that is trained and sampled")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="where the tables go")
     parser.add_argument("--seeds", default="0,1,2", help="of sampling and training; the first one tunes")

@@ -171,7 +171,8 @@ def ablations_table(parts: list[dict[str, Any]]) -> list[str]:
         "## Ablations",
         "",
         "Each less the whole method at the same KL, which is interpolated; mean over the ablation's brakes. An "
-        "ablation has the learning rate of the whole. DPO by length, the last row, has its own.",
+        "ablation has the learning rate of the whole. DPO by length, the last row, has its own. With a star, some lie "
+        "before the whole's own first point, where its curve is the line from the start policy.",
         "",
         "| ablation | brakes | KL | unseen judge, less the whole | training reward, less the whole |",
         "| --- | --- | --- | --- | --- |",
@@ -183,7 +184,8 @@ def ablation_row(record: dict[str, Any]) -> str:
     if "kl" not in record:
         return f"| {record['title']} | | beyond the whole's curve | | |"
     brakes = ", ".join(f"{brake:g}" for brake in record["brakes"])
-    cells = [record["title"], brakes, f"{record['kl']:.1f}", *(cell(record[what]) for what in REWARDS)]
+    star = " *" if record["from_start"] else ""
+    cells = [record["title"], brakes, f"{record['kl']:.1f}{star}", *(cell(record[what]) for what in REWARDS)]
     return f"| {' | '.join(cells)} |"
 
 
