@@ -54,8 +54,8 @@ def sweep(task: Task, results: Path, seeds: list[int], workers: int, rates: dict
     record = record_of(task, results)
     points = all_points(task, seeds, rates)
     failed = []
-    for seed, group in product(seeds, (True, False)):  # the methods of a seed before their ablations
-        runs = [run for run in points if run.seed == seed and (run.method.ablates is None) == group]
+    for whole, seed in product((True, False), seeds):  # the methods of all seeds before the ablations of any
+        runs = [run for run in points if run.seed == seed and (run.method.ablates is None) == whole]
         failed += finish(task, runs, "unseen", workers, record)
         write_pages(task, results, points, rates, tried, record)
     end_with(failed)
