@@ -36,7 +36,7 @@ def at_equal_kl(curves: Curves, level: float) -> dict[str, Any]:
     }
     found: dict[str, Any] = {name: {"between": between(own, level)} for name, own in inside.items()}
     for what in REWARDS:
-        draws = {n: [along(c.draws["kl"], c.draws[what], level) for c in own] for n, own in inside.items()}
+        draws = {n: [along(c.draws["distance"], c.draws[what], level**0.5) for c in own] for n, own in inside.items()}
         for name in inside:
             found[name][what] = shown(draws[name])
         for form in draws.keys() & FORMS:
@@ -62,10 +62,15 @@ def between(curves: list[Curve], level: float) -> list[float]:
 
 
 def areas(curves: Curves, upto: float) -> dict[str, Any]:
-    """By method that goes so far in every seed: the mean height of its curve from the start policy on."""
+    """By method that goes so far in every seed: the mean height of its curve over the root of KL, from the start policy
+    on.
+    """
     seeds = max(map(len, curves.values()))
     return {
-        m.name: {what: shown([area(c.draws["kl"], c.draws[what], upto) for c in curves[m.name]]) for what in REWARDS}
+        m.name: {
+            what: shown([area(c.draws["distance"], c.draws[what], upto**0.5) for c in curves[m.name]])
+            for what in REWARDS
+        }
         for m in MAIN
         if len(curves.get(m.name, ())) == seeds and all(goes(curve, upto) for curve in curves[m.name])
     }
@@ -113,5 +118,5 @@ def ablations(curves: Curves) -> list[dict[str, Any]]:
 
 def mean_gap(points: Iterable[Point], whole: Curve, what: str) -> np.ndarray:
     """[draws]: the points less `whole` at their own KL."""
-    gaps = [p.draws[what] - along(whole.draws["kl"], whole.draws[what], p.draws["kl"]) for p in points]
+    gaps = [p.draws[what] - along(whole.draws["distance"], whole.draws[what], p.draws["distance"]) for p in points]
     return np.mean(gaps, axis=0)

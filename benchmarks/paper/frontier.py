@@ -1,8 +1,9 @@
 """The math of the frontier: rewards along a method's curve, at equal KL, with intervals over queries and seeds.
 
-A curve is the start policy and the points of one method and seed, joined by straight lines. Arrays are [points, draws]:
-column 0 is of all queries as they are, every other one of a bootstrap draw of them, the same draws for all policies.
-Pure functions of numpy arrays; reads no file.
+A curve is the start policy and the points of one method and seed, joined by straight lines over the root of KL, along
+which rewards rise about evenly (Gao et al. 2023): over KL itself they bend, and a line between two points far apart
+lies below the curve. Arrays are [points, draws]: column 0 is of all queries as they are, every other one of a bootstrap
+draw of them, the same draws for all policies. Pure functions of numpy arrays; reads no file.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ def weights(queries: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """[1 + draws, queries], each row sums to 1: all queries alike, then bootstrap draws. Times values: their means."""
     drawn = np.random.default_rng(seed).multinomial(queries, np.full(queries, 1 / queries), size=draws)
     return np.concatenate([np.ones((1, queries)), drawn]) / queries
+
+
+def distance(kl: np.ndarray) -> np.ndarray:
+    """The root of KL in nats, 0 where an estimate of it is below 0."""
+    return np.sqrt(kl.clip(0))
 
 
 def along(x: np.ndarray, y: np.ndarray, level: np.ndarray | float) -> np.ndarray:

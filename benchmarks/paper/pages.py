@@ -36,6 +36,9 @@ from schemas.reports import Estimate
 ANSWERS = 10
 FLUENT = 250.0
 """Perplexity at which the picture ends; that of KL ends at twice the last level."""
+TICKS = (0.0, 1.0, 2.0, 5.0, *LEVELS, 30.0, 2 * LEVELS[-1])
+NEAR = 4.0
+"""Nats: an answer's policy that lies further than that from the level has a star."""
 Tried = dict[str, dict[float, list[tuple[float, float]]]]
 """By method and learning rate: KL and training reward on the validation queries, the start policy's first."""
 TITLES = {method.name: method.title for method in FRONTIER}
@@ -69,7 +72,8 @@ def write_pages(
         f"![rewards against KL and against perplexity]({name}.png)",
         "",
         "Lines are means over seeds, bands the lowest and highest seed. A seed's curve joins the start policy and the "
-        "method's points; the shortest one ends the line. Higher and further left is better.",
+        "method's points by lines that are straight over the root of KL, along which rewards rise about evenly; the "
+        "shortest one ends the line. Higher and further left is better.",
         *(line for level, found in levels.items() for line in table(f"At a KL of {level:g}", found, curves)),
         "",
         "Intervals are 95 % over queries (bootstrap) and seeds (Student's t), added in quadrature. Single seeds stand "
@@ -77,14 +81,13 @@ def write_pages(
         f"near they are. {how_rates(task, tried)}",
         *table(f"Mean reward along the curve, up to a KL of {LEVELS[-1]:g}", heights, curves),
         "",
-        "Below a method's first point the straight line from the start policy counts. Rewards rise fast at first, so "
-        "the line lies below what a tighter brake would give.",
+        "The mean is over the root of KL. Below a method's first point the line from the start policy counts.",
         "",
         "## PLE's forms less each other method",
         "",
         "At one KL, and at the other's own KL: the curve of PLE's form less the other's points, mean over its brakes. "
         "With a star, some of these lie before the form's own first point, where its curve is the line from the start "
-        "policy: the difference is then rather larger.",
+        "policy.",
         *(line for form in forms for line in form_tables(form, others, levels, own_kl[form])),
         *ablations_table(parts),
         *rates_table(tried),
@@ -253,7 +256,7 @@ def every_point(curves: Curves) -> list[str]:
 
 
 def draw(curves: Curves, path: Path) -> None:
-    """Both rewards against KL and against perplexity."""
+    """Both rewards against KL, on an axis of its root, and against perplexity."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -261,7 +264,8 @@ def draw(curves: Curves, path: Path) -> None:
 
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), layout="constrained", sharey="row")
     for row, (what, name) in zip(axes, REWARDS.items(), strict=True):
-        for axis, against, most in zip(row, ("kl", "perplexity"), (2 * LEVELS[-1], FLUENT), strict=True):
+        ends_at = (("distance", (2 * LEVELS[-1]) ** 0.5), ("perplexity", FLUENT))
+        for axis, (against, most) in zip(row, ends_at, strict=True):
             for number, method in enumerate(m for m in MAIN if m.name in curves):
                 own = [curve.draws for curve in curves[method.name]]
                 ends = [(draws[against][:, 0].min(), draws[against][:, 0].max()) for draws in own]
@@ -270,9 +274,10 @@ def draw(curves: Curves, path: Path) -> None:
                 style = {"color": f"C{number}", "ls": "-" if number < 10 else "--", "label": method.title}
                 axis.plot(grid, np.mean(lines, axis=0), **style)
                 axis.fill_between(grid, np.min(lines, axis=0), np.max(lines, axis=0), color=f"C{number}", alpha=0.15)
-            axis.set(
-                ylabel=name, xlabel="KL, nats a response" if against == "kl" else "perplexity of unseen references"
-            )
+            axis.set(ylabel=name, xlabel="perplexity of unseen references")
+            if against == "distance":
+                axis.set(xlabel="KL, nats a response (axis of its root)")
+                axis.set_xticks([kl**0.5 for kl in TICKS], [f"{kl:g}" for kl in TICKS])
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     save(figure, path)
@@ -291,8 +296,8 @@ def answers(task: Task, curves: Curves) -> list[str]:
     lines = [
         f"# {task.title}: answers near a KL of {level:g}",
         "",
-        f"Of each method the point whose KL is nearest to {level:g}, first seed. The {ANSWERS} queries were drawn by a "
-        "seed; nothing was selected.",
+        f"Of each method the point whose KL is nearest to {level:g}, first seed; with a star, that is further than "
+        f"{NEAR:g} from it. The {ANSWERS} queries were drawn by a seed; nothing was selected.",
     ]
     for number, query in enumerate(queries, start=1):
         x = start.rows.filter(query_id=query)["x"].item()
@@ -301,7 +306,8 @@ def answers(task: Task, curves: Curves) -> list[str]:
         for title, point in {"start policy": start, **shown_at}.items():
             row = point.rows.filter(query_id=query).row(0, named=True)
             kl = point.metrics["kl"]["mean"]
-            lines.append(f"| {title} | {kl:.1f} | {row['judge']:.2f} | {plain(row['y'])} |")
+            star = " *" if point is not start and abs(kl - level) > NEAR else ""
+            lines.append(f"| {title} | {kl:.1f}{star} | {row['judge']:.2f} | {plain(row['y'])} |")
     return lines
 
 

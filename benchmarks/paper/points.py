@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from benchmarks.paper.frontier import weights
+from benchmarks.paper.frontier import distance, weights
 from benchmarks.paper.methods import Method, Run
 from benchmarks.paper.tables import PACKAGES, read_evaluation
 from benchmarks.side_by_side import made_with
@@ -59,11 +59,11 @@ class Point:
 
     @cached_property
     def draws(self) -> dict[str, np.ndarray]:
-        """KL, rewards and perplexity on all queries and on draws of them, [1 + draws] each."""
+        """KL, its root, rewards and perplexity on all queries and on draws of them, [1 + draws] each."""
         own = self.rows.select(pl.col(NUMBERS).cast(pl.Float64))
         found = dict(zip(own.columns, (weights(own.height) @ own.to_numpy()).T, strict=True))
         nats = found.pop("reference_nll") / found.pop("reference_tokens")
-        return found | {"perplexity": np.exp(nats)}
+        return found | {"distance": distance(found["kl"]), "perplexity": np.exp(nats)}
 
 
 def read_point(evaluation: Path, label: str, seed: int, costs: dict[str, int]) -> Point:
@@ -177,7 +177,7 @@ class Curve:
 
     @cached_property
     def draws(self) -> dict[str, np.ndarray]:
-        """[points, draws] of KL, judge, reward and perplexity."""
+        """[points, draws] of KL, its root, judge, reward and perplexity."""
         every = [self.start, *self.points.values()]
         return {name: np.array([point.draws[name] for point in every]) for name in self.start.draws}
 

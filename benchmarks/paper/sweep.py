@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from benchmarks.paper.commands import evaluate, train
-from benchmarks.paper.frontier import along
+from benchmarks.paper.frontier import along, distance
 from benchmarks.paper.methods import LEARNING_RATES, RATE, START, Method, Run, frontier
 from benchmarks.paper.pages import Tried, sample_queries, write_pages
 from benchmarks.paper.points import BASE, Record, evaluated, folder, metrics
@@ -173,18 +173,14 @@ def best_rate(name: str, tried: dict[float, list[tuple[float, float]]]) -> float
     """The learning rate with the highest training reward at TUNED_AT, of those that go so far; where none does, at the
     largest KL that all of them reach.
 
-    Points of a rate, the start policy's first, are joined by straight lines over the root of KL, along which rewards
-    rise about evenly (Gao et al. 2023), so that points on one side alone do not favour a rate.
+    Points of a rate, the start policy's first, are joined as those of a curve.
     """
     curves = {rate: np.array(curve).T for rate, curve in tried.items() if len(curve) > 1}
     if not curves:
         raise SystemExit(f"every learning rate of {name} diverged")
     far = {rate: curve for rate, curve in curves.items() if curve[0].max() >= TUNED_AT} or curves
     level = min(TUNED_AT, *(kl.max() for kl, _ in far.values()))
-    at = {
-        rate: along(np.sqrt(kl.clip(0))[:, None], reward[:, None], np.sqrt(level))[0]
-        for rate, (kl, reward) in far.items()
-    }
+    at = {rate: along(distance(kl)[:, None], reward[:, None], np.sqrt(level))[0] for rate, (kl, reward) in far.items()}
     return max(at, key=lambda rate: at[rate])
 
 

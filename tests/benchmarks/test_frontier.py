@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -220,6 +219,12 @@ COSTS = {"tokens_sampled": 3, "tokens_trained": 5, "updates": 7}
 HEIGHT = {"dpo": 0.1, "stable-ple": 0.15, "dpo-means": 0.1, "ple-residual": 0.2, "ple-residual-no-rank": 0.1, "sft": 0}
 
 
+def at(level: float, height: float, seed: int = 0) -> float:
+    """The reward at a KL between two points of `write_points`."""
+    kls = np.array([6.0, 12.0, 18.0, 24.0])
+    return float(np.interp(math.sqrt(level), np.sqrt(kls), height * kls + 0.1 * seed))
+
+
 def test_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     runs, record = write_points(HEIGHT)
@@ -229,18 +234,17 @@ def test_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages.write_pages(TASKS["imdb"], tmp_path / "results", [*runs, missing], {"dpo": 3e-4}, tried, record)
     found = json.loads((tmp_path / "results" / "imdb-frontier.json").read_text())
     at_14 = found["equal_kl"]["14.0"]
-    assert at_14["dpo"]["judge"]["by_seed"] == pytest.approx([1.4, 1.5])
+    assert at_14["dpo"]["judge"]["by_seed"] == pytest.approx([at(14, 0.1), at(14, 0.1, seed=1)])
     assert at_14["ple-residual"]["between"] == pytest.approx([12.0, 18.0])
-    assert at_14["ple-residual"]["judge_less"]["dpo"]["mean"] == pytest.approx(1.4)
-    assert at_14["ple-residual"]["reward_less"]["sft"]["by_seed"] == pytest.approx([1.4, 1.4])
+    assert at_14["ple-residual"]["judge_less"]["dpo"]["mean"] == pytest.approx(at(14, 0.1))
+    assert at_14["ple-residual"]["reward_less"]["sft"]["by_seed"] == pytest.approx([at(14, 0.1)] * 2)
     assert "judge_less" not in at_14["dpo"]
     own = found["at_own_kl"]["stable-ple"]["dpo"]
     assert own["judge"]["mean"] == pytest.approx(-0.05 * (6 + 12 + 18 + 24) / 4)
     assert (own["brakes"], own["kl"], own["from_start"]) == ([0.01, 0.03, 0.1, 0.3], 15.0, False)
-    rising = [0.0, *(0.2 * kl + 0.1 for kl in (6, 12, 18))]
-    heights = [(a + b) / 2 * 6 for a, b in pairwise(rising)]
-    last = (rising[3] + 0.2 * 20 + 0.1) / 2 * 2
-    assert found["area"]["ple-residual"]["judge"]["by_seed"][1] == pytest.approx((sum(heights) + last) / 20)
+    far = np.linspace(0, math.sqrt(20), 100_001)
+    height = np.interp(far, np.sqrt([0, 6, 12, 18, 24]), [0.0, *(0.2 * kl + 0.1 for kl in (6, 12, 18, 24))])
+    assert found["area"]["ple-residual"]["judge"]["by_seed"][1] == pytest.approx(height.mean(), abs=1e-4)
     assert len(found["points"]) == len(runs)
     residual = next(own for own in found["points"] if own["method"] == "ple-residual" and own["seed"] == 1)
     assert (residual["brake"], residual["value"], residual["kl"]["mean"]) == ("beta", 6, 6.0)
@@ -248,14 +252,16 @@ def test_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts["ple-residual-no-rank"]["judge"]["mean"] == pytest.approx(-0.6)
     assert parts["dpo-means"]["judge"]["mean"] == pytest.approx(-0.1 * (6 + 12 + 18 + 24) / 4)
     text = (tmp_path / "results" / "imdb-frontier.md").read_text()
-    assert "| DPO | 12.0 and 18.0 | 1.45 [" in text
+    assert f"| DPO | 12.0 and 18.0 | {at(14, 0.1) + 0.05:.2f} [" in text
     [less_dpo] = re.findall(r"### PLE, stabilised, unseen judge.*?\n(\| DPO \|[^\n]*)", text, re.DOTALL)
-    assert [cell.split(" [")[0].strip() for cell in less_dpo.split("|")[2:6]] == ["0.40", "0.70", "1.00", "0.75"]
+    less = [f"{at(level, 0.05):.2f}" for level in (8, 14, 20)]
+    assert [cell.split(" [")[0].strip() for cell in less_dpo.split("|")[2:6]] == [*less, "0.75"]
     assert text.count("| 7 | 0k tokens |") == 5 * 4 + 1
     assert "0.40 at 5.0" in text
     assert f"- **Not whole yet**: {len(runs)} of {len(runs) + 1} points are made" in text
     shown = (tmp_path / "results" / "imdb-answers.md").read_text()
     assert shown.count(r"| PLE, residual | 12.0 | ") == 10
+    assert "*" not in shown.split("## Query 1")[1].replace(r"\*", "")
     at_12 = next(run for run in runs if run.method.name == "ple-residual" and run.braked == 3 and run.seed == 0)
     answered = record.read(0)[at_12.label].rows.drop_nulls("y")
     judged = re.findall(r"\| PLE, residual \| 12\.0 \| (\S+) \|", shown)
@@ -299,7 +305,8 @@ def test_an_ablation_that_goes_further_than_the_whole_is_named(tmp_path: Path, m
     far = [replace(c, points={r: p for r, p in c.points.items() if p.metrics["kl"]["mean"] > 7}) for c in whole]
     [part] = comparisons.ablations(curves | {"ple-residual": far})
     assert part["from_start"]
-    assert part["judge"]["mean"] == pytest.approx(0.6 + 0.05 / 2)
+    at_6 = math.sqrt(6 / 12)  # of what the whole has at 12: as much as the ablation has at 6
+    assert part["judge"]["mean"] == pytest.approx((1.2 + 1.3) / 2 * (1 - at_6))
 
 
 def test_another_machine_goes_on_from_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_points_are_made_once(
     policy's evaluation."""
     monkeypatch.chdir(tmp_path)
     task, only = tiny_task(tmp_path, policy), ["dpo:0.03", "ple-residual-newest"]
-    write_round0(task, [0])
+    write_round0(task, [0], 2)
     told = []
     for _ in range(2):
         show_points(task, tmp_path / "results", [0], 2, {"dpo": 1e-2, "ple-residual": 1e-2}, only)
@@ -102,7 +102,7 @@ def test_a_sweep_goes_on_from_its_record(
     """Two methods with one brake each; then everything but the results is gone, and nothing is left to do."""
     monkeypatch.chdir(tmp_path)
     task = replace(tiny_task(tmp_path, policy), rate=1e-2, brakes={"dpo": (0.03,), "ple": (1e-3,)})
-    write_round0(task, [0])
+    write_round0(task, [0], 2)
     results = tmp_path / "results"
     assert not is_whole(task, results, [0])
     sweep(task, results, [0], 2, None)
