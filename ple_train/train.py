@@ -51,12 +51,11 @@ def train(options: Train) -> None:
         policy = session.load_policy()
         if not newest_checkpoint(session.checkpoints.directory):
             refuse_unfit_pairs(snapshot, policy, options.max_length, session.weights)
-        beside = None
+        name = policy_name(options.model, None, options.revision)
+        start = StartLogps(name, session.options.precision, session.private)
         if needs_start:
-            name = policy_name(options.model, None, options.revision)
-            start = StartLogps(name, session.options.precision, session.private)
             start.fill(policy, snapshot, options.microbatch_tokens, session.accelerator)
-            beside = start.of
+        beside = start.of if start.are_kept(snapshot, session.accelerator) else None
         stream = PairStream(snapshot, options, policy, beside=beside, quantiles=kind.quantiles)
         objective = make_objective(
             "pairs", policy, options.trust_region, options.objective, knobs(options), options.form or kind.form

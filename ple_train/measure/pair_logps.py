@@ -78,6 +78,12 @@ class StartLogps:
                     progress.advance(part.shard.rows)
         accelerator.wait_for_everyone()
 
+    def are_kept(self, shards: Sequence[SnapshotShard], accelerator: Any) -> bool:
+        """Whether they are there of all shards, in the eyes of every process."""
+        missing = sum(not self.path(part.store, part.shard).exists() for part in shards)
+        total = accelerator.reduce(torch.tensor(float(missing), device=accelerator.device), "sum")
+        return not total.item()
+
     def of(self, part: SnapshotShard) -> pl.DataFrame:
         """`start_y` and `start_y_prompt` of a shard's rows, in their order: sums in nats, null where empty."""
         rows = read_kept(self.path(part.store, part.shard), part.shard, [f"sum_logps_{arm}" for arm in ARMS])

@@ -129,6 +129,8 @@ def test_the_start_policy_is_asked_once_a_row_by_all_trainings_and_purity(run, p
     assert sorted(asked) == sorted(shard.path for shard in shards)
     run("b", data=[data], objective="dpo")
     run("c", data=[data], stable=True)
+    every_step = pl.read_parquet(run("plain", data=[data]) / "metrics.parquet")["drift_pushed_down"]
+    assert every_step.null_count() == 0  # without them, every tenth
     monkeypatch.setattr("ple_train.measure.purity.measured", counted)
     purity(Purity(model=str(policy), data=[data], output=tmp_path / "purity", precision="float32"))
     assert len(asked) == len(shards)
@@ -180,13 +182,21 @@ def test_stable_is_short_for_two_options(run, pairs):
     )
 
 
-@pytest.mark.parametrize("name", ["ple", *OTHERS])
+@pytest.mark.parametrize(
+    ("name", "set_to"),
+    [
+        *((name, {}) for name in ("ple", *OTHERS)),
+        ("ple", {"stable": True}),
+        ("dpo", {"form": "means"}),
+        *(("ple-residual", {"form": "sums", **more}) for more in ({}, {"without": "rank"}, {"without": "wsft"})),
+    ],
+)
 @pytest.mark.parametrize("full_of_trust", [False, True])
-def test_it_trains_to_finite_weights_at_a_high_learning_rate(run, tmp_path, name, full_of_trust):
+def test_it_trains_to_finite_weights_at_a_high_learning_rate(run, tmp_path, name, set_to, full_of_trust):
     data = write_pairs(tmp_path / "data", seed=4)
     if name == "qrpo":
         data = several(tmp_path / "several")
-    more = {"trust_region": 0.3} if full_of_trust else {}
+    more = set_to | ({"trust_region": 0.3} if full_of_trust else {})
     output = run(name, data=[data], objective=name, learning_rate=1e-2, epochs=4, **more)
     assert all(torch.isfinite(tensor).all() for tensor in weights(output).values())
     metrics = pl.read_parquet(output / "metrics.parquet")
