@@ -25,6 +25,6 @@ case $stage in
     ;;
   train)
     .venv/bin/torchrun --nproc-per-node 8 -m cli train --model "$model" "${adapter[@]}" --data "$data" \
-      --round "$round" --stable --output "$(printf 'policy/round=%03d' "$round")"
+      --round "$round" --objective ple-residual --without rank --output "$(printf 'policy/round=%03d' "$round")"
     ;;
 esac

@@ -234,13 +234,16 @@ class PairObjectives(Options):
     )
     beta: float | None = option(
         None,
-        "The objective's brake; larger: nearer the start policy. Of ple-residual and rebel: units of the reward a nat.",
+        "The objective's brake; larger: nearer the start policy. Of ple-residual and rebel: units of the reward a nat. "
+        "Default by objective and form: docs/objectives.md.",
         METHOD,
         above=0,
         most=1e6,
     )
     form: Form | None = option(
-        None, "Whether an objective with --beta sees log-probabilities of responses or of a token.", METHOD
+        None,
+        "Whether an objective with --beta sees log-probabilities of responses (sums) or of a token (means).",
+        METHOD,
     )
     label_smoothing: float = option(
         0.0, "Conservative dpo: the share of preferences that may be wrong.", METHOD, least=0, below=0.5

@@ -32,7 +32,7 @@ class ObjectiveKind:
 BY_PREFERENCE: Mapping[Form, float | None] = {"sums": 0.1, "means": 3.0}
 OBJECTIVE_KINDS: dict[ObjectiveName, ObjectiveKind] = {
     "ple": ObjectiveKind({"sums": None}, linear=True, start=False, sets=True),
-    "ple-residual": ObjectiveKind({"means": 3.0, "sums": 0.05}, stops=True, sets=True),
+    "ple-residual": ObjectiveKind({"sums": 0.05, "means": 3.0}, stops=True, sets=True),
     "dpo": ObjectiveKind(BY_PREFERENCE),
     "ipo": ObjectiveKind(BY_PREFERENCE),
     "rebel": ObjectiveKind(BY_PREFERENCE, stops=True),

@@ -238,7 +238,7 @@ def test_a_dry_run_says_where_the_median_margin_rests_under_beta(pairs):
     medians = training.statistics(asked(pairs, 1)).sort("round")["margin_q50"]
     told = training.dry_run(asked(pairs, 1, objective="ple-residual"))
     for t, median in enumerate(medians):
-        assert re.search(rf"beta = 3: .* {median / 3:.3f} in round {t}", told)
+        assert re.search(rf"beta = 0.05: .* {median / 0.05:.3f} in round {t}", told)
     assert "comes to rest" not in training.dry_run(asked(pairs, 1))
     assert "comes to rest" not in training.dry_run(asked(pairs, 1, objective="dpo", beta=0.1))
 
