@@ -134,7 +134,7 @@ def table(title: str, found: dict[str, Any], curves: Curves) -> list[str]:
         elif method.name in curves:
             kls = [[point.draws["kl"][0] for point in curve.points.values()] for curve in curves[method.name]]
             span = f"has {min(map(min, kls)):.1f} to {max(map(max, kls)):.1f}"
-            lines.append(f"| {method.title} | {span} {'| ' * (len(head) - 1)}|")
+            lines.append(f"| {method.title} | {span} {'| ' * (len(head) - 2)}|")
     return lines
 
 
