@@ -351,6 +351,26 @@ def residual(bench: Bench, output: Path, *, kept: bool) -> float:
     return train_ours(bench, our_policy(bench), output, objective="ple-residual", kept=kept)
 
 
+def trusted(bench: Bench, output: Path, *, kept: bool) -> float:
+    """Ours as printed with a trust region, the start policy's log-probabilities kept, or computed in every step."""
+    return train_ours(bench, our_policy(bench), output, delta=0.3, kept=kept)
+
+
+def asked_once(bench: Bench, output: Path) -> float:
+    """The pass over all rows with which a training begins where nothing is kept yet → its seconds."""
+    from ple_train.measure.perplexity import negative_log_likelihoods
+    from ple_train.model.batches import Sequence
+
+    policy = our_policy(bench)
+    rows = [(x, y) for x, *both in bench.pairs for y in both]
+    sequences = [Sequence(np.array(x + y, dtype=np.int32), len(x), query=at // 2) for at, (x, y) in enumerate(rows)]
+    began = time.perf_counter()
+    with policy.as_start_policy():
+        for _ in negative_log_likelihoods(policy, sequences, bench.options.microbatch_tokens):
+            pass
+    return time.perf_counter() - began
+
+
 def train_ours(
     bench: Bench,
     policy: Any,
@@ -484,6 +504,9 @@ CONTENDERS: dict[str, Callable[[Bench, Path], float]] = {
     "ours-unshared": lambda bench, output: ours(bench, output, shared=False),
     "residual": partial(residual, kept=False),
     "residual-kept": partial(residual, kept=True),
+    "trusted": partial(trusted, kept=False),
+    "trusted-kept": partial(trusted, kept=True),
+    "asked-once": asked_once,
     "dpo": dpo,
     "sft": sft,
     "sft-packed": sft_packed,
