@@ -250,8 +250,8 @@ IMDB_BARE = replace(
         "ple-residual-sums": (0.1, 0.05, 0.03, 0.015),
     },
 )
-"""y_prompt is as unlikely under x here as a real model's is: does that turn the order of methods that learn from both
-arms?"""
+"""y_prompt is unlikely under x here, half as far below y as a real model's (docs/results/README.md): does that turn the
+order of methods that learn from both arms?"""
 IMDB_SMOLLM2 = Task(
     "imdb-smollm2",
     "IMDb, SmolLM2-135M-Instruct",
