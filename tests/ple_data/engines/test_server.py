@@ -153,6 +153,21 @@ def test_another_model_is_refused(running: VllmServer, run: Any, policy: Path, t
         run(running.address, limit=4)
 
 
+def test_a_round_that_a_wrong_server_began_can_be_begun_again(run: Any, policy: Path, tmp_path: Path) -> None:
+    vllm, data = StandIn(policy), tmp_path / "data"
+    with other_server(vllm) as address:
+        run(address, limit=4)
+        vllm.logps = {0.0: -2.0, 2.0: -2.0}
+        for folder in ("responses", ".ple/commits"):
+            shutil.rmtree(data / folder)
+        with pytest.raises(
+            UsageError, match=r", or, as nothing of it is committed yet, remove (\S+probe-round=000.json)$"
+        ):
+            run(address, limit=4)
+        (data / ".ple" / "rounds" / "probe-round=000.json").unlink()
+        assert run(address, limit=4).rows_sampled == 4
+
+
 def test_how_far_two_probes_are_apart() -> None:
     one = [{"1": -1.0, "2": -2.0}, {"3": -1.5}]
     assert distance_of(one, one) == 0
