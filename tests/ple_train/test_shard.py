@@ -117,8 +117,9 @@ def test_what_cannot_be_held_in_parts_is_said(place: Path, tmp_path: Path) -> No
     causal._no_split_modules = None
     with pytest.raises(UsageError, match="--shard does not know what the layers of LlamaForCausalLM are: leave it out"):
         shard.layers_of(causal)
+    whole = Trainable(full=True, shard=True)
     with pytest.raises(UsageError, match="--shard --full goes on from a whole model: give that as --model"):
-        load_trainable(str(place / "policy"), Trainable(full=True, shard=True), adapter="a", in_parts=True)
+        load_trainable(str(place / "policy"), whole, adapter=str(place / "one-gated"), in_parts=True)
     with pytest.raises(UsageError, match="--shard keeps the adapter apart: add --no-merge, or --full"):
         sft(Sft(model=str(place / "policy"), data=tmp_path / "rows.jsonl", output=tmp_path / "sft", shard=True))
 
