@@ -41,7 +41,11 @@ class Lease:
     def is_ours(self) -> bool:
         """Whether nobody has taken over."""
         name, number = _parts(self.path)
-        return _generations(self.path.parent, name)[-1:] == [number] and self._own.encode() in _read(self.path)
+        return _generations(self.path.parent, name)[-1:] == [number] and self.is_there()
+
+    def is_there(self) -> bool:
+        """Whether its file is the one that it made, whoever may be about to take over."""
+        return self._own.encode() in _read(self.path)
 
     def renew(self) -> bool:
         """Say that its holder lives; False where it is no longer ours. Raises OSError, PleError."""
@@ -58,7 +62,7 @@ class Lease:
     def release(self) -> None:
         """Give it up."""
         _renewals.drop(self)
-        if self._own.encode() in _read(self.path):
+        if self.is_there():
             with suppress(OSError):
                 self.path.unlink()
 
@@ -105,8 +109,8 @@ def left_behind(folder: Path) -> Iterator[tuple[Path, str]]:
 def remove_dead(folder: Path) -> None:
     """Remove the leases whose holders are known to be dead."""
     for path in folder.glob("*.[0-9]*"):
-        holder = _holder(path, _read(path))
-        if holder and holder.lives() is False:
+        holder = _holder(path, text := _read(path))
+        if holder and holder.lives() is False and _read(path) == text:  # else the name is another's by now
             path.unlink(missing_ok=True)
 
 
@@ -211,7 +215,7 @@ class _Renewals:
                 leases = list(self._leases)
             for lease in leases:
                 with suppress(OSError, PleError):  # a disk that is full or away: others wait for a while
-                    if not lease.renew():
+                    if not lease.renew() and not lease.is_there():  # else somebody came between, and may withdraw
                         self.drop(lease)
 
 

@@ -62,7 +62,7 @@ Words = Annotated[list[str], BeforeValidator(_split)]
 class GenServer(Strict):
     """A server that the run starts for its rounds, e.g. `[.venv-vllm/bin/vllm, serve, "{model}", --enable-lora]`.
 
-    sleep: it gives its memory on the GPU free while a round trains.
+    sleep: it gives its memory on the GPU free while a round is scored and trained on.
     """
 
     command: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)

@@ -54,14 +54,43 @@ def test_the_others_parse(name: str):
     assert isinstance(yaml.safe_load((SCALE / name).read_text()), dict)
 
 
+def test_the_head_of_the_ray_cluster_starts_machines():
+    """Without the flag it is a cluster of the head alone."""
+    cluster = yaml.safe_load((SCALE / "ray-cluster.yaml").read_text())
+    (start,) = [line for line in cluster["head_start_ray_commands"] if "ray start" in line]
+    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in start.split()
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_skypilot_task_copies_the_run_and_ends_as_the_run_did(tmp_path: Path, code: int):
+    run = yaml.safe_load((SCALE / "skypilot.yaml").read_text())["run"].replace("/bucket", str(tmp_path / "bucket"))
+    (tmp_path / "ple").write_text(f"#!/bin/sh\nsleep 1\nexit {code}\n")
+    (tmp_path / "rsync").write_text(f"#!/bin/sh\necho copied >> {tmp_path}/copies\n")
+    for name in ("ple", "rsync"):
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    ended = subprocess.run(  # a copier that lived on would hold its stdout open
+        ["bash", "-c", run], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, timeout=60
+    )
+    assert ended.returncode == code, ended.stderr
+    assert (tmp_path / "copies").read_text().split() == ["copied"] * 2
+
+
+def test_the_skypilot_task_installs_what_its_workers_need():
+    setup = yaml.safe_load((SCALE / "skypilot.yaml").read_text())["setup"]
+    assert ".venv-vllm/bin/pip install 'ple-align[vllm,ray]'" in setup
+
+
 def test_what_skypilot_sets_in_a_recipe_is_there(tmp_path: Path):
     run = yaml.safe_load((SCALE / "skypilot.yaml").read_text())["run"]
     given = shlex.split(run.replace("\\\n", " "))
     overrides = [value for word, value in itertools.pairwise(given) if word == "--set"]
-    assert len(overrides) >= 3
+    assert len(overrides) >= 4
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: m\nqueries: q\nprinciples: hh\nreward_model: r\nrun_dir: run\n")
-    assert load_recipe(recipe, overrides).train.launch == ["torchrun", "--nproc-per-node", "8"]
+    found = load_recipe(recipe, overrides)
+    assert found.train.launch == ["torchrun", "--nproc-per-node", "8"]
+    assert (found.gen.workers, found.score.workers) == (8, 8)
 
 
 def test_the_image_is_made_of_files_and_extras_that_there_are():

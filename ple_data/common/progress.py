@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 LINE_EVERY, BAR_EVERY = 5.0, 0.2
@@ -35,6 +36,8 @@ class Progress:
         self._done = self._start = done
         self._settled = self._pending = self._with_tokens = 0
         self._detail = ""
+        self.beside: Callable[[], str] = str
+        """What is shown beside the rest, asked for each time: how many workers there are, say."""
         self._began = self._last_line = self._last_bar = time.monotonic()
         self._marks = deque([self._mark()])
         self._bar = None
@@ -134,7 +137,7 @@ class Progress:
             first = all_of_it  # a batch slows down while its last responses end: the minute is no rate for the rest
         else:
             state += f", {(now.done - first.done) / seconds:.3g} {self._unit}/s"
-        state += f", {self._detail}" if self._detail else ""
+        state += "".join(f", {detail}" for detail in (self._detail, self.beside()) if detail)
         rate = (units - self._units(first)) / max(now.time - first.time, 1e-9)
         left = self._total - self._start - units
         if left <= 0 or rate <= 0 or units < EARLIEST * (self._total - self._start):

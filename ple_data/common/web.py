@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -51,7 +52,12 @@ class RefusedError(PleError):
 
 
 class UnansweredError(PleError):
-    """The server was reached and gave no answer to this request in all tries; it may answer others."""
+    """The server was reached and gave no answer to this request in all tries; it may answer others. status: that of
+    the last try, where it had one."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def checked_url(url: str, what: str, key_variable: str) -> httpx.URL:
@@ -168,6 +174,7 @@ def ask_json(
     """
     import httpx
 
+    raised: Callable[[str], PleError]
     for attempt in range(patience.tries):
         pause = patience.first_wait * 2**attempt * random.uniform(0.5, 1.0)
         try:
@@ -187,7 +194,8 @@ def ask_json(
             fault += ", a redirect: give the address to which it leads" if response.is_redirect else ""
             if response.status_code < 500 and response.status_code not in RETRIED_STATUS:
                 raise RefusedError(f"{what} refused the request: {fault}", response.status_code)
-            raised = PleError if response.status_code < 500 else UnansweredError
+            later = response.status_code < 500
+            raised = PleError if later else partial(UnansweredError, status=response.status_code)
             asked = _retry_after(response)
             if asked > LONGEST_ASKED:
                 raise PleError(f"{what} asks to wait for {asked:.0f} seconds ({fault}): {failed}")

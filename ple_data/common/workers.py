@@ -50,11 +50,12 @@ Outcome = tuple[bool, Any]
 @dataclass(frozen=True)
 class Wanted:
     """How many workers, on which cluster (None: one of this machine, for this command), with how many GPUs each where
-    the cluster has some."""
+    the cluster has some. needs_gpus: they work on nothing else, so that a cluster may have to grow first."""
 
     workers: int
     address: str | None = None
     gpus: int = 1
+    needs_gpus: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Pool(Generic[Key, Job, Result]):
         self.told: dict[int, Any] = {}
         self._places: dict[int, Place] = {}
         self._deaths: dict[int, list[str]] = {at: [] for at in range(wanted.workers)}
+        self._none_since, self._none_said = time.monotonic(), False
         try:
             self._ray = _connect(wanted, address)
             how = _resources(self._ray, wanted, say) | {"max_restarts": -1, "max_concurrency": threads}
@@ -167,6 +169,10 @@ class Pool(Generic[Key, Job, Result]):
                 else:
                     yield piece.key, found
 
+    def state(self) -> str:
+        """How many workers are up, in words."""
+        return f"{len(self.told)} of {len(self._actors)} workers"
+
     def close(self) -> None:
         """End the workers, and the cluster where it is our own."""
         ray, self._ray = getattr(self, "_ray", None), None
@@ -189,17 +195,25 @@ class Pool(Generic[Key, Job, Result]):
 
     def _wait(self, refs: Iterable[Any]) -> list[Any]:
         """Those that are done, once there are some. Raises PleError where there has been no worker for `LONGEST`."""
-        refs, began, said = list(refs), time.monotonic(), False
-        while not (done := self._ray.wait(refs, timeout=PATIENCE)[0]):
-            if self._places:
-                continue  # at work, or loading a model
-            if time.monotonic() - began >= LONGEST:
-                what = f"--workers: Ray found no room for any in {LONGEST / 60:.0f} minutes ({_there(self._ray)})"
-                raise PleError(f"{what}; free some, ask for less, or wait and run the same command again")
-            if not said:
-                said = True
-                self._say(f"no worker yet: waiting for Ray to find room ({_there(self._ray)})")
-        return list(done)
+        refs = list(refs)
+        while True:
+            self._refuse_none()
+            if done := self._ray.wait(refs, timeout=PATIENCE)[0]:
+                return list(done)
+
+    def _refuse_none(self) -> None:
+        """Say that there is no worker, after a while, and give up at last: one that Ray starts again and again, and
+        that finds no place, is none."""
+        if self._places:  # at work, or loading a model
+            self._none_since, self._none_said = time.monotonic(), False
+            return
+        seconds = time.monotonic() - self._none_since
+        if seconds >= LONGEST:
+            what = f"--workers: Ray found no room for any in {LONGEST / 60:.0f} minutes ({_there(self._ray)})"
+            raise PleError(f"{what}; free some, ask for less, or wait and run the same command again")
+        if seconds >= PATIENCE and not self._none_said:
+            self._none_said = True
+            self._say(f"no worker yet: waiting for Ray to find room ({_there(self._ray)})")
 
     def _came(self, ref: Any) -> None:
         """A worker has its place, or is up, or has died at its start."""
@@ -336,9 +350,11 @@ def _resources(ray: Any, wanted: Wanted, say: Callable[[str], None]) -> dict[str
     own = not (wanted.address or os.environ.get("RAY_ADDRESS"))
     set_by_user = os.environ.get("OMP_NUM_THREADS", "")
     threads = int(set_by_user) if set_by_user.isdecimal() else 0
-    if there.get("GPU") and wanted.gpus:
+    if wanted.gpus and (there.get("GPU") or (wanted.needs_gpus and not own)):
         asked = {"GPU": wanted.gpus, "CPU": 1}
     else:  # Ray gives a worker as many threads as cores
+        if wanted.gpus and not own:
+            say("no GPU in this cluster: workers on CPUs")
         asked = {"CPU": threads or (max(1, int(there["CPU"]) // wanted.workers) if own else 1)}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(int(min(node.get(name, 0) // count for name, count in asked.items())) for node in nodes)

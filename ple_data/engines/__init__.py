@@ -149,6 +149,14 @@ def refuse_no_numbers(engine_args: Mapping[str, Any], least: Mapping[str, float]
             raise UsageError(f"--engine-arg {name} must be {whole} of at least {smallest}, not {value!r}")
 
 
+def refuse_no_plain_lora(adapter: AdapterInfo | None) -> None:
+    """Raise UsageError for an adapter of a kind that vLLM cannot load."""
+    if adapter is not None:
+        unknown = (name for name in ("use_dora", "modules_to_save", "lora_bias") if adapter.config.get(name))
+        if found := next(unknown, adapter.changes_base):
+            raise UsageError(f"adapter {adapter.path} has {found}, which vllm cannot load; use --engine hf")
+
+
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     """The text before the first stop string in it, or all of it."""
     ends = [at for at in (text.find(word) for word in stop) if at >= 0]

@@ -26,6 +26,7 @@ from ple_data.engines import (
     Sampling,
     cut_at_stop,
     refuse_no_numbers,
+    refuse_no_plain_lora,
     refuse_unknown,
     response_text,
 )
@@ -75,9 +76,7 @@ def check(engine_args: Mapping[str, Any], adapter: AdapterInfo | None) -> None:
             f"adapter {adapter.path} has rank {adapter.rank}, over the limit of {what}, {limit}; "
             "train one with a lower --lora-rank, or use --engine hf"
         )
-    unknown = (name for name in ("use_dora", "modules_to_save", "lora_bias") if adapter.config.get(name))
-    if found := next(unknown, adapter.changes_base):
-        raise UsageError(f"adapter {adapter.path} has {found}, which vllm cannot load; use --engine hf")
+    refuse_no_plain_lora(adapter)
 
 
 class VllmEngine:

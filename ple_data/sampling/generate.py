@@ -172,11 +172,12 @@ def sample_round(
                 for first in units:  # the engine takes those behind it
                     if engine is None:
                         engine = stack.enter_context(closing(start_engine()))
-                        _refuse_another_policy(store, plan.round, engine)
+                        _refuse_another_policy(store, plan.kind, plan.round, engine)
                         provenance |= getattr(engine, "machine", {})
                         name = "{engine} in {dtype} on {device}".format(**provenance)
                         progress.note(f"engine {name}, started in {time.monotonic() - began:.0f} s")
                         engine.under_way = progress.under_way
+                        progress.beside = getattr(engine, "state", progress.beside)
                         progress.restart_clock()
                         began = time.monotonic()
                     for request, completion in engine.sample(itertools.chain([first], units), plan.sampling):
@@ -215,14 +216,17 @@ def _freeze(store: Store, plan: Plan, notes: dict[str, Any]) -> None:
         )
 
 
-def _refuse_another_policy(store: Store, round: int, engine: Engine) -> None:
+def _refuse_another_policy(store: Store, kind: str, round: int, engine: Engine) -> None:
     """Raise UsageError where a server holds another policy than that which the round was begun with."""
     if (found := getattr(engine, "probe", None)) is not None:
         begun = store.save_probe(Probe(round=round, logps=found)).logps
         if (distance := distance_of(found, begun)) > TOLERANCE:
+            advice = ""
+            if not store.shards(kind, round=round):
+                advice = f", or, as nothing of it is committed yet, remove {store.probe_path(round)}"
             raise UsageError(
                 f"round {round} of {store.root} was begun with another policy than the server holds: log-probabilities "
-                f"after short texts differ by {distance:.2g} nats a token; start the server with the same model"
+                f"after short texts differ by {distance:.2g} nats a token; start the server with the same model{advice}"
             )
 
 

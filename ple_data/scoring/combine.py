@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from ple_data.common.digests import text_digest
 from ple_data.rewards import RewardModel
-from ple_data.scoring.score import Opened, ScoreCounts, Units, checked, refuse_other_model, score_units
+from ple_data.scoring.score import Opened, ScoreCounts, Units, checked, committed, refuse_other_model, score_units
 from ple_data.storage.store import Shard, Store
 from schemas.errors import DamagedError, UsageError
 from schemas.options import Combination
@@ -56,18 +56,23 @@ def score_together(
     """
     target = output or store
     shards = store.shards("responses", round=round)
-    rounds = sorted({s.round for s in shards if not target.is_committed("pairs", s.round, s.unit)})
+    rounds = _rounds_left(target, shards)
     made: dict[str, Store] = {}
     for load in loads:
         _score_one(store, target, load, how, rounds, made, last=len(made) + 1 == len(loads))
     counts = score_units(store, target, _Combined(store, how, made), _CombinedUnits, round=round)
-    there = store.shards("responses", round=round)
-    if waiting := {s.round for s in there if not target.is_committed("pairs", s.round, s.unit)}:
+    if waiting := _rounds_left(target, store.shards("responses", round=round)):
         when = "when all of its responses are there" if how.normalized else "where all models have scored it"
         more = "rewards are kept; run ple-gen to its end, then this again"
-        which = ", ".join(map(str, sorted(waiting)))
+        which = ", ".join(map(str, waiting))
         print(f"round {which} becomes pairs {when}: {more}", file=sys.stderr)
     return counts
+
+
+def _rounds_left(target: Store, shards: Sequence[Shard]) -> list[int]:
+    """The rounds of responses that are not pairs yet, or not all."""
+    done = {number: committed(target, "pairs", number) for number in {shard.round for shard in shards}}
+    return sorted({shard.round for shard in shards if shard.unit not in done[shard.round]})
 
 
 def _score_one(

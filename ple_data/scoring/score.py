@@ -3,6 +3,7 @@
 A unit that is committed is never scored again; several processes share the units. No other model is in memory.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -65,7 +66,9 @@ def score_units(
         where = store.root if round is None else f"round {round} of {store.root}"
         raise UsageError(f"there are no responses in {where} to score: run ple-gen first")
     reward_model.name = refuse_other_model(target, reward_model.name)
-    pending = [shard for shard in shards if not target.is_committed(kind, shard.round, shard.unit)]
+    rounds = {shard.round for shard in shards}
+    done = {number: committed(target, kind, number) for number in rounds}
+    pending = [shard for shard in shards if shard.unit not in done[shard.round]]
     total = sum(shard.rows for shard in shards)
     counts = ScoreCounts(rows_done_before=total - sum(shard.rows for shard in pending))
     ready = getattr(reward_model, "ready", None)
@@ -73,6 +76,7 @@ def score_units(
     cut_before = reward_model.truncated
     label = "score" if kind == "pairs" else f"score with {printable(reward_model.name)}"
     with Progress(label, total, "rows", done=counts.rows_done_before) as progress:
+        progress.beside = getattr(reward_model, "state", progress.beside)
         waits = Waits(target, kind, progress.note)
         while pending:
             with closing(units(store, target, kind, reward_model, progress, counts)) as work:
@@ -86,16 +90,27 @@ def score_units(
             progress.note(
                 f"{counts.texts_cut} texts are longer than the reward model takes: the beginning of x was cut"
             )
-    for number in {shard.round for shard in shards}:
+    for number in rounds:
         if store.finished_units("responses", number):  # some may have come meanwhile
-            names = [shard.unit for shard in store.shards("responses", round=number)]
-            if all(target.is_committed(kind, number, unit) for unit in names):
+            names = {shard.unit for shard in store.shards("responses", round=number)}
+            if names <= committed(target, kind, number):
                 target.finish(kind, number)
     for number, rows, asked in store.unfinished(shards) if kind == "pairs" else ():
         progress.note(
             f"warning: round {number} has {rows} of its {asked} pairs so far: run ple-gen to its end, then this again"
         )
     return counts
+
+
+def committed(target: Store, kind: str, round: int) -> set[str]:
+    """The units of a round that are committed, from one listing. Raises DamagedError where a file is gone or cut."""
+    folder = target.path(kind, round, "unit").parent
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)} if folder.is_dir() else {}
+    shards = target.shards(kind, round=round)
+    for shard in shards:
+        if sizes.get(shard.path.name) != shard.bytes:
+            target.is_committed(kind, round, shard.unit)  # says what is wrong
+    return {shard.unit for shard in shards}
 
 
 @dataclass

@@ -34,6 +34,7 @@ class WorkersReward(RewardModel):
         if options.reward_device == "cpu" or kind_of(spec) == "endpoint":
             wanted = replace(wanted, gpus=0)
         self._pool: Pool[Any, Rows, tuple[list[float], int]] = Pool(partial(_Scorer, spec, options), wanted, say)
+        self.state = self._pool.state
         told = next(iter(self._pool.told.values()))
         self.name, self.runs_on = told.name, told.runs_on
         self._first = told

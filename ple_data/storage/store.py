@@ -249,7 +249,7 @@ class Store:
     def save_probe(self, probe: Probe) -> Probe:
         """Keep what tells a round's policy. Returns what stands: the first one, ours or another process's."""
         self._prepare()
-        path = self.inside(".ple", "rounds", f"probe-round={probe.round:03d}.json")
+        path = self.probe_path(probe.round)
         files.write_new(path, probe.to_json(), self._tmp)
         return read_record(Probe, path)
 
@@ -327,6 +327,10 @@ class Store:
     def manifest_path(self, round: int) -> Path:
         """Where the settings of a round stand."""
         return self.inside(".ple", "rounds", f"round={round:03d}.json")
+
+    def probe_path(self, round: int) -> Path:
+        """Where it stands what tells a round's policy."""
+        return self.inside(".ple", "rounds", f"probe-round={round:03d}.json")
 
     def record_path(self, kind: str, round: int, unit: str) -> Path:
         """Where the commit record of a unit stands."""

@@ -209,6 +209,10 @@ def load_policy(
     """
     options = options or Trainable()
     in_parts = options.shard and shard.is_shared()
+    if options.shard and not in_parts:
+        print_to_log(
+            "note: --shard shares a model among processes, and this is one: it holds the whole; torchrun starts more"
+        )
     how: dict[str, Any] = {"adapter": adapter, "revision": revision, "precision": precision, "seed": seed}
     causal = load_trainable(model, options, in_parts=in_parts, **how)
     fuse(causal)

@@ -151,8 +151,8 @@ def _in_file(name: str, policy: Any, places: dict[str, Path]) -> str:
         if candidate in places:
             return candidate
     raise UsageError(
-        f"--shard reads weights as they lie in the files, and these have no {plain}: load the model with transformers, "
-        "save it, and give that"
+        f"--shard does not support {type(base).__name__}: it reads weights as they lie in the model's files, and these "
+        f"have no {plain}, which transformers makes of others as it loads; leave --shard out"
     )
 
 

@@ -11,8 +11,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -147,11 +147,8 @@ def run(recipe: Recipe) -> None:
                 say(f"{place}: done before")
             else:
                 say(f"{place}: {stage.shell_line}")
-                if server and stage.name == "gen":
-                    stage = replace(stage, where=("--endpoint", server.address()))
-                elif server and stage.name in ("train", "baseline"):
-                    server.rest()
-                say(f"{place}: {_run_stage(stage, directory, records, held, gpus)}")
+                with _with_server(server, stage) as stage:
+                    say(f"{place}: {_run_stage(stage, directory, records, held, gpus)}")
 
 
 def _server(recipe: Recipe) -> AbstractContextManager[Server | None]:
@@ -162,6 +159,18 @@ def _server(recipe: Recipe) -> AbstractContextManager[Server | None]:
     if recipe.revision and recipe.sft is None:
         how = how.model_copy(update={"command": [*how.command, "--revision", recipe.revision]})
     return Server(how, model, run / "server.log")
+
+
+@contextmanager
+def _with_server(server: Server | None, stage: Stage) -> Iterator[Stage]:
+    """The stage with the server's address where it samples from it; all others have the GPU to themselves."""
+    if server and stage.name == "gen":
+        with server.watched() as address:
+            yield replace(stage, where=("--endpoint", address))
+    else:
+        if server:
+            server.rest()
+        yield stage
 
 
 def _run_stage(stage: Stage, directory: Path, records: list[StageRecord], lock: int, gpus: GpuWatch) -> str:

@@ -1,7 +1,7 @@
 """A model server that a run starts when it first samples, and ends with itself. Knows nothing of what is asked of it.
 
-It is asked for an answer until it gives one, sent to sleep while a round trains where the recipe says so, and started
-again where it has ended. Its own messages go into RUN/server.log.
+It is asked for an answer until it gives one, sent to sleep while nothing samples where the recipe says so, and started
+again, at the same address, where it has ended. Its own messages go into RUN/server.log.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
@@ -35,7 +38,7 @@ class Server:
     def __init__(self, how: GenServer, model: str, log: Path) -> None:
         self._how, self._model, self._log = how, model, log
         self._process: Popen[bytes] | None = None
-        self._address, self._asleep = "", False
+        self._address, self._asleep, self._ready = "", False, False
 
     def __enter__(self) -> Server:
         return self
@@ -45,26 +48,57 @@ class Server:
 
     def address(self) -> str:
         """Where it answers: it is started, or woken up, if need be. Raises PleError where it does not start."""
-        if self._process is None or self._process.poll() is not None:
+        if not self._runs():
             self._start()
+        if not self._ready:
+            self._wait()
         elif self._asleep:
             self._tell("wake_up")
             self._asleep = False
         return self._address
 
+    @contextmanager
+    def watched(self) -> Iterator[str]:
+        """Its `address`; if it ends meanwhile it is started again there, and whoever asks it goes on asking."""
+        address, over = self.address(), threading.Event()
+
+        def watch() -> None:
+            while not over.wait(POLL_SECONDS):
+                if self._runs():
+                    self._ready = self._ready or self._answers("health")
+                elif self._ready:
+                    say(f"the server ended; {self._log} says why: {self._last_words()}")
+                    self._start()
+                else:
+                    say(self._unready())
+                    return
+
+        watcher = threading.Thread(target=watch, name="server")
+        watcher.start()
+        try:
+            yield address
+        finally:
+            over.set()
+            watcher.join()
+
     def rest(self) -> None:
         """Let it sleep, where it is up and the recipe says so. Raises PleError where it does not."""
-        if self._how.sleep and not self._asleep and self._process is not None and self._process.poll() is None:
+        if self._how.sleep and not self._asleep and self._ready and self._runs():
             self._tell("sleep?level=1")
             self._asleep = True
 
+    def _runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self._address, self._asleep = f"http://127.0.0.1:{port}", False
+        self._end()
+        if not self._address:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self._address = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        self._asleep = self._ready = False
         words = [word.replace("{model}", self._model) for word in self._how.command]
-        words += ["--host", "127.0.0.1", "--port", str(port)]
+        words += ["--host", "127.0.0.1", "--port", self._address.rpartition(":")[2]]
         launcher = [sys.executable, "-P", child.__file__, *words]
         switches = {name: value for name, value in SWITCHES.items() if name not in os.environ}
         with self._log.open("ab") as log:
@@ -72,13 +106,16 @@ class Server:
                 launcher, stdin=PIPE, stdout=DEVNULL, stderr=log, env=os.environ | switches, start_new_session=True
             )
         say(f"starting the server at {self._address} ({self._log} has its messages)")
+
+    def _wait(self) -> None:
         began = time.monotonic()
         while not self._answers("health"):
-            if self._process.poll() is not None:
-                raise PleError(f"the server ended before it was ready; {self._log} says why: {self._last_words()}")
+            if not self._runs():
+                raise PleError(self._unready())
             if time.monotonic() - began > START_SECONDS:
                 raise PleError(f"the server was not ready in {START_SECONDS:.0f} s; see {self._log}")
             time.sleep(POLL_SECONDS)
+        self._ready = True
         say(f"the server is ready after {time.monotonic() - began:.0f} s")
 
     def _end(self) -> None:
@@ -103,6 +140,9 @@ class Server:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False
+
+    def _unready(self) -> str:
+        return f"the server ended before it was ready; {self._log} says why: {self._last_words()}"
 
     def _last_words(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines()

@@ -1,7 +1,8 @@
 """Several trainings one after another, in each process of a torchrun: `python -m tests.ple_train.sharded CASES.json`.
 
-A case: `options` of ple-train, or with `on_policy` of context distillation, and `stop`, the step before which it is
-stopped. Prints, from the first process, how many numbers of a model's weights this process held at most.
+A case: `options` of ple-train, of the method of `ple baseline` in `method`, or of `ple sft` where that is `ple sft`;
+and `stop`, the step before which it is stopped. Prints, from the first process, how many numbers of a model's weights
+this process held at most.
 """
 
 import json
@@ -16,8 +17,11 @@ from torch.distributed.tensor import DTensor
 from ple_train import train as training
 from ple_train.baselines.responses import baseline
 from ple_train.engine.session import Session
-from schemas.options import ContextDistillation, Train
+from ple_train.sft import sft
+from schemas.options import Baseline, BaselineSft, ContextDistillation, Sft, Train
 from tests.ple_train.small_training import stop_in_step
+
+METHODS: dict[str, Any] = {"context-distillation": ContextDistillation, "raft": Baseline, "sft": BaselineSft}
 
 
 def held(policy: Any) -> int:
@@ -26,8 +30,11 @@ def held(policy: Any) -> int:
 
 
 def train(options: dict[str, Any]) -> None:
-    if "on_policy" in options:
-        baseline("context-distillation", ContextDistillation(**options))
+    method = options.pop("method", None)
+    if method == "ple sft":
+        sft(Sft(**options | {"data": options["data"][0]}))
+    elif method is not None:
+        baseline(method, METHODS[method](**options))
     else:
         training.train(Train(**options))
 

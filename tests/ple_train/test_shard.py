@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -14,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ple_train.model import shard
+from ple_train.model.policy import load_causal_lm, load_policy, load_trainable
 from schemas.errors import UsageError
-from schemas.options import Sft
+from schemas.options import Sft, Trainable
 from tests import tiny
 from tests.conftest import ROOT
 from tests.ple_train.baselines.test_on_policy import TEXTS, sampled
@@ -28,8 +31,12 @@ CASES: dict[str, dict[str, Any]] = {
     "residual": {"objective": "ple-residual", "epochs": 2, "checkpoint_every": 3},
     "full": {"full": True},
     "bf16": {"precision": "bf16"},
-    "distilled": {"on_policy": True, "round": 0},
+    "distilled": {"method": "context-distillation", "on_policy": True, "round": 0},
+    "raft": {"method": "raft", "round": 0},
+    "rows": {"method": "sft", "round": None},
+    "fine-tuned": {"method": "ple sft", "round": None, "merge": False},
 }
+METHOD = ("distilled", "raft", "rows", "fine-tuned")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +45,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("shard")
     tiny.tiny_policy(place / "policy", tie_word_embeddings=True)
     write_pairs(place / "pairs")
+    (place / "rows.jsonl").write_text(
+        "".join(json.dumps({"x": x[:20], "y": x[20:]}) + "\n" for x in tiny.corpus()[:24])
+    )
     sampled(place, place / "policy", TEXTS)
     for name, more in CASES.items():
         train(options(place, f"one-{name}", **more))
@@ -46,8 +56,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(place: Path, output: str, **more: Any) -> dict[str, Any]:
-    data = place / ("data" if more.get("on_policy") else "pairs")
-    return {"model": str(place / "policy"), "data": [data], "output": place / output, **SHARED, **more}
+    data = {"context-distillation": "data", "raft": "data", "sft": "rows.jsonl", "ple sft": "rows.jsonl"}
+    found = {"data": [place / data.get(more.get("method", ""), "pairs")], "output": place / output, **SHARED, **more}
+    return {"model": str(place / "policy"), **{name: value for name, value in found.items() if value is not None}}
 
 
 def launch(place: Path, processes: int, cases: list[dict[str, Any]]) -> str:
@@ -89,7 +100,8 @@ def assert_same(place: Path, name: str, processes: str, atol: float) -> None:
     near = {"rel": 5e-2, "abs": 5e-3} if name == "bf16" else {"rel": 1e-4, "abs": 1e-5}
     found, expected = (pl.read_parquet(place / f"{who}-{name}" / "metrics.parquet") for who in (processes, "one"))
     of_pairs = ("entropy", "drift_wsft_y_age0", "gated_share")
-    for column in ("loss", "grad_norm", *(("kl_start",) if name == "distilled" else of_pairs)):
+    of_method = ("kl_start",) if name == "distilled" else ()
+    for column in ("loss", "grad_norm", *(of_method if name in METHOD else of_pairs)):
         numbers = (frame[column].drop_nulls().to_list() for frame in (found, expected))
         assert next(numbers) == pytest.approx(next(numbers), **near)
 
@@ -97,5 +109,21 @@ def assert_same(place: Path, name: str, processes: str, atol: float) -> None:
 def test_what_cannot_be_held_in_parts_is_said(place: Path, tmp_path: Path) -> None:
     from ple_train.sft import sft
 
+    causal = load_causal_lm(str(place / "policy"))
+    with pytest.raises(UsageError, match=r"--shard does not support LlamaForCausalLM: .* have no lm_head\.weight"):
+        shard._in_file(
+            "model.lm_head.weight", SimpleNamespace(_base=[causal], named_modules=lambda: [("model", causal)]), {}
+        )
+    causal._no_split_modules = None
+    with pytest.raises(UsageError, match="--shard does not know what the layers of LlamaForCausalLM are: leave it out"):
+        shard.layers_of(causal)
+    whole = Trainable(full=True, shard=True)
+    with pytest.raises(UsageError, match="--shard --full goes on from a whole model: give that as --model"):
+        load_trainable(str(place / "policy"), whole, adapter=str(place / "one-gated"), in_parts=True)
     with pytest.raises(UsageError, match="--shard keeps the adapter apart: add --no-merge, or --full"):
         sft(Sft(model=str(place / "policy"), data=tmp_path / "rows.jsonl", output=tmp_path / "sft", shard=True))
+
+
+def test_one_process_that_shares_with_none_says_so(place: Path, capfd: pytest.CaptureFixture) -> None:
+    load_policy(str(place / "policy"), Trainable(shard=True))
+    assert capfd.readouterr().err.count("note: --shard shares a model among processes, and this is one") == 1

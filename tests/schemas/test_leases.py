@@ -14,7 +14,7 @@ from ple_data.storage.store import Store
 from ple_data.storage.verify import verify
 from schemas import files, leases
 from schemas.errors import ClaimLostError, DamagedError, PleError
-from schemas.holders import named, this_process
+from schemas.holders import Process, named, this_process
 from tests.conftest import ROOT
 from tests.ple_data.storage.test_store import UNIT, fill, rows_of
 
@@ -123,6 +123,35 @@ def test_a_lease_is_renewed(folder, monkeypatch):
     lease.release()
     time.sleep(0.2)
     assert not lease.path.exists()
+
+
+def test_a_lease_that_somebody_came_between_is_renewed_once_they_withdraw(folder, monkeypatch):
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "_renewals", leases._Renewals())
+    lease = take(folder)
+    rival = folder / "unit.2"
+    rival.write_text(json.dumps(ELSEWHERE))
+    time.sleep(0.5)
+    before = lease.path.read_bytes()
+    rival.unlink()
+    deadline = time.monotonic() + 20
+    while lease.path.read_bytes() == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    lease.release()
+
+
+def test_a_lease_that_took_the_name_of_a_dead_one_is_not_swept(folder, monkeypatch):
+    path = folder / "unit.1"
+    path.write_text(json.dumps(ELSEWHERE))
+
+    def lives(process: Process) -> bool:
+        path.write_text(json.dumps(ELSEWHERE | {"own": "another"}))
+        return False
+
+    monkeypatch.setattr(Process, "lives", lives)
+    leases.remove_dead(folder)
+    assert path.exists()
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), PleError("cannot be read")], ids=["OS", "ours"])

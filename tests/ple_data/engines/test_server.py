@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -152,6 +153,21 @@ def test_another_model_is_refused(running: VllmServer, run: Any, policy: Path, t
         run(running.address, limit=4)
 
 
+def test_a_round_that_a_wrong_server_began_can_be_begun_again(run: Any, policy: Path, tmp_path: Path) -> None:
+    vllm, data = StandIn(policy), tmp_path / "data"
+    with other_server(vllm) as address:
+        run(address, limit=4)
+        vllm.logps = {0.0: -2.0, 2.0: -2.0}
+        for folder in ("responses", ".ple/commits"):
+            shutil.rmtree(data / folder)
+        with pytest.raises(
+            UsageError, match=r", or, as nothing of it is committed yet, remove (\S+probe-round=000.json)$"
+        ):
+            run(address, limit=4)
+        (data / ".ple" / "rounds" / "probe-round=000.json").unlink()
+        assert run(address, limit=4).rows_sampled == 4
+
+
 def test_how_far_two_probes_are_apart() -> None:
     one = [{"1": -1.0, "2": -2.0}, {"3": -1.5}]
     assert distance_of(one, one) == 0
@@ -160,10 +176,99 @@ def test_how_far_two_probes_are_apart() -> None:
     assert distance_of(one, one[:1]) == float("inf")
 
 
-def test_the_name_of_a_model_on_a_server() -> None:
+def test_the_name_of_a_model_on_a_server(policy: Path, tmp_path: Path) -> None:
     assert same_model("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B")
-    assert same_model("/models/sft", "run/sft")
-    assert not same_model("/models/sft2", "run/sft")
+    assert same_model("mine/Qwen2.5-7B", "Qwen/Qwen2.5-7B") is False
+    assert same_model("/away/sft2", "run/sft") is False
+    assert same_model("/away/sft", "run/sft") is None
+    assert same_model(str(policy), policy.name) is None
+    assert same_model(str(policy), f"{policy}/") is True
+    (tmp_path / "a").mkdir()
+    there, other = (Path(shutil.copytree(policy, tmp_path / name / "sft")) for name in "ab")
+    assert same_model(str(there), str(other)) is True
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    assert same_model(str(there), str(other)) is False
+
+
+def test_a_model_of_the_same_name_that_is_another_is_refused(run: Any, policy: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(policy, tmp_path / policy.name)
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    with other_server(StandIn(other)) as address, pytest.raises(UsageError, match="start it with that model"):
+        run(address)
+
+
+def test_a_model_that_cannot_be_seen_is_known_by_its_name_and_vocabulary(run: Any, policy: Path, capfd: Any) -> None:
+    vllm = StandIn(Path("/away") / policy.name)
+    with other_server(vllm) as address:
+        run(address, limit=4)
+        assert capfd.readouterr().err.count("only the name was compared: it cannot be seen from here") == 1
+        vllm.first_id = 7
+        with pytest.raises(UsageError, match=r"reads 'The' as other token ids than the tokenizer of --model"):
+            run(address, data="other", limit=4)
+        vllm.first_id = None
+        run(address, data="silent", limit=4)
+    assert "vocabularies were not compared" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("cold", "hot"), [(-1.0, -0.5), (2.0, 2.0)], ids=["processed", "logits"])
+def test_log_probabilities_of_another_kind_are_refused(run: Any, policy: Path, cold: float, hot: float) -> None:
+    vllm = StandIn(policy)
+    vllm.logps = {0.0: cold, 2.0: hot}
+    with other_server(vllm) as address, pytest.raises(UsageError, match="start it without --logprobs-mode"):
+        run(address)
+
+
+def test_an_adapter_that_the_server_cannot_load_is_said_at_once(run: Any, policy: Path, adapter: Path) -> None:
+    vllm = StandIn(policy)
+    vllm.load_status = 500
+    with other_server(vllm) as address, pytest.raises(UsageError, match=r"cannot load the adapter .*--max-lora-rank"):
+        run(address, adapter=str(adapter))
+    assert vllm.loaded == 2
+
+
+@pytest.mark.parametrize(
+    "setting", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}]
+)
+def test_an_adapter_that_no_server_can_load_is_refused_before(
+    run: Any, adapter: Path, tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    other = shutil.copytree(adapter, tmp_path / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | setting))
+    with pytest.raises(UsageError, match=f"has {next(iter(setting))}.*, which vllm cannot load"):
+        run("http://127.0.0.1:1", adapter=str(other))
+
+
+def test_a_dead_address_beside_a_live_one_holds_nobody_up(
+    run: Any, policy: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at once and not again before its time, whoever's turn begins with it."""
+    looked: list[str] = []
+    look = server._Server._look
+    monkeypatch.setattr(server, "PAUSE", 60.0)
+    monkeypatch.setattr(server._Server, "_look", lambda self: (looked.append(self.what), look(self))[1])
+    with other_server(StandIn(policy)) as address:
+        run("http://127.0.0.1:1", address, engine_arg=("concurrency=4",))
+    assert committed(tmp_path / "data").height == 40
+    assert [what.rpartition(" ")[2] for what in looked] == ["http://127.0.0.1:1", address]
+    assert capfd.readouterr().err.count("http://127.0.0.1:1 failed 2 times") == 1
+
+
+def test_patience_begins_with_the_failure(run: Any, policy: Path, tmp_path: Path) -> None:
+    vllm = StandIn(policy)
+    vllm.slow_failures, vllm.slow = 2, 1.0
+    with other_server(vllm) as address:
+        run(address, engine_arg=("patience=0.5", "concurrency=1"), limit=1)
+    assert committed(tmp_path / "data").height == 1
+
+
+def test_what_a_server_breaks_off_as_it_ends_is_asked_again(run: Any, policy: Path, tmp_path: Path, capfd: Any) -> None:
+    vllm = StandIn(policy)
+    vllm.aborts = 1
+    with other_server(vllm) as address:
+        run(address)
+    assert committed(tmp_path / "data").height == 40
+    assert "broke a response off, as it does when it is ended: asking again for 200 s" in capfd.readouterr().err
 
 
 def test_what_does_not_go_together_is_said(run: Any) -> None:
@@ -194,9 +299,10 @@ def test_an_argument_that_is_no_such_number_is_refused(run: Any, arg: str, messa
         run("http://127.0.0.1:1", engine_arg=(arg,))
 
 
-def test_a_server_that_is_not_there_is_said_after_some_patience(run: Any) -> None:
+def test_a_server_that_is_not_there_is_said_and_again_after_some_patience(run: Any, capfd: Any) -> None:
     with pytest.raises(PleError, match=r"the server at http://127.0.0.1:1 failed 2 times"):
         run("http://127.0.0.1:1", engine_arg=("patience=0.5",))
+    assert capfd.readouterr().err.count("asking again for 0 s") == 1
 
 
 @pytest.mark.parametrize("answer", ["[]", '"x"', "{}", '{"data": 3}', '{"data": [1]}', '{"data": [{}]}', "<html>", ""])
@@ -244,20 +350,61 @@ def test_what_hangs_at_a_server_is_cut_at_the_end(policy: Path, adapter: Path, c
     assert capfd.readouterr().err == ""
 
 
+def test_a_look_that_hangs_is_cut_at_the_end(policy: Path, adapter: Path) -> None:
+    """The server's machine stands still: it takes connections, and answers nothing."""
+    vllm = StandIn(policy)
+    with other_server(vllm) as address:
+        engine = ServerEngine(spec_of(policy, adapter), {"endpoints": [address], "timeout": 30, "concurrency": 4})
+        vllm.still.clear()
+        engine._servers[0].known = False
+
+        def look() -> None:
+            with suppress(PleError, CancelledError):
+                next(engine.sample(iter([requests_for(policy)[:8]]), Sampling(max_new_tokens=6)))
+
+        looking = threading.Thread(target=look)
+        looking.start()
+        assert vllm.asked_still.wait(20)
+        began = time.monotonic()
+        engine.close()
+        assert time.monotonic() - began < 5
+        vllm.still.set()
+        looking.join(10)
+
+
 class StandIn:
     """Answers as vLLM's server does, as far as the engine sees: adapters come and go, a response is one token."""
 
     def __init__(self, policy: Path) -> None:
         self.names, self.adapters, self.loaded = ["any"], list[str](), 0
         self.sampled, self.forget_at, self.hang_at, self.go_on = 0, 1000, 1000, threading.Event()
+        self.first_id: int | None = 0
+        self.logps = {0.0: -1.0, 2.0: -1.0}
+        self.load_status, self.slow_failures, self.slow, self.aborts = 200, 0, 0.0, 0
+        self.still, self.asked_still = threading.Event(), threading.Event()
+        self.still.set()
+        self._tokenizer = tiny.tiny_tokenizer()
         self._models = [{"id": "any", "root": str(policy), "max_model_len": 2048}]
 
     def __call__(self, path: str, body: Any) -> tuple[int, str]:
+        if not self.still.is_set():
+            self.asked_still.set()
+            self.still.wait(60)
+        if path == "/tokenize":
+            ids = self._tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"]).input_ids
+            return (
+                (404, "{}")
+                if self.first_id is None
+                else (200, json.dumps({"tokens": [self.first_id + ids[0], *ids[1:]]}))
+            )
         if path == "/v1/models":
             adapters = [{"id": name, "parent": "any"} for name in self.adapters]
             return 200, json.dumps({"data": [*self._models, *adapters]})
         if path == "/v1/load_lora_adapter":
-            self.adapters, self.loaded = [body["lora_name"]], self.loaded + 1
+            self.loaded += 1
+            if self.load_status != 200:
+                return self.load_status, '{"error": "rank 64 is over max_lora_rank 16"}'
+            self.adapters = [body["lora_name"]]
         if path == "/v1/unload_lora_adapter":
             self.adapters = []
         if path != "/v1/completions":
@@ -266,9 +413,14 @@ class StandIn:
             return 404, '{"error": "the model does not exist"}'
         found: dict[str, Any] = {"token_ids": [5], "finish_reason": "length", "logprobs": {"token_logprobs": [-1.0]}}
         if "return_token_ids" not in body:
-            found = {"logprobs": {"top_logprobs": [{"token_id:5": -1.0}]}}
+            found = {"logprobs": {"top_logprobs": [{"token_id:5": self.logps[body["temperature"]]}]}}
         else:
             self.sampled += 1
+            if self.sampled <= self.slow_failures:
+                time.sleep(self.slow)
+                return 500, "{}"
+            if self.sampled <= self.aborts:
+                found["finish_reason"] = "abort"
             if self.sampled == self.forget_at:
                 self.adapters = []
             if self.sampled >= self.hang_at:

@@ -142,6 +142,13 @@ def test_the_same_text_is_scored_once(tmp_path: Path):
     assert len(reward_model.asked) == len(set(reward_model.asked)) == 4
 
 
+def test_what_is_done_is_known_from_one_listing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at each unit's record and file by themselves takes minutes where there are 100,000."""
+    score(store, Words())
+    monkeypatch.setattr(Store, "is_committed", lambda *_: pytest.fail("a unit was looked at"))
+    assert score(store, Words()).rows_done_before == 16
+
+
 def test_what_is_committed_is_not_scored_again(store: Store):
     class Stops(Words):
         def score(self, rows):

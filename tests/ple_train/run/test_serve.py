@@ -1,6 +1,7 @@
 """A run that starts its own model server: one for all rounds, asleep while they train, gone with the run."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -45,10 +46,10 @@ def bench(tmp_path: Path) -> Bench:
     return found
 
 
-def test_one_server_for_all_rounds_that_sleeps_while_they_train(bench: Bench) -> None:
+def test_one_server_for_all_rounds_that_sleeps_while_they_are_scored_and_train(bench: Bench) -> None:
     rounds.run(bench.recipe)
     names = [name for name, *_ in bench.calls() if name != "health"]
-    assert names == ["gen", "score", "sleep", "train", "wake_up", "gen", "score", "sleep", "train"]
+    assert names == ["gen", "sleep", "score", "train", "wake_up", "gen", "sleep", "score", "train"]
     asked = [call for call in bench.calls() if call[0] == "gen"]
     assert [call[-2] for call in asked] == ["--endpoint"] * 2
     assert asked[0][-1] == asked[1][-1]
@@ -69,6 +70,38 @@ def test_no_proxy_stands_before_the_server(bench: Bench, monkeypatch: pytest.Mon
         server.address()
         server.rest()
     assert [name for name, *_ in bench.calls()] == ["health", "sleep"]
+
+
+def test_a_server_that_ends_while_a_round_is_sampled_is_started_again_at_its_address(bench: Bench) -> None:
+    server = Server(bench.recipe.gen.server, "m", bench.folder / "server.log")
+    pid = bench.folder / "server"
+    with server:
+        with server.watched() as address:
+            first = int(pid.read_text())
+            os.kill(first, signal.SIGKILL)
+            eventually(lambda: pid.read_text() not in ("", str(first)), "no other one was started")
+        assert server.address() == address  # it is waited for
+        server.rest()
+    names = [name for name, *_ in bench.calls() if name != "health"]
+    assert names == ["sleep"]
+
+
+def test_a_server_that_does_not_come_up_again_is_not_started_for_ever(
+    bench: Bench, capfd: pytest.CaptureFixture
+) -> None:
+    server = Server(bench.recipe.gen.server, "m", bench.folder / "server.log")
+    said = ""
+
+    def is_said() -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return "ended before it was ready" in said
+
+    with server, server.watched():
+        (bench.folder / "broken").touch()
+        os.kill(int((bench.folder / "server").read_text()), signal.SIGKILL)
+        eventually(is_said, "nothing was said")
+    assert said.count("starting the server") == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
