@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import polars as pl
 import pytest
+from transformers import AutoTokenizer
 
 from ple_data.engines import Request, Sampling, distance_of, server
 from ple_data.engines.server import ServerEngine, same_model
@@ -136,8 +137,8 @@ def test_a_server_that_is_killed_and_started_again_loses_and_doubles_nothing(
 
 @pytest.mark.vllm
 def test_another_model_is_refused(running: VllmServer, run: Any, policy: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(policy, tmp_path / "other-model")
-    with pytest.raises(UsageError, match=r"serves .*, and --model is .*other-model: start it with that model"):
+    other = tiny.policy_of(tmp_path / policy.name, AutoTokenizer.from_pretrained(policy), seed=1)
+    with pytest.raises(UsageError, match=r"serves .*, and --model is .*: start it with that model"):
         run(running.address, data="a", model=str(other))
     with pytest.raises(UsageError, match=r"start it with --max-model-len"):
         run(running.address, data="b", max_new_tokens=1000)
