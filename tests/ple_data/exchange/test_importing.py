@@ -11,10 +11,11 @@ import cli
 from ple_data.exchange.export import export
 from ple_data.exchange.importing import import_pairs
 from ple_data.exchange.preferences import to_pairs
+from ple_data.sampling.generate import generate
 from ple_data.storage.store import Store
 from ple_data.storage.verify import verify
 from schemas.errors import UsageError
-from schemas.options import Import
+from schemas.options import Gen, Import
 from tests.tables import table
 
 USER = {"role": "user", "content": "Which film?"}
@@ -179,6 +180,25 @@ def test_a_chat_model_gets_messages_and_texts_as_turns(chat_policy, tmp_path):
     tokenizer = load_tokenizer(chat_policy)
     assert found["x_ids"].to_list() == [render(tokenizer, [USER]), render(tokenizer, "Why?")]
     assert Store(tmp_path / "data").shards("pairs") == []
+
+
+def test_what_a_template_is_told_is_told_as_in_sampling(chat_policy, tmp_path):
+    how = {"model": str(chat_policy), "system": "Be brave.", "chat_template_arg": ["bos_token=!"]}
+    why = {"role": "user", "content": "Why?"}
+    rows = [
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
+        {"prompt": "Why?", "chosen": "a", "rejected": "b"},
+    ]
+    source, data = write(tmp_path / "rows.jsonl", rows), tmp_path / "data"
+    found = taken(data, source, **how)
+    queries = write(tmp_path / "queries.jsonl", [{"messages": [USER]}, {"messages": [why]}])
+    sampling = {"queries": str(queries), "principles": "none", "round": 0, "max_new_tokens": 1, "engine": "hf"}
+    generate(Gen(data=tmp_path / "sampled", **sampling, **how))
+    assert found["x_ids"].to_list() == Store(tmp_path / "sampled").scan("responses").collect()["x_ids"].to_list()
+    provenance = Store(data).provenance(Store(data).shards("responses")[0])
+    assert (provenance["system"], provenance["chat_template_arg"]) == ("Be brave.", ['bos_token="!"'])
+    with pytest.raises(UsageError, match=r"round 0 of .* was begun otherwise.*system: None, there 'Be brave.'"):
+        taken(data, source, model=chat_policy)
 
 
 def test_a_store_exported_and_imported_holds_the_same_pairs(policy, chat_policy, tmp_path):
