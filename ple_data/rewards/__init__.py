@@ -62,6 +62,10 @@ hold something secret, has `shown(spec)` for messages and `recorded(spec)` for f
 """
 
 
+LENGTH_FIELDS = ("max_completion_tokens", "max_tokens")
+"""Fields of a request that bound how long a judge's answer may be. They change no rating that there is."""
+
+
 def as_read(model: RewardModel, xs: Sequence[str], *, chat: bool) -> list[str]:
     """x as a model is given it: one that runs on gets what was asked as a chat as one, to see where y begins."""
     return [to_text(as_chat(x)) for x in xs] if chat and model.runs_on else list(xs)

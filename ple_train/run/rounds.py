@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from ple_data.common.command import say
 from ple_data.common.digests import text_digest
 from ple_data.common.secrets import public
-from ple_data.rewards import recorded_spec, rubric_of
+from ple_data.rewards import LENGTH_FIELDS, recorded_spec, rubric_of
 from ple_train.run.child import GRACE_SECONDS, run_child
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
 from ple_train.run.inputs import refuse_missing
@@ -331,8 +331,12 @@ def _telling_words(command: Sequence[str]) -> list[list[str]]:
             groups.append([word])
         else:
             groups[-1].append(word)
-    telling = (group for group in groups if group[0] not in MACHINE_ONLY)
+    telling = (group for group in groups if group[0] not in MACHINE_ONLY and not _bounds_answers(group))
     return sorted(telling, key=lambda group: group[:1] if group[0] == "--reward-model" else group)  # theirs is an order
+
+
+def _bounds_answers(group: list[str]) -> bool:
+    return group[0] == "--reward-arg" and group[1].partition("=")[0] in LENGTH_FIELDS
 
 
 def _load_records(directory: Path) -> list[StageRecord]:

@@ -274,6 +274,19 @@ def test_a_judge_rates_by_the_principles_and_without_them_by_a_rubric_alone(benc
     assert (asked.count("--rubric"), asked[asked.index("--rubric") + 1]) == (1, "hh")
 
 
+def test_a_finished_stage_takes_another_bound_on_a_judges_answers(bench: Bench) -> None:
+    bench.values |= {"reward_model": "judge:m"}
+    bench.values["score"]["reward_endpoint"] = "http://127.0.0.1:9/v1"
+    rounds.run(bench.recipe)
+    for field in ("max_completion_tokens", "max_tokens"):
+        bench.values["score"]["reward_arg"] = {field: 4096}
+        rounds.run(bench.recipe)
+    assert len(bench.calls()) == 6
+    bench.values["score"]["reward_arg"] = {"top_p": 0.5}
+    with pytest.raises(UsageError, match="round 0 score was done with another recipe"):
+        rounds.run(bench.recipe)
+
+
 def test_with_restart_every_round_is_sampled_by_the_last_policy_and_trained_from_the_start(bench: Bench) -> None:
     plainly = rounds.plan(bench.recipe)
     bench.values["restart"] = True
