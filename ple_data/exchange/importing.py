@@ -43,7 +43,7 @@ def import_pairs(options: Import) -> None:
     otherwise, or pairs of another reward model there.
     """
     form = _Tokens(options)
-    rows, sources = read_pairs(options.files, chat=form.chat, refused=form.refused)
+    rows, sources, left_out = read_pairs(options.files, chat=form.chat, refused=form.refused)
     rows = rows.with_columns(pl.int_range(pl.len()).over("x").alias("sample"))
     store, scored = Store(options.data), rows["s"].count() > 0
     policy = f"imported@{json_digest([source.digest for source in sources])}"
@@ -78,6 +78,7 @@ def import_pairs(options: Import) -> None:
         what = f"pairs scored by {judge}" if judge else "pairs of responses without scores: ple-score gives them some"
         below = rows.filter(pl.col("s_prompt") < pl.col("s")).height
         odd = f"; of {below} the chosen response has the lower score" if below else ""
+        odd += f"; {left_out} rows left out, whose dialogue goes on after the answer" if left_out else ""
         progress.note(f"{len(rows)} {what}, in round {options.round} of {store.root}{odd}")
 
 

@@ -115,6 +115,11 @@ def test_responses_without_rewards_pair_up_as_neighbours():
         (ROWS[0] | {"score_chosen": float("inf")}, "score_chosen is inf"),
         (ROWS[0] | {"score_chosen": 1e39}, r"score_chosen is 1e\+39"),
         (ROWS[0] | {"score_chosen": True}, "score_chosen is True"),
+        (ROWS[0] | {"score_chosen": 10**400}, "score_chosen is 1000"),
+        (ROWS[0] | {"images": ["a.png"]}, "it has images, and pairs are text alone, without tools or images"),
+        ({"prompt": "Q", "chosen": [ANSWER | {"content": "", "tool_calls": [{"id": "1"}]}], "rejected": "b"}, "tool_calls"),
+        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER | {"tool_calls": [{"id": "1"}]}]}, "it has tool_calls"),
+        ({"prompt": [USER | {"images": ["a"]}], "chosen": "a", "rejected": "b"}, "it has images"),
         ({"prompt": "Q", "responses": ["a"]}, "responses must be a list of two texts or more"),
         ({"prompt": "Q", "responses": ["a", "b", "c"]}, "become pairs, two and two: give an even number of them"),
         ({"prompt": "Q", "responses": ["a", "b"], "rewards": [1]}, "rewards must be a list with one number for each"),
@@ -127,6 +132,23 @@ def test_a_row_that_does_not_fit_is_named_and_nothing_is_written(row, why, polic
     ):
         taken(tmp_path / "data", source, model=policy)
     assert not (tmp_path / "data").exists()
+
+
+HH = "\n\nHuman: Hi\n\nAssistant:"
+GOING_ON = [
+    {"chosen": f"{HH} yes\n\nHuman: more", "rejected": f"{HH} no"},
+    {"chosen": f"{HH} yes", "rejected": f"{HH} no\n\nHuman: more\n\nAssistant: so"},
+]
+
+
+def test_dialogues_that_go_on_after_the_answer_are_left_out_and_counted(policy, tmp_path, capsys):
+    said_nothing = {"chosen": f"{HH} yes\n\nHuman: ", "rejected": f"{HH} no"}
+    source = write(tmp_path / "rows.jsonl", [*GOING_ON, said_nothing])
+    found = taken(tmp_path / "data", source, model=policy)
+    assert found.select("y", "y_prompt").rows() == [(" no", " yes")]
+    assert "2 rows left out, whose dialogue goes on after the answer" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"alone\.jsonl: all 2 dialogues go on after the answer"):
+        taken(tmp_path / "none", write(tmp_path / "alone.jsonl", GOING_ON), model=policy)
 
 
 def test_rows_without_scores_among_others_and_many_faults_are_named(policy, tmp_path):
