@@ -108,14 +108,14 @@ def measure(spec: str, held_out: HeldOut, options: RewardTest, keep: Path | None
         return _shown(name, held_out, accuracies(held_out, scores), as_json=as_json)
     model = load_reward_model(spec, options, keep)
     rewards = _all_of(model.stream(held_out.rows), held_out).reshape(2, -1)
-    rated = np.flatnonzero(~np.isnan(rewards).any(axis=0)) if kind_of(spec) == "judge" else range(rewards.shape[1])
+    unrated = np.isnan(rewards).any(axis=0) if kind_of(spec) == "judge" else np.zeros(rewards.shape[1], bool)
+    rated = np.flatnonzero(~unrated).tolist()
     _refuse_non_finite(model.name, rewards[:, rated], held_out)
     if not len(rated):
         raise PleError(f"{model.name} rated both responses of no pair of {held_out.source}")
     scores = [right(chosen, rejected) for chosen, rejected in rewards[:, rated].T]
     test = held_out.only(rated)
-    unrated = len(held_out.queries) - len(rated)
-    return _shown(model.name, test, accuracies(test, scores), as_json=as_json, unrated=unrated)
+    return _shown(model.name, test, accuracies(test, scores), as_json=as_json, unrated=int(unrated.sum()))
 
 
 def _labelled(spec: str, held_out: HeldOut, labels: Sequence[int], options: RewardTest) -> tuple[str, list[float]]:

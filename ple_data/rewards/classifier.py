@@ -34,6 +34,11 @@ def check(spec: str, options: Rewards) -> None:
     choose_output(load_config(model), output, model)
 
 
+def takes(_: Rewards) -> set[str]:
+    """A classifier has both."""
+    return {"join", "output_index"}
+
+
 def split_output(spec: str, output_index: int | None) -> tuple[str, int | None]:
     """The model of a spec, and the output that it names in brackets, else `output_index`."""
     found = _OUTPUT.search(spec)

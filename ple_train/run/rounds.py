@@ -5,7 +5,6 @@ goes on where it stopped. It never imports torch and never looks into the data.
 """
 
 import itertools
-import json
 import os
 import shlex
 import shutil
@@ -31,7 +30,7 @@ from ple_train.run.serve import Server
 from schemas.errors import DamagedError, PleError, UsageError
 from schemas.files import locked, refuse_outside, write_atomic
 from schemas.options import Baseline, Dpo, Gen, Reward, Score, Sft, Train, about, flag
-from schemas.recipe import GIVEN, RENDERED, BaselineStage, Recipe, differences, dump_recipe, load_recipe
+from schemas.recipe import GIVEN, RENDERED, BaselineStage, Recipe, differences, dump_recipe, load_recipe, named_words
 from schemas.records import TRAINED, read_record
 from schemas.training import StageRecord, Stages
 
@@ -253,8 +252,7 @@ def _words(options: dict[str, Any]) -> list[str]:
         elif isinstance(value, list):
             words += [word for item in value for word in (flag, str(item))]
         elif isinstance(value, dict):
-            plain = {key: item if isinstance(item, str) else json.dumps(item) for key, item in value.items()}
-            words += [word for key, item in plain.items() for word in (flag, f"{key}={item}")]
+            words += [word for named in named_words(value) for word in (flag, named)]
         elif value is not None:
             words += [flag, str(value)]
     return words

@@ -216,9 +216,18 @@ def test_missing_program_is_named_before_anything_starts(bench: Bench) -> None:
         ("reuse", ["last-week"], "reuse: last-week is no folder here"),
         ("sft", {"data": "sft.jsonl"}, "sft.jsonl does not exist"),
         ("score", {"rubric": "rubric.txt"}, "rubric.txt is neither built in"),
+        ("reward_model", "judge:", "expected judge:MODEL"),
+        ("reward_model", "judge:m", "set the environment variable OPENAI_API_KEY"),
+        ("reward_model", ["judge", "http://me:secret@h/score"], "reward model"),
+        ("score", {"reward_arg": {"model": "x"}}, "--reward-arg model=x: expected NAME=VALUE"),
     ],
 )
-def test_what_a_later_stage_reads_is_looked_for_before_the_first(bench: Bench, key, value, why: str) -> None:
+def test_what_a_later_stage_reads_is_looked_for_before_the_first(
+    bench: Bench, key, value, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    if "reward_arg" in value:
+        bench.values["reward_model"], value = "judge:m", value | {"reward_endpoint": "http://127.0.0.1:9/v1"}
     before = bench.values.get(key)
     bench.values[key] = before | value if isinstance(before, dict) else value
     with pytest.raises(UsageError, match=why):
