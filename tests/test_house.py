@@ -10,10 +10,11 @@ from tests.conftest import ROOT
 from tests.test_imports import sources
 
 FILE_LINES = 450
-ALL_LINES = 23_800
+ALL_LINES = 24_000
 """Of Python in the product. Raised from 15,535 for what is refused in words of every model and file (docs/safety.md),
 and from 16,600 for eight objectives, their kept reference, KL and on-policy distillation (docs/objectives.md), from
-20,000 for chat models as they are, rewards as people have them, the hub and a live report."""
+20,000 for chat models as they are, rewards as people have them, the hub and a live report (the last 200 for what a
+reviewer found in these)."""
 PARAMETERS = 8
 
 

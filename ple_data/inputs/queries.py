@@ -184,8 +184,7 @@ def _messages(source: _Part) -> _Found:
 
 
 def refuse_beyond_text(place: str, messages: Any, row: Mapping[str, Any]) -> None:
-    """Raise UsageError where chat messages or their row carry tools, images or the like: they would be left out unsaid.
-    """
+    """Raise UsageError where messages or their row carry tools, images or the like: they would be left out unsaid."""
     if found := beyond_text(messages, row):
         raise UsageError(f"{place} has {found}: prompts are text alone, without tools or images; remove the row")
 

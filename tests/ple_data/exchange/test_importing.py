@@ -117,8 +117,14 @@ def test_responses_without_rewards_pair_up_as_neighbours():
         (ROWS[0] | {"score_chosen": True}, "score_chosen is True"),
         (ROWS[0] | {"score_chosen": 10**400}, "score_chosen is 1000"),
         (ROWS[0] | {"images": ["a.png"]}, "it has images, and pairs are text alone, without tools or images"),
-        ({"prompt": "Q", "chosen": [ANSWER | {"content": "", "tool_calls": [{"id": "1"}]}], "rejected": "b"}, "tool_calls"),
-        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER | {"tool_calls": [{"id": "1"}]}]}, "it has tool_calls"),
+        (
+            {"prompt": "Q", "chosen": [ANSWER | {"content": "", "tool_calls": [{"id": "1"}]}], "rejected": "b"},
+            "tool_calls",
+        ),
+        (
+            {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER | {"tool_calls": [{"id": "1"}]}]},
+            "it has tool_calls",
+        ),
         ({"prompt": [USER | {"images": ["a"]}], "chosen": "a", "rejected": "b"}, "it has images"),
         ({"prompt": "Q", "responses": ["a"]}, "responses must be a list of two texts or more"),
         ({"prompt": "Q", "responses": ["a", "b", "c"]}, "become pairs, two and two: give an even number of them"),
