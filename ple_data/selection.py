@@ -20,6 +20,12 @@ _PARTS = {"": "y", "_ids": "ids"}
 """What there is of a response: the end of its column in pairs, and its name where each response is a row."""
 
 
+def answered(rows: pl.DataFrame, *arms: str) -> pl.DataFrame:
+    """The pairs of which these arms have an answer: no thought that never ended, as far as the columns tell."""
+    told = [f"{arm}_answered" for arm in arms if f"{arm}_answered" in rows.columns]
+    return rows.filter(*(pl.col(name).fill_null(value=True) for name in told)) if told else rows
+
+
 def responses(rows: pl.DataFrame) -> pl.DataFrame:
     """Every response of every pair as a row of its own: query_id, round, x, x_ids, sample, arm, y, ids and reward."""
     return pl.concat(
@@ -48,12 +54,13 @@ def guided(rows: pl.DataFrame) -> pl.DataFrame:
 def best_of_n(rows: pl.DataFrame) -> pl.DataFrame:
     """RAFT (Dong et al. 2023): the response with the highest reward of each query and round, and of how many (n).
 
-    All samples and both arms compete; of equal rewards the first sample wins, in it y. Where the samples of a query
-    stand in several tables, the choices from each are candidates for `best`. Raises UsageError where the rewards are of
-    pairs.
+    All samples and both arms compete, but thoughts that never ended, where the columns tell; of equal rewards the first
+    sample wins, in it y. Where the samples of a query stand in several tables, the choices from each are candidates for
+    `best`. Raises UsageError where the rewards are of pairs.
     """
     refuse_of_pairs(rows["reward_model"].unique() if "reward_model" in rows.columns else ())
-    return best(responses(rows).with_columns(pl.lit(1, dtype=pl.UInt32).alias("n")))
+    whole = pl.concat([responses(answered(rows, arm)).filter(pl.col("arm") == arm) for arm in ARMS])
+    return best(whole.with_columns(pl.lit(1, dtype=pl.UInt32).alias("n")))
 
 
 def refuse_of_pairs(models: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ from ple_data.common.models import load_config, pad_id, positions_of, refuse_unk
 from ple_data.evaluation.accuracy import HeldOut, measure, read_held_out
 from ple_data.inputs.columns import PREFERENCES, column, labels
 from ple_data.inputs.readers import read_rows
+from ple_data.rewards import kind_of
 from ple_data.rewards.texts import encode
 from ple_train.engine.session import Session
 from ple_train.engine.tabular import ShuffledSequences, file_digest
@@ -50,12 +51,15 @@ def reward(options: Reward) -> str | None:
         raise UsageError("--group and --json are of what is measured on --test: give that, or leave them out")
     test = read_held_out(options.test, options.group) if options.test else None
     if options.measured is not None:
-        given = {"--model": options.model, "--data": options.data, "--output": options.output}
+        judge = kind_of(options.measured) == "judge"
+        given = {"--model": options.model, "--data": options.data, "--output": None if judge else options.output}
         if wrong := [name for name, value in given.items() if value is not None]:
             raise UsageError(f"{', '.join(wrong)}: --eval measures a reward model and trains none; leave it out")
         if test is None:
             raise UsageError("--eval measures on held-out rows: give them with --test")
-        return measure(options.measured, test, options)
+        if judge and options.output is None:
+            raise UsageError("--eval judge:MODEL: give --output, the folder in which its answers are kept")
+        return measure(options.measured, test, options, options.output / "ratings" if judge else None)
     if None in (options.model, options.data, options.output):
         raise UsageError(
             "give --model, --data and --output to train a reward model, or --eval and --test to measure one"

@@ -70,8 +70,7 @@ def read_sequences(
     ys = column(rows, "y", "response", "completion", "reference")
     finish = column(rows, "finish") if "finish" in rows.columns else ["stop"] * len(rows)
     for place, row, x, end in zip(rows.places, rows.rows, xs, finish, strict=True):
-        if isinstance(x, list):
-            refuse_beyond_text(f"{data} {place}", x, row)
+        refuse_beyond_text(f"{data} {place}", x, row)
         if end not in ("stop", "length"):
             raise UsageError(f"{data} {place}: finish is {end!r}; it must be stop or length")
     empty = render(tokenizer, "", prompt_format="plain")

@@ -5,9 +5,10 @@ options of the command that runs it (`schemas.options`). This room starts nothin
 """
 
 import difflib
+import json
 import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -211,6 +212,11 @@ class Recipe(Strict):
                 f"train.objective {self.train.objective} compares responses to a query: set gen.samples: 4"
             )
         return self
+
+
+def named_words(values: Mapping[str, JsonValue]) -> list[str]:
+    """NAME=VALUE as the command line takes them: texts as they are, all else as JSON."""
+    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:

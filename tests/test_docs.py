@@ -188,14 +188,18 @@ def test_python_examples_run_as_they_stand(page: str, world: Path, monkeypatch: 
 
 
 def test_the_notebook_runs(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Jupyter starts it, in its own folder."""
     import nbclient
     import nbformat
 
     run = Path(shutil.copytree(world / "runs" / "hh-qwen", tmp_path / "run", symlinks=True))
-    monkeypatch.setenv("PLE_RUN", str(run))
+    monkeypatch.setenv("PLE_RUN", "run")
+    (tmp_path / "examples").mkdir()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(ROOT / "examples" / "look_at_pairs.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(tmp_path / "examples")}}
+    ).execute()
     assert (run / "residual" / "adapter_model.safetensors").exists()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -104,6 +104,8 @@ class LanguageModel:
 
     role, field_option, address_option = "judge", "--request-arg", "--endpoint"
     """What messages call it, and the options that give a field and its address."""
+    uncounted: Collection[str] = ()
+    """Fields of a request whose change makes no other question of it."""
 
     def __init__(self, kind: str, model: str, endpoint: str | None, fields: dict[str, Any]) -> None:
         """Raises UsageError for a wrong address, or where the kind's own endpoint lacks its key."""
@@ -124,8 +126,12 @@ class LanguageModel:
         self.request_fields = {name: value for name, value in given.items() if value is not None}
 
     def digest(self, question: str) -> str:
-        """Of the whole request: that of the answer's record."""
-        return json_digest({"api": self._kind, "body": self._body(question)})
+        """Of the request, but of its `uncounted` fields: that of the answer's record."""
+        return json_digest({"api": self._kind, "body": self.counted(self._body(question))})
+
+    def counted(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a request's fields that tell its answer from others."""
+        return {name: value for name, value in fields.items() if name not in self.uncounted}
 
     def ask(
         self, questions: Mapping[Asked, str], keeping: Keeping[Asked, Kept], concurrency: int

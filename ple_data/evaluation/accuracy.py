@@ -5,17 +5,19 @@ Of preferences that rule is "longer wins", of labels the most frequent one. Trai
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ple_data.common.progress import Progress
 from ple_data.common.terminal import printable, text_table
 from ple_data.evaluation.intervals import bootstrap
 from ple_data.inputs.columns import PREFERENCES, column, labels
 from ple_data.inputs.readers import read_rows
-from ple_data.rewards import RewardModel, kind_of, load_reward_model, shown_spec
+from ple_data.rewards import kind_of, load_reward_model, shown_spec
 from schemas.errors import PleError, UsageError
 from schemas.options import RewardTest
 from schemas.reports import Estimate
@@ -37,6 +39,17 @@ class HeldOut:
     groups: list[str]
     labels: list[int] | None
     simple: list[float]
+
+    def only(self, places: Sequence[int]) -> "HeldOut":
+        """Some of its preferences: those at these places."""
+        count = len(self.queries)
+        return replace(
+            self,
+            rows=[self.rows[place + side] for side in (0, count) for place in places],
+            queries=[self.queries[place] for place in places],
+            groups=[self.groups[place] for place in places] if self.groups else [],
+            simple=[self.simple[place] for place in places],
+        )
 
     @property
     def rule(self) -> str:
@@ -83,36 +96,63 @@ def right(chosen: float, rejected: float) -> float:
     return float(chosen > rejected) + 0.5 * float(chosen == rejected)
 
 
-def measure(spec: str, held_out: HeldOut, options: RewardTest) -> str:
-    """What `ple reward --test` prints of a reward model. Raises UsageError where it does not give what is measured."""
-    rows, found = len(held_out.queries), held_out.labels
-    if found is None:
-        model = load_reward_model(spec, options)
-        rewards = _finite(model, held_out)
-        name, scores = model.name, [right(*pair) for pair in zip(rewards[:rows], rewards[rows:], strict=True)]
-    else:
-        if kind_of(spec) != "classifier":
-            raise UsageError(f"{held_out.source} has labels, which {shown_spec(spec)} does not give; test on pairs")
-        from ple_data.rewards.classifier import output_specs
+def measure(spec: str, held_out: HeldOut, options: RewardTest, keep: Path | None = None) -> str:
+    """What `ple reward --test` prints of a reward model. keep: the folder of a judge's answers.
 
-        outputs = [load_reward_model(each, options.but(output_index=None)) for each in output_specs(spec)]
-        if len(outputs) == 1 or max(found) >= len(outputs):
-            raise UsageError(
-                f"{held_out.source} has labels up to {max(found)}, and {spec} has {len(outputs)} outputs: give pairs "
-                "(prompt, chosen, rejected), or a classifier of these labels"
-            )
-        name = outputs[0].name.replace("[0]", "")
-        likeliest = np.argmax([_finite(output, held_out) for output in outputs], axis=0)
-        scores = [float(label == output) for label, output in zip(found, likeliest, strict=True)]
-    return _shown(name, held_out, accuracies(held_out, scores), as_json=options.as_json)
+    Raises UsageError where it does not give what is measured, PleError where a reward is no finite number. A pair that
+    a judge has not rated is left out and counted.
+    """
+    as_json = options.as_json
+    if held_out.labels is not None:
+        name, scores = _labelled(spec, held_out, held_out.labels, options)
+        return _shown(name, held_out, accuracies(held_out, scores), as_json=as_json)
+    model = load_reward_model(spec, options, keep)
+    rewards = _all_of(model.stream(held_out.rows), held_out).reshape(2, -1)
+    unrated = np.isnan(rewards).any(axis=0) if kind_of(spec) == "judge" else np.zeros(rewards.shape[1], bool)
+    rated = np.flatnonzero(~unrated).tolist()
+    _refuse_non_finite(model.name, rewards[:, rated], held_out)
+    if not len(rated):
+        raise PleError(f"{model.name} rated both responses of no pair of {held_out.source}")
+    scores = [right(chosen, rejected) for chosen, rejected in rewards[:, rated].T]
+    test = held_out.only(rated)
+    return _shown(model.name, test, accuracies(test, scores), as_json=as_json, unrated=int(unrated.sum()))
 
 
-def _finite(model: RewardModel, held_out: HeldOut) -> list[float]:
-    rewards = model.score(held_out.rows)
-    if not np.isfinite(rewards).all():
-        place = int(np.argmin(np.isfinite(rewards))) % len(held_out.queries) + 1
-        raise PleError(f"reward model {model.name} gave no finite number for row {place} of {held_out.source}")
-    return rewards
+def _labelled(spec: str, held_out: HeldOut, labels: Sequence[int], options: RewardTest) -> tuple[str, list[float]]:
+    """A classifier's name, and whether its likeliest output is each row's label."""
+    if kind_of(spec) != "classifier":
+        raise UsageError(f"{held_out.source} has labels, which {shown_spec(spec)} does not give; test on pairs")
+    from ple_data.rewards.classifier import ClassifierReward, outputs_of
+
+    model, count = outputs_of(spec)
+    if count == 1 or max(labels) >= count:
+        raise UsageError(
+            f"{held_out.source} has labels up to {max(labels)}, and {spec} has {count} outputs: give pairs "
+            "(prompt, chosen, rejected), or a classifier of these labels"
+        )
+    classifier = ClassifierReward(f"{model}[0]", options.but(output_index=None))
+    name = classifier.name.replace("[0]", "")
+    logits = _all_of(classifier.logits(held_out.rows), held_out)
+    _refuse_non_finite(name, logits.T, held_out)
+    return name, (logits.argmax(axis=1) == labels).astype(float).tolist()
+
+
+def _all_of(stream: Iterable[list[tuple[int, Any]]], held_out: HeldOut) -> np.ndarray:
+    """What a reward model gives to each row, in their order."""
+    found: dict[int, Any] = {}
+    with Progress("measure", len(held_out.rows), "texts") as progress:
+        for batch in stream:
+            found.update(batch)
+            progress.advance(len(batch))
+    return np.array([found[row] for row in range(len(held_out.rows))])
+
+
+def _refuse_non_finite(name: str, values: np.ndarray, held_out: HeldOut) -> None:
+    """values: a column for each of the test's rows."""
+    finite = np.isfinite(values).all(axis=0)
+    if not finite.all():
+        place = int(np.argmin(finite)) + 1
+        raise PleError(f"reward model {name} gave no finite number for row {place} of {held_out.source}")
 
 
 def accuracies(held_out: HeldOut, scores: Sequence[float]) -> list[Accuracy]:
@@ -135,7 +175,7 @@ def _accuracy(name: str, held_out: HeldOut, scores: Sequence[float], places: np.
     return Accuracy(name, len(places), share(found), share(simple), share(found - simple))
 
 
-def _shown(name: str, held_out: HeldOut, found: Sequence[Accuracy], *, as_json: bool) -> str:
+def _shown(name: str, held_out: HeldOut, found: Sequence[Accuracy], *, as_json: bool, unrated: int = 0) -> str:
     rule, total = held_out.rule, found[-1]
     if as_json:
         groups = [
@@ -143,7 +183,8 @@ def _shown(name: str, held_out: HeldOut, found: Sequence[Accuracy], *, as_json: 
             | {what: getattr(each, what).model_dump() for what in ("right", "simple", "difference")}
             for each in found
         ]
-        return json.dumps({"reward_model": name, "test": held_out.source, "beside": rule, "groups": groups}, indent=1)
+        whole = {"reward_model": name, "test": held_out.source, "beside": rule, "unrated": unrated, "groups": groups}
+        return json.dumps(whole, indent=1)
     what = "pairs" if held_out.labels is None else "texts"
     rows = [
         [printable(each.group), each.rows, _percent(each.right), _percent(each.simple), _percent(each.difference, "+")]
@@ -151,6 +192,7 @@ def _shown(name: str, held_out: HeldOut, found: Sequence[Accuracy], *, as_json: 
     ]
     lines = [
         f"{printable(name)} on {total.rows} {what} of {printable(held_out.source)}",
+        *([f"{unrated} more pairs have a response without a rating, and are left out"] if unrated else []),
         "right in % (a tie is half) [95 % interval over queries]",
         "",
         *text_table(["group", what, "reward model", rule, "difference"], rows, left=1),

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ple_data.evaluation.answers import Answers
-from ple_data.rewards import RewardModel, as_read, check_reward_model, load_reward_model, shown_spec
+from ple_data.rewards import RewardModel, as_read, check_reward_model, load_reward_model, options_of, shown_spec
 from ple_data.scoring.cache import Score, cached_scores, key_of
 from schemas.errors import UsageError
 from schemas.options import Judged
@@ -20,8 +20,8 @@ def check_reward_models(options: Judged) -> None:
             raise UsageError(
                 f"--trained-with {shown_spec(spec)} must be one of the --reward-model options, word for word"
             )
-    for at, spec in enumerate(specs):
-        check_reward_model(spec, options)
+    for at, (spec, how) in enumerate(zip(specs, options_of(specs, options), strict=True)):
+        check_reward_model(spec, how)
         if spec in specs[:at]:
             raise UsageError(f"--reward-model {shown_spec(spec)} is given twice; give each once")
 
@@ -36,8 +36,8 @@ def score_answers(answers: Sequence[Answers], options: Judged, output: Path) -> 
     rows = [row for each in answers for row in each.rows]
     for row in rows:
         row["rewards"] = []
-    for spec in options.reward_model:
-        model = load_reward_model(spec, options, output / "rewards" / "ratings")
+    for spec, how in zip(options.reward_model, options_of(options.reward_model, options), strict=True):
+        model = load_reward_model(spec, how, output / "rewards" / "ratings")
         if model.name in [use.name for use in uses]:
             raise UsageError(f"--reward-model {model.name} is given twice, in two spellings; give each once")
         uses.append(RewardModelUse(name=model.name, trained=spec in options.trained_with))

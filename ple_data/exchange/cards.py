@@ -33,6 +33,13 @@ def hub_id(name: str | None) -> str | None:
     return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
+def start_on_hub(policy: Any) -> str | None:
+    """The start model in a policy's name (`owner/name@commit`) where it came from the hub; None for a folder, which is
+    recorded without its place (`name@digest`)."""
+    name = str(policy or "").partition("+")[0].rpartition("@")[0]
+    return name if _HUB_ID.fullmatch(name) else None
+
+
 def dataset_card(store: Store, repo: str, license: str | None) -> str:
     """Counts, margins, principle, models and how to load the rows of a store."""
     kinds = {kind: shards for kind in tables.STORED if (shards := store.shards(kind))}
@@ -94,7 +101,7 @@ def _loading(repo: str, kind: str) -> str:
 def model_card(trained: Trained, repo: str, license: str | None, base: str | None, evals: Sequence[EvalReport]) -> str:
     """Method, base model, settings, cost and evaluations of a training."""
     settings, adapter = trained.settings, "adapter_config.json" in trained.files
-    base = base or hub_id(str(settings.get("model")))
+    base = base or start_on_hub(settings.get("weights"))
     head: dict[str, Any] = {"license": license} if license else {}
     if base:
         head["base_model"] = base

@@ -23,9 +23,11 @@ from ple_data.inputs.chat import Message, as_chat, as_text, stored_chat, to_mess
 from ple_data.storage.store import Shard, Store, open_store
 from schemas.errors import UsageError
 from schemas.files import writing_atomic
+from schemas.tables import ARMS
 
 STDOUT = "-"
 EXPORTED = ["query_id", "round", "sample", "x", "y", "s", "y_prompt", "s_prompt", "policy", "reward_model"]
+EXPORTED += [f"{arm}_answered" for arm in ARMS]
 WITHOUT_TIES = {"trl-preference": 1, "trl-kto": 2}
 """Formats that leave out pairs with equal rewards, and how many rows they make of any other."""
 MAY_BE_NULL = {
@@ -54,21 +56,31 @@ def export(data: Path, *, format: str, output: str, round: int | None = None) ->
     - alpacaeval: a JSON array of instruction, output, generator: the plain responses of the newest round (or `round`),
       the first sample of each query.
 
-    A chat that is stored in x becomes messages. Raises UsageError: no rows, an unknown suffix; DamagedError: a shard.
+    Pairs in which a thought never ended are left out, and counted; of sft and messages such responses. alpacaeval has
+    their empty answers: it asks for every query. A chat that is stored in x becomes messages. Raises UsageError: no
+    rows, an unknown suffix; DamagedError: a shard.
     """
     write = _writer(format, output)
     store = open_store(data)
     shards = _shards(store, format, round)
     by_pair = WITHOUT_TIES.get(format)
     columns = ANSWER_COLUMNS if format == "alpacaeval" else EXPORTED
-    read, count = sum(shard.rows for shard in shards), 0
+    read, count, unanswered = sum(shard.rows for shard in shards), 0, 0
 
     def tables() -> Iterator[pl.DataFrame]:
-        every = (pl.DataFrame(pl.from_arrow(store.read(shard, columns))) for shard in shards)
-        if format in OF_BEST:  # the rows of a query may stand in several shards
-            yield selection.best(pl.concat([selection.best_of_n(pairs) for pairs in every], how="vertical_relaxed"))
-        else:
-            yield from every
+        nonlocal unanswered
+        chosen = []
+        for shard in shards:
+            rows = pl.DataFrame(pl.from_arrow(store.read(shard, columns)))
+            if format in OF_BEST:  # the rows of a query may stand in several shards
+                unanswered += sum(len(rows) - len(selection.answered(rows, arm)) for arm in ARMS)
+                chosen.append(selection.best_of_n(rows))
+                continue
+            kept = rows if format == "alpacaeval" else selection.answered(rows, *ARMS)
+            unanswered += len(rows) - len(kept)
+            yield kept
+        if chosen:
+            yield selection.best(pl.concat(chosen, how="vertical_relaxed"))
 
     def converted() -> Iterator[Rows]:
         nonlocal count
@@ -78,6 +90,8 @@ def export(data: Path, *, format: str, output: str, round: int | None = None) ->
             yield rows
         if not count:
             left_out = "all pairs have equal rewards" if by_pair else "there is no first sample of a query"
+            if unanswered:
+                left_out = f"{left_out} or a thought that never ended" if by_pair else "no thought ever ended"
             raise UsageError(f"{data}: no row to write, as {left_out if read else 'its shards hold none'}")
 
     try:
@@ -88,10 +102,13 @@ def export(data: Path, *, format: str, output: str, round: int | None = None) ->
             f"--output {output}: some queries are text and some are chats, which one Parquet column cannot hold; "
             "write to a .jsonl file"
         ) from error
-    ties = f"; {read - count // by_pair} pairs with equal rewards left out" if by_pair else ""
+    left_out = f"; {read - unanswered - count // by_pair} pairs with equal rewards left out" if by_pair else ""
+    if unanswered:
+        what = "responses whose thought" if format in OF_BEST else "pairs in which a thought"
+        left_out += f"; {unanswered} {what} never ended left out"
     where, rounds = "stdout" if output == STDOUT else output, len({shard.round for shard in shards})
     of = f"{read} pairs of {rounds} round{'s' if rounds > 1 else ''}"
-    print(f"export: {count} rows to {where}, from {of}{ties}", file=sys.stderr, flush=True)
+    print(f"export: {count} rows to {where}, from {of}{left_out}", file=sys.stderr, flush=True)
 
 
 def _writer(format: str, output: str) -> Callable[[BinaryIO, Iterable[Rows]], None]:

@@ -24,8 +24,9 @@ from ple_data.common.tokens import ids_after
 from ple_data.exchange.preferences import read_pairs
 from ple_data.inputs.chat import X, stored_chat
 from ple_data.inputs.principles import Form, render_all
-from ple_data.inputs.templates import rendered, response_form, uses_chat
+from ple_data.inputs.templates import instructed, rendered, response_form, uses_chat
 from ple_data.sampling.plan import default_unit_size, package_versions
+from ple_data.sampling.terms import said
 from ple_data.storage.store import OWNER, Store, Waits
 from schemas.errors import UsageError, first_line
 from schemas.files import write_new
@@ -42,7 +43,7 @@ def import_pairs(options: Import) -> None:
     otherwise, or pairs of another reward model there.
     """
     form = _Tokens(options)
-    rows, sources = read_pairs(options.files, chat=form.chat, refused=form.refused)
+    rows, sources, left_out = read_pairs(options.files, chat=form.chat, refused=form.refused)
     rows = rows.with_columns(pl.int_range(pl.len()).over("x").alias("sample"))
     store, scored = Store(options.data), rows["s"].count() > 0
     policy = f"imported@{json_digest([source.digest for source in sources])}"
@@ -53,7 +54,7 @@ def import_pairs(options: Import) -> None:
     identity |= {"scored": scored, "unit_size": default_unit_size(len(rows), store.load_manifest(options.round))}
     files = [{"file": _public(source.name), "sha256": source.digest} for source in sources]
     _freeze(store, RoundManifest(round=options.round, settings=identity, counts={"queries_taken": len(rows)}), files)
-    provenance: dict[str, Any] = {"policy": policy, "imported": files, "packages": package_versions()}
+    provenance: dict[str, Any] = {"policy": policy, "imported": files, "packages": package_versions(), **said(options)}
     provenance |= {"prompts": "chat"} if form.chat else {}
     if judge:
         write_new(store.inside(*OWNER.parts), f"{judge}\n", store.root / ".ple" / "tmp")
@@ -77,6 +78,7 @@ def import_pairs(options: Import) -> None:
         what = f"pairs scored by {judge}" if judge else "pairs of responses without scores: ple-score gives them some"
         below = rows.filter(pl.col("s_prompt") < pl.col("s")).height
         odd = f"; of {below} the chosen response has the lower score" if below else ""
+        odd += f"; {left_out} rows left out, whose dialogue goes on after the answer" if left_out else ""
         progress.note(f"{len(rows)} {what}, in round {options.round} of {store.root}{odd}")
 
 
@@ -102,7 +104,7 @@ class _Tokens:
     def __post_init__(self) -> None:
         options = self.options
         check_model(options.model, quantized=True)
-        self.tokenizer = load_tokenizer(options.model, options.revision, note=_say)
+        self.tokenizer = instructed(load_tokenizer(options.model, options.revision, note=_say), options)
         self.chat = uses_chat(self.tokenizer, options.prompt_format)
         self.response = response_form(self.tokenizer, options.prompt_format)
         self.vocabulary = vocabulary_of(load_config(options.model, options.revision))
@@ -111,7 +113,7 @@ class _Tokens:
     def identity(self) -> dict[str, Any]:
         """What of it decides the rows."""
         weights = digests_of(policy_name(self.options.model, None, self.options.revision))
-        return {"model": weights, "prompts": "chat" if self.chat else "plain"}
+        return {"model": weights, "prompts": "chat" if self.chat else "plain", **said(self.options)}
 
     def refused(self, x: X) -> str | None:
         """Why a query is not for the model, where it is not."""

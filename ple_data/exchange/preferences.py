@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from ple_data.inputs.chat import HH_TURN, Message, X, hh_messages, is_turns, to_text
+from ple_data.inputs.chat import HH_TURN, Message, X, beyond_text, hh_messages, hh_turns, is_turns, to_text
 from ple_data.inputs.readers import Source, open_rows
 from schemas.errors import UsageError
 
@@ -26,16 +26,21 @@ NAMED_ROWS = 10
 """How many faulty rows an error names."""
 
 
+class GoesOnError(ValueError):
+    """Two HH dialogues with more turns behind the answer in which they differ: these are part of no response."""
+
+
 def read_pairs(
     files: Iterable[str], *, chat: bool, refused: Callable[[X], str | None]
-) -> tuple[pl.DataFrame, list[Source]]:
-    """The pairs of all files in their order (`COLUMNS`, x as `to_text` writes it), and the files.
+) -> tuple[pl.DataFrame, list[Source], int]:
+    """The pairs of all files in their order (`COLUMNS`, x as `to_text` writes it), the files, and how many rows are
+    left out because they go on after the answer.
 
     chat: HH dialogues become messages. refused: why a query is not for the model, where it is not. Raises UsageError
     that names the faulty rows: nothing is taken then. Either all rows have scores or none has.
     """
     sources = [open_rows(file) for file in files]
-    tables, faults, unscored = [], [], []
+    tables, faults, unscored, left_out = [], [], [], 0
     for source in sources:
         for rows in source.parts():
             found: list[Pair] = []
@@ -44,6 +49,9 @@ def read_pairs(
                     pairs = to_pairs(row, chat=chat)
                     if why := refused(pairs[0][0]):
                         raise ValueError(why)
+                except GoesOnError:
+                    left_out += 1
+                    continue
                 except ValueError as fault:
                     faults.append(f"{source.name} {place}: {fault}")
                     continue
@@ -58,13 +66,22 @@ def read_pairs(
     if faults:
         more = f"; and {len(faults) - NAMED_ROWS} more rows" if len(faults) > NAMED_ROWS else ""
         raise UsageError(f"{'; '.join(faults[:NAMED_ROWS])}{more}: correct or remove them; nothing was imported")
-    return table, sources
+    if not len(table):
+        raise UsageError(
+            f"{', '.join(source.name for source in sources)}: all {left_out} dialogues go on after the answer in which "
+            "chosen and rejected differ: end them with it; nothing was imported"
+        )
+    return table, sources, left_out
 
 
 def to_pairs(row: dict[str, Any], *, chat: bool = False) -> list[Pair]:
     """The pairs of a row: one of chosen and rejected, of several scored responses the best and the worst, of several
-    without scores each two neighbours. Raises ValueError that says what is wrong with it.
+    without scores each two neighbours. Raises ValueError that says what is wrong with it. `GoesOnError` of
+    two HH dialogues that are no pair.
     """
+    for messages in map(row.get, ("prompt", "messages", "chosen", "rejected")):
+        if found := beyond_text(messages, row):
+            raise ValueError(f"it has {found}, and pairs are text alone, without tools or images")
     if row.get("chosen") is not None or row.get("rejected") is not None:
         x, y_prompt, y = _preference(row, chat)
         names = next((pair for pair in SCORES if any(row.get(name) is not None for name in pair)), SCORES[0])
@@ -98,13 +115,15 @@ def _preference(row: dict[str, Any], chat: bool) -> tuple[Any, str, str]:
 
 def _of_dialogue(chosen: str, rejected: str, chat: bool) -> tuple[X, str, str]:
     """Two HH dialogues that differ in the last answer."""
-    turns = list(HH_TURN.finditer(chosen))
+    (chosen, turns), (rejected, _) = hh_turns(chosen), hh_turns(rejected)
     last = next((turn for turn in reversed(turns) if turn[1] == "Assistant"), None)
     if last is None or turns[0][1] != "Human":
         raise ValueError("without a prompt, chosen must be messages or a dialogue of 'Human:' and 'Assistant:' turns")
     x = chosen[: last.end()]
     if not rejected.startswith(x):
         raise ValueError("chosen and rejected do not answer the same dialogue")
+    if any(HH_TURN.search(text, len(x)) for text in (chosen, rejected)):
+        raise GoesOnError("chosen or rejected goes on after the answer in which they differ")
     good, bad = chosen[len(x) :], rejected[len(x) :]
     return (hh_messages(x), good.strip(), bad.strip()) if chat else (x, good, bad)
 
@@ -139,7 +158,7 @@ def _plain(turns: Sequence[dict[str, Any]]) -> list[Message]:
 
 def _score(name: str, value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or abs(value) > LARGEST:
+    if not number or abs(value) > LARGEST or not math.isfinite(value):  # in this order: integers have no bound
         shown = "missing" if value is None else repr(value)[:80]
         raise ValueError(f"{name} is {shown}; it must be a finite number, as the other score is")
     return float(value)

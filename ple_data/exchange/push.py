@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ple_data.common.terminal import printable
-from ple_data.exchange.cards import dataset_card, hub_id, model_card
+from ple_data.exchange.cards import dataset_card, hub_id, model_card, start_on_hub
+from ple_data.inputs.readers import FORMATS
 from ple_data.storage.store import OWNER, Store
 from ple_data.storage.verify import check
 from schemas.errors import DamagedError, PleError, UsageError, first_line
@@ -97,7 +98,12 @@ def _of_store(store: Store, options: Push) -> Parcel:
             files[path.relative_to(store.root).as_posix()] = path
     for path in store.manifest_paths():
         manifest = store.read_manifest(path)
-        notes = {name: value for name, value in manifest.notes.items() if hub_id(str(value))}
+        queries = str(manifest.notes.get("queries"))
+        known = {
+            "model": start_on_hub(manifest.settings.get("policy")),
+            "queries": None if Path(queries).suffix in FORMATS else hub_id(queries),
+        }
+        notes = {name: value for name, value in known.items() if value}
         files[path.relative_to(store.root).as_posix()] = manifest.model_copy(update={"notes": notes}).to_json().encode()
     more = [*(store.root / ".ple" / "finished").glob("*"), *(store.root / ".ple" / "rounds").glob("probe-*.json")]
     more += [store.root / OWNER] if (store.root / OWNER).exists() else []
@@ -123,7 +129,7 @@ def _of_training(folder: Path, options: Push, evaluation: Path | None) -> Parcel
         raise UsageError(f"--base-model {options.base_model} is no OWNER/NAME of a model on the hub")
     if ADAPTER in files:
         config = parse_json(read_file(folder / ADAPTER).decode())
-        base = options.base_model or hub_id(config.get("base_model_name_or_path"))
+        base = options.base_model or start_on_hub(trained.settings.get("weights"))
         files[ADAPTER] = (json.dumps(config | {"base_model_name_or_path": base}, indent=2) + "\n").encode()
         if base is None:
             _say("note: the base model lies on this machine; name it with --base-model where it is on the hub")

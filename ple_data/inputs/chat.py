@@ -69,6 +69,14 @@ def beyond_text(messages: Any, row: Mapping[str, Any]) -> str | None:
     return None
 
 
+def hh_turns(text: str) -> tuple[str, list[re.Match[str]]]:
+    """An HH dialogue without a last Human turn that says nothing, and where its turns begin."""
+    turns = list(HH_TURN.finditer(text))
+    if len(turns) > 1 and turns[-1].group(1) == "Human" and not text[turns[-1].end() :].strip():
+        text, turns = text[: turns[-1].start()], turns[:-1]
+    return text, turns
+
+
 def hh_messages(x: str) -> list[Message]:
     """The turns of an HH dialogue that ends with `Assistant:`."""
     turns = list(HH_TURN.finditer(x))

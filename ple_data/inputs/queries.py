@@ -14,7 +14,7 @@ import polars as pl
 
 from ple_data.common.digests import json_digest, text_digest
 from ple_data.common.uncollected import uncollected
-from ple_data.inputs.chat import HH_TURN, X, beyond_text, hh_messages, is_turns, to_text
+from ple_data.inputs.chat import BESIDE, X, beyond_text, hh_messages, hh_turns, is_turns, to_text
 from ple_data.inputs.readers import Rows, Source, columns_of, open_rows
 from schemas.errors import UsageError
 from schemas.options import Reading
@@ -95,6 +95,9 @@ def _read(opened: Source, columns: tuple[str, ...], how: Reading, chat: bool) ->
     for rows in opened.parts():
         if more := set(rows.columns) - set(columns):
             raise UsageError(f"{rows.source} has more columns: {', '.join(more)}")
+        if set(BESIDE) & set(rows.columns):
+            for place, row in zip(rows.places, rows.rows, strict=True):
+                refuse_beyond_text(f"{rows.source} {place}", None, row)
         found = read(_Part(replace(rows, columns=columns), how, chat))
         chats = not isinstance(found[0][0], str)
         said = [x if isinstance(x, str) else x[-1]["content"] for x, _ in found]
@@ -181,7 +184,7 @@ def _messages(source: _Part) -> _Found:
 
 
 def refuse_beyond_text(place: str, messages: Any, row: Mapping[str, Any]) -> None:
-    """Raise UsageError where chat messages carry tools, images or the like: they would be left out unsaid."""
+    """Raise UsageError where messages or their row carry tools, images or the like: they would be left out unsaid."""
     if found := beyond_text(messages, row):
         raise UsageError(f"{place} has {found}: prompts are text alone, without tools or images; remove the row")
 
@@ -195,9 +198,7 @@ def _hh(source: _Part) -> _Found:
     answers = source.references("chosen") if column != "chosen" else [None] * len(source.rows)
     found: _Found = []
     for place, text, answer in zip(source.rows.places, source.texts(column), answers, strict=True):
-        turns = list(HH_TURN.finditer(text))
-        if len(turns) > 1 and turns[-1].group(1) == "Human" and not text[turns[-1].end() :].strip():
-            text, turns = text[: turns[-1].start()], turns[:-1]  # nothing was said
+        text, turns = hh_turns(text)
         if not turns or turns[0].group(1) != "Human":
             raise UsageError(
                 f"{source.rows.source} {place}: column {column} must be a dialogue of 'Human:' and 'Assistant:' "

@@ -7,6 +7,7 @@ import importlib
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -57,9 +58,14 @@ KINDS: dict[str, Callable[[str], bool]] = {
 """The kinds of reward models, each a module here, and which specs are theirs; the first that takes a spec has it.
 
 The module has `check(spec, options)`, which loads nothing, and `load(spec, options)`; that of judges, whose answers are
-paid for, `load(spec, options, keep)`. That of addresses, which may
-hold something secret, has `shown(spec)` for messages and `recorded(spec)` for files.
+paid for, `load(spec, options, keep)`. `takes(options)`, where there is one, gives those of `join` and `output_index`
+that the kind has, as they are given. That of addresses, which may hold something secret, has `shown(spec)` for messages
+and `recorded(spec)` for files.
 """
+
+
+LENGTH_FIELDS = ("max_completion_tokens", "max_tokens")
+"""Fields of a request that bound how long a judge's answer may be. They change no rating that there is."""
 
 
 def as_read(model: RewardModel, xs: Sequence[str], *, chat: bool) -> list[str]:
@@ -87,6 +93,22 @@ def rubric_of(specs: Sequence[str], rubric: str | None, principle: str | None) -
 def check_reward_model(spec: str, options: Rewards | None = None) -> None:
     """Raise UsageError for a spec that cannot be used. Loads no model, runs no function and asks no endpoint."""
     _module(spec).check(spec, options or Rewards())
+
+
+def options_of(specs: Sequence[str], options: Rewards) -> list[Any]:
+    """The options of each of several reward models: of --join and --output-index those that its kind has.
+
+    Raises UsageError for one that is given and that none of them takes.
+    """
+    if len(specs) < 2:
+        return [options] * len(specs)  # it says itself what it has no use for
+    plain = {known.name: known.default for known in fields(Rewards) if known.name in ("join", "output_index")}
+    given = {name for name, default in plain.items() if getattr(options, name) != default}
+    taken: list[set[str]] = [getattr(_module(spec), "takes", lambda _: set())(options) & given for spec in specs]
+    if unused := given.difference(*taken):
+        flags = " and ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in sorted(unused))
+        raise UsageError(f"{flags}: none of the reward models takes it; leave it out")
+    return [options.but(**{name: plain[name] for name in given - own}) for own in taken]
 
 
 def shown_spec(spec: str) -> str:

@@ -34,6 +34,11 @@ def check(spec: str, options: Rewards) -> None:
     choose_output(load_config(model), output, model)
 
 
+def takes(_: Rewards) -> set[str]:
+    """A classifier has both."""
+    return {"join", "output_index"}
+
+
 def split_output(spec: str, output_index: int | None) -> tuple[str, int | None]:
     """The model of a spec, and the output that it names in brackets, else `output_index`."""
     found = _OUTPUT.search(spec)
@@ -42,11 +47,11 @@ def split_output(spec: str, output_index: int | None) -> tuple[str, int | None]:
     return spec, output_index
 
 
-def output_specs(spec: str) -> list[str]:
-    """A spec for each output of a classifier, whichever of them it names itself. Raises UsageError."""
+def outputs_of(spec: str) -> tuple[str, int]:
+    """The model of a spec, and how many outputs it has. Raises UsageError."""
     model, _ = split_output(spec, None)
     check_model(model)
-    return [f"{model}[{output}]" for output in range(load_config(model).num_labels)]
+    return model, load_config(model).num_labels
 
 
 class ClassifierReward(RewardModel):
@@ -86,6 +91,11 @@ class ClassifierReward(RewardModel):
             self.name += f"+{dtype}"
 
     def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:
+        for batch in self.logits(rows):
+            yield [(row, outputs[self._index]) for row, outputs in batch]
+
+    def logits(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, list[float]]]]:
+        """(row, all outputs) of each (x, y), of which `stream` gives the one that is the reward."""
         encoded = [encode(self._tokenizer, x, y, join=self._join, max_length=self._max_length) for x, y in rows]
         for (x, y), item in zip(rows, encoded, strict=True):
             if not item.ids:
@@ -95,8 +105,8 @@ class ClassifierReward(RewardModel):
         for batch in _batches([len(item.ids) for item in encoded], self._batch_tokens):
             yield list(zip(batch, self._forward([encoded[row] for row in batch]), strict=True))
 
-    def _forward(self, batch: list[Encoded]) -> list[float]:
-        """Rewards of one batch; the arrays are (rows, longest row)."""
+    def _forward(self, batch: list[Encoded]) -> list[list[float]]:
+        """The outputs of each row of one batch; the arrays are (rows, longest row)."""
         import torch
 
         from ple_data.common.device import upload
@@ -125,7 +135,7 @@ class ClassifierReward(RewardModel):
                 f"the GPU has too little memory for a reward batch of {len(batch)} × {longest} tokens: "
                 f"lower --batch-tokens (now {self._batch_tokens})"
             ) from error
-        return logits[:, self._index].float().tolist()
+        return logits.float().tolist()
 
     def _free_pad_id(self, batch: list[Encoded]) -> int:
         """A padding id for a model whose config names none.

@@ -5,6 +5,7 @@ The key in PLE_REWARD_API_KEY, if set, is sent as `Authorization: Bearer` and is
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,12 @@ API_KEY_VARIABLE = "PLE_REWARD_API_KEY"
 def check(spec: str, options: Rewards) -> None:
     """Refuse a wrong address, or a --join that the form does not have. Raises UsageError."""
     HttpReward(spec, options)
+
+
+def takes(options: Rewards) -> set[str]:
+    """What the form of the requests has."""
+    joins = FORMS[options.reward_format].joins
+    return ({"join"} if options.join in joins else set()) | ({"output_index"} if joins else set())
 
 
 def load(spec: str, options: Rewards) -> HttpReward:
@@ -79,11 +86,16 @@ class HttpReward(RewardModel):
         parts = checked_url(self.url, "reward model", API_KEY_VARIABLE)
         if self._form.path and parts.path == "/":
             self.url = str(parts.copy_with(path=self._form.path))
-        self.name, self._who = recorded(self.url), f"reward model at {shown(self.url)}"
+        self._who = f"reward model at {shown(self.url)}"
         self._join = self.how.join
+        self._set_name()
+
+    def _set_name(self) -> None:
+        self.name = recorded(self.url)
         if self.how.reward_format != "ple":
             output = "" if self.how.output_index is None else f"[{self.how.output_index}]"
-            joined = "" if self._join == "auto" else f"+{self._join}"
+            told = self.how.join != "auto" or "chat" in self._form.joins  # else there is but one
+            joined = f"+{self._join}" if told and self._join != "auto" else ""
             self.name = f"{self.how.reward_format}{output}{joined}:{self.name}"
 
     def choose_join(self) -> None:
@@ -99,6 +111,9 @@ class HttpReward(RewardModel):
                 if error.status != 400:
                     raise
                 self._join = "text"
+            self._set_name()
+            if "chat" in self._form.joins:
+                print(f"{self._who}: it reads x and y as --join {self._join} has them", file=sys.stderr)
         self.runs_on = self._join == "text"
 
     def stream(self, rows: Sequence[tuple[str, str]]) -> Iterator[list[tuple[int, float]]]:

@@ -15,7 +15,7 @@ from ple_data.common.journal import Records, SharedJournal
 from ple_data.common.llm import Keeping, LanguageModel, parse_request_args
 from ple_data.inputs.chat import readable
 from ple_data.inputs.principles import load_principle
-from ple_data.rewards import RewardModel
+from ple_data.rewards import LENGTH_FIELDS, RewardModel
 from schemas.errors import UsageError
 from schemas.files import read_given_text
 from schemas.judging import Answered
@@ -33,6 +33,7 @@ _END = re.compile(r"[\s*_.]*")
 
 class _Model(LanguageModel):
     role, field_option, address_option = "reward model", "--reward-arg", "--reward-endpoint"
+    uncounted = LENGTH_FIELDS
 
 
 def check(spec: str, options: Rewards) -> None:
@@ -46,7 +47,9 @@ def load(spec: str, options: Rewards, keep: Path | None = None) -> "JudgeReward"
 
 
 class JudgeReward(RewardModel):
-    """A language model with a rubric. Its name holds a digest of the rubric, the question and the request's fields."""
+    """A language model with a rubric. Its name holds a digest of the rubric, the question and the request's fields, but
+    of the bound on an answer's length: what was rated stays so under another one.
+    """
 
     def __init__(self, spec: str, options: Rewards, keep: Path | None = None) -> None:
         """keep: the folder of its answers. Raises UsageError."""
@@ -64,7 +67,7 @@ class JudgeReward(RewardModel):
         self._in_flight = options.reward_concurrency or IN_FLIGHT
         self._keep = keep
         self._answers: Records[Answered] = Records() if keep is None else SharedJournal(keep, Answered)
-        about = [self._rubric, self._template, AGAIN, self._model.request_fields]
+        about = [self._rubric, self._template, AGAIN, self._model.counted(self._model.request_fields)]
         shown = f"judge:{Path(model).name}" if Path(model).is_absolute() else spec  # a server's folder is its own
         self.name = f"{shown}@{json_digest([*about, model] if shown != spec else about)}"
 

@@ -43,7 +43,7 @@ def terms_of(
 ) -> Terms:
     """The terms of a round: those that it was begun under, else what the options and the tokenizer say now."""
     number, prompt_format, begun = options.round, options.prompt_format, store.load_manifest(options.round)
-    identity = _said(options)
+    identity = said(options)
 
     def fixed(name: str, value: Any, otherwise: str) -> bool:
         if holds := begun is None or name in begun.settings:
@@ -74,7 +74,7 @@ def terms_of(
     return Terms(Form(prompt_format, form, today), chat, ends, identity, thoughts)
 
 
-def _said(options: Prompting) -> dict[str, Any]:
+def said(options: Prompting) -> dict[str, Any]:
     """What the chat template is told, values in one spelling; nothing where it is told nothing."""
     values = named_values(options.chat_template_arg, "--chat-template-arg")
     spelt = [f"{name}={json.dumps(values[name], ensure_ascii=False)}" for name in sorted(values)]

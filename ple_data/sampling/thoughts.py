@@ -1,7 +1,8 @@
 """Thoughts: what a model writes between two marks before its answer. The answer is what a reward model sees.
 
-A template may write the opening mark into the prompt: then the response begins inside the thought. A mark may be a
-special token, which no text holds, so it is looked for in the ids. Token ids are never changed.
+A template may write the opening mark into the prompt: then the response begins inside the thought, and so it does where
+a closing mark comes first. A mark may be a special token, which no text holds, so it is looked for in the ids, and then
+in the text. Token ids are never changed.
 """
 
 import re
@@ -41,12 +42,12 @@ class Thoughts:
     def of(self, prompt: Sequence[int], ids: Sequence[int], text: str) -> Told:
         """The response in two: its ids after those of the prompt, and what they say (cut before a stop string)."""
         begun = self._tokenizer.decode(list(prompt[-TAIL:]), skip_special_tokens=False).rstrip().endswith(self.marks[0])
-        opened = self._place(0, prompt, ids, text)
+        opened, closed = (self._place(which, prompt, ids, text) for which in (0, 1))
         if opened is None or text[: opened[0]].strip():
-            if not begun:
+            closes = closed is not None and (opened is None or closed < opened)  # what was not opened in the response
+            if not (begun or closes):
                 return Told(text, None, True)
             opened = (0, 0)
-        closed = self._place(1, prompt, ids, text)
         if closed is None:
             return Told("", text[opened[1] :].strip(), False)
         return Told(text[closed[1] :].lstrip(), text[opened[1] : closed[0]].strip(), True)
@@ -54,14 +55,12 @@ class Thoughts:
     def _place(self, which: int, prompt: Sequence[int], ids: Sequence[int], text: str) -> tuple[int, int] | None:
         """Where a mark first stands in the text: from, to. They are the same where it is a token that no text holds."""
         mark, wanted = self.marks[which], self._ids[which]
-        if not wanted:
-            at = text.find(mark)
-            return None if at < 0 else (at, at + len(mark))
-        for at in range(len(ids) - len(wanted) + 1):
+        for at in range(len(ids) - len(wanted) + 1 if wanted else 0):
             if list(ids[at : at + len(wanted)]) == wanted:
                 first, last = (len(text_after(self._tokenizer, prompt, ids[:end])) for end in (at, at + len(wanted)))
                 return first, last
-        return None
+        at = text.find(mark)  # a token of its own may also be sampled in pieces
+        return None if at < 0 else (at, at + len(mark))
 
     def _ids_of(self, mark: str) -> list[int]:
         """Ids of a mark that is, or holds, a token of its own; none where it is text."""

@@ -35,6 +35,7 @@ SAMPLED_FOR = {"context-distillation": ("y_prompt_ids",), "raft": ("y_ids", "y_p
 SAMPLED_FOR[ON_POLICY] = ("y_ids",)
 """The ids whose sampling a method needs, whether it trains on them or not."""
 CHOSEN_FROM = ["query_id", "round", "sample", "s", "s_prompt", "reward_model", "x_ids", "y_ids", "y_prompt_ids"]
+CHOSEN_FROM += ["y_answered", "y_prompt_answered"]
 REFERENCE_COLUMNS = ["query_id", "round", "x_ids", "reference"]
 GUIDED_COLUMNS = ["query_id", "round", "x", "x_ids", "y_ids", "y_prompt_ids", "principle"]
 _TOKENIZED_AT_ONCE = 1024

@@ -16,6 +16,7 @@ from ple_train.demo.world import World, ple
 from schemas.errors import UsageError
 from schemas.files import write_atomic
 from schemas.options import Demo
+from schemas.recipe import load_recipe
 from schemas.reports import Estimate, EvalReport
 
 START = "start"
@@ -29,15 +30,17 @@ def demo(options: Demo) -> str:
     kind = real if options.real else toy
     output = options.output or Path("demo-real" if options.real else "demo")
     world = kind.world(output, options.rounds or kind.ROUNDS)
-    ple("run", world.recipe)
-    report = _measured(output, world)
-    by_round = round_statistics(Store(output / "run" / "data").scan("pairs"), world.tau0, world.alpha).to_dicts()
+    changes = [f"rounds={options.rounds}"] if options.rounds else []
+    recipe = load_recipe(world.recipe, changes)  # that of an earlier start may have been changed by its user
+    ple("run", world.recipe, *(word for change in changes for word in ("--set", change)))
+    report = _measured(output, world, recipe.rounds)
+    by_round = round_statistics(Store(output / "run" / "data").scan("pairs"), recipe.tau0, recipe.alpha).to_dicts()
     return _report(output, world, by_round, report)
 
 
-def _measured(output: Path, world: World) -> EvalReport:
+def _measured(output: Path, world: World, rounds: int) -> EvalReport:
     """The policies before and after each round, by `ple eval`; what is measured already stays."""
-    adapters = [output / "run" / "policy" / f"round={t:03d}" for t in range(world.rounds)]
+    adapters = [output / "run" / "policy" / f"round={t:03d}" for t in range(rounds)]
     policies = [f"{START}={world.start}", *(f"round-{t}={world.start},{path}" for t, path in enumerate(adapters))]
     words = [word for policy in policies for word in ("--policy", policy)]
     ple("eval", *words, *world.measured, "--output", output / "measures")

@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 
 from ple_data.common.extras import missing
-from ple_train.demo.world import World, ple, text_of
-from schemas.files import write_atomic
+from ple_train.demo.world import World, ple, text_of, write_missing
 
 ROUNDS = 2
 TAU0, ALPHA = 0.2, 0.9
@@ -26,19 +25,15 @@ def world(output: Path, rounds: int) -> World:
     model = output / "smol"
     if not model.exists():
         ple("convert", _weights(), model)
-    for name in FILES:  # the user's own changes stay
-        if not (output / name).exists():
-            write_atomic(output / name, text_of(name))
+    for name in FILES:
+        write_missing(output / name, text_of(name))
     recipe = output / "recipe.yaml"
     settings = {"rounds": rounds, "queries": QUERIES_PER_ROUND, "tau0": TAU0, "alpha": ALPHA}
-    write_atomic(recipe, text_of("real.yaml").format(output=json.dumps(str(output))[1:-1], **settings))
+    write_missing(recipe, text_of("real.yaml").format(output=json.dumps(str(output))[1:-1], **settings))
     reward, judge = (f"{output / 'lexicons.py'}:{name}" for name in ("praise", "pattern"))
     return World(
         recipe=recipe,
         start=model,
-        rounds=rounds,
-        tau0=TAU0,
-        alpha=ALPHA,
         measured=(
             *("--queries", output / "held-out.jsonl", "--samples", 2, "--engine", "hf", "--prompt-format", "plain"),
             *("--max-new-tokens", 40, "--stop", ".", "--stop", "\n", "--reward-model", reward, "--reward-model", judge),

@@ -11,8 +11,7 @@ from typing import Any
 from ple_data.inputs.principles import load_principle
 from ple_train.demo import toyworld
 from ple_train.demo.scratch import train_tokenizer, write_llama
-from ple_train.demo.world import World, ple, text_of
-from schemas.files import write_atomic
+from ple_train.demo.world import World, ple, text_of, write_missing
 from schemas.options import Rewards
 
 ROUNDS = 3
@@ -34,9 +33,6 @@ def world(output: Path, rounds: int) -> World:
     return World(
         recipe=recipe,
         start=output / "run" / "sft",
-        rounds=rounds,
-        tau0=TAU0,
-        alpha=ALPHA,
         measured=(
             *("--queries", output / "data" / "unseen.jsonl", "--engine", "hf", "--max-new-tokens", MAX_NEW_TOKENS),
             *(word for judge in judges for word in ("--reward-model", judge)),
@@ -56,7 +52,7 @@ def world(output: Path, rounds: int) -> World:
 
 
 def _write_world(output: Path, rounds: int) -> Path:
-    """Data, untrained model and recipe; the same bytes each time."""
+    """Data, untrained model and recipe; the same bytes each time, but of a recipe that is there already."""
     data = output / "data"
     every = toyworld.openings()
     unseen, seen = every[::5][:UNSEEN], [x for index, x in enumerate(every) if index % 5]
@@ -82,7 +78,7 @@ def _write_world(output: Path, rounds: int) -> Path:
     recipe = output / "recipe.yaml"
     quoted = json.dumps(str(output))[1:-1]
     settings = {"rounds": rounds, "queries": QUERIES_PER_ROUND, "seed": SEED, "tau0": TAU0, "alpha": ALPHA}
-    write_atomic(recipe, text_of("recipe.yaml").format(output=quoted, **settings))
+    write_missing(recipe, text_of("recipe.yaml").format(output=quoted, **settings))
     return recipe
 
 

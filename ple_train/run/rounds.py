@@ -5,7 +5,6 @@ goes on where it stopped. It never imports torch and never looks into the data.
 """
 
 import itertools
-import json
 import os
 import shlex
 import shutil
@@ -23,7 +22,7 @@ from pydantic import BaseModel
 from ple_data.common.command import say
 from ple_data.common.digests import text_digest
 from ple_data.common.secrets import public
-from ple_data.rewards import recorded_spec, rubric_of
+from ple_data.rewards import LENGTH_FIELDS, recorded_spec, rubric_of
 from ple_train.run.child import GRACE_SECONDS, run_child
 from ple_train.run.gpu_watch import GpuWatch, gibibytes
 from ple_train.run.inputs import refuse_missing
@@ -31,7 +30,7 @@ from ple_train.run.serve import Server
 from schemas.errors import DamagedError, PleError, UsageError
 from schemas.files import locked, refuse_outside, write_atomic
 from schemas.options import Baseline, Dpo, Gen, Reward, Score, Sft, Train, about, flag
-from schemas.recipe import GIVEN, RENDERED, BaselineStage, Recipe, differences, dump_recipe, load_recipe
+from schemas.recipe import GIVEN, RENDERED, BaselineStage, Recipe, differences, dump_recipe, load_recipe, named_words
 from schemas.records import TRAINED, read_record
 from schemas.training import StageRecord, Stages
 
@@ -262,8 +261,7 @@ def _words(options: dict[str, Any]) -> list[str]:
         elif isinstance(value, list):
             words += [word for item in value for word in (flag, str(item))]
         elif isinstance(value, dict):
-            plain = {key: item if isinstance(item, str) else json.dumps(item) for key, item in value.items()}
-            words += [word for key, item in plain.items() for word in (flag, f"{key}={item}")]
+            words += [word for named in named_words(value) for word in (flag, named)]
         elif value is not None:
             words += [flag, str(value)]
     return words
@@ -340,8 +338,12 @@ def _telling_words(command: Sequence[str]) -> list[list[str]]:
             groups.append([word])
         else:
             groups[-1].append(word)
-    telling = (group for group in groups if group[0] not in MACHINE_ONLY)
+    telling = (group for group in groups if group[0] not in MACHINE_ONLY and not _bounds_answers(group))
     return sorted(telling, key=lambda group: group[:1] if group[0] == "--reward-model" else group)  # theirs is an order
+
+
+def _bounds_answers(group: list[str]) -> bool:
+    return group[0] == "--reward-arg" and group[1].partition("=")[0] in LENGTH_FIELDS
 
 
 def _load_records(directory: Path) -> list[StageRecord]:

@@ -109,7 +109,7 @@ class RewardTraining(Loop, Tracked):
     model: str = option(None, "Model to train: a directory or a hub id.", place=True)
     revision: str | None = option(None, "Branch, tag or commit of a hub model.", place=True)
     data: Path = option(None, "Rows with text and label, or with prompt, chosen and rejected.", place=True)
-    output: Path = option(None, "Folder of the reward model.", machine=True)
+    output: Path = option(None, "Folder of the reward model; of a judge under --eval, of its answers.", machine=True)
     learning_rate: float = option(5e-5, "AdamW's learning rate.", TRAINING, above=0, most=1e30)
     batch_size: int = option(32, "Rows of one step, over all processes.", TRAINING, least=1)
     max_length: int = option(512, "Keep the last N token ids.", TRAINING, least=1)

@@ -9,12 +9,13 @@ from click.testing import CliRunner
 
 import cli
 from ple_data.evaluation.accuracy import accuracies, read_held_out, right
-from ple_data.rewards import load_reward_model
+from ple_data.rewards import classifier, load_reward_model
 from ple_train.model.policy import merged
 from ple_train.reward import load_classifier, reward, train_reward, with_adapter
 from schemas.errors import UsageError
 from schemas.options import Reward, Rewards
-from tests import oracle
+from tests import oracle, tiny
+from tests.judgeserver import JudgeServer
 
 PAIRS = {"prompt": ["The film"] * 32, "chosen": [" was great."] * 32, "rejected": [" was very bad."] * 32}
 
@@ -156,6 +157,38 @@ def test_a_trained_classifier_is_measured_beside_the_most_frequent_label(request
     measured = load_reward_model(str(tmp_path / "rm"), Rewards(output_index=1))
     assert said[0].startswith(measured.name.replace("[1]", ""))
     assert reward(made).splitlines() == said  # complete already, so it is only measured
+
+
+def test_labels_are_measured_with_one_model_in_memory(tmp_path, monkeypatch):
+    model = str(tiny.tiny_reward(tmp_path / "three", num_labels=3))
+    path = held_out(tmp_path, {"text": [f"The film {n}" for n in range(6)], "label": [0, 1, 2] * 2})
+    loaded = []
+    monkeypatch.setattr(classifier, "_load", lambda *a, load=classifier._load, **b: loaded.append(a) or load(*a, **b))
+    found = json.loads(reward(Reward(measured=model, test=path, as_json=True)))
+    assert len(loaded) == 1
+    rows = [("", f"The film {n}") for n in range(6)]
+    outputs = [load_reward_model(f"{model}[{label}]").score(rows) for label in range(3)]
+    share = sum(max(range(3), key=lambda label: outputs[label][n]) == n % 3 for n in range(6)) / 6
+    assert found["groups"][-1]["right"]["mean"] == pytest.approx(share)
+
+
+def test_a_judge_is_measured_on_what_it_rates_and_paid_once(tmp_path, capsys):
+    server = JudgeServer()
+    words = ["good and long", "good", "BABBLE", "so"]
+    path = held_out(tmp_path, {"prompt": list("abcd"), "chosen": words, "rejected": ["bad", "longer", "bad", "bad!"]})
+    made = Reward(measured="judge:m", rubric="hh", reward_endpoint=server.url, test=path, output=tmp_path / "out")
+    try:
+        said = reward(made)
+        assert said.splitlines()[0].endswith(f"on 3 pairs of {path}")
+        assert "1 more pairs have a response without a rating" in said
+        assert "measure: 8/8 texts" in capsys.readouterr().err
+        paid = len(server.requests)
+        assert json.loads(reward(made.but(as_json=True)))["unrated"] == 1
+        assert len(server.requests) == paid + 2, "the one without a rating, in two answers"
+        with pytest.raises(UsageError, match="give --output, the folder in which its answers are kept"):
+            reward(made.but(output=None))
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import cli
 from ple_data.exchange.export import export
 from ple_data.exchange.importing import import_pairs
 from ple_data.exchange.preferences import to_pairs
+from ple_data.sampling.generate import generate
 from ple_data.storage.store import Store
 from ple_data.storage.verify import verify
 from schemas.errors import UsageError
-from schemas.options import Import
+from schemas.options import Gen, Import
 from tests.tables import table
 
 USER = {"role": "user", "content": "Which film?"}
@@ -114,6 +115,17 @@ def test_responses_without_rewards_pair_up_as_neighbours():
         (ROWS[0] | {"score_chosen": float("inf")}, "score_chosen is inf"),
         (ROWS[0] | {"score_chosen": 1e39}, r"score_chosen is 1e\+39"),
         (ROWS[0] | {"score_chosen": True}, "score_chosen is True"),
+        (ROWS[0] | {"score_chosen": 10**400}, "score_chosen is 1000"),
+        (ROWS[0] | {"images": ["a.png"]}, "it has images, and pairs are text alone, without tools or images"),
+        (
+            {"prompt": "Q", "chosen": [ANSWER | {"content": "", "tool_calls": [{"id": "1"}]}], "rejected": "b"},
+            "tool_calls",
+        ),
+        (
+            {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER | {"tool_calls": [{"id": "1"}]}]},
+            "it has tool_calls",
+        ),
+        ({"prompt": [USER | {"images": ["a"]}], "chosen": "a", "rejected": "b"}, "it has images"),
         ({"prompt": "Q", "responses": ["a"]}, "responses must be a list of two texts or more"),
         ({"prompt": "Q", "responses": ["a", "b", "c"]}, "become pairs, two and two: give an even number of them"),
         ({"prompt": "Q", "responses": ["a", "b"], "rewards": [1]}, "rewards must be a list with one number for each"),
@@ -126,6 +138,23 @@ def test_a_row_that_does_not_fit_is_named_and_nothing_is_written(row, why, polic
     ):
         taken(tmp_path / "data", source, model=policy)
     assert not (tmp_path / "data").exists()
+
+
+HH = "\n\nHuman: Hi\n\nAssistant:"
+GOING_ON = [
+    {"chosen": f"{HH} yes\n\nHuman: more", "rejected": f"{HH} no"},
+    {"chosen": f"{HH} yes", "rejected": f"{HH} no\n\nHuman: more\n\nAssistant: so"},
+]
+
+
+def test_dialogues_that_go_on_after_the_answer_are_left_out_and_counted(policy, tmp_path, capsys):
+    said_nothing = {"chosen": f"{HH} yes\n\nHuman: ", "rejected": f"{HH} no"}
+    source = write(tmp_path / "rows.jsonl", [*GOING_ON, said_nothing])
+    found = taken(tmp_path / "data", source, model=policy)
+    assert found.select("y", "y_prompt").rows() == [(" no", " yes")]
+    assert "2 rows left out, whose dialogue goes on after the answer" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"alone\.jsonl: all 2 dialogues go on after the answer"):
+        taken(tmp_path / "none", write(tmp_path / "alone.jsonl", GOING_ON), model=policy)
 
 
 def test_rows_without_scores_among_others_and_many_faults_are_named(policy, tmp_path):
@@ -179,6 +208,25 @@ def test_a_chat_model_gets_messages_and_texts_as_turns(chat_policy, tmp_path):
     tokenizer = load_tokenizer(chat_policy)
     assert found["x_ids"].to_list() == [render(tokenizer, [USER]), render(tokenizer, "Why?")]
     assert Store(tmp_path / "data").shards("pairs") == []
+
+
+def test_what_a_template_is_told_is_told_as_in_sampling(chat_policy, tmp_path):
+    how = {"model": str(chat_policy), "system": "Be brave.", "chat_template_arg": ["bos_token=!"]}
+    why = {"role": "user", "content": "Why?"}
+    rows = [
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
+        {"prompt": "Why?", "chosen": "a", "rejected": "b"},
+    ]
+    source, data = write(tmp_path / "rows.jsonl", rows), tmp_path / "data"
+    found = taken(data, source, **how)
+    queries = write(tmp_path / "queries.jsonl", [{"messages": [USER]}, {"messages": [why]}])
+    sampling = {"queries": str(queries), "principles": "none", "round": 0, "max_new_tokens": 1, "engine": "hf"}
+    generate(Gen(data=tmp_path / "sampled", **sampling, **how))
+    assert found["x_ids"].to_list() == Store(tmp_path / "sampled").scan("responses").collect()["x_ids"].to_list()
+    provenance = Store(data).provenance(Store(data).shards("responses")[0])
+    assert (provenance["system"], provenance["chat_template_arg"]) == ("Be brave.", ['bos_token="!"'])
+    with pytest.raises(UsageError, match=r"round 0 of .* was begun otherwise.*system: None, there 'Be brave.'"):
+        taken(data, source, model=chat_policy)
 
 
 def test_a_store_exported_and_imported_holds_the_same_pairs(policy, chat_policy, tmp_path):

@@ -25,7 +25,7 @@ def data(tmp_path: Path) -> Path:
     store = Store(tmp_path / "data")
     for t in (0, 1):
         notes = {"queries": str(tmp_path / "private" / "q.jsonl"), "model": "owner/model"}
-        settings = {"policy": "tiny@0123456789ab", "samples": 1}
+        settings = {"policy": "owner/model@0123456789ab", "samples": 1}
         store.save_manifest(RoundManifest(round=t, settings=settings, counts={"queries_taken": 2}, notes=notes))
         rows = [
             {"s": -1.0, "s_prompt": 2.0, "principle": PRINCIPLE},
@@ -211,6 +211,25 @@ def test_a_run_is_its_newest_policy_with_its_evaluation(hub: Hub, trained: Path,
     assert "base_model" not in head(card)
     assert "## Evaluation" in card
     assert "| `tuned` |" in card
+
+
+def test_a_folder_with_a_relative_name_is_no_model_on_the_hub_wherever_one_stands(
+    hub: Hub, policy: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "demo-real").mkdir()
+    (tmp_path / "demo-real" / "smol").symlink_to(policy)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    made = ple("train", "--model", "demo-real/smol", "--data", "data", "--round", 0, "--output", "tuned")
+    assert made.exit_code == 0, made.output
+    notes = {"queries": "demo-real/openings.jsonl", "model": "demo-real/smol"}
+    settings = {"policy": "smol@0123456789ab", "samples": 1}
+    Store(data).save_manifest(RoundManifest(round=2, settings=settings, counts={}, notes=notes))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert ple("push", tmp_path / "tuned", "--to", "me/tuned").exit_code == 0
+    assert ple("push", data, "--to", "me/pairs").exit_code == 0
+    for repository in hub.repositories.values():
+        assert "demo-real" not in "".join(c.decode(errors="replace") for c in repository.files.values())
 
 
 def test_an_altered_or_unfinished_training_is_refused(hub: Hub, trained: Path, adapter: Path, tmp_path: Path):

@@ -210,6 +210,13 @@ def test_queries_with_tools_or_images_are_refused(tmp_path: Path, row: dict[str,
         load_queries(path)
 
 
+@pytest.mark.parametrize("how", [{}, {"query_column": "text"}, {"reader": "imdb"}])
+def test_texts_with_tools_or_images_are_refused(tmp_path: Path, how: dict[str, Any]) -> None:
+    rows = [{"prompt": "a", "text": "a", "images": []}, {"prompt": "b", "text": "b", "images": ["a.png"]}]
+    with pytest.raises(UsageError, match=r"line 2 has images: prompts are text alone"):
+        load_queries(write(tmp_path / "q.jsonl", rows), Reading(**how))
+
+
 def test_columns_for_tools_and_images_may_be_empty(tmp_path: Path) -> None:
     rows = [{"messages": [HI], "tools": empty, "images": empty} for empty in ([], None, "[]", "")]
     assert len(load_queries(write(tmp_path / "q.jsonl", rows))) == 4

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ple_data.rewards import RewardModel, as_read, check_reward_model, load_reward_model
+from ple_data.rewards import RewardModel, as_read, check_reward_model, load_reward_model, options_of
 from ple_data.rewards.endpoint import API_KEY_VARIABLE
 from ple_data.rewards.forms import number_of
 from schemas.errors import PleError, UsageError
@@ -99,9 +99,11 @@ def test_openrlhf_is_asked_for_one_text_of_x_and_y(serve):
 
 
 @pytest.mark.parametrize(("form", "more"), [("vllm-classify", {}), ("vllm-pooling", {"encoding_format": "float"})])
-def test_vllm_without_a_chat_template_is_asked_for_one_text(form, more, serve):
+def test_vllm_without_a_chat_template_is_asked_for_one_text(form, more, serve, capsys):
     server = serve(vllm())
     model = load(server, form)
+    assert model.name == load(server, form, join="text").name
+    assert "it reads x and y as --join text has them" in capsys.readouterr().err
     assert model.runs_on
     assert model.score(ROWS * 20) == [float(len(text)) for text in TEXTS] * 20
     (path, probe), *asked = server.asked
@@ -189,6 +191,17 @@ def test_the_name_holds_the_form_the_output_and_the_join():
         "vllm-pooling[0]+chat:http://h/a?"
     )
     assert "sesame" not in name("http://h/a?token=sesame", reward_format="openrlhf")
+
+
+def test_each_of_several_takes_the_options_that_its_kind_has():
+    specs = ["http://h", "models/deberta[1]", "judge:m"]
+    plain, pair = Rewards(), Rewards(join="pair")
+    assert options_of(specs, pair) == [plain, pair, plain]
+    assert options_of(specs[:1], pair) == [pair], "alone it refuses it"
+    index = Rewards(reward_format="vllm-classify", output_index=1, join="text")
+    assert options_of(specs, index) == [index, index, Rewards(reward_format="vllm-classify")]
+    with pytest.raises(UsageError, match="--output-index 1: none of the reward models takes it"):
+        options_of(["http://h", "judge:m"], Rewards(output_index=1))
 
 
 @pytest.mark.parametrize(("form", "join"), [("openrlhf", "chat"), ("openrlhf", "pair"), ("vllm-classify", "pair")])

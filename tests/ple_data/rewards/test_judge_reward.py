@@ -188,6 +188,7 @@ def test_the_name_holds_what_decides_the_rating(tmp_path: Path):
     (tmp_path / "c.txt").write_text("Be brief.")
     assert name().startswith("judge:m@")
     assert name() == name(reward_endpoint="http://other:8000/v1", reward_concurrency=3)
+    assert name() == name(reward_arg=["max_completion_tokens=4096"]) == name(reward_arg=["max_tokens=9"])
     assert name(rubric=str(tmp_path / "a.txt")) == name(rubric=str(tmp_path / "b.txt"))
     others = [name(), name("judge:n"), name(reward_arg=["top_p=0.5"]), name(rubric="imdb")]
     others += [name(rubric=str(tmp_path / "a.txt")), name(rubric=str(tmp_path / "c.txt"))]
@@ -262,6 +263,22 @@ def test_a_unit_with_an_unrated_response_is_not_committed(serve, store: Store):
     assert len(good.requests) == 2, "both responses to q6; the rest of the unit had been rated"
     assert asked == 16 + 2
     assert committed in store.shards("pairs")
+
+
+def test_with_a_higher_bound_the_same_command_goes_on_and_pays_for_nothing_twice(serve, store: Store):
+    def answer(prompt: str) -> str:
+        enough = server.requests[-1]["max_completion_tokens"] >= 4096
+        return "[[5]]" if enough or "query 6\n" not in prompt else "At length, I"
+
+    server = serve(judge=answer)
+    asked = ["--data", store.root, "--rubric", "hh", "--endpoint", server.url]
+    found = run_score(*asked)
+    assert (found.exit_code, len(store.shards("pairs"))) == (1, 1)
+    before = len(server.requests)
+    found = run_score(*asked, "--reward-arg", "max_completion_tokens=4096")
+    assert found.exit_code == 0, found.output
+    assert len(server.requests) == before + 2, "both responses to q6"
+    assert store.scan("pairs").select(pl.col("reward_model").n_unique(), pl.len()).collect().row(0) == (1, 8)
 
 
 def start(store: Store, server: JudgeServer) -> subprocess.Popen:

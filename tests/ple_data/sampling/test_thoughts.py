@@ -62,6 +62,33 @@ def test_a_response_in_two(make: Any, asked: str, open: str, close: str) -> None
     assert (kept.thought, kept.answered, kept.answer.startswith("the answer")) == (None, True, True)
 
 
+@BOTH
+def test_marks_that_are_missing_or_stand_twice(asked: str, open: str, close: str) -> None:
+    tokenizer = tiny.tiny_tokenizer(special=SPECIAL)
+
+    def told(prompt: str, response: str) -> Told:
+        return apart(tokenizer, asked, prompt, response)
+
+    assert told("the film", f"so so{close}the answer") == Told("the answer", "so so", True)
+    assert told("the film", f"{close}the answer") == Told("the answer", "", True)
+    assert told("the film", f"so{close}the answer{open}") == Told(
+        told("the film", f"{open}so{close}the answer{open}").answer, "so", True
+    )
+    nested = told("the film", f"{open}so{open}so{close}the answer{close}")
+    assert (nested.thought or "").startswith("so")
+    assert nested.answer.startswith("the answer")  # the first closing mark ends the thought
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_special_marks_that_were_sampled_in_pieces(begun: bool) -> None:
+    tokenizer = tiny.tiny_tokenizer(special=SPECIAL)
+    prompt, first = ("the film[THINK]\n", "") if begun else ("the film", "[THINK]")
+    ids = [id for piece in (*first, *"so so", *"[/THINK]", "the answer") for id in tokenizer(piece).input_ids]
+    assert not {tokenizer.convert_tokens_to_ids(mark) for mark in SPECIAL} & set(ids)
+    found = Thoughts(tokenizer, "auto").of(tokenizer(prompt).input_ids, ids, tokenizer.decode(ids))
+    assert found == Told("the answer", "so so", True)
+
+
 def test_marks_of_several_tokens_of_which_some_are_special() -> None:
     tokenizer = tiny.tiny_tokenizer(special=("<|channel|>", "<|message|>"))
     marks = "<|channel|>analysis<|message|> <|channel|>final<|message|>"
@@ -164,10 +191,18 @@ def test_answers_that_never_came_are_counted(data: Path, thinker: Path, capsys: 
     assert found["unanswered"] == [{"round": 0, "rows": 8, "y": 4, "y_prompt": 4}]
 
 
-def test_export_and_judge_have_the_answer(data: Path, tmp_path: Path) -> None:
+def test_export_and_judge_have_the_answer(data: Path, tmp_path: Path, capsys: Any) -> None:
     export(data / "data", format="sft", output=str(tmp_path / "out.jsonl"))
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert {row["completion"] for row in rows} == {"good", ""}
+    assert {row["completion"] for row in rows} == {"good"}
+    assert len(rows) == 4
+    assert "; 8 responses whose thought never ended left out" in capsys.readouterr().err
+    for format in ("argilla", "distilabel"):
+        export(data / "data", format=format, output=str(tmp_path / f"{format}.jsonl"))
+        assert len((tmp_path / f"{format}.jsonl").read_text().splitlines()) == 4
+        assert "from 8 pairs of 1 round; 4 pairs in which a thought never ended left out" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="all pairs have equal rewards or a thought that never ended"):
+        export(data / "data", format="trl-preference", output=str(tmp_path / "pairs.jsonl"))
     assert {response.y for response in load_responses(str(data / "data"))} == {"good", ""}
 
 

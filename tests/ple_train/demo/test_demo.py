@@ -17,7 +17,7 @@ from ple_train.measure.perplexity import perplexity
 from ple_train.measure.sample import sample_responses
 from ple_train.run import rounds
 from ple_train.run.child import Ended
-from schemas.errors import UsageError
+from schemas.errors import PleError, UsageError
 from schemas.options import Demo
 
 
@@ -112,6 +112,12 @@ def test_demo_in_small(
     assert demo_room.demo(Demo(output=output, rounds=1)) == report
     assert json.loads((output / "run" / "stages.json").read_text())["stages"] == stages
     assert "8/8" not in capfd.readouterr().err
+    assert "rounds: 1" in (output / "recipe.yaml").read_text()
+    (output / "recipe.yaml").write_text((output / "recipe.yaml").read_text().replace("tau0: 0.2", "tau0: 0.25"))
+    with pytest.raises(PleError, match="ple run failed"):  # what the user has changed is what runs
+        demo_room.demo(Demo(output=output, rounds=1))
+    assert "tau0: 0.2 -> 0.25" in capfd.readouterr().out
+    assert "tau0: 0.25" in (output / "recipe.yaml").read_text()
 
 
 def test_the_real_demo_in_small(
@@ -130,7 +136,9 @@ def test_the_real_demo_in_small(
     report = demo_room.demo(Demo(output=output, rounds=1, real=True))
     for expected in ("Reward on unseen openings", "VADER", "pattern", "perplexity", "KL", "round-0 "):
         assert expected in report
+    (output / "recipe.yaml").write_text((output / "recipe.yaml").read_text() + "# mine\n")
     assert demo_room.demo(Demo(output=output, rounds=1, real=True)) == report
+    assert (output / "recipe.yaml").read_text().endswith("# mine\n")
 
 
 @pytest.mark.long

@@ -216,9 +216,18 @@ def test_missing_program_is_named_before_anything_starts(bench: Bench) -> None:
         ("reuse", ["last-week"], "reuse: last-week is no folder here"),
         ("sft", {"data": "sft.jsonl"}, "sft.jsonl does not exist"),
         ("score", {"rubric": "rubric.txt"}, "rubric.txt is neither built in"),
+        ("reward_model", "judge:", "expected judge:MODEL"),
+        ("reward_model", "judge:m", "set the environment variable OPENAI_API_KEY"),
+        ("reward_model", ["judge", "http://me:secret@h/score"], "reward model"),
+        ("score", {"reward_arg": {"model": "x"}}, "--reward-arg model=x: expected NAME=VALUE"),
     ],
 )
-def test_what_a_later_stage_reads_is_looked_for_before_the_first(bench: Bench, key, value, why: str) -> None:
+def test_what_a_later_stage_reads_is_looked_for_before_the_first(
+    bench: Bench, key, value, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    if "reward_arg" in value:
+        bench.values["reward_model"], value = "judge:m", value | {"reward_endpoint": "http://127.0.0.1:9/v1"}
     before = bench.values.get(key)
     bench.values[key] = before | value if isinstance(before, dict) else value
     with pytest.raises(UsageError, match=why):
@@ -272,6 +281,19 @@ def test_a_judge_rates_by_the_principles_and_without_them_by_a_rubric_alone(benc
     bench.values["score"]["rubric"] = "hh"
     asked = words_of(rounds.plan(bench.recipe)[1])
     assert (asked.count("--rubric"), asked[asked.index("--rubric") + 1]) == (1, "hh")
+
+
+def test_a_finished_stage_takes_another_bound_on_a_judges_answers(bench: Bench) -> None:
+    bench.values |= {"reward_model": "judge:m"}
+    bench.values["score"]["reward_endpoint"] = "http://127.0.0.1:9/v1"
+    rounds.run(bench.recipe)
+    for field in ("max_completion_tokens", "max_tokens"):
+        bench.values["score"]["reward_arg"] = {field: 4096}
+        rounds.run(bench.recipe)
+    assert len(bench.calls()) == 6
+    bench.values["score"]["reward_arg"] = {"top_p": 0.5}
+    with pytest.raises(UsageError, match="round 0 score was done with another recipe"):
+        rounds.run(bench.recipe)
 
 
 def test_with_restart_every_round_is_sampled_by_the_last_policy_and_trained_from_the_start(bench: Bench) -> None:
