@@ -168,7 +168,7 @@ def asked_at(url: str, words: list[str]) -> list[str]:
     if "--endpoint" in words:
         at = words.index("--endpoint")
         words = words[:at] + words[at + 2 :]
-    return [*words, "--endpoint", url]
+    return [*words, "--reward-endpoint" if words[0] == "reward" else "--endpoint", url]
 
 
 def annotate(page: Path, exports: Path) -> None:
