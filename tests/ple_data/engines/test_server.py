@@ -5,7 +5,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -359,13 +359,20 @@ def test_a_look_that_hangs_is_cut_at_the_end(policy: Path, adapter: Path) -> Non
         vllm.still.clear()
         engine._servers[0].known = False
 
+        handed_out = threading.Event()
+
+        def units() -> Iterator[Sequence[Request]]:
+            yield requests_for(policy)[:7]
+            handed_out.set()
+
         def look() -> None:
             with suppress(PleError, CancelledError):
-                next(engine.sample(iter([requests_for(policy)[:8]]), Sampling(max_new_tokens=6)))
+                next(engine.sample(units(), Sampling(max_new_tokens=6)))
 
         looking = threading.Thread(target=look)
         looking.start()
         assert vllm.asked_still.wait(20)
+        assert handed_out.wait(20)
         began = time.monotonic()
         engine.close()
         assert time.monotonic() - began < 5
@@ -447,7 +454,11 @@ def other_server(answer: str | Callable[[str, Any], tuple[int, str]]) -> Iterato
         def log_message(self, *_: Any) -> None:
             """Nothing."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: Any) -> None:
+            """Whoever asked has gone."""
+
+    with Server(("127.0.0.1", 0), Handler) as found:
         threading.Thread(target=found.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{found.server_port}"
         found.shutdown()
