@@ -250,6 +250,7 @@ def test_adapter_that_does_not_fit(
     assert not list(tmp_path.glob("out/**/*.parquet"))
 
 
+@pytest.mark.long
 def test_adapter_over_the_engines_rank(
     policy: Path, adapter: Path, queries: Path, tmp_path: Path, run_ple, vllm_python: str
 ) -> None:

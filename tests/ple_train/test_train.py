@@ -141,22 +141,35 @@ def test_a_launcher_that_shards_or_starts_too_few_is_refused(run, monkeypatch, t
     assert not (tmp_path / "launched").exists()
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE make no group"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE, RANK, LOCAL_RANK make no group"),
-        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE, RANK make no group"),
-        ({"RANK": "0", "LOCAL_RANK": "0"}, "RANK, LOCAL_RANK make no group"),
-        ({"WORLD_SIZE": "0"}, "the launcher says 0 processes, and 1 work together"),
-    ],
-)
-def test_variables_of_a_launcher_that_make_no_group_of_processes_are_named(given, said):
-    code = "from ple_train.engine.loop import make_accelerator; make_accelerator()"
+GROUPLESS = [
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE make no group"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE, RANK, LOCAL_RANK make no group"),
+    ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE, RANK make no group"),
+    ({"RANK": "0", "LOCAL_RANK": "0"}, "RANK, LOCAL_RANK make no group"),
+    ({"WORLD_SIZE": "0"}, "the launcher says 0 processes, and 1 work together"),
+]
+IN_FORKS = """
+import json, os, sys
+from ple_train.engine.loop import make_accelerator
+for given in json.load(sys.stdin):
+    if not os.fork():
+        os.environ.update(given)
+        try:
+            make_accelerator()
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_variables_of_a_launcher_that_make_no_group_of_processes_are_named():
     known = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
-    environment = known | {"PYTHONPATH": str(ROOT)} | given
-    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert f"UsageError: {said}" in ended.stderr
+    told = json.dumps([given for given, _ in GROUPLESS])
+    how = {"input": told, "capture_output": True, "text": True, "timeout": 120}
+    ended = subprocess.run([sys.executable, "-c", IN_FORKS], env=known | {"PYTHONPATH": str(ROOT)}, **how)
+    for line, (_, said) in zip(ended.stdout.splitlines(), GROUPLESS, strict=True):
+        assert line.startswith(f"UsageError: {said}")
 
 
 # --- the stream ----------------------------------------------------------------------------------------------------
