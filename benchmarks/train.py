@@ -353,7 +353,9 @@ def residual(bench: Bench, output: Path, *, kept: bool) -> float:
 
 def trusted(bench: Bench, output: Path, *, kept: bool) -> float:
     """Ours as printed with a trust region, the start policy's log-probabilities kept, or computed in every step."""
-    return train_ours(bench, our_policy(bench), output, delta=0.3, kept=kept)
+    from ple_train.train import STABLE_DELTA
+
+    return train_ours(bench, our_policy(bench), output, delta=STABLE_DELTA, kept=kept)
 
 
 def asked_once(bench: Bench, output: Path) -> float:

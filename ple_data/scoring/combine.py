@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from ple_data.common.digests import text_digest
 from ple_data.rewards import RewardModel
-from ple_data.scoring.score import Opened, ScoreCounts, Units, checked, committed, refuse_other_model, score_units
+from ple_data.scoring.score import Opened, ScoreCounts, Units, checked, refuse_other_model, score_units, whole_units
 from ple_data.storage.store import Shard, Store
 from schemas.errors import DamagedError, UsageError
 from schemas.options import Combination
@@ -71,7 +71,7 @@ def score_together(
 
 def _rounds_left(target: Store, shards: Sequence[Shard]) -> list[int]:
     """The rounds of responses that are not pairs yet, or not all."""
-    done = {number: committed(target, "pairs", number) for number in {shard.round for shard in shards}}
+    done = {number: whole_units(target, "pairs", number) for number in {shard.round for shard in shards}}
     return sorted({shard.round for shard in shards if shard.unit not in done[shard.round]})
 
 

@@ -67,7 +67,7 @@ def score_units(
         raise UsageError(f"there are no responses in {where} to score: run ple-gen first")
     reward_model.name = refuse_other_model(target, reward_model.name)
     rounds = {shard.round for shard in shards}
-    done = {number: committed(target, kind, number) for number in rounds}
+    done = {number: whole_units(target, kind, number) for number in rounds}
     pending = [shard for shard in shards if shard.unit not in done[shard.round]]
     total = sum(shard.rows for shard in shards)
     counts = ScoreCounts(rows_done_before=total - sum(shard.rows for shard in pending))
@@ -93,7 +93,7 @@ def score_units(
     for number in rounds:
         if store.finished_units("responses", number):  # some may have come meanwhile
             names = {shard.unit for shard in store.shards("responses", round=number)}
-            if names <= committed(target, kind, number):
+            if names <= whole_units(target, kind, number):
                 target.finish(kind, number)
     for number, rows, asked in store.unfinished(shards) if kind == "pairs" else ():
         progress.note(
@@ -102,7 +102,7 @@ def score_units(
     return counts
 
 
-def committed(target: Store, kind: str, round: int) -> set[str]:
+def whole_units(target: Store, kind: str, round: int) -> set[str]:
     """The units of a round that are committed, from one listing. Raises DamagedError where a file is gone or cut."""
     folder = target.path(kind, round, "unit").parent
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)} if folder.is_dir() else {}
