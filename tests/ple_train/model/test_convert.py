@@ -28,29 +28,18 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+"""What GGUF calls the parts of a Llama's layer."""
 
 
 def write_gguf(path: Path, model: Path, kind: str = "F16", **said: Any) -> Path:
     """The GGUF of a tiny policy. said: metadata of the tokenizer, None to leave one out; `architecture` another one."""
     causal, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     config, bpe = causal.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    name = said.pop("architecture", "llama")
-    writer = gguf.GGUFWriter(path, name)
-    writer.add_name("tiny")
-    writer.add_license("apache-2.0")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
     tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
     special = set(tokenizer.all_special_tokens)
     values = {
+        "architecture": "llama",
+        "rope_theta": config.rope_parameters["rope_theta"],
         "model": "gpt2",
         "pre": "gpt-2",
         "tokens": tokens,
@@ -60,7 +49,36 @@ def write_gguf(path: Path, model: Path, kind: str = "F16", **said: Any) -> Path:
         "eos_token_id": tokenizer.eos_token_id,
         "padding_token_id": tokenizer.pad_token_id,
     }
-    for key, value in (values | said).items():
+
+    def as_llama_cpp_has_it(name: str, array: np.ndarray) -> np.ndarray:
+        if "q_proj" not in name and "k_proj" not in name:
+            return array
+        heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+        return array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)  # halves to neighbours
+
+    arrays = {name: as_llama_cpp_has_it(name, weight.numpy()) for name, weight in causal.state_dict().items()}
+    return write_parts(path, config, arrays, NAMES, kind, **(values | said))
+
+
+def write_parts(
+    path: Path, config: Any, arrays: dict[str, np.ndarray], names: dict[str, str], kind: str, **said: Any
+) -> Path:
+    """A GGUF of weights by the names that transformers has. names: what GGUF calls the parts of a layer."""
+    writer = gguf.GGUFWriter(path, said.pop("architecture"))
+    writer.add_name("tiny")
+    writer.add_license("apache-2.0")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(said.pop("rope_theta"))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    for key, value in said.items():
         if value is None:
             continue
         if isinstance(value, list):
@@ -71,18 +89,11 @@ def write_gguf(path: Path, model: Path, kind: str = "F16", **said: Any) -> Path:
             writer.add_uint32(f"tokenizer.ggml.{key}", value)
         else:
             writer.add_string("tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}", value)
-    for name, weight in causal.state_dict().items():
-        array = weight.numpy()
-        if "q_proj" in name or "k_proj" in name:  # llama.cpp turns the two halves of a head into neighbours
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        _, _, inner = name.partition("layers.")
-        if inner:
-            layer, _, part = inner.removesuffix(".weight").partition(".")
-            place = f"blk.{layer}.{NAMES[part]}.weight"
-        else:
-            whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-            place = f"{whole[name.removesuffix('.weight')]}.weight"
+    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for name, array in arrays.items():
+        _, _, inner = name.removesuffix(".weight").partition("layers.")
+        layer, _, part = inner.partition(".")
+        place = f"blk.{layer}.{names[part]}.weight" if inner else f"{whole[name.removesuffix('.weight')]}.weight"
         if array.ndim == 1:
             writer.add_tensor(place, array)
         elif kind == "F16":
