@@ -120,17 +120,14 @@ def print_partition(snapshot: list[snapshots.SnapshotShard], options: Train) -> 
     rows = whole if options.max_length is None else whole.filter(snapshots.fits(options.max_length))
     shares = rank_shares(rows, threshold)
     rounds = f"{shares.height} round{'s' if shares.height > 1 else ''}"
-    has_sets = OBJECTIVE_KINDS[options.objective].sets
-    what = f", tau_{options.round} = {threshold:.4g}" if has_sets else f", by {options.objective}"
-    print_to_log(f"{shares['rows'].sum()} pairs of {rounds}{what}")
-    if not has_sets:
-        return
-    if options.without == "rank":
-        print_to_log("ablation without rank: every pair is weighted SFT")
+    has_rank_set = OBJECTIVE_KINDS[options.objective].sets and options.without != "rank"
+    what = f", tau_{options.round} = {threshold:.4g}" if has_rank_set else ""
+    method = options.objective + (f" without {options.without}" if options.without else "")
+    print_to_log(f"{shares['rows'].sum()} pairs of {rounds}{what}, by {method}")
+    if options.objective == "ple" and options.without == "rank":
         note_principle(whole)
+    if not has_rank_set:
         return
-    if options.without == "wsft":
-        print_to_log("ablation without wsft: pairs outside the rank set are left out")
     one_sided = shares.filter(pl.col("rank_share").is_in([0.0, 1.0]))["round"].to_list()
     if one_sided:
         these = rows.filter(pl.col("round").is_in(one_sided))

@@ -19,7 +19,7 @@ from ple_data.report.sections import sections
 from ple_data.report.sources import Sources
 from ple_data.rewards import shown_spec
 from schemas.files import refuse_outside, write_atomic
-from schemas.options import Safeguards, flag
+from schemas.options import PairObjectives, Safeguards, flag
 from schemas.recipe import Recipe
 from schemas.tables import STORED
 
@@ -111,7 +111,7 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
                 rows["reward model"] += f" ({recipe.score.combine}{', normalized' * recipe.score.normalize_rewards})"
         elif recipe.reward:
             rows["reward model"] = f"{recipe.reward.model}, trained"
-        rows["method"] = sources.method + _safeguards(recipe)
+        rows["method"] = sources.method + _settings(recipe)
         rows["learning rate"] = f"{(recipe.baseline or recipe.train).learning_rate:g}"
         rows["seed"] = str(recipe.seed)
     if sources.sets:
@@ -135,13 +135,15 @@ def under_way(sources: Sources) -> str:
     return "; ".join(words)
 
 
-def _safeguards(recipe: Recipe) -> str:
-    """In what PLE departs from the loss as the paper prints it: " with ...", or nothing."""
+def _settings(recipe: Recipe) -> str:
+    """In what the objective departs from its defaults: " with ...", or nothing."""
     if recipe.baseline:
         return ""
     words = []
-    for safeguard in Safeguards.in_order():
-        value = getattr(recipe.train, safeguard.name)
-        if value != safeguard.default:
-            words.append(flag(safeguard) + ("" if value is True else f" {value:g}"))
+    for one in (*PairObjectives.in_order(), *Safeguards.in_order()):
+        value = getattr(recipe.train, one.name)
+        if value != one.default and one.name != "objective":
+            words.append(
+                flag(one) + ("" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}")
+            )
     return f" with {', '.join(words)}" if words else ""

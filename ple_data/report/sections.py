@@ -28,7 +28,7 @@ def sections(sources: Sources) -> list[Section]:
 def _of_pairs(sources: Sources) -> Iterator[Section]:
     """Rewards, margins and lengths of the pairs."""
     pairs, tau0, alpha = sources.store.scan("pairs"), sources.tau0, sources.alpha
-    sets, method = sources.sets, sources.method
+    sets = sources.sets
     rows = statistics.rounds(pairs, tau0, alpha)
     rewards = Section("rewards", "Rewards by round")
     if not rows:
@@ -57,8 +57,8 @@ def _of_pairs(sources: Sources) -> Iterator[Section]:
     margins = Section("margins", "Margins and the rank set" if sets else "Margins")
     if sets:
         margins.words += [f"Warning: {message}" for message in warnings(round_statistics(pairs, tau0, alpha))]
-    if method != "PLE":
-        margins.words.append(f"Trained by {method}: {_USE_OF_SETS.get(method, 'it knows no τ_t and no sets')}.")
+    if sources.unused_sets:
+        margins.words.append(f"Trained by {sources.method}: {sources.unused_sets}.")
     some = "" if len(rows) <= figures.MOST_ROWS else f" {figures.MOST_ROWS} of {len(rows)} rounds."
     margins.draw(
         "margins",
@@ -93,12 +93,6 @@ def _of_pairs(sources: Sources) -> Iterator[Section]:
     lengths.draw("lengths", "Length by round", said, figures.lengths(rows), reading.lengths(rows))
     lengths.tables.append(_response_table(rows))
     yield lengths
-
-
-_USE_OF_SETS = {
-    "PLE without rank": "every pair is weighted SFT, so there is no τ_t",
-    "PLE without wsft": "pairs in the weighted-SFT set teach nothing",
-}
 
 
 def _round_table(rows: list[dict[str, Any]], sets: bool) -> Table:

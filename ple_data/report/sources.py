@@ -18,6 +18,7 @@ from schemas.errors import DamagedError, UsageError, first_line
 from schemas.files import explained
 from schemas.json_text import parse_json
 from schemas.options import Threshold
+from schemas.options.objectives import OBJECTIVE_KINDS
 from schemas.recipe import load_recipe
 from schemas.records import Record, read_record
 from schemas.reports import EvalReport, JudgeReport, PurityReport
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=Record)
 
+UNUSED = {
+    "rank": "it has no rank set, and so no τ_t",
+    "wsft": "pairs in the weighted-SFT set teach nothing",
+}
+"""What PLE without one of its terms does not do with the two sets."""
 _ROUND = re.compile(r"round=(\d+)")
 
 
@@ -88,16 +94,29 @@ class Sources:
         threshold = self.recipe or Threshold()
         self.tau0 = threshold.tau0 if tau0 is None else tau0
         self.alpha = threshold.alpha if alpha is None else alpha
-        own = not self.recipe or (self.recipe.baseline is None and self.recipe.train.without != "rank")
+        own = not self.unused_sets or self.unused_sets == UNUSED["wsft"]
         self.sets = own or tau0 is not None or alpha is not None
 
     @property
     def method(self) -> str:
-        """How the run trains: PLE, PLE without a term of Eq. 6, or a baseline by its name."""
-        if self.recipe and self.recipe.baseline:
+        """How the run trains: PLE or another objective, perhaps without a term of it, or a baseline, by its name."""
+        if not self.recipe:
+            return "PLE"
+        if self.recipe.baseline:
             return self.recipe.baseline.method
-        without = self.recipe and self.recipe.train.without
-        return f"PLE without {without}" if without else "PLE"
+        train = self.recipe.train
+        name = "PLE" if train.objective == "ple" else train.objective
+        return f"{name} without {train.without}" if train.without else name
+
+    @property
+    def unused_sets(self) -> str:
+        """What the run's method does not do with the rank set and the weighted-SFT set; "" where it uses both."""
+        if not self.recipe:
+            return ""
+        train = self.recipe.train
+        if self.recipe.baseline or not OBJECTIVE_KINDS[train.objective].sets:
+            return "it knows no τ_t and no sets"
+        return UNUSED[train.without] if train.without else ""
 
     @cached_property
     def reward_models(self) -> dict[str, RewardModel]:

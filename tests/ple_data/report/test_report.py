@@ -342,11 +342,19 @@ def test_a_baselines_page_knows_no_threshold_and_no_sets(tmp_path):
     assert 'data-set="rank"' in Path(report(run, tau0=0.1)).read_text()
 
 
-@pytest.mark.parametrize(("without", "sets"), [("rank", False), ("wsft", True)])
-def test_an_ablations_page_says_what_is_left_out(tmp_path, without, sets):
-    run = make_run(tmp_path / "run", [plain_rows(30)], train={"without": without})
+@pytest.mark.parametrize(
+    ("train", "said", "sets"),
+    [
+        ({"without": "rank"}, "Trained by PLE without rank: it has no rank set", False),
+        ({"without": "wsft"}, "Trained by PLE without wsft: pairs in the weighted-SFT set", True),
+        ({"objective": "ple-residual", "without": "rank"}, "Trained by ple-residual without rank: it has no", False),
+        ({"objective": "dpo"}, "Trained by dpo: it knows no τ_t", False),
+    ],
+)
+def test_a_page_says_which_set_its_method_leaves_out(tmp_path, train, said, sets):
+    run = make_run(tmp_path / "run", [plain_rows(30)], train=train)
     page = Path(report(run)).read_text()
-    assert f"Trained by PLE without {without}: " in page
+    assert said in page
     assert ('data-set="rank"' in page) == ("τ_t =" in page) == ("rank set:" in page) == sets
 
 
@@ -357,6 +365,8 @@ def test_an_ablations_page_says_what_is_left_out(tmp_path, without, sets):
         ({"train": {"learning_rate": 0.001, "trust_region": 0.3, "normalize_wsft": True}},
          "PLE with --trust-region 0.3, --normalize-wsft", "0.001"),
         ({"train": {"without": "wsft", "sft_anchor": 0.5}}, "PLE without wsft with --sft-anchor 0.5", "0.0001"),
+        ({"train": {"objective": "dpo", "beta": 0.3, "form": "means"}}, "dpo with --beta 0.3, --form means", "0.0001"),
+        ({"train": {"objective": "ple-residual"}}, "ple-residual", "0.0001"),
         ({"baseline": {"method": "raft", "learning_rate": 3e-5}, "train": {"trust_region": 0.3}}, "raft", "3e-05"),
     ],
 )  # fmt: skip
