@@ -88,7 +88,7 @@ class Score(Spread, Rewards, Scored):
 class Train(Policy, Stores, Threshold, PairObjectives, Safeguards, Loop, Trainable, Tracked):
     without: Without | None = option(
         None,
-        "Ablation: leave out a term of equation 6. rank: every pair is weighted SFT; wsft: rank pairs alone.",
+        "Leave out a term of ple or ple-residual. rank: every pair is weighted SFT; wsft: rank pairs alone.",
         METHOD,
     )
     dry_run: bool = option(

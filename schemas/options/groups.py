@@ -229,7 +229,8 @@ class PairObjectives(Options):
 
     objective: ObjectiveName = option(
         "ple",
-        "The loss on pairs; ple: as the paper prints it. Most others stay near the start policy by --beta.",
+        "The loss on pairs. ple: as the paper prints it. ple-residual --without rank: what our results favour, held "
+        "near the start policy by --beta, as most others.",
         METHOD,
     )
     beta: float | None = option(
