@@ -232,6 +232,25 @@ def test_a_round_with_all_or_no_pairs_in_the_rank_set_is_warned_of(tmp_path, cap
     assert "round 1:" not in said
 
 
+@pytest.mark.parametrize(
+    ("settings", "method", "noted"),
+    [
+        ({"without": "rank"}, "ple without rank", True),
+        ({"objective": "ple-residual", "without": "rank"}, "ple-residual without rank", False),
+        ({"objective": "dpo"}, "dpo", False),
+    ],
+)
+def test_without_a_rank_set_no_threshold_is_named(tmp_path, capsys, settings, method, noted):
+    """The paper's ablation has plain responses alone: that is said there, and nowhere else."""
+    store = Store(tmp_path / "data")
+    rows = [{"query_id": "q", "s": 0.0, "s_prompt": 1.0, "principle": "be kind"}]
+    store.commit("pairs", 0, "00000-0123456789ab", table("pairs", rows, 0), {})
+    training.print_partition(freeze([store.root], 0, None), asked(store.root, 0, **settings))
+    said = capsys.readouterr().err
+    assert said.splitlines()[0] == f"1 pairs of 1 round, by {method}"
+    assert ("this method has plain responses alone" in said) == noted
+
+
 def test_pairs_over_max_length_are_left_out_and_counted(run, pairs, capsys):
     rows = pl.concat([pl.from_arrow(Store(pairs).read(s)) for s in Store(pairs).shards("pairs")])
     longest = (
