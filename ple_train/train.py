@@ -128,6 +128,8 @@ def print_partition(snapshot: list[snapshots.SnapshotShard], options: Train) -> 
         note_principle(whole)
     if not has_rank_set:
         return
+    if options.without == "wsft":
+        print_to_log("without wsft: pairs outside the rank set are left out")
     one_sided = shares.filter(pl.col("rank_share").is_in([0.0, 1.0]))["round"].to_list()
     if one_sided:
         these = rows.filter(pl.col("round").is_in(one_sided))
