@@ -130,7 +130,8 @@ def _parts(of: str, title: str, brake: str, at: float, train: dict[str, Any]) ->
     )
 
 
-SUMS: dict[str, Any] = {"brake": "beta", "brakes": (0.05,), "ablates": "ple-residual-sums"}
+OF_SUMS: dict[str, Any] = {"brake": "beta", "brakes": (0.05,), "ablates": "ple-residual-sums"}
+"""What is tried on the recommended form, at its usual brake."""
 PARTS = (
     *_parts("ple-residual", "residual", "beta", 1.5, RESIDUAL),
     Method(
@@ -151,9 +152,9 @@ PARTS = (
     ),
     *_parts("stable-ple", "stabilised", "trust_region", 0.6, BY_LENGTH),
     Method("stable-ple-sums", "stabilised, sums in weighted SFT", "trust_region", (0.6,), ablates="stable-ple"),
-    Method("ple-residual-sums-no-principle", "sums w/o principle", guided=False, train=BY_RESPONSE, **SUMS),
-    Method("ple-residual-sums-rank", "sums with the rank set", train=RESIDUAL | {"form": "sums"}, **SUMS),
-    Method("ple-residual-sums-restart", "sums, rounds from the start", train=BY_RESPONSE, restart=True, **SUMS),
+    Method("ple-residual-sums-no-principle", "sums w/o principle", guided=False, train=BY_RESPONSE, **OF_SUMS),
+    Method("ple-residual-sums-rank", "sums with the rank set", train=RESIDUAL | {"form": "sums"}, **OF_SUMS),
+    Method("ple-residual-sums-restart", "sums, rounds from the start", train=BY_RESPONSE, restart=True, **OF_SUMS),
 )
 FRONTIER = (*MAIN, *TABLES, *PARTS)
 

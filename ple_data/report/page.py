@@ -143,7 +143,5 @@ def _settings(recipe: Recipe) -> str:
     for one in (*PairObjectives.in_order(), *Safeguards.in_order()):
         value = getattr(recipe.train, one.name)
         if value != one.default and one.name != "objective":
-            words.append(
-                flag(one) + ("" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}")
-            )
+            words.append(flag(one) + ("" if value is True else f" {value}"))
     return f" with {', '.join(words)}" if words else ""

@@ -57,8 +57,8 @@ def _of_pairs(sources: Sources) -> Iterator[Section]:
     margins = Section("margins", "Margins and the rank set" if sets else "Margins")
     if sets:
         margins.words += [f"Warning: {message}" for message in warnings(round_statistics(pairs, tau0, alpha))]
-    if sources.unused_sets:
-        margins.words.append(f"Trained by {sources.method}: {sources.unused_sets}.")
+    if sources.use_of_sets:
+        margins.words.append(f"Trained by {sources.method}: {'; '.join(sources.use_of_sets)}.")
     some = "" if len(rows) <= figures.MOST_ROWS else f" {figures.MOST_ROWS} of {len(rows)} rounds."
     margins.draw(
         "margins",

@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=Record)
 
-UNUSED = {
-    "rank": "it has no rank set, and so no τ_t",
-    "wsft": "pairs in the weighted-SFT set teach nothing",
-}
-"""What PLE without one of its terms does not do with the two sets."""
 _ROUND = re.compile(r"round=(\d+)")
 
 
@@ -94,8 +89,7 @@ class Sources:
         threshold = self.recipe or Threshold()
         self.tau0 = threshold.tau0 if tau0 is None else tau0
         self.alpha = threshold.alpha if alpha is None else alpha
-        own = not self.unused_sets or self.unused_sets == UNUSED["wsft"]
-        self.sets = own or tau0 is not None or alpha is not None
+        self.sets = self.has_rank_set or tau0 is not None or alpha is not None
 
     @property
     def method(self) -> str:
@@ -109,14 +103,29 @@ class Sources:
         return f"{name} without {train.without}" if train.without else name
 
     @property
-    def unused_sets(self) -> str:
-        """What the run's method does not do with the rank set and the weighted-SFT set; "" where it uses both."""
-        if not self.recipe:
-            return ""
-        train = self.recipe.train
-        if self.recipe.baseline or not OBJECTIVE_KINDS[train.objective].sets:
-            return "it knows no τ_t and no sets"
-        return UNUSED[train.without] if train.without else ""
+    def knows_sets(self) -> bool:
+        """Whether the run's method has a rank set and a weighted-SFT set, or had both before one was left out."""
+        recipe = self.recipe
+        return not recipe or (recipe.baseline is None and OBJECTIVE_KINDS[recipe.train.objective].sets)
+
+    @property
+    def has_rank_set(self) -> bool:
+        """Whether tau_t parts the pairs."""
+        return self.knows_sets and not (self.recipe and self.recipe.train.without == "rank")
+
+    @property
+    def use_of_sets(self) -> list[str]:
+        """In what the run's method departs from the two sets that the page shows, in words; nothing for PLE."""
+        if not self.knows_sets:
+            return ["it knows no τ_t and no sets"]
+        if not self.has_rank_set:
+            return ["it has no rank set, and so no τ_t"]
+        words = []
+        if self.recipe and self.recipe.train.objective == "ple-residual":
+            words.append("the page shows pairs by their margin, and the loss parts them by what is left of it")
+        if self.recipe and self.recipe.train.without == "wsft":
+            words.append("pairs in the weighted-SFT set teach nothing")
+        return words
 
     @cached_property
     def reward_models(self) -> dict[str, RewardModel]:

@@ -229,7 +229,7 @@ class PairObjectives(Options):
 
     objective: ObjectiveName = option(
         "ple",
-        "The loss on pairs. ple: as the paper prints it. ple-residual --without rank: what our results favour, held "
+        "The loss on pairs. ple: as the paper prints it. ple-residual --without rank: what we recommend, held "
         "near the start policy by --beta, as most others.",
         METHOD,
     )

@@ -348,6 +348,7 @@ def test_a_baselines_page_knows_no_threshold_and_no_sets(tmp_path):
         ({"without": "rank"}, "Trained by PLE without rank: it has no rank set", False),
         ({"without": "wsft"}, "Trained by PLE without wsft: pairs in the weighted-SFT set", True),
         ({"objective": "ple-residual", "without": "rank"}, "Trained by ple-residual without rank: it has no", False),
+        ({"objective": "ple-residual"}, "Trained by ple-residual: the page shows pairs by their margin", True),
         ({"objective": "dpo"}, "Trained by dpo: it knows no τ_t", False),
     ],
 )

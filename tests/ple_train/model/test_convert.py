@@ -73,7 +73,8 @@ def write_parts(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
+    if key_length := said.pop("key_length", None):
+        writer.add_key_length(key_length)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(said.pop("rope_theta"))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)

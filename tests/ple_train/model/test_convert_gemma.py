@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, trainers
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from ple_data.common.models import check_model, load_tokenizer
-from tests.ple_train.model.test_convert import NAMES, TEXT, convert, logits, write_parts
+from tests.ple_train.model.test_convert import NAMES, TEXT, convert, write_parts
 from tests.tiny import corpus
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
@@ -31,7 +31,7 @@ def test_a_gemma_computes_the_same_and_begins_with_bos(tmp_path: Path) -> None:
         vocab_size=len(tokens),
         hidden_size=64,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=6,  # the last one looks at all positions, with its own rope_theta
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
@@ -47,6 +47,7 @@ def test_a_gemma_computes_the_same_and_begins_with_bos(tmp_path: Path) -> None:
     arrays = {name: (weight + ("norm" in name)).detach().numpy() for name, weight in source.named_parameters()}
     said = {
         "architecture": "gemma3",
+        "key_length": config.head_dim,
         "rope_theta": 1e6,
         "model": "llama",
         "tokens": tokens,
@@ -65,8 +66,9 @@ def test_a_gemma_computes_the_same_and_begins_with_bos(tmp_path: Path) -> None:
     check_model(tmp_path / "model")
     tokenizer = load_tokenizer(tmp_path / "model")
     assert tokenizer.tokenize(TEXT) == learned.encode(TEXT.replace(" ", "▁")).tokens
-    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    ids = tokenizer(f"{TEXT} é", return_tensors="pt").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids[0, -2:]) == ["<0xC3>", "<0xA9>"]
     assert ids[0, 0] == tokenizer.bos_token_id
     with torch.no_grad():
-        off = (logits(tmp_path / "model") - source(ids).logits).abs().max()
+        off = (AutoModelForCausalLM.from_pretrained(tmp_path / "model")(ids).logits - source(ids).logits).abs().max()
     assert off < 0.01 < source(ids).logits.std()
