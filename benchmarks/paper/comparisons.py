@@ -77,17 +77,20 @@ def areas(curves: Curves, upto: float) -> dict[str, Any]:
 
 
 def at_own_kl(curves: Curves, name: str, whole: str) -> dict[str, Any] | None:
-    """A method's points less the curve of another at their own KL, mean over its brakes; None where a seed has no point
-    within the curve. from_start: some lie between the start policy and the curve's first point.
+    """A method's points less the curve of another at their own KL, mean over its brakes, of those seeds that have a
+    point within the curve; None where no seed has. only_seeds: these, where others have none. from_start: some points
+    lie between the start policy and the curve's first point.
     """
     of = {curve.seed: curve for curve in curves.get(whole, ())}
     own = [curve for curve in curves.get(name, ()) if curve.seed in of]
-    inside = {c.seed: {r: p for r, p in c.points.items() if goes(of[c.seed], p.draws["kl"][0])} for c in own}
-    if not own or not all(inside.values()):
+    points = {c.seed: {r: p for r, p in c.points.items() if goes(of[c.seed], p.draws["kl"][0])} for c in own}
+    inside = {seed: seen for seed, seen in points.items() if seen}
+    if not inside:
         return None
     within = (around(of[seed], point.draws["kl"][0]) for seed, seen in inside.items() for point in seen.values())
-    gaps = {what: [mean_gap(inside[c.seed].values(), of[c.seed], what) for c in own] for what in REWARDS}
+    gaps = {what: [mean_gap(seen.values(), of[seed], what) for seed, seen in inside.items()] for what in REWARDS}
     return {
+        "only_seeds": list(inside) if len(inside) < len(own) else [],
         "brakes": sorted({run.braked for seen in inside.values() for run in seen}),
         "kl": fmean(point.metrics["kl"]["mean"] for seen in inside.values() for point in seen.values()),
         "from_start": not all(within),

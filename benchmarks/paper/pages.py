@@ -39,6 +39,8 @@ FLUENT = 250.0
 TICKS = (0.0, 1.0, 2.0, 5.0, *LEVELS, 30.0, 2 * LEVELS[-1])
 NEAR = 4.0
 """Nats: an answer's policy that lies further than that from the level has a star."""
+FAR = 2.0
+"""A number at a KL has a dagger where it lies on a line to a point beyond this many times that KL."""
 Tried = dict[str, dict[float, list[tuple[float, float]]]]
 """By method and learning rate: KL and training reward on the validation queries, the start policy's first."""
 TITLES = {method.name: method.title for method in FRONTIER}
@@ -74,11 +76,12 @@ def write_pages(
         "Lines are means over seeds, bands the lowest and highest seed. A seed's curve joins the start policy and the "
         "method's points by lines that are straight over the root of KL, along which rewards rise about evenly; the "
         "shortest one ends the line. Higher and further left is better.",
-        *(line for level, found in levels.items() for line in table(f"At a KL of {level:g}", found, curves)),
+        *(line for level, found in levels.items() for line in table(f"At a KL of {level:g}", found, curves, level)),
         "",
         "Intervals are 95 % over queries (bootstrap) and seeds (Student's t), added in quadrature. Single seeds stand "
         "in round brackets. A method has a number where it has points on both sides in every seed; *between* says how "
-        f"near they are. {how_rates(task, tried)}",
+        f"near they are. With a dagger (†) the further one lies beyond {FAR:g} times the KL in some seed: "
+        f"the number, and every difference to it, is that of a long line. {how_rates(task, tried)}",
         *table(f"Mean reward along the curve, up to a KL of {LEVELS[-1]:g}", heights, curves),
         "",
         "The mean is over the root of KL. Below a method's first point the line from the start policy counts.",
@@ -87,7 +90,7 @@ def write_pages(
         "",
         "At one KL, and at the other's own KL: the curve of PLE's form less the other's points, mean over its brakes. "
         "With a star, some of these lie before the form's own first point, where its curve is the line from the start "
-        "policy.",
+        "policy. Points beyond the form's curve do not count; of one seed, the interval is over queries alone.",
         *(line for form in forms for line in form_tables(form, others, levels, own_kl[form])),
         *ablations_table(parts),
         *rates_table(tried),
@@ -122,20 +125,23 @@ def cell(record: dict[str, Any] | None) -> str:
     return f"{whole} ({listed(record['by_seed'])})"
 
 
-def table(title: str, found: dict[str, Any], curves: Curves) -> list[str]:
-    """One line a method: both rewards, and where they have ends, the KL of the points between which they lie."""
-    bounded = any("between" in own for own in found.values())
-    head = ["method", *(["between"] if bounded else []), *REWARDS.values()]
+def table(title: str, found: dict[str, Any], curves: Curves, level: float | None = None) -> list[str]:
+    """One line a method: both rewards, and of those at one KL, `level`, the KL of the points between which they lie."""
+    head = ["method", *([] if level is None else ["between"]), *REWARDS.values()]
     lines = ["", f"## {title}", "", f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
     for method in MAIN:
         if own := found.get(method.name):
-            ends = [" and ".join(f"{kl:.1f}" for kl in own["between"])] if bounded else []
+            ends = [] if level is None else [ends_of(own["between"], level)]
             lines.append(f"| {' | '.join([method.title, *ends, *(cell(own[what]) for what in REWARDS)])} |")
         elif method.name in curves:
             kls = [[point.draws["kl"][0] for point in curve.points.values()] for curve in curves[method.name]]
             span = f"has {min(map(min, kls)):.1f} to {max(map(max, kls)):.1f}"
             lines.append(f"| {method.title} | {span} {'| ' * (len(head) - 2)}|")
     return lines
+
+
+def ends_of(between: tuple[float, float], level: float) -> str:
+    return " and ".join(f"{kl:.1f}" for kl in between) + (" †" if between[1] > FAR * level else "")
 
 
 def form_tables(
@@ -150,10 +156,15 @@ def form_tables(
         for other in others:
             less = [at.get(form, {}).get(f"{what}_less", {}).get(other) for at in levels.values()]
             found = own.get(other)
-            star = " *" if found and found["from_start"] else ""
-            cells = [*map(cell, less), cell(negative(found, what)) + star]
+            cells = [*map(cell, less), cell(negative(found, what)) + (marks(found) if found else "")]
             lines.append(f"| {TITLES[other]} | {' | '.join(cells)} |")
     return lines
+
+
+def marks(record: dict[str, Any]) -> str:
+    """Of `at_own_kl`: which seeds it is of where the others have no point within the curve, and a star."""
+    only = f" (of seed {' and '.join(map(str, record['only_seeds']))} only)" if record["only_seeds"] else ""
+    return only + (" *" if record["from_start"] else "")
 
 
 def negative(record: dict[str, Any] | None, what: str) -> dict[str, Any] | None:
@@ -175,7 +186,8 @@ def ablations_table(parts: list[dict[str, Any]]) -> list[str]:
         "",
         "Each less the whole method at the same KL, which is interpolated; mean over the ablation's brakes. An "
         "ablation has the learning rate of the whole. DPO by length, the last row, has its own. With a star, some lie "
-        "before the whole's own first point, where its curve is the line from the start policy.",
+        "before the whole's own first point, where its curve is the line from the start policy. Points beyond the "
+        "whole's curve do not count; of one seed, the interval is over queries alone.",
         "",
         "| ablation | brakes | KL | unseen judge, less the whole | training reward, less the whole |",
         "| --- | --- | --- | --- | --- |",
@@ -187,8 +199,8 @@ def ablation_row(record: dict[str, Any]) -> str:
     if "kl" not in record:
         return f"| {record['title']} | | beyond the whole's curve | | |"
     brakes = ", ".join(f"{brake:g}" for brake in record["brakes"])
-    star = " *" if record["from_start"] else ""
-    cells = [record["title"], brakes, f"{record['kl']:.1f}{star}", *(cell(record[what]) for what in REWARDS)]
+    kl = f"{record['kl']:.1f}{marks(record)}"
+    cells = [record["title"], brakes, kl, *(cell(record[what]) for what in REWARDS)]
     return f"| {' | '.join(cells)} |"
 
 

@@ -293,6 +293,11 @@ def test_a_curve_without_points_on_both_sides_has_no_number(level, tmp_path: Pat
     assert "| SFT | has 6.0 to 24.0 | |" in "\n".join(pages.table("T", {}, curves))
 
 
+def test_a_number_on_a_line_to_a_far_point_is_marked() -> None:
+    assert pages.ends_of((6.0, 16.0), 8) == "6.0 and 16.0"
+    assert pages.ends_of((6.0, 16.1), 8) == "6.0 and 16.1 †"
+
+
 def test_an_ablation_that_goes_further_than_the_whole_is_named(tmp_path: Path, monkeypatch) -> None:
     """And points before the whole's first one, where its curve is the line from the start, are marked."""
     monkeypatch.chdir(tmp_path)
@@ -302,6 +307,9 @@ def test_an_ablation_that_goes_further_than_the_whole_is_named(tmp_path: Path, m
     [part] = comparisons.ablations(curves | {"ple-residual": near})
     assert "kl" not in part
     assert "beyond the whole's curve" in pages.ablation_row(part)
+    [part] = comparisons.ablations(curves | {"ple-residual": [near[0], whole[1]]})
+    assert (part["only_seeds"], len(part["judge"]["by_seed"])) == ([1], 1)
+    assert "| 6.0 (of seed 1 only) |" in pages.ablation_row(part)
     far = [replace(c, points={r: p for r, p in c.points.items() if p.metrics["kl"]["mean"] > 7}) for c in whole]
     [part] = comparisons.ablations(curves | {"ple-residual": far})
     assert part["from_start"]

@@ -18,10 +18,10 @@ from ple_train import train as training
 from ple_train.baselines.responses import baseline
 from ple_train.engine.session import Session
 from ple_train.sft import sft
-from schemas.options import Baseline, BaselineSft, ContextDistillation, Sft, Train
+from schemas.options import Baseline, ContextDistillation, Sft, Train
 from tests.ple_train.small_training import stop_in_step
 
-METHODS: dict[str, Any] = {"context-distillation": ContextDistillation, "raft": Baseline, "sft": BaselineSft}
+METHODS: dict[str, Any] = {"context-distillation": ContextDistillation, "raft": Baseline}
 
 
 def held(policy: Any) -> int:

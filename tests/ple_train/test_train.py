@@ -251,6 +251,13 @@ def test_without_a_rank_set_no_threshold_is_named(tmp_path, capsys, settings, me
     assert ("this method has plain responses alone" in said) == noted
 
 
+def test_without_the_weighted_set_it_is_said_which_pairs_are_left_out(pairs, capsys):
+    training.print_partition(freeze([pairs], 1, None), asked(pairs, 1, without="wsft"))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].endswith("tau_1 = 0.18, by ple without wsft")
+    assert said[1] == "without wsft: pairs outside the rank set are left out"
+
+
 def test_pairs_over_max_length_are_left_out_and_counted(run, pairs, capsys):
     rows = pl.concat([pl.from_arrow(Store(pairs).read(s)) for s in Store(pairs).shards("pairs")])
     longest = (
