@@ -33,6 +33,8 @@ MOST_TRIES = 10
 """Workers that may die over it, whatever else went."""
 PATIENCE, LONGEST = 60.0, 1800.0
 """Seconds without any worker after which it is said that they are waited for, and after which that is given up."""
+LOOK = 2.0
+"""Seconds between two looks at what is under way."""
 PAUSE = 0.5
 """Seconds after which a worker that Ray is starting again is asked again."""
 CONNECT_SECONDS = 10.0
@@ -90,7 +92,7 @@ class _Piece(Generic[Key, Job]):
 class Pool(Generic[Key, Job, Result]):
     """`make` is called in every worker; what it gives is called with each piece of work there, and has `told`, which is
     kept here by worker once that one is up. beside: pieces that a worker has at once; threads: those it works on at
-    once.
+    once. looks: it has `under_way` too, which tells in a thread of its own how much of these is done.
 
     Nobody can tell which of its pieces a worker died over: each is tried again with a worker to itself.
     """
@@ -103,6 +105,7 @@ class Pool(Generic[Key, Job, Result]):
         *,
         beside: int = 2,
         threads: int = 1,
+        looks: bool = False,
     ) -> None:
         """Start the workers, and wait for the first. Raises UsageError where there is no room for any."""
         need("ray", "--workers needs")
@@ -116,10 +119,14 @@ class Pool(Generic[Key, Job, Result]):
         self._places: dict[int, Place] = {}
         self._deaths: dict[int, list[str]] = {at: [] for at in range(wanted.workers)}
         self._none_since, self._none_said = time.monotonic(), False
+        self._under_way: dict[int, int] = {}
+        self._looks: dict[Any, int] = {}
+        self._looked = time.monotonic()
         try:
             self._ray = _connect(wanted, address)
             how = _resources(self._ray, wanted, say) | {"max_restarts": -1, "max_concurrency": threads}
-            actor = self._ray.remote(_Worker).options(**how)
+            how |= {"concurrency_groups": {"look": 1}} if looks else {}
+            actor = self._ray.remote(**how)(_Worker)
             self._make = self._ray.put(make)
             self._actors = [actor.remote(os.getcwd()) for _ in range(wanted.workers)]
             self._coming = {worker.place.remote(): at for at, worker in enumerate(self._actors)}
@@ -130,8 +137,11 @@ class Pool(Generic[Key, Job, Result]):
             self.close()
             raise
 
-    def each(self, jobs: Iterator[tuple[Key, Job]]) -> Iterator[tuple[Key, Result]]:
+    def each(
+        self, jobs: Iterator[tuple[Key, Job]], under_way: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[Key, Result]]:
         """Each piece of work with its result, as it is done; the next is asked for when a worker has room for it.
+        under_way: told now and then how much the workers have of what is not done, if they were made with `looks`.
 
         Raises PleError that a worker raised, or where one piece of work ended `TRIES` workers.
         """
@@ -152,7 +162,10 @@ class Pool(Generic[Key, Job, Result]):
                 running[self._actors[free].work.remote(piece.job)] = (free, self._places[free], piece)
             if not running and not again and not more:
                 return
-            for ref in self._wait([*running, *self._coming]):
+            done = self._wait([*running, *self._coming], LOOK if under_way else PATIENCE)
+            if under_way and time.monotonic() >= self._looked + LOOK:
+                under_way(self._look())
+            for ref in done:
                 if ref in self._coming:
                     self._came(ref)
                     continue
@@ -193,13 +206,21 @@ class Pool(Generic[Key, Job, Result]):
         least = min(load, key=lambda at: load[at], default=None)
         return least if least is not None and load[least] < (1 if alone else self._beside) else None
 
-    def _wait(self, refs: Iterable[Any]) -> list[Any]:
-        """Those that are done, once there are some. Raises PleError where there has been no worker for `LONGEST`."""
-        refs = list(refs)
-        while True:
-            self._refuse_none()
-            if done := self._ray.wait(refs, timeout=PATIENCE)[0]:
-                return list(done)
+    def _look(self) -> int:
+        """What the workers told last of what they have under way; asks those again that have answered."""
+        self._looked = time.monotonic()
+        for ref in self._ray.wait(list(self._looks), num_returns=len(self._looks), timeout=0)[0] if self._looks else ():
+            at = self._looks.pop(ref)
+            with suppress(self._ray.exceptions.RayError):  # it died: found out by its work
+                self._under_way[at] = self._ray.get(ref)
+        for at in self.told.keys() - self._looks.values():
+            self._looks[self._actors[at].under_way.options(concurrency_group="look").remote()] = at
+        return sum(self._under_way.get(at, 0) for at in self.told)
+
+    def _wait(self, refs: Iterable[Any], seconds: float = PATIENCE) -> list[Any]:
+        """Those that are done by then. Raises PleError where there has been no worker for `LONGEST`."""
+        self._refuse_none()
+        return list(self._ray.wait(list(refs), timeout=seconds)[0])
 
     def _refuse_none(self) -> None:
         """Say that there is no worker, after a while, and give up at last: one that Ray starts again and again, and
@@ -248,6 +269,7 @@ class Pool(Generic[Key, Job, Result]):
         if self._places.get(at) == place:  # else this was found out before
             del self._places[at]
             self.told.pop(at, None)
+            self._under_way.pop(at, None)
             self._coming[self._actors[at].place.remote()] = at
             self._say(f"worker {at + 1} is gone ({words}): its work goes to others")
         return words
@@ -302,6 +324,10 @@ class _Worker:
         if self._made is None:
             os._exit(1)  # one that was started again before its death was seen: it is begun anew
         return _tried(lambda: self._made(job))
+
+    def under_way(self) -> int:
+        """How much the object has of pieces that are not done."""
+        return self._made.under_way() if self._made else 0
 
 
 def _tried(work: Callable[[], Any]) -> Outcome:

@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -24,7 +24,16 @@ from typing import Any
 from ple_data.common.digests import model_digest, model_files
 from ple_data.common.models import check_model
 from ple_data.common.workers import Pool, Wanted
-from ple_data.engines import Completion, EngineDiedError, EngineSpec, Request, Sampling, engine_module, make_engine
+from ple_data.engines import (
+    Completion,
+    Engine,
+    EngineDiedError,
+    EngineSpec,
+    Request,
+    Sampling,
+    engine_module,
+    make_engine,
+)
 from schemas.errors import PleError, UsageError
 
 Job = tuple[Sequence[Request], Sampling]
@@ -44,19 +53,18 @@ class Told:
 class Workers:
     """The `Engine` of several workers. `machine`: what they sample with, for the files' metadata."""
 
-    under_way: Callable[[int], None]
-
     def __init__(
         self, wanted: Wanted, engine: str, spec: EngineSpec, engine_args: Mapping[str, Any], say: Callable[[str], None]
     ) -> None:
         """Start them, and wait for the first. Raises UsageError, PleError."""
+        self.under_way: Callable[[int], None] = lambda tokens: None
         files = {path.name: path.read_bytes() for path in model_files(spec.adapter.path)} if spec.adapter else {}
         make = partial(_Sampler, engine, spec, dict(engine_args), model_digest(spec.model, spec.revision), files)
         gpus = gpus_of(engine_args)
         wanted = replace(wanted, gpus=gpus, needs_gpus=gpus > 1 or (engine == "vllm" and not is_for_cpus()))
         streams = STREAMS.get(engine, 1)
         self._pool: Pool[str, Job, list[Completion]] = Pool(
-            make, wanted, say, beside=max(BESIDE, streams), threads=streams
+            make, wanted, say, beside=max(BESIDE, streams), threads=streams, looks=True
         )
         self.state = self._pool.state
         told = next(iter(self._pool.told.values()))
@@ -75,7 +83,7 @@ class Workers:
                 open_units[name] = unit
                 yield name, (unit, sampling)
 
-        for name, completions in self._pool.each(jobs()):
+        for name, completions in self._pool.each(jobs(), self.under_way):
             self._refuse_mixed()
             yield from zip(open_units.pop(name), completions, strict=True)
 
@@ -121,21 +129,47 @@ class _Sampler:
         if gpus_of(engine_args) > 1:  # else vLLM asks Ray for machines of its own
             engine_args = {"distributed_executor_backend": "mp"} | engine_args
         self.told = Told(dtype, device)
-        self._engine = make_engine(name, replace(spec, dtype=dtype), engine_args)
+        self._engine = _Counted(make_engine(name, replace(spec, dtype=dtype), engine_args))
         self._stream = _Stream(self._engine) if name in STREAMS else None
+        self.under_way = self._engine.tokens
 
     def __call__(self, job: Job) -> list[Completion]:
         unit, sampling = job
         if self._stream is not None:
             return self._stream.sample(unit, sampling)
         found = {request.key: completion for request, completion in self._engine.sample(iter([unit]), sampling)}
+        self._engine.forget(found.values())
         return [found[request.key] for request in unit]
+
+
+class _Counted:
+    """An engine, and how many tokens it has sampled of units that are not whole."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._ended, self._unfinished = engine, 0, 0
+        engine.under_way = self._note
+
+    def sample(self, units: Iterator[Sequence[Request]], sampling: Sampling) -> Iterator[tuple[Request, Completion]]:
+        for request, completion in self._engine.sample(units, sampling):
+            self._ended += len(completion.ids)
+            self._unfinished = max(0, self._unfinished - len(completion.ids))
+            yield request, completion
+
+    def forget(self, completions: Iterable[Completion]) -> None:
+        """Those of a unit that is whole now."""
+        self._ended -= sum(len(completion.ids) for completion in completions)
+
+    def tokens(self) -> int:
+        return self._ended + self._unfinished
+
+    def _note(self, tokens: int) -> None:
+        self._unfinished = tokens
 
 
 class _Stream:
     """Lets several threads put units into one engine's stream, so that it never runs dry between them."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: _Counted) -> None:
         self._engine = engine
         self._units: SimpleQueue[tuple[Sequence[Request], Sampling, _Whole]] = SimpleQueue()
         threading.Thread(target=self._go_on, name="engine", daemon=True).start()
@@ -160,6 +194,7 @@ class _Stream:
                     whole.found[at] = completion
                     if len(whole.found) == whole.size:
                         open_units.remove(whole)
+                        self._engine.forget(whole.found.values())
                         whole.event.set()
             except EngineDiedError as error:
                 print(error, file=sys.stderr, flush=True)

@@ -16,9 +16,11 @@ import polars as pl
 import pytest
 
 from ple_data.common import workers as room
+from ple_data.common.progress import Progress
 from ple_data.common.workers import Pool, Wanted
 from ple_data.sampling.generate import generate
-from ple_data.sampling.workers import gpus_of
+from ple_data.engines import Completion, Request, Sampling
+from ple_data.sampling.workers import _Counted, gpus_of
 from ple_data.scoring.score import score
 from ple_data.scoring.workers import WorkersReward
 from ple_data.storage.store import Store
@@ -68,12 +70,17 @@ def rows(data: Path, kind: str = "responses") -> pl.DataFrame:
 
 
 def test_gen_and_score_by_two_workers_give_the_rows_of_one_process(
-    run: Any, adapter: Path, reward: Path, tmp_path: Path
+    run: Any, adapter: Path, reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And while they sample, the progress hears of tokens of units that are not whole."""
+    heard: list[int] = []
+    monkeypatch.setattr(room, "LOOK", 0.05)
     shutil.copytree(adapter, tmp_path / "trained")
     (tmp_path / "trained/.ple").mkdir()  # as ple-train leaves it
     run("one", adapter=str(tmp_path / "trained"))
+    monkeypatch.setattr(Progress, "under_way", lambda _, tokens: heard.append(tokens))
     summary = run("two", adapter=str(tmp_path / "trained"), workers=2)
+    assert 0 < max(heard) <= 2 * 2 * 8 * 8  # pieces that two workers have, each of 4 queries and both arms
     assert summary.rows_sampled == 24
     assert rows(tmp_path / "two").equals(rows(tmp_path / "one"))
     made_by = Store(tmp_path / "two").provenance(Store(tmp_path / "two").shards("responses")[0])
@@ -88,6 +95,27 @@ def test_gen_and_score_by_two_workers_give_the_rows_of_one_process(
         workers.close()
     found, expected = (rows(tmp_path / name, "pairs") for name in ("two", "one"))
     assert found.equals(expected)
+
+
+def test_tokens_under_way_are_those_of_units_that_are_not_whole() -> None:
+    seen = []
+
+    class Engine:
+        under_way: Any
+
+        def sample(self, units: Any, sampling: Sampling) -> Any:
+            for at, length in enumerate((3, 2)):
+                self.under_way(5 - 3 * at)
+                seen.append(counted.tokens())
+                yield Request(at, (), 0), Completion([0] * length, "", "stop", None)
+
+    counted = _Counted(Engine())  # type: ignore[arg-type]
+    found = []
+    for _, completion in counted.sample(iter([]), Sampling(max_new_tokens=8)):
+        found.append(completion)
+        seen.append(counted.tokens())
+    counted.forget(found)
+    assert (seen, counted.tokens()) == ([5, 5, 5, 5], 0)
 
 
 DEADLY = """
