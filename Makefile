@@ -34,7 +34,7 @@ help:  ## this list
 demo: plain  ## the whole job on a toy world, under 5 minutes: base model, reward model, SFT, rounds
 	$(BIN)/ple demo $(DEMO) --output demo
 
-demo-real: plain  ## the same on a real model of 135M parameters: 12 minutes on 2 cores, no hub
+demo-real: plain  ## the same on a real model of 135M parameters: 15 minutes on 2 cores, no hub
 	$(SMOLLM2)
 	$(BIN)/ple demo --real --output demo-real
 

@@ -144,7 +144,7 @@ def _sum_logps(
             if sequence.response > 0 and (policy.positions is None or ids.size <= policy.positions):
                 sequences.append(sequence)
     nats = negative_log_likelihoods(policy, sequences, batch_tokens)
-    sums = {sequences[place].tag: -value for place, value in nats}
+    sums = {sequences[place].tag: -value for batch in nats for place, value in batch}
     for index, record in enumerate(records):
         same = record["y_ids"] == record["y_prompt_ids"]
         yield sums.get((index, "y")), sums.get((index, "y" if same else "y_prompt"))

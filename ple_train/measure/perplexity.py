@@ -30,8 +30,10 @@ BATCH_TOKENS = 8192
 
 def negative_log_likelihoods(
     policy: Policy, sequences: list[Sequence], batch_tokens: int = BATCH_TOKENS
-) -> Iterator[tuple[int, float]]:
-    """(place, - sum of the log-probabilities of its response's tokens, in nats) of each sequence, in any order."""
+) -> Iterator[list[tuple[int, float]]]:
+    """(place, - sum of the log-probabilities of its response's tokens, in nats) of each sequence, in any order, a batch
+    at a time.
+    """
     places = {id(sequence): place for place, sequence in enumerate(sequences)}
     policy.eval()
     for batch in micro_batches(sequences, 1, batch_tokens, 1, 0, layout=policy.layout):
@@ -39,7 +41,7 @@ def negative_log_likelihoods(
             tokens = policy.collate(batch.sequences)
             logps = policy(tokens).double()
         sums = logps.new_zeros(len(batch.sequences)).index_add_(0, tokens.responses, logps)
-        yield from zip([places[id(s)] for s in batch.sequences], (-sums).tolist(), strict=True)
+        yield list(zip([places[id(s)] for s in batch.sequences], (-sums).tolist(), strict=True))
 
 
 def perplexity(model: str, data: Path, *, adapter: str | None = None) -> float:
@@ -47,7 +49,7 @@ def perplexity(model: str, data: Path, *, adapter: str | None = None) -> float:
     sequences = read_sequences(data, load_tokenizer(model, note=print_to_log), max_length=None)
     policy = load_policy(model, adapter=adapter)
     refuse_unknown((sequence.ids for sequence in sequences), policy.vocabulary, model)
-    nats = math.fsum(value for _, value in negative_log_likelihoods(policy, sequences))
+    nats = math.fsum(value for batch in negative_log_likelihoods(policy, sequences) for _, value in batch)
     return math.exp(nats / sum(sequence.response for sequence in sequences))
 
 
@@ -82,8 +84,8 @@ class Likelihoods:
 
         def compute(places: list[int]) -> Iterator[list[tuple[int, Score]]]:
             wanted = [sequences[place] for place in places]
-            for at, nats in negative_log_likelihoods(self.loaded, wanted, self.batch_tokens):
-                yield [(at, (nats, wanted[at].response))]
+            for batch in negative_log_likelihoods(self.loaded, wanted, self.batch_tokens):
+                yield [(at, (nats, wanted[at].response)) for at, nats in batch]
 
         return cached_scores(
             self.output / folder,

@@ -18,8 +18,8 @@ import pytest
 from ple_data.common import workers as room
 from ple_data.common.progress import Progress
 from ple_data.common.workers import Pool, Wanted
-from ple_data.sampling.generate import generate
 from ple_data.engines import Completion, Request, Sampling
+from ple_data.sampling.generate import generate
 from ple_data.sampling.workers import _Counted, gpus_of
 from ple_data.scoring.score import score
 from ple_data.scoring.workers import WorkersReward
