@@ -239,8 +239,8 @@ def _pair_lines(row: dict[str, Any]) -> list[str]:
     ]
     return [
         shorten(f"query {printable(row['query_id'])}, round {row['round']}, sample {row['sample']}", WIDTH),
-        f"margin {row['margin']:.4g} {sign} tau {row['tau']:.4g}: {row['set']}, "
-        f"c = {row['c']:.4g}, c_prompt = {row['c_prompt']:.4g}",
+        f"margin {row['margin']:.4g} {sign} tau {row['tau']:.4g}: {row['set']} "
+        f"(in Eq. 6 c = {row['c']:.4g}, c_prompt = {row['c_prompt']:.4g})",
         *clipped(f"x: {printable(row['x'])}", WIDTH, _TEXT_LINES),
         *side_by_side(arms, half),
     ]

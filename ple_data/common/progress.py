@@ -129,6 +129,7 @@ class Progress:
         units = self._units(now)
         about = "" if units == now.done else "about "
         share = int(100 * (self._start + units) / max(self._total, 1))
+        share = share if self._done >= self._total else min(share, 99)
         state = f"{self._done}/{self._total} {self._unit} ({about}{share} %)"
         seconds = max(now.time - first.time, 1e-9)
         if self._most_tokens:

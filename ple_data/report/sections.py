@@ -220,7 +220,7 @@ def _stages(stages: list[dict[str, Any]]) -> Section:
 
 SECTIONS: tuple[Callable[[Sources], Iterable[Section]], ...] = (
     _of_pairs,
-    lambda sources: [training(sources.metrics)],
+    lambda sources: [training(sources.metrics, by_set=sources.knows_sets, by_eq6=sources.by_eq6)],
     lambda sources: [_purity(sources.purity)],
     lambda sources: [evaluations(sources.evals, sources.reward_models)],
     lambda sources: [judged(sources.judges)],

@@ -109,6 +109,11 @@ class Sources:
         return not recipe or (recipe.baseline is None and OBJECTIVE_KINDS[recipe.train.objective].sets)
 
     @property
+    def by_eq6(self) -> bool:
+        """Whether the run trains by the paper's printed loss."""
+        return not self.recipe or (self.recipe.baseline is None and self.recipe.train.objective == "ple")
+
+    @property
     def has_rank_set(self) -> bool:
         """Whether tau_t parts the pairs."""
         return self.knows_sets and not (self.recipe and self.recipe.train.without == "rank")

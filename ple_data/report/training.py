@@ -13,8 +13,9 @@ CURVE_POINTS = 48
 """Points of a training curve, each the mean of as many steps as it takes."""
 
 
-def training(metrics: dict[int, pl.DataFrame]) -> Section:
-    """Curves of the trainer's metrics, by round; a word where there are none."""
+def training(metrics: dict[int, pl.DataFrame], *, by_set: bool, by_eq6: bool) -> Section:
+    """Curves of the trainer's metrics, by round; a word where there are none. by_set: the loss has a term for each set;
+    by_eq6: it is the printed one."""
     section = Section("training", "Loss and drift")
     if not metrics:
         section.missing.append("No metrics: ple run leaves them in RUN/metrics, one file a round.")
@@ -22,8 +23,12 @@ def training(metrics: dict[int, pl.DataFrame]) -> Section:
     steps, borders = numbered(metrics)
     every = -(-steps.height // CURVE_POINTS)
     means = "a point a step" if every == 1 else f"means of {every} steps"
-    terms = curves_of(steps, {"rank": "loss_rank", "weighted SFT": "loss_wsft"}, every)
+    names = {"rank": "loss_rank", "weighted SFT": "loss_wsft"} if by_set else {}
+    found = curves_of(steps, names, every)
+    terms = {name: points for name, points in found.items() if any(value for _, value in points)}
     said = f"Terms of Eq. 6, per pair of the batch; {means}. They are linear in log-probabilities: below 0 is no fault."
+    if not by_eq6:
+        said = f"The loss by set, per pair of the batch; {means}."
     if not terms:
         terms, said = curves_of(steps, {"loss": "loss"}, every), f"The loss of the method that trained; {means}."
     section.draw("loss", "Loss by step", said, figures.training(terms, borders, "loss"), reading.curves(terms))
@@ -45,8 +50,8 @@ def training(metrics: dict[int, pl.DataFrame]) -> Section:
         section.draw(
             "drift",
             "Drift from the start policy",
-            "Mean log-probability now less the start policy's, of responses with a negative coefficient. Far below 0 "
-            "they run away, since the printed loss has no lower bound.",
+            "Mean log-probability now less the start policy's, of responses that are pushed down. Far below 0 they run "
+            f"away{', since the printed loss has no lower bound' if by_eq6 else ''}.",
             figures.training(curves, borders, "nats a token"),
             reading.drift(next(iter(curves.values()))),
         )

@@ -62,6 +62,8 @@ def evaluate(options: Evaluate) -> EvalReport:
         likelihoods = Likelihoods(each.policy, output, precision, options.microbatch_tokens)
         score_references(each, references, likelihoods)
         left_out += score_responses(answers, at, likelihoods)
+    for sentence in left_out:
+        print_to_log(sentence)
     with_bleu = True
     if given is None and any(known):
         try:
@@ -69,8 +71,6 @@ def evaluate(options: Evaluate) -> EvalReport:
         except UsageError as error:  # references that nobody asked for
             with_bleu = False
             left_out.append(f"No BLEU: {error}")
-    for sentence in left_out:
-        print_to_log(sentence)
     uses = score_answers(answers, options, output)
     metrics, signature = _metrics([each.by_query() for each in answers], uses, with_bleu)
     _note_unequal_tokens(answers)
@@ -102,6 +102,7 @@ def evaluate(options: Evaluate) -> EvalReport:
     provenance = {"queries": report.queries, "seed": seed, "reward_models": reward_models}
     save_rows(output / TABLE, "evaluation", [row for each in answers for row in each.rows], provenance)
     write_atomic(output / RESULT, report.to_json())
+    print_to_log(f"all numbers are in {output / RESULT}, every answer in {output / TABLE}")
     return report
 
 

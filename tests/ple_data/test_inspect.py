@@ -76,7 +76,7 @@ def test_a_pair_side_by_side(tmp_path):
     row = {"x": "Why?", "y": "no " * 60, "y_prompt": "yes", "s": 0.0, "s_prompt": 0.5, "reference": None}
     store.commit("pairs", 0, "00000-aa", table("pairs", [row]), {})
     text = inspect(tmp_path, rows=1)
-    assert "margin 0.5 > tau 0.2: rank, c = -0.3333, c_prompt = 0.25" in text
+    assert "margin 0.5 > tau 0.2: rank (in Eq. 6 c = -0.3333, c_prompt = 0.25)" in text
     assert "x: Why?" in text
     [line] = [line for line in text.splitlines() if line.endswith("| yes")]
     assert line.startswith("no no no")

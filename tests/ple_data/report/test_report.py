@@ -357,6 +357,8 @@ def test_a_page_says_which_set_its_method_leaves_out(tmp_path, train, said, sets
     page = Path(report(run)).read_text()
     assert said in page
     assert ('data-set="rank"' in page) == ("τ_t =" in page) == ("rank set:" in page) == sets
+    assert ("Terms of Eq. 6" in page) == ("no lower bound" in page) == ("objective" not in train)
+    assert ("The loss of the method that trained" in page) == (train.get("objective") == "dpo")
 
 
 @pytest.mark.parametrize(
