@@ -24,7 +24,7 @@ from ple_data.storage.store import Store
 from ple_data.storage.verify import verify
 from tests.forks import ENVIRONMENT, ROOT, ForkServer
 
-KILLS = {"gen": 10, "score": 10, "train": 10}
+KILLS = {"gen": 18, "score": 16, "train": 16}
 """Kills in forked processes; those of FRESH_KILLS come on top for each command."""
 FRESH_KILLS = [(0.2, 3.0), (2.0, 8.0)]
 """From and to, in seconds after the start: the imports, and the work."""

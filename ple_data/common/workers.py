@@ -7,6 +7,7 @@ and no shared disk. What passes between them is pickled by Ray, between processe
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -162,7 +163,7 @@ class Pool(Generic[Key, Job, Result]):
                 running[self._actors[free].work.remote(piece.job)] = (free, self._places[free], piece)
             if not running and not again and not more:
                 return
-            done = self._wait([*running, *self._coming], LOOK if under_way else PATIENCE)
+            done = self._wait([*running, *self._coming], LOOK if under_way else math.inf)
             if under_way and time.monotonic() >= self._looked + LOOK:
                 under_way(self._look())
             for ref in done:
@@ -217,10 +218,11 @@ class Pool(Generic[Key, Job, Result]):
             self._looks[self._actors[at].under_way.options(concurrency_group="look").remote()] = at
         return sum(self._under_way.get(at, 0) for at in self.told)
 
-    def _wait(self, refs: Iterable[Any], seconds: float = PATIENCE) -> list[Any]:
-        """Those that are done by then. Raises PleError where there has been no worker for `LONGEST`."""
+    def _wait(self, refs: Iterable[Any], seconds: float = math.inf) -> list[Any]:
+        """Those that are done, after `PATIENCE` or `seconds` at most. Raises PleError where there has been no worker
+        for `LONGEST`."""
         self._refuse_none()
-        return list(self._ray.wait(list(refs), timeout=seconds)[0])
+        return list(self._ray.wait(list(refs), timeout=min(seconds, PATIENCE))[0])
 
     def _refuse_none(self) -> None:
         """Say that there is no worker, after a while, and give up at last: one that Ray starts again and again, and
