@@ -118,7 +118,7 @@ def world(policy: Path, adapter: Path, reward: Path, run_forked: Callable[..., E
     (root / "demo-real" / "lexicons.py").write_text("".join(map(judge.format, ("praise", "pattern", "blame"))))
     settings = {"output": "demo-real", "rounds": 2, "queries": 6, "tau0": 0.2, "alpha": 0.9}
     (root / "demo-real" / "recipe.yaml").write_text(text_of("real.yaml").format(**settings))
-    (root / "harsh.txt").write_text("Write a negative review.")
+    (root / "demo-real" / "harsh.txt").write_text("Write a negative review.")
     return root
 
 
@@ -161,6 +161,8 @@ def test_examples_run_as_they_stand(
             if "--read" in rest:
                 annotate(here / "page", here / "exports")
             run_here(rest if program == "ple" else [program.removeprefix("ple-"), *rest])
+    if page == "docs/start.md":  # of what these commands left
+        run_snippets(page)
 
 
 def asked_at(url: str, words: list[str]) -> list[str]:
@@ -181,6 +183,11 @@ def annotate(page: Path, exports: Path) -> None:
 @pytest.mark.parametrize("page", SNIPPETS)
 def test_python_examples_run_as_they_stand(page: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
+    run_snippets(page)
+
+
+def run_snippets(page: str) -> None:
+    """Every Python example of a page, here."""
     snippets = [text for language, text in FENCED.findall((ROOT / page).read_text()) if language == "python"]
     assert snippets
     for snippet in snippets:
