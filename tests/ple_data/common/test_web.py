@@ -140,7 +140,7 @@ def test_a_charset_does_not_matter(serve):
 )
 def test_a_wrong_answer_is_one_sentence(serve, talk, message: str):
     with pytest.raises(PleError, match=message) as caught:
-        ask(serve(talk))
+        ask(serve(talk), timeout=20.0)
     assert len(str(caught.value)) < 2000
     assert "\n" not in str(caught.value)
 
