@@ -74,7 +74,7 @@ def test_gen_and_score_by_two_workers_give_the_rows_of_one_process(
 ) -> None:
     """And while they sample, the progress hears of tokens of units that are not whole."""
     heard: list[int] = []
-    monkeypatch.setattr(room, "LOOK", 0.05)
+    monkeypatch.setattr(room, "LOOK", 0.01)
     shutil.copytree(adapter, tmp_path / "trained")
     (tmp_path / "trained/.ple").mkdir()  # as ple-train leaves it
     run("one", adapter=str(tmp_path / "trained"))
