@@ -10,12 +10,12 @@ from tests.conftest import ROOT
 from tests.test_imports import sources
 
 FILE_LINES = 450
-ALL_LINES = 24_300
+ALL_LINES = 24_400
 """Of Python in the product. Raised from 15,535 for what is refused in words of every model and file (docs/safety.md),
 and from 16,600 for eight objectives, their kept reference, KL and on-policy distillation (docs/objectives.md), from
 20,000 for chat models as they are, rewards as people have them, the hub and a live report, from 23,800 for what tells
 a server's model from another, outlives a server's end (docs/scale.md), and refuses or mends what a second reading of
-both found."""
+both found, from 24,300 for rows that leave a batch."""
 PARAMETERS = 8
 
 

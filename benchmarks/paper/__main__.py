@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,13 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="of sampling and training; the first one tunes")
     parser.add_argument("--rates", type=Path, help="a task's JSON in --results: its learning rates, none tried here")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, each on its share of two threads")
+    parser.add_argument("--precision", choices=["auto", "float32", "bf16"], default="auto", help="auto: of the device")
     parser.add_argument("--frontier", action="store_true", help="every method with several values of its brake")
     parser.add_argument(
         "--only", action="append", metavar="METHOD[:BRAKE]", help="of the frontier; may be repeated; writes no tables"
     )
     arguments = parser.parse_args()
-    task, results = TASKS[arguments.task], arguments.results.absolute()
+    task, results = replace(TASKS[arguments.task], precision=arguments.precision), arguments.results.absolute()
     inputs = {name: getattr(arguments, name) for name in task.inputs}
     if missing := [f"--{name}" for name, path in inputs.items() if path is None or not path.exists()]:
         parser.error(

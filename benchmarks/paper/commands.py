@@ -37,6 +37,7 @@ def make_models(task: Task, workers: int) -> None:
     if task.is_pretrained:
         words = ["--model", "encoder", "--data", "reward.parquet", "--output", "reward", "--max-length", 128]
         words += ["--epochs", task.reward_epochs, "--schedule", "cosine", "--warmup-steps", 50]
+        words += ["--precision", task.precision]
         ple("reward", *words, log=Path("reward.log"), threads=THREADS)
         return
     full = ["sft", "--full", "--max-length", 512, *SCRATCH]
@@ -74,7 +75,7 @@ def write_round0(task: Task, seeds: list[int], workers: int) -> None:
     queries = 2 * task.queries_per_round
     words = ["--model", START, "--queries", "queries.parquet", "--round", 0, "--shuffle", "--limit", queries]
     words += ["--engine", "hf", "--engine-arg", f"batch_size={task.queries_per_round}", "--unit-size", queries]
-    words += ["--max-new-tokens", task.max_new_tokens, *task.asked_words()]
+    words += ["--max-new-tokens", task.max_new_tokens, "--dtype", task.dtype, *task.asked_words()]
     wanted = {Run(m, 0, seed).common: (seed, m.guided) for seed in seeds for m in frontier(task)}
 
     def write(data: Path) -> None:
@@ -120,6 +121,7 @@ def evaluate(
     words += ["--reward-model", task.second_judge] if second else []
     words += ["--engine", "hf", "--engine-arg", "batch_size=256", "--unit-size", "256"]
     words += ["--max-new-tokens", str(task.max_new_tokens), *task.asked_words(), "--output", str(output)]
+    words += ["--dtype", task.dtype, "--precision", task.precision]
     ple("eval", *words, "--seed", seed, log=Path(f"{output}.log"), threads=threads)
     report: dict[str, Any] = json.loads((output / "eval.json").read_text())
     return report

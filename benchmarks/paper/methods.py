@@ -195,6 +195,7 @@ def sampling(task: Task, queries: int) -> dict[str, Any]:
         "engine_arg": {"batch_size": task.queries_per_round},
         "unit_size": queries,
         "max_new_tokens": task.max_new_tokens,
+        "dtype": task.dtype,
         **task.asked,
     }
 
@@ -264,7 +265,7 @@ class Run:
     def commands(self, task: Task) -> list[list[str]]:
         """The `ple` words that do it, one command after another; the same words again do nothing twice."""
         given = ["--model", START, "--output", str(self.adapter(task)), "--seed", str(self.seed)]
-        given += ["--learning-rate", str(self.learning_rate)]
+        given += ["--learning-rate", str(self.learning_rate), "--precision", task.precision]
         given += ["--batch-size", str(PPO_BATCH if self.method.name == "ppo" else batch_size(task))]
         if self.method.name == "sft":
             data = f"references/seed={self.seed}.jsonl"
@@ -290,7 +291,8 @@ class Run:
     def write_recipe(self, task: Task) -> Path:
         """The recipe of a method that alternates."""
         queries = 2 * task.queries_per_round // self.method.responses
-        stage = {RATE: self.learning_rate, "batch_size": batch_size(task)} | self.method.train
+        stage = {RATE: self.learning_rate, "batch_size": batch_size(task), "precision": task.precision}
+        stage |= self.method.train
         if self.method.again:
             stage["epochs"] = self.epochs(task)
         if self.brake is not None:

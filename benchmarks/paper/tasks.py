@@ -67,6 +67,14 @@ class Task:
     brakes: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """By method of the frontier, the values of its brake here; empty: every method, with its own."""
 
+    precision: str = "auto"
+    """Of what is sampled, trained and measured: auto, float32 or bf16."""
+
+    @property
+    def dtype(self) -> str:
+        """`precision` as engines name it."""
+        return self.precision.replace("bf16", "bfloat16")
+
     @property
     def is_pretrained(self) -> bool:
         return "model" in self.inputs

@@ -6,6 +6,7 @@ after a kill is the same to the bit (float32 on CPU). Never trains and never mer
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ DEFAULT_BATCH = 64
 TOLERANCE = {torch.float32: 1e-4}
 """Mean difference between log-probabilities as they are sampled and those of the model alone, over their mean size,
 that is forgiven; 0.03 where numbers are shorter."""
+LEAVE = 0.25
+"""Share of a batch's rows that have ended, at which they leave it: the model has fewer rows then."""
 STOP_WINDOW = 32
 """Tokens at a response's end that are searched for a stop string after each step, beside the string's own bytes."""
 
@@ -70,33 +73,53 @@ class HfEngine:
             do_sample=False, eos_token_id=list(spec.end_ids), pad_token_id=self._pad_id
         )
 
+        self._rows_leave = False
         self._keep_rows_apart()
 
     def _keep_rows_apart(self) -> None:
         """Try whether log-probabilities as they are sampled are those of the model for the whole sequence: else rows
         are sampled one by one. Raises UsageError where that is not enough (some see tokens to come)."""
-        vocabulary = self._model.get_input_embeddings().weight.shape[0]
-        unit = [Request(None, tuple((7 * at + n) % vocabulary for at in range(n)), n) for n in (3, 5, 7, 9)]
-        tokens = 4 if self._model.dtype == torch.float32 else 16  # rounding may send a few to other experts
-        name = type(self._model).__name__
         asked = self._batch_size
         for size in (asked, 1):
             self._batch_size = size
-            try:
-                found = [self._error(*row) for row in self.sample(iter([unit]), Sampling(max_new_tokens=tokens))]
-            except Exception as error:  # the code of any architecture runs here
-                if is_out_of_memory(error):
-                    raise
-                raise UsageError(f"transformers cannot sample with {name} here ({first_line(error)})") from error
-            errors, sizes = zip(*found, strict=True)
-            if sum(errors) <= TOLERANCE.get(self._model.dtype, 0.03) * sum(sizes):
+            found = self._try()
+            if self._are_of_the_model(found):
                 if size < asked:
+                    name = type(self._model).__name__
                     print(f"rows of a batch disturb one another in {name}: sampled one by one", file=sys.stderr)
+                elif self._device.type != "mps":  # generate() undoes a step there, and a row's random numbers with it
+                    self._let_rows_leave(found)
                 return
         raise UsageError(
-            f"{name} samples with other log-probabilities than those it gives to the whole "
+            f"{type(self._model).__name__} samples with other log-probabilities than those it gives to the whole "
             "sequence, so it could not be trained on what it samples: this architecture is not supported"
         )
+
+    def _let_rows_leave(self, tried: list[tuple[Request, Completion]]) -> None:
+        """Let rows that have ended leave a batch, where those that stay are of the model then too."""
+        spec, ends = self._spec, tuple(completion.ids[0] for _, completion in tried[: len(tried) // 2])
+        self._spec, self._rows_leave = replace(spec, end_ids=ends), True
+        try:
+            self._rows_leave = self._are_of_the_model(self._try())
+        except UsageError:
+            self._rows_leave = False
+        self._spec = spec
+
+    def _try(self) -> list[tuple[Request, Completion]]:
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        unit = [Request(None, tuple((7 * at + n) % vocabulary for at in range(n)), n) for n in (3, 5, 7, 9)]
+        tokens = 4 if self._model.dtype == torch.float32 else 16  # rounding may send a few to other experts
+        try:
+            return list(self.sample(iter([unit]), Sampling(max_new_tokens=tokens)))
+        except Exception as error:  # the code of any architecture runs here
+            if is_out_of_memory(error):
+                raise
+            name = type(self._model).__name__
+            raise UsageError(f"transformers cannot sample with {name} here ({first_line(error)})") from error
+
+    def _are_of_the_model(self, found: list[tuple[Request, Completion]]) -> bool:
+        errors, sizes = zip(*(self._error(*row) for row in found), strict=True)
+        return sum(errors) <= TOLERANCE.get(self._model.dtype, 0.03) * sum(sizes)
 
     @torch.inference_mode()
     def _error(self, request: Request, found: Completion) -> tuple[float, float]:
@@ -119,25 +142,40 @@ class HfEngine:
 
     @torch.inference_mode()
     def _sample_batch(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        input_ids, attention_mask = self._left_padded(batch)  # (batch, longest prompt) each
+        """A response to each request. Rows that have ended leave the batch when they are a share LEAVE of it."""
+        input_ids, attention_mask = self._left_padded(batch)  # (rows, longest prompt) each
+        width, cache, rows = input_ids.shape[1], None, list(range(len(batch)))
+        longest = width + sampling.max_new_tokens
         noise = _SeededSampler([request.seed for request in batch], sampling, attention_mask)
-        width = input_ids.shape[1]
         prompts = [request.prompt_ids for request in batch]
-        ends = {*self._spec.end_ids, *([self._pad_id] if sampling.stop else [])}  # what stands behind a stop string
-        criteria: list[StoppingCriteria] = [_Tells(ends, self.under_way)]
-        criteria += [_StopStrings(self._spec, sampling.stop, prompts, width)] if sampling.stop else []
-        output = self._model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            max_new_tokens=sampling.max_new_tokens,
-            logits_processor=LogitsProcessorList([noise]),
-            stopping_criteria=StoppingCriteriaList(criteria),
-        )
-        new_ids = output[:, width:].tolist()
-        logps = noise.logps(len(new_ids[0])) if sampling.logprobs else [None] * len(batch)
-        found = [self._completion(*row, sampling) for row in zip(prompts, new_ids, logps, strict=True)]
-        self.under_way(sum(len(completion.ids) for completion in found))  # without what stands behind stop strings
-        return found
+        ends = _Ends(self._spec, sampling.stop, prompts, width, self.under_way, pauses=self._rows_leave)
+        found: dict[int, Completion] = {}
+        while rows:
+            output = self._model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                max_new_tokens=longest - input_ids.shape[1],
+                logits_processor=LogitsProcessorList([noise]),
+                stopping_criteria=StoppingCriteriaList([ends]),
+                return_dict_in_generate=True,
+            )
+            input_ids = output.sequences
+            stay = ends.staying() if input_ids.shape[1] < longest else []
+            new_ids, logps = input_ids[:, width:].tolist(), noise.logps(input_ids.shape[1] - width)
+            for at in set(range(len(rows))).difference(stay):
+                found[rows[at]] = self._completion(prompts[rows[at]], new_ids[at], logps[at], sampling)
+            rows = [rows[at] for at in stay]
+            if rows:
+                kept = torch.tensor(stay, device=self._device)
+                cache = output.past_key_values
+                cache.batch_select_indices(kept)
+                noise.keep(kept)
+                ends.keep(stay)
+                input_ids = input_ids[kept]
+                more = attention_mask.new_ones(len(rows), input_ids.shape[1] - attention_mask.shape[1])
+                attention_mask = torch.cat([attention_mask[kept], more], dim=1)
+        return [found[row] for row in range(len(batch))]
 
     def _left_padded(self, batch: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(len(request.prompt_ids) for request in batch)
@@ -204,39 +242,60 @@ class _SeededSampler(LogitsProcessor):
             exponential[row].exponential_(generator=generator)
         return -exponential.log().float()  # Gumbel(0, 1)
 
-    def logps(self, steps: int) -> list[list[float]]:
-        """Log-probabilities of the sampled tokens, one list a request, `steps` long."""
-        return torch.cat(self._steps[:steps], dim=1).tolist()
+    def logps(self, steps: int) -> list[Any]:
+        """Log-probabilities of the sampled tokens, a list a row, `steps` long; None where not asked for."""
+        return torch.cat(self._steps, dim=1)[:, :steps].tolist() if self._steps else [None] * len(self._generators)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows alone."""
+        self._generators = [self._generators[row] for row in rows.tolist()]
+        self._steps = [torch.cat(self._steps, dim=1)[rows]] if self._steps else []
+        self._seen = None if self._seen is None else self._seen[rows]
 
 
-class _Tells(StoppingCriteria):
-    """Tells after each step how many tokens the batch has; ends none."""
+class _Ends(StoppingCriteria):
+    """Ends a row with an end token, or once a stop string stands in its response (never in its prompt).
 
-    def __init__(self, ends: set[int], tell: Callable[[int], None]) -> None:
-        self._ends, self._tell, self._tokens = torch.tensor(sorted(ends)), tell, 0
-        self._ended: torch.Tensor | None = None
+    Tells after each step how many tokens the batch has. pauses: all rows are said to have ended when a share LEAVE of
+    them has.
+    """
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        stop: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        width: int,
+        tell: Callable[[int], None],
+        *,
+        pauses: bool,
+    ) -> None:
+        self._spec, self._stop, self._prompts, self._start, self._tell = spec, stop, list(prompts), width, tell
+        self._window = STOP_WINDOW + max((len(word.encode()) for word in stop), default=0)
+        self._end_ids = torch.tensor(spec.end_ids)
+        self._tokens = 0
+        self._ended = torch.zeros(len(prompts), dtype=torch.bool)
+        self._pauses, self._paused = pauses, False
+
+    def staying(self) -> list[int]:
+        """The rows that have not ended, if there was a pause."""
+        return (~self._ended).nonzero()[:, 0].tolist() if self._paused else []
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows alone."""
+        self._prompts = [self._prompts[row] for row in rows]
+        self._ended = self._ended[rows]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        last = input_ids[:, -1].cpu()
-        none = torch.zeros(len(last), dtype=torch.bool)
-        ended = none if self._ended is None else self._ended
-        self._tokens += int((~ended).sum())
+        self._tokens += int((~self._ended).sum())
         self._tell(self._tokens)
-        self._ended = ended | torch.isin(last, self._ends)
-        return none.to(input_ids.device)
-
-
-class _StopStrings(StoppingCriteria):
-    """Ends a row once a stop string stands in its response (never in its prompt)."""
-
-    def __init__(self, spec: EngineSpec, stop: Sequence[str], prompts: Sequence[Sequence[int]], width: int) -> None:
-        self._spec, self._stop, self._prompts, self._start = spec, stop, prompts, width
-        self._window = STOP_WINDOW + max(len(word.encode()) for word in stop)
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        rows = zip(self._prompts, input_ids[:, self._start :].tolist(), strict=True)
-        found = [any(word in self._recent(prompt, ids) for word in self._stop) for prompt, ids in rows]
-        return torch.tensor(found, dtype=torch.bool, device=input_ids.device)
+        self._ended |= torch.isin(input_ids[:, -1].cpu(), self._end_ids)
+        if self._stop:
+            for row in (~self._ended).nonzero()[:, 0].tolist():
+                recent = self._recent(self._prompts[row], input_ids[row, self._start :].tolist())
+                self._ended[row] = any(word in recent for word in self._stop)
+        self._paused = self._pauses and int(self._ended.sum()) >= LEAVE * len(self._ended)
+        return (self._ended | self._paused).to(input_ids.device)
 
     def _recent(self, prompt: Sequence[int], ids: list[int]) -> str:
         before = max(0, len(ids) - self._window)

@@ -32,8 +32,7 @@ class Machines:
     """A cluster of three raylets, of which two are killed."""
 
     def __init__(self) -> None:
-        os.environ.update({"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"})
-        os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -60,6 +59,7 @@ def main() -> None:
 
 def run(base: Path, kills: int, seed: int) -> int:
     """Trials until so many machines were killed → how many trials were wrong, printed with what was seen."""
+    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # log-probabilities round as the threads are
     world = World(base)
     world.make("undisturbed", [])
     expected = world.rows("undisturbed")

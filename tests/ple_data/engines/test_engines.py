@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 from ple_data.common.models import check_adapter, check_model, end_ids, load_config, load_tokenizer, positions_of
 from ple_data.engines import (
@@ -163,16 +163,36 @@ def test_it_tells_of_every_step_how_many_tokens_the_batch_has(trap: Path, monkey
     monkeypatch.setattr(engine, "under_way", told.append)
     lengths = [len(found.ids) for found in sample(engine, [requests_for(trap)]).values()]
     steps = [sum(min(length, step) for length in lengths) for step in range(1, max(lengths) + 1)]
-    assert told == [*steps, sum(lengths)]
+    assert told == steps
     assert min(lengths) < max(lengths)
 
 
-def test_at_the_end_of_a_batch_it_tells_the_tokens_that_are_kept(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that a stop string ended are padded, and a token more is sampled: neither is a response's."""
+def test_it_tells_no_token_behind_a_stop_string(trap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, told = HfEngine(spec_of(trap), {"batch_size": 64}), []
     monkeypatch.setattr(engine, "under_way", told.append)
     found = sample(engine, [requests_for(trap)], stop=("e",)).values()
-    assert told[-1] == sum(len(one.ids) for one in found) < told[-2]
+    assert told[-1] == sum(len(one.ids) for one in found)
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": ("e",)}, {"repetition_penalty": 1.3, "logprobs": False}])
+def test_rows_that_have_ended_leave_and_the_others_are_the_same(
+    trap: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    engine = HfEngine(spec_of(trap, dtype="float32"), {"batch_size": 64})
+    rows: list[int] = []
+    engine._model.register_forward_pre_hook(
+        lambda _, args, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    requests = requests_for(trap)
+    leaving = sample(engine, [requests], **options)
+    assert 0 < min(rows) < len(requests) == max(rows)
+    rows.clear()
+    engine._rows_leave = False
+    staying = sample(engine, [requests], **options)
+    assert set(rows) == {len(requests)}
+    for key, one in staying.items():
+        assert (leaving[key].ids, leaving[key].text, leaving[key].finish) == (one.ids, one.text, one.finish)
+        assert leaving[key].logps == (one.logps and pytest.approx(one.logps, abs=1e-5))
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.6)])
@@ -451,7 +471,23 @@ def test_short_number_types_are_tried_on_more_tokens(
     sampled = HfEngine.sample
     monkeypatch.setattr(HfEngine, "sample", lambda engine, *how: asked.append(how[1]) or sampled(engine, *how))
     HfEngine(spec_of(policy, dtype=dtype), {})
-    assert [sampling.max_new_tokens for sampling in asked] == [tokens]
+    assert [sampling.max_new_tokens for sampling in asked] == [tokens] * 2  # once more with rows that leave
+
+
+@pytest.mark.parametrize("broken", ["lacks", "raises", "keeps the wrong rows"])
+def test_rows_stay_where_those_that_go_on_would_change(
+    policy: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    select = DynamicCache.batch_select_indices
+    if broken == "lacks":
+        monkeypatch.delattr(Cache, "batch_select_indices")
+    elif broken == "raises":
+        monkeypatch.setattr(Cache, "batch_select_indices", lambda cache, rows: [][0])
+    else:
+        monkeypatch.setattr(Cache, "batch_select_indices", lambda cache, rows: select(cache, rows - rows.min()))
+    assert not HfEngine(spec_of(policy, dtype="float32"), {})._rows_leave
+    monkeypatch.undo()
+    assert HfEngine(spec_of(policy, dtype="float32"), {})._rows_leave
 
 
 def test_too_little_memory_when_it_is_tried_is_said_as_that(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

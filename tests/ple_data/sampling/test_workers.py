@@ -163,10 +163,11 @@ def test_a_worker_that_dies_is_replaced_and_what_kills_three_is_named(
 def test_what_cannot_work_is_one_sentence(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"--ray 127.0.0.1:1: no cluster of Ray there \(.*refused"):
         run("a", workers=1, ray="127.0.0.1:1")
-    (tmp_path / "bad.py").write_text("1 / 0")
+    (tmp_path / "bad.py").write_text("def reward(pairs):\n    return []\n\n1 / 0")
     with pytest.raises(PleError, match=r"bad\.py.*ZeroDivisionError.*\(on "):
         WorkersReward(f"{tmp_path / 'bad.py'}:reward", Rewards(), Wanted(1), print)
-    (tmp_path / "bad.py").write_text("import os, sys\nprint('no paper', file=sys.stderr)\nos._exit(1)")
+    leaves = "import os, sys\nreward = print\nprint('no paper', file=sys.stderr)\nos._exit(1)"
+    (tmp_path / "bad.py").write_text(leaves)
     with pytest.raises(PleError, match=r"a worker died at its start 3 times \(process \d+ of .*words: no paper\)$"):
         WorkersReward(f"{tmp_path / 'bad.py'}:reward", Rewards(), Wanted(1), print)
     with pytest.raises(UsageError, match=r"--workers 999: there is room for \d+ \(.* takes 1 CPU\); ask for fewer$"):
