@@ -186,7 +186,7 @@ def test_an_engine_has_as_many_gpus_as_its_arguments_say_and_a_machine_must_have
     asked: dict[str, Any] = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}
     assert gpus_of(asked) == 8
     assert [gpus_of(some) for some in ({}, {"device": "cpu"}, {"tensor_parallel_size": "x"})] == [1, 0, 1]
-    monkeypatch.setattr(room, "LONGEST", 2.0)
+    monkeypatch.setattr(room, "LONGEST", 6.0)
     monkeypatch.setattr(room, "PATIENCE", 1.0)
     said: list[str] = []
     with pytest.raises(PleError, match=r"found no room for any in .*8 GPUs and 4 cores on 2 nodes\); free some"):
