@@ -17,7 +17,7 @@ import yaml
 from benchmarks.on_gpu.reference import TOLERANCE, trained, training
 from benchmarks.on_gpu.worlds import World
 
-PATIENCE = 120.0
+PATIENCE = 240.0
 """Seconds in which a first checkpoint must appear."""
 
 
