@@ -66,6 +66,9 @@ class HfEngine:
         model = load_weights(AutoModelForCausalLM, spec.model, self._device, f"the model {spec.model}", **options)
         if spec.adapter is not None:
             model = load_adapter(model, spec.adapter.path).get_base_model()
+            head = model.get_output_embeddings()
+            if head is not None and head.weight.is_floating_point():
+                head.weight.requires_grad_(True)  # a frozen one is copied for every row by torch's matmul
         self._model = model.to(self._device).eval()
         self._pad_id = pad_id(spec.tokenizer, model.get_input_embeddings().weight.shape[0])
         # generate() fills what a call leaves open from here: a model's own sampling defaults must not slip in

@@ -289,6 +289,14 @@ def test_adapter_is_loaded_and_logps_are_its_own(policy: Path, adapter: Path) ->
     assert found != sample(make_engine("hf", spec_of(policy), {}), [requests])
 
 
+def test_the_output_layer_is_not_copied_for_every_row(policy: Path, adapter: Path) -> None:
+    """As torch's bmm does with a weight that is frozen, as an adapter leaves it."""
+    engine = HfEngine(spec_of(policy, adapter, dtype="bfloat16"), {})
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        sample(engine, [requests_for(policy)], max_new_tokens=1)
+    assert "aten::bmm" not in {event.key for event in seen.key_averages()}
+
+
 def test_without_logprobs(engine: HfEngine, trap: Path) -> None:
     requests = requests_for(trap)
     found = sample(engine, [requests], logprobs=False)
